@@ -1,0 +1,2 @@
+//! The `tasker` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Migrations: numbered SQL files, run under an advisory lock.

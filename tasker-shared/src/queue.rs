@@ -1,0 +1,1 @@
+//! PGMQ: read, send, delete, quarantine.

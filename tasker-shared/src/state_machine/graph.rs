@@ -1,0 +1,1 @@
+//! Template -> checked DAG.

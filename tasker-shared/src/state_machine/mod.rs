@@ -1,0 +1,4 @@
+//! The pure core: no async, no SQL, no tracing, no clock.
+
+pub mod graph;
+pub mod retry;

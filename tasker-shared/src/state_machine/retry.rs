@@ -1,0 +1,1 @@
+//! Attempt + policy -> delay.

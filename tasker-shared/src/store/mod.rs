@@ -1,0 +1,3 @@
+//! Every SQL statement we own.
+
+pub mod tx;

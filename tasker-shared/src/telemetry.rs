@@ -1,0 +1,1 @@
+//! Logs and live spans of this process.

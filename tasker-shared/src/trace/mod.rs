@@ -1,0 +1,7 @@
+//! The trace of a task: a pure function of committed rows, and its delivery.
+
+pub mod config;
+pub mod context;
+pub mod otlp;
+pub mod span;
+pub mod transport;

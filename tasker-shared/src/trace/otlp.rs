@@ -1,0 +1,1 @@
+//! Spans -> OTLP protobuf bytes.
