@@ -1,4 +1,17 @@
 //! The pure core: no async, no SQL, no tracing, no clock.
+//!
+//! [`states`] says what may move, [`decide`] says what moves now. Nothing here imports
+//! anything of ours; a test reads the imports and checks.
 
+pub mod decide;
+pub mod definition;
 pub mod graph;
+pub mod input;
+pub mod plan;
 pub mod retry;
+pub mod states;
+
+pub use decide::{Event, Snapshot, decide};
+pub use definition::{Definition, StepDefinition};
+pub use plan::Plan;
+pub use states::{StepEvent, StepState, TaskEvent, TaskState};

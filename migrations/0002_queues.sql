@@ -1,0 +1,132 @@
+-- Messages are hints to look; so are timers. This file owns both, and who listens to them.
+
+create function tasker.create_queue(p_queue text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning
+as $$
+begin
+  if exists (select from pgmq.meta where queue_name = p_queue) then
+    return;
+  end if;
+  perform pgmq.create(p_queue);
+  -- A queue table is small and all churn: vacuum it early, leave room for the read's update.
+  execute format(
+    'alter table pgmq.%I set (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, '
+    'autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0, '
+    'autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 50000)',
+    'q_' || p_queue);
+end
+$$;
+
+select tasker.create_queue('task_requests');
+select tasker.create_queue('step_results');
+
+-- "Look at these steps (or this task) at this time." A row here costs the steps table no
+-- index on its times, so claims, heartbeats and retries stay HOT updates. It decides
+-- nothing: sweep looks at the rows themselves, and drops or renews the hint.
+create table tasker.due (
+  due_id     bigint generated always as identity primary key,
+  due_at     timestamptz not null,
+  kind       text not null,
+  task_uuid  uuid,
+  step_uuids uuid[],
+  worker     text,
+  constraint due_kind_is_known check (kind in ('lease', 'retry', 'queue_timeout', 'total_timeout', 'start'))
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+create index due_by_time on tasker.due (due_at);
+
+create table tasker.quarantine (
+  quarantine_id  bigint generated always as identity primary key,
+  queue          text not null,
+  msg_id         bigint not null,
+  read_ct        int not null,
+  failures       int not null default 0,
+  reason         text not null,
+  message        jsonb,
+  headers        jsonb,
+  enqueued_at    timestamptz not null,
+  quarantined_at timestamptz not null default clock_timestamp()
+);
+
+-- Deterministic failures of one message; serialization and connection errors never count.
+create table tasker.message_failures (
+  queue     text not null,
+  msg_id    bigint not null,
+  failures  int not null,
+  reason    text not null,
+  last_at   timestamptz not null default clock_timestamp(),
+  primary key (queue, msg_id)
+);
+
+-- Rare things worth counting: append-only, so that counting never makes two writers wait.
+create table tasker.counters (
+  name  text not null,
+  n     bigint not null,
+  at    timestamptz not null default clock_timestamp()
+);
+
+-- Who reads which queue, and whether it sleeps. NOTIFY takes a lock shared by the whole
+-- cluster at commit, so a sender notifies only a reader that has marked itself asleep.
+create table tasker.readers (
+  queue   text not null,
+  reader  text not null,
+  asleep  boolean not null default false,
+  seen_at timestamptz not null default clock_timestamp(),
+  primary key (queue, reader)
+) with (fillfactor = 50);
+
+create table tasker.workers (
+  worker      text primary key,
+  namespace   text not null,
+  queues      text[] not null,
+  handlers    text[] not null,
+  slots       int not null,
+  lock_key    bigint,
+  version     text,
+  started_at  timestamptz not null default clock_timestamp(),
+  seen_at     timestamptz not null default clock_timestamp()
+) with (fillfactor = 50);
+
+-- One liveness row per orchestrator: its export batches are recovered when it is dead.
+create table tasker.instances (
+  instance    uuid primary key,
+  seen_at     timestamptz not null default clock_timestamp(),
+  started_at  timestamptz not null default clock_timestamp(),
+  version     text not null
+) with (fillfactor = 50);
+
+-- One row per transaction that moved something, until its spans are acknowledged. It names
+-- its transitions by (task, at): all moves of one transaction share `at`.
+create table tasker.export_batches (
+  batch_id    uuid primary key,
+  instance    uuid,
+  task_uuids  uuid[] not null,
+  at          timestamptz not null
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
+
+create function tasker.wake(p_queue text) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select pg_notify('tasker', p_queue)
+  where exists (select from tasker.readers where queue = p_queue and asleep)
+$$;
+
+-- Reads messages and keeps the reader's `asleep` mark true to what it found.
+create function tasker.receive(p_queue text, p_reader text, p_vt_seconds int, p_max int)
+returns table (msg_id bigint, read_ct int, enqueued_at timestamptz, message jsonb, headers jsonb)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_rows bigint;
+begin
+  return query
+    select m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers
+    from pgmq.read(p_queue, p_vt_seconds, p_max) m;
+  get diagnostics v_rows = row_count;
+  update tasker.readers r set asleep = (v_rows = 0), seen_at = clock_timestamp()
+  where r.queue = p_queue and r.reader = p_reader and r.asleep <> (v_rows = 0);
+end
+$$;

@@ -1,0 +1,58 @@
+-- What is due. Called by sweep alone.
+
+-- Takes due hints and puts them off by `p_vt`, as a queue read does: whoever settles one
+-- deletes it in the same transaction, and if nobody does it comes back. Leases that were
+-- renewed meanwhile cost one update here and no lock on any task.
+create function tasker.take_due(p_max int, p_vt interval default '5 s')
+returns table (due_id bigint, kind text, task_uuid uuid, step_uuid uuid)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+  v_ids bigint[];
+begin
+  v_ids := array(select d.due_id from tasker.due d where d.due_at <= v_now
+                 order by d.due_at limit p_max for update skip locked);
+  if cardinality(v_ids) = 0 then
+    return;
+  end if;
+
+  return query
+  with hint as materialized (
+    select d.due_id, d.kind, d.task_uuid, d.step_uuids, d.worker from tasker.due d where d.due_id = any(v_ids)
+  ), claim as materialized (
+    select h.due_id, h.worker, s.step_uuid, s.task_uuid, s.lease_expires_at as looks_at,
+      s.lease_expires_at <= v_now
+        or coalesce(s.last_at + make_interval(secs => (ts.run_ms + ts.heartbeat_ms) / 1000.0) <= v_now, false) as expired
+    from hint h cross join lateral unnest(h.step_uuids) u(step_uuid)
+    join tasker.steps s on s.step_uuid = u.step_uuid and s.state = 'in_progress'
+    join tasker.tasks t on t.task_uuid = s.task_uuid
+    join tasker.template_steps ts on ts.template_id = t.template_id and ts.step_index = s.step_index
+    where h.kind = 'lease'
+  ), renewed as (
+    insert into tasker.due (due_at, kind, worker, step_uuids)
+    select min(c.looks_at), 'lease', c.worker, array_agg(c.step_uuid) from claim c where not c.expired group by c.due_id, c.worker
+  ), gone as (
+    delete from tasker.due d using hint h
+    where d.due_id = h.due_id and h.kind = 'lease' and not exists (select from claim c where c.due_id = h.due_id and c.expired)
+  ), later as (
+    update tasker.due d set due_at = v_now + p_vt,
+      step_uuids = case when h.kind = 'lease'
+        then array(select c.step_uuid from claim c where c.due_id = h.due_id and c.expired) else d.step_uuids end
+    from hint h
+    where d.due_id = h.due_id and (h.kind <> 'lease' or exists (select from claim c where c.due_id = h.due_id and c.expired))
+  )
+  select c.due_id, 'lease', c.task_uuid, c.step_uuid from claim c where c.expired
+  union all
+  select h.due_id, h.kind, coalesce(h.task_uuid, s.task_uuid), u.step_uuid
+  from hint h left join lateral unnest(h.step_uuids) u(step_uuid) on true
+  left join tasker.steps s on s.step_uuid = u.step_uuid
+  where h.kind <> 'lease';
+end
+$$;
+revoke all on function tasker.take_due from public;

@@ -1,0 +1,55 @@
+//! A checked template as the core reads it: steps by index, and their graph.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::graph::Graph;
+use super::input::InputTemplate;
+use super::retry::RetryPolicy;
+
+/// One version of a template, immutable.
+#[derive(Debug, Clone)]
+pub struct Definition {
+    /// Its row.
+    pub template_id: i32,
+    /// The namespace that owns it.
+    pub namespace: Arc<str>,
+    /// Its name: the `task_name` of its tasks.
+    pub name: Arc<str>,
+    /// Its version.
+    pub version: Arc<str>,
+    /// Whether a permanently failed step leaves the task `blocked_by_failures` (else it fails).
+    pub block_on_failure: bool,
+    /// The longest a task may take, waits included.
+    pub total: Option<Duration>,
+    /// In file order; a step's index is its place here.
+    pub steps: Vec<StepDefinition>,
+    /// Who depends on whom.
+    pub graph: Graph,
+    /// Name -> index.
+    pub by_name: HashMap<Arc<str>, u32>,
+}
+
+/// One step of a template.
+#[derive(Debug, Clone)]
+pub struct StepDefinition {
+    /// Unique within the template.
+    pub name: Arc<str>,
+    /// The name of the user's code.
+    pub handler: Arc<str>,
+    /// The full queue name, `worker_<namespace>` or `worker_<namespace>__<queue>`.
+    pub queue: Arc<str>,
+    /// Added to the task's; higher runs first among held steps.
+    pub priority: i32,
+    /// When and how often to try again.
+    pub retry: RetryPolicy,
+    /// The longest it may lie in its queue.
+    pub queue_timeout: Option<Duration>,
+    /// The longest one attempt may run.
+    pub run_timeout: Option<Duration>,
+    /// The input with its `${…}` references; `None` hands over the task's input and the parents' outputs.
+    pub input: Option<InputTemplate>,
+    /// The steps whose outputs it reads, by index: those its input names, or its parents.
+    pub needs: Vec<u32>,
+}

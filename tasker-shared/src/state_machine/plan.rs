@@ -1,0 +1,337 @@
+//! What `decide` reads and what it answers: plain data, no behaviour but bookkeeping.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::states::{StepEvent, StepState, TaskEvent, TaskState};
+
+/// A task's row, as far as decisions depend on it.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
+pub struct Task {
+    pub uuid: Uuid,
+    pub state: TaskState,
+    pub version: i32,
+    pub generation: i32,
+    pub priority: i32,
+    pub input: Value,
+    pub open_steps: i32,
+    pub in_flight_steps: i32,
+    pub retrying_steps: i32,
+    pub held_steps: i32,
+    pub failed_steps: i32,
+    pub error_type: Option<String>,
+    pub reason: Option<String>,
+    pub ended_by: Option<&'static str>,
+    pub created_at: DateTime<Utc>,
+    pub last_at: DateTime<Utc>,
+}
+
+/// A step's row, as far as decisions depend on it.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
+pub struct Step {
+    pub uuid: Uuid,
+    pub index: u32,
+    pub state: StepState,
+    pub version: i32,
+    pub generation: i32,
+    pub attempt: i32,
+    pub failures: i32,
+    pub losses: i32,
+    pub remaining_dependencies: i32,
+    pub priority: i32,
+    pub claim_token: Option<Uuid>,
+    pub claimed_by: Option<String>,
+    pub lease_expires_at: Option<DateTime<Utc>>,
+    pub last_heartbeat_at: Option<DateTime<Utc>>,
+    pub enqueued_version: Option<i32>,
+    pub enqueued_task_version: Option<i32>,
+    pub enqueued_began_at: Option<DateTime<Utc>>,
+    pub enqueued_at: Option<DateTime<Utc>>,
+    pub due_at: Option<DateTime<Utc>>,
+    pub ready_at: Option<DateTime<Utc>>,
+    pub held_by: Option<HeldBy>,
+    pub last_at: DateTime<Utc>,
+    /// The step's input, when this plan resolved it; `None` keeps what the row has.
+    pub input: Option<Value>,
+}
+
+impl Step {
+    /// A step as it is created: nothing has happened to it yet.
+    pub fn new(uuid: Uuid, index: u32, generation: i32, dependencies: i32, priority: i32, at: DateTime<Utc>) -> Self {
+        Self {
+            uuid,
+            index,
+            state: StepState::Pending,
+            version: 0,
+            generation,
+            attempt: 0,
+            failures: 0,
+            losses: 0,
+            remaining_dependencies: dependencies,
+            priority,
+            claim_token: None,
+            claimed_by: None,
+            lease_expires_at: None,
+            last_heartbeat_at: None,
+            enqueued_version: None,
+            enqueued_task_version: None,
+            enqueued_began_at: None,
+            enqueued_at: None,
+            due_at: None,
+            ready_at: None,
+            held_by: None,
+            last_at: at,
+            input: None,
+        }
+    }
+}
+
+/// What the worker said of an attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Its output.
+    Success(Value),
+    /// Its error.
+    Failure(Failure),
+}
+
+/// An attempt's error as the log keeps it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// A short class such as `CardDeclined`; retry policies and searches name it.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// For a person; at most 1 KiB.
+    pub message: String,
+    /// False when the handler knows that trying again is useless.
+    #[serde(default = "yes")]
+    pub retryable: bool,
+    /// When the handler knows better than the policy.
+    #[serde(default)]
+    pub retry_after_ms: Option<f64>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Why a ready step was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "explained in docs/lifecycle.md")]
+pub enum HeldBy {
+    Room,
+    Worker,
+}
+
+impl HeldBy {
+    /// The word in `held_by` and in `wait.reason`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Room => "room",
+            Self::Worker => "worker",
+        }
+    }
+}
+
+impl std::str::FromStr for HeldBy {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
+            "room" => Ok(Self::Room),
+            "worker" => Ok(Self::Worker),
+            _ => Err(format!("{word:?} is not a reason to hold a step")),
+        }
+    }
+}
+
+/// How much may still be sent to each queue: an estimate, read without a lock.
+#[derive(Debug, Clone, Default)]
+pub struct Room {
+    queues: HashMap<Arc<str>, QueueRoom>,
+    unlimited: bool,
+}
+
+/// The room of one queue.
+#[derive(Debug, Clone, Default)]
+pub struct QueueRoom {
+    /// Steps that may still be sent.
+    pub left: i64,
+    /// Handlers that a live worker of this queue offers.
+    pub handlers: HashSet<String>,
+    /// Others already wait their turn: new ready steps queue behind them.
+    pub holding: bool,
+}
+
+impl Room {
+    /// Everything may be sent.
+    pub fn unlimited() -> Self {
+        Self { queues: HashMap::new(), unlimited: true }
+    }
+
+    /// Sets what is known of one queue.
+    pub fn set(&mut self, queue: Arc<str>, room: QueueRoom) {
+        self.queues.insert(queue, room);
+    }
+
+    /// What is known of one queue.
+    pub fn queue(&self, queue: &str) -> Option<&QueueRoom> {
+        self.queues.get(queue)
+    }
+
+    /// Takes a place, or says why there is none. `admitting` lets a step that already waited pass those that wait.
+    pub fn take(&mut self, queue: &str, handler: &str, admitting: bool) -> Result<(), HeldBy> {
+        if self.unlimited {
+            return Ok(());
+        }
+        let Some(room) = self.queues.get_mut(queue) else {
+            return Err(HeldBy::Worker);
+        };
+        if !room.handlers.contains(handler) {
+            return Err(HeldBy::Worker);
+        }
+        if room.left <= 0 || (room.holding && !admitting) {
+            room.holding = true;
+            return Err(HeldBy::Room);
+        }
+        room.left -= 1;
+        Ok(())
+    }
+}
+
+/// One row of the log, but for its times, which the database gives.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.transitions, explained there")]
+pub struct Move {
+    pub entity: Uuid,
+    pub version: i32,
+    pub task_version: Option<i32>,
+    pub generation: i32,
+    pub attempt: Option<i32>,
+    pub from: &'static str,
+    pub to: &'static str,
+    pub event: &'static str,
+    pub actor: Option<String>,
+    pub claim_token: Option<Uuid>,
+    pub detail: Option<Detail>,
+}
+
+/// What a log row says beyond its move; stored as JSON, empty fields left out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Detail {
+    /// Waits that this move ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waits: Vec<Wait>,
+    /// Why: of a failure, a cancellation, an operator's move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The class of a failure that no attempt carries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_type: Option<String>,
+    /// When the wait that this move began is due.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<DateTime<Utc>>,
+    /// Of a lost attempt: the last sign of life.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_heartbeat_at: Option<DateTime<Utc>>,
+}
+
+/// A wait that ended: `step.wait` is derived from it alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Wait {
+    /// retry, room, worker …
+    pub reason: String,
+    /// When it began.
+    pub since: DateTime<Utc>,
+    /// When it was to end, where that was known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<DateTime<Utc>>,
+    /// When it ended, where that is not the move's own beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<DateTime<Utc>>,
+    /// The version of the row that began it.
+    pub ordinal: i32,
+}
+
+/// A step message to send.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
+pub struct Send {
+    pub queue: Arc<str>,
+    pub handler: Arc<str>,
+    pub step: Uuid,
+    pub generation: i32,
+    pub attempt: i32,
+    /// The ordinal of the task's move that sends it: it names the step.enqueuing span.
+    pub task_version: i32,
+}
+
+/// "Look at it then."
+#[derive(Debug, Clone, PartialEq)]
+pub struct Due {
+    /// retry, lease, `queue_timeout`, `total_timeout`.
+    pub kind: &'static str,
+    /// When.
+    pub at: DateTime<Utc>,
+    /// `None`: the task itself.
+    pub step: Option<Uuid>,
+}
+
+/// What one settle does to one task.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The task's row afterwards.
+    pub task: Task,
+    /// Its version before, for compare-and-set.
+    pub task_version_before: i32,
+    /// Whether any column of the task changed.
+    pub task_changed: bool,
+    /// Log rows, the task's and the steps', in order.
+    pub moves: Vec<Move>,
+    /// Step rows to update: the row afterwards, and the version before.
+    pub steps: Vec<(Step, i32)>,
+    /// Step rows to insert.
+    pub new_steps: Vec<Step>,
+    /// The queue of each of them.
+    pub new_step_queues: Vec<Arc<str>>,
+    /// Messages.
+    pub sends: Vec<Send>,
+    /// Hints to look later.
+    pub due: Vec<Due>,
+    /// Move every other open step to cancelled.
+    pub cancel_open_steps: bool,
+    /// Attempts that this plan closes: `(step, attempt)`.
+    pub closed: Vec<(Uuid, i32)>,
+    /// An operator's act: `(action, actor, reason)`.
+    pub audit: Option<(&'static str, String, Option<String>)>,
+    /// Events that changed nothing: duplicates, late or stale ones.
+    pub ignored: u32,
+}
+
+impl Plan {
+    /// Whether it changes nothing at all.
+    pub fn is_empty(&self) -> bool {
+        !self.task_changed
+            && self.moves.is_empty()
+            && self.steps.is_empty()
+            && self.new_steps.is_empty()
+            && self.due.is_empty()
+    }
+}
+
+/// The words of a task's move, for building a [`Move`].
+pub(super) fn task_words(from: TaskState, event: TaskEvent, to: TaskState) -> (&'static str, &'static str, &'static str) {
+    (from.as_str(), event.as_str(), to.as_str())
+}
+
+/// The words of a step's move.
+pub(super) fn step_words(from: StepState, event: StepEvent, to: StepState) -> (&'static str, &'static str, &'static str) {
+    (from.as_str(), event.as_str(), to.as_str())
+}

@@ -1,0 +1,68 @@
+-- A batch of plans in one statement: compare-and-set of tasks and steps, the log, the due
+-- hints, the audit, and one export batch. Every row gets the same `at`.
+with clock as materialized (
+  select greatest(clock_timestamp(), $1::timestamptz) as at
+), task as (
+  update tasker.tasks t
+  set state = n.state, version = n.version, generation = n.generation,
+      open_steps = n.open_steps, in_flight_steps = n.in_flight_steps, retrying_steps = n.retrying_steps,
+      held_steps = n.held_steps, failed_steps = n.failed_steps,
+      error_type = n.error_type, reason = n.reason, ended_by = n.ended_by,
+      generation_began_at = case when n.generation = t.generation then t.generation_began_at else $2 end,
+      root_span_id = case when n.generation = t.generation then t.root_span_id
+                          else tasker.span_id(t.trace_id, t.task_uuid, n.generation, 0, 1, 0) end,
+      last_at = c.at,
+      finished_at = case when n.state in ('complete', 'error', 'cancelled', 'resolved_manually') then c.at end
+  from clock c, unnest($3::uuid[], $4::text[], $5::int[], $6::int[], $7::int[], $8::int[], $9::int[], $10::int[],
+      $11::int[], $12::int[], $13::text[], $14::text[], $15::text[])
+    as n(task_uuid, state, version, version_before, generation, open_steps, in_flight_steps, retrying_steps,
+      held_steps, failed_steps, error_type, reason, ended_by)
+  where t.task_uuid = n.task_uuid and t.version = n.version_before
+  returning t.task_uuid, t.finished_at
+), step as (
+  update tasker.steps s
+  set state = n.state, version = n.version, generation = n.generation, attempt = n.attempt,
+      failures = n.failures, losses = n.losses, remaining_dependencies = n.remaining_dependencies,
+      input = coalesce(n.input, s.input),
+      claim_token = case when n.enqueued then null else s.claim_token end,
+      claimed_by = case when n.enqueued then null else s.claimed_by end,
+      lease_expires_at = case when n.enqueued then null else s.lease_expires_at end,
+      due_at = n.due_at, ready_at = n.ready_at, held_by = n.held_by,
+      enqueued_version = case when n.enqueued then n.enqueued_version else s.enqueued_version end,
+      enqueued_task_version = case when n.enqueued then n.enqueued_task_version else s.enqueued_task_version end,
+      enqueued_began_at = case when n.enqueued then $2 else s.enqueued_began_at end,
+      enqueued_at = case when n.enqueued then c.at else s.enqueued_at end,
+      last_at = case when n.version = n.version_before then s.last_at else c.at end
+  from clock c, unnest($16::uuid[], $17::text[], $18::int[], $19::int[], $20::int[], $21::int[], $22::int[], $23::int[],
+      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[])
+    as n(step_uuid, state, version, version_before, generation, attempt, failures, losses,
+      remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version)
+  where s.step_uuid = n.step_uuid and s.version = n.version_before
+  returning 1
+), logged as (
+  insert into tasker.transitions (task_uuid, entity_uuid, version, task_version, generation, attempt,
+    from_state, to_state, event, actor, claim_token, began_at, at, detail)
+  select n.task_uuid, n.entity_uuid, n.version, n.task_version, n.generation, n.attempt,
+    n.from_state, n.to_state, n.event, n.actor, n.claim_token, $2, c.at, n.detail
+  from clock c, unnest($32::uuid[], $33::uuid[], $34::int[], $35::int[], $36::int[], $37::int[], $38::text[], $39::text[],
+      $40::text[], $41::text[], $42::uuid[], $43::jsonb[])
+    as n(task_uuid, entity_uuid, version, task_version, generation, attempt, from_state, to_state, event, actor,
+      claim_token, detail)
+), due as (
+  insert into tasker.due (due_at, kind, task_uuid, step_uuids)
+  select n.due_at, n.kind, n.task_uuid, case when n.step_uuid is not null then array[n.step_uuid] end
+  from unnest($44::timestamptz[], $45::text[], $46::uuid[], $47::uuid[]) as n(due_at, kind, task_uuid, step_uuid)
+), audited as (
+  insert into tasker.audit (task_uuid, action, actor, reason)
+  select n.task_uuid, n.action, n.actor, n.reason
+  from unnest($48::uuid[], $49::text[], $50::text[], $51::text[]) as n(task_uuid, action, actor, reason)
+), batch as (
+  insert into tasker.export_batches (batch_id, instance, task_uuids, at)
+  select $52, $53, $54::uuid[], c.at from clock c where cardinality($54::uuid[]) > 0
+)
+select c.at as "at!",
+  (select count(*) from task) as "tasks!", (select count(*) from step) as "steps!",
+  (select count(pg_notify('tasker_finished', f.task_uuid::text)) from task f
+   where f.finished_at is not null
+     and exists (select from tasker.readers r where r.queue = 'finished' and r.seen_at > c.at - interval '60 s')) as "told!"
+from clock c

@@ -1,0 +1,185 @@
+//! Step rows and the attempts behind them.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::Error;
+use crate::state_machine::plan::{Failure, Outcome, Step};
+use crate::state_machine::states::StepState;
+use crate::trace::log::Attempt;
+
+/// A step as it was loaded for a settle.
+#[derive(Debug, Clone)]
+pub struct StepRow {
+    /// Its task.
+    pub task_uuid: Uuid,
+    /// What decisions depend on.
+    pub step: Step,
+    /// An event is about it (else it stands directly behind one).
+    pub reported: bool,
+    /// What the worker reported of its current attempt.
+    pub outcome: Option<Outcome>,
+    /// The current attempt, for the trace.
+    pub attempt: Option<Attempt>,
+}
+
+/// Loads the steps that events are about, with their reports, and their direct dependents.
+///
+/// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
+/// locked by [`lock_claimable`] first, everything else is guarded by the lock of its task.
+pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
+    let rows = sqlx::query_file!("src/store/load_steps.sql", step_uuids).fetch_all(conn).await?;
+    rows.into_iter()
+        .map(|row| {
+            let id = row.step_uuid;
+            let state: StepState = row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?;
+            let failure = row.error.map(|error| {
+                serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
+                    kind: "error".into(),
+                    message: format!("the recorded error cannot be read: {problem}"),
+                    retryable: true,
+                    retry_after_ms: None,
+                })
+            });
+            let attempt = row.claimed_at.map(|claimed_at| Attempt {
+                step: id,
+                attempt: row.attempt,
+                worker: row.worker.unwrap_or_default(),
+                worker_version: row.worker_version,
+                message_id: row.message_id,
+                result_message_id: row.result_message_id,
+                claimed_at,
+                reported_at: row.reported_at,
+                start_offset_ms: row.start_offset_ms,
+                run_ms: row.run_ms,
+                failure: failure.clone(),
+                usage: None,
+                milestones: None,
+            });
+            let outcome = match (row.outcome.as_deref(), failure) {
+                (Some("success"), _) => Some(Outcome::Success(row.output.unwrap_or(Value::Null))),
+                (Some(_), Some(failure)) => Some(Outcome::Failure(failure)),
+                _ => None,
+            };
+            Ok(StepRow {
+                task_uuid: row.task_uuid,
+                step: Step {
+                    uuid: id,
+                    index: u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?,
+                    state,
+                    version: row.version,
+                    generation: row.generation,
+                    attempt: row.attempt,
+                    failures: row.failures,
+                    losses: row.losses,
+                    remaining_dependencies: row.remaining_dependencies,
+                    priority: row.priority,
+                    claim_token: row.claim_token,
+                    claimed_by: row.claimed_by,
+                    lease_expires_at: row.lease_expires_at,
+                    last_heartbeat_at: row.last_heartbeat_at,
+                    enqueued_version: row.enqueued_version,
+                    enqueued_task_version: row.enqueued_task_version,
+                    enqueued_began_at: row.enqueued_began_at,
+                    enqueued_at: row.enqueued_at,
+                    due_at: row.due_at,
+                    ready_at: row.ready_at,
+                    held_by: row.held_by.and_then(|word| word.parse().ok()),
+                    last_at: row.last_at,
+                    input: None,
+                },
+                reported: row.reported,
+                outcome,
+                attempt,
+            })
+        })
+        .collect()
+}
+
+/// Locks steps that a worker may move at this moment, in id order. A statement of its own,
+/// so that what is loaded after it is what the lock protects.
+pub async fn lock_claimable(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<(), Error> {
+    sqlx::query!(
+        "select 1 as one from tasker.steps where step_uuid = any($1) and state in ('enqueued', 'in_progress')
+         order by step_uuid for no key update",
+        step_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(())
+}
+
+/// Locks every open step of these tasks and answers the latest time any of them bears.
+pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Option<DateTime<Utc>>, Error> {
+    let rows = sqlx::query_scalar!(
+        "select last_at from tasker.steps where task_uuid = any($1)
+           and state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')
+         order by step_uuid for no key update",
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().max())
+}
+
+/// Every step of these tasks that failed or was cancelled, its `remaining_dependencies`
+/// recounted from the edges; and which of the tasks have steps at all.
+pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
+    let with_steps = sqlx::query_scalar!(
+        r#"select t.task_uuid from unnest($1::uuid[]) t(task_uuid)
+           where exists (select from tasker.steps s where s.task_uuid = t.task_uuid)"#,
+        task_uuids
+    )
+    .fetch_all(&mut *conn)
+    .await?
+    .into_iter()
+    .flatten()
+    .collect();
+    let counts = sqlx::query!(
+        r#"select s.step_uuid,
+             (select count(*) from tasker.template_edges e
+              join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
+              where e.template_id = t.template_id and e.child_index = s.step_index
+                and p.state not in ('complete', 'resolved_manually'))::int as "open_parents!"
+           from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
+           where t.task_uuid = any($1) and s.state in ('error', 'cancelled')"#,
+        task_uuids
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let counts: HashMap<Uuid, i32> = counts.into_iter().map(|row| (row.step_uuid, row.open_parents)).collect();
+    let ids: Vec<Uuid> = counts.keys().copied().collect();
+    let mut rows = load(conn, &ids).await?;
+    rows.retain_mut(|row| match counts.get(&row.step.uuid) {
+        Some(open) => {
+            row.step.remaining_dependencies = *open;
+            true
+        }
+        None => false,
+    });
+    Ok((with_steps, rows))
+}
+
+/// Outputs of finished steps: `(task, step index) -> output`.
+pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<HashMap<(Uuid, u32), Value>, Error> {
+    let tasks: Vec<Uuid> = wanted.iter().map(|(task, _)| *task).collect();
+    let indexes: Vec<i32> = wanted.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
+    let rows = sqlx::query!(
+        r#"select s.task_uuid, s.step_index, a.output as "output?"
+           from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
+           join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index and s.state = 'complete'
+           join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt"#,
+        &tasks,
+        &indexes
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .filter_map(|row| Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), row.output?)))
+        .collect())
+}

@@ -1,0 +1,151 @@
+//! The log, read back: what the tree is built from when memory does not hold it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::Error;
+use super::tasks::bytes;
+use crate::state_machine::plan::{Detail, Failure};
+use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
+use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+
+/// The whole log of each of these tasks; tasks that do not exist are not in the answer.
+pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskLog>, Error> {
+    let heads = sqlx::query!(
+        r#"select t.task_uuid, t.namespace, t.correlation_id, t.parent_correlation_id, t.parent_task_uuid, t.priority,
+             t.generation, t.generation_began_at, t.created_at, t.trace_id, t.remote_span_id, t.trace_flags, t.tracestate,
+             p.name, p.version
+           from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+           where t.task_uuid = any($1)"#,
+        task_uuids
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut logs: HashMap<Uuid, TaskLog> = HashMap::new();
+    for row in heads {
+        let id = row.task_uuid;
+        let head = Head {
+            task_uuid: id,
+            namespace: row.namespace.into(),
+            task_name: row.name.into(),
+            template_version: row.version.into(),
+            correlation_id: row.correlation_id,
+            parent_correlation_id: row.parent_correlation_id,
+            parent_task_uuid: row.parent_task_uuid,
+            priority: row.priority,
+            generation: row.generation,
+            generation_began_at: row.generation_began_at,
+            created_at: row.created_at,
+            trace_id: bytes(&row.trace_id).ok_or_else(|| Error::bad_row("tasks", "trace_id", id, "needs 16 bytes"))?,
+            remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
+            trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
+            tracestate: row.tracestate,
+        };
+        logs.insert(id, TaskLog { head, transitions: Vec::new(), attempts: Vec::new(), steps: HashMap::new() });
+    }
+    read_steps(conn, task_uuids, &mut logs).await?;
+    read_transitions(conn, task_uuids, &mut logs).await?;
+    read_attempts(conn, task_uuids, &mut logs).await?;
+    Ok(logs.into_values().collect())
+}
+
+async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
+    let rows = sqlx::query!(
+        "select s.task_uuid, s.step_uuid, s.step_index, d.name, d.handler, d.queue, d.max_attempts
+         from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
+         join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+         where t.task_uuid = any($1)",
+        ids
+    )
+    .fetch_all(conn)
+    .await?;
+    for row in rows {
+        let Some(log) = logs.get_mut(&row.task_uuid) else { continue };
+        let info = StepInfo {
+            index: u32::try_from(row.step_index).unwrap_or_default(),
+            name: row.name.into(),
+            handler: row.handler.into(),
+            queue: Arc::from(row.queue),
+            max_attempts: u32::try_from(row.max_attempts).unwrap_or_default(),
+        };
+        log.steps.insert(row.step_uuid, info);
+    }
+    Ok(())
+}
+
+async fn read_transitions(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
+    let rows = sqlx::query!(
+        "select task_uuid, entity_uuid, version, task_version, generation, attempt, from_state, to_state, event, actor,
+           began_at, at, detail
+         from tasker.transitions where task_uuid = any($1)",
+        ids
+    )
+    .fetch_all(conn)
+    .await?;
+    for row in rows {
+        let Some(log) = logs.get_mut(&row.task_uuid) else { continue };
+        let id = format!("{}/{}", row.entity_uuid, row.version);
+        let is_task = row.entity_uuid == row.task_uuid;
+        let bad = |column| move |problem| Error::bad_row("transitions", column, id.clone(), problem);
+        let state = |word: &str| -> Result<&'static str, crate::state_machine::states::UnknownWord> {
+            if is_task { word.parse::<TaskState>().map(TaskState::as_str) } else { word.parse::<StepState>().map(StepState::as_str) }
+        };
+        let from = state(&row.from_state).map_err(bad.clone()("from_state"))?;
+        let to = state(&row.to_state).map_err(bad.clone()("to_state"))?;
+        let event = if is_task {
+            row.event.parse::<TaskEvent>().map(TaskEvent::as_str)
+        } else {
+            row.event.parse::<StepEvent>().map(StepEvent::as_str)
+        }
+        .map_err(bad("event"))?;
+        log.transitions.push(Transition {
+            entity: row.entity_uuid,
+            version: row.version,
+            task_version: row.task_version,
+            generation: row.generation,
+            attempt: row.attempt,
+            from,
+            to,
+            event,
+            actor: row.actor,
+            began_at: row.began_at,
+            at: row.at,
+            detail: row.detail.and_then(|detail| serde_json::from_value::<Detail>(detail).ok()),
+        });
+    }
+    Ok(())
+}
+
+async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
+    let rows = sqlx::query!(
+        "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claimed_at,
+           reported_at, start_offset_ms, run_ms, error, usage, milestones
+         from tasker.attempts where task_uuid = any($1)",
+        ids
+    )
+    .fetch_all(conn)
+    .await?;
+    for row in rows {
+        let Some(log) = logs.get_mut(&row.task_uuid) else { continue };
+        log.attempts.push(Attempt {
+            step: row.step_uuid,
+            attempt: row.attempt,
+            worker: row.worker,
+            worker_version: row.worker_version,
+            message_id: row.message_id,
+            result_message_id: row.result_message_id,
+            claimed_at: row.claimed_at,
+            reported_at: row.reported_at,
+            start_offset_ms: row.start_offset_ms,
+            run_ms: row.run_ms,
+            failure: row.error.and_then(|error: Value| serde_json::from_value::<Failure>(error).ok()),
+            usage: row.usage,
+            milestones: row.milestones,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,534 @@
+//! `spans(log) -> TaskSpans`: a task's trace is a pure function of its committed rows.
+//!
+//! The export, the recovery, the CLI and the tests all call this one function, so that two
+//! views of a task can never disagree. It reads no clock and draws no random number.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+use uuid::Uuid;
+
+use super::ids::{SpanKey, span_id};
+use super::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+use super::names;
+use super::span::{Event, Kind, Link, Service, Span, SpanId, TaskSpans, Value};
+use crate::state_machine::plan::Wait;
+use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
+
+/// The most links one result.evaluation carries; the rest is counted in `links_omitted`.
+pub const MAX_LINKS: usize = 128;
+
+/// The spans of everything that has ended.
+pub fn spans(log: &TaskLog) -> TaskSpans {
+    Tree::new(log, None).build()
+}
+
+/// The same, and what is still open, drawn as if it ended now and marked `in_progress`:
+/// for people to look at, never for export.
+pub fn spans_so_far(log: &TaskLog, now: DateTime<Utc>) -> TaskSpans {
+    Tree::new(log, Some(now)).build()
+}
+
+struct Tree<'a> {
+    log: &'a TaskLog,
+    now: Option<DateTime<Utc>>,
+    attempts: HashMap<(Uuid, i32), &'a Attempt>,
+    /// Step moves by the time of their transaction: all moves of one share it.
+    settled: HashMap<DateTime<Utc>, Vec<&'a Transition>>,
+    spans: Vec<Span>,
+}
+
+impl<'a> Tree<'a> {
+    fn new(log: &'a TaskLog, now: Option<DateTime<Utc>>) -> Self {
+        let mut settled: HashMap<_, Vec<_>> = HashMap::new();
+        for row in log.transitions.iter().filter(|row| row.entity != log.head.task_uuid) {
+            settled.entry(row.at).or_default().push(row);
+        }
+        for rows in settled.values_mut() {
+            rows.sort_unstable_by_key(|row| (row.entity, row.version));
+        }
+        Self {
+            log,
+            now,
+            attempts: log.attempts.iter().map(|attempt| ((attempt.step, attempt.attempt), attempt)).collect(),
+            settled,
+            spans: Vec::with_capacity(log.transitions.len() * 2),
+        }
+    }
+
+    fn build(mut self) -> TaskSpans {
+        let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) =
+            self.log.transitions.iter().partition(|row| row.entity == self.log.head.task_uuid);
+        task_rows.sort_unstable_by_key(|row| row.version);
+        step_rows.sort_unstable_by_key(|row| (row.entity, row.version));
+        self.roots(&task_rows);
+        for row in task_rows {
+            self.task_move(row);
+        }
+        for rows in step_rows.chunk_by(|a, b| a.entity == b.entity) {
+            self.step(rows);
+        }
+        let head = &self.log.head;
+        TaskSpans {
+            trace_id: head.trace_id,
+            trace_flags: head.trace_flags,
+            tracestate: head.tracestate.clone(),
+            common: vec![
+                (names::CORRELATION_ID, head.correlation_id.clone().into()),
+                (names::TASK_UUID, head.task_uuid.to_string().into()),
+                (names::NAMESPACE, head.namespace.to_string().into()),
+            ],
+            spans: self.spans,
+        }
+    }
+
+    // The task.
+
+    /// One task.orchestration per generation that has ended.
+    fn roots(&mut self, task_rows: &[&'a Transition]) {
+        let ends = |row: &&&Transition| row.to.parse::<TaskState>().is_ok_and(TaskState::is_terminal);
+        for row in task_rows.iter().filter(ends) {
+            let start = self.generation_began(row.generation, task_rows);
+            let mut root = self.root(row.generation, start, row.at);
+            let (outcome, failed) = match (row.to, row.event) {
+                ("error", "TotalTimeout") => ("timeout", true),
+                ("error", _) => ("failure", true),
+                ("cancelled", _) => ("cancellation", false),
+                _ => ("success", false),
+            };
+            root.attributes.push((names::OUTCOME, outcome.into()));
+            let detail = row.detail.as_ref();
+            if failed {
+                let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+                let message = detail.and_then(|d| d.reason.clone()).unwrap_or_else(|| "the task failed".into());
+                fail(&mut root, kind, message, row.at);
+            } else if let Some(reason) = detail.and_then(|d| d.reason.clone()) {
+                root.attributes.push((names::REASON, reason.into()));
+            }
+            self.spans.push(root);
+        }
+        let ended = task_rows.last().is_some_and(|row| ends(&row));
+        if let Some(now) = self.now.filter(|_| !ended) {
+            let generation = self.log.head.generation;
+            let mut root = self.root(generation, self.generation_began(generation, task_rows), now);
+            root.attributes.push((names::IN_PROGRESS, true.into()));
+            self.spans.push(root);
+        }
+    }
+
+    fn generation_began(&self, generation: i32, task_rows: &[&Transition]) -> DateTime<Utc> {
+        let begins = |row: &&&Transition| {
+            row.generation == generation
+                && (row.event == TaskEvent::OperatorRetry.as_str() || row.event == TaskEvent::Rerun.as_str())
+        };
+        if generation == 1 {
+            self.log.head.created_at
+        } else {
+            task_rows.iter().find(begins).map_or(self.log.head.generation_began_at, |row| row.began_at)
+        }
+    }
+
+    fn root(&self, generation: i32, start: DateTime<Utc>, end: DateTime<Utc>) -> Span {
+        let head = &self.log.head;
+        let mut attributes: Vec<(&'static str, Value)> = vec![
+            (names::TASK_NAME, head.task_name.to_string().into()),
+            (names::TEMPLATE_VERSION, head.template_version.to_string().into()),
+            (names::PRIORITY, i64::from(head.priority).into()),
+            (names::GENERATION, i64::from(generation).into()),
+        ];
+        if let Some(parent) = &head.parent_correlation_id {
+            attributes.push((names::PARENT_CORRELATION_ID, parent.clone().into()));
+        }
+        if let Some(parent) = head.parent_task_uuid {
+            attributes.push((names::PARENT_TASK_UUID, parent.to_string().into()));
+        }
+        let links = (generation > 1).then(|| self.link(root_id(head, generation - 1)));
+        Span {
+            parent: head.remote_span_id,
+            parent_is_remote: head.remote_span_id.is_some(),
+            attributes,
+            links: links.into_iter().collect(),
+            ..span(names::TASK_ORCHESTRATION, root_id(head, generation), None, start, end)
+        }
+    }
+
+    fn task_move(&mut self, row: &'a Transition) {
+        let head = &self.log.head;
+        let root = root_id(head, row.generation);
+        let mut moved = span(names::TASK_STATE_TRANSITION, self.of_task(SpanKey::TaskTransition, row), Some(root), row.began_at, row.at);
+        moved.attributes = moved_attributes(row, None);
+        if row.to == TaskState::Error.as_str() {
+            let detail = row.detail.as_ref();
+            let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+            fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
+        }
+        let parent = moved.id;
+        self.spans.push(moved);
+
+        let rows = self.settled.get(&row.at).map_or(&[][..], Vec::as_slice);
+        let enqueued = || rows.iter().filter(|step| step.to == StepState::Enqueued.as_str());
+        let child = |name, key| span(name, self.of_task(key, row), Some(parent), row.began_at, row.at);
+        let made = match (row.from, row.to) {
+            ("initializing" | "evaluating_results", "enqueuing_steps") => {
+                let mut found = child(names::STEP_DISCOVERY, SpanKey::Discovery);
+                found.attributes.push((names::READY_STEPS, count(enqueued().count())));
+                found
+            }
+            ("enqueuing_steps", "steps_in_process") => {
+                let mut sent = child(names::STEP_ENQUEUING, SpanKey::Enqueuing);
+                sent.kind = Kind::Producer;
+                sent.attributes.push((names::MESSAGING_SYSTEM, "pgmq".into()));
+                sent.attributes.push((names::MESSAGING_OPERATION, "send".into()));
+                sent.attributes.push((names::MESSAGING_BATCH_COUNT, count(enqueued().count())));
+                let mut queues = enqueued().filter_map(|step| Some(&self.log.steps.get(&step.entity)?.queue));
+                if let Some(first) = queues.next().filter(|first| queues.all(|other| other == *first)) {
+                    sent.attributes.push((names::MESSAGING_DESTINATION, first.to_string().into()));
+                }
+                sent
+            }
+            ("steps_in_process", "evaluating_results") => {
+                let mut evaluated = child(names::RESULT_EVALUATION, SpanKey::Evaluation);
+                let reported = rows.iter().filter(|step| {
+                    step.from == StepState::EnqueuedForOrchestration.as_str()
+                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str()
+                });
+                let links: Vec<Link> = reported
+                    .map(|step| self.link(self.of_attempt(SpanKey::Submission, step.entity, step.attempt.unwrap_or(0))))
+                    .collect();
+                evaluated.attributes.push((names::RESULTS, count(links.len())));
+                if links.len() > MAX_LINKS {
+                    evaluated.attributes.push((names::LINKS_OMITTED, count(links.len() - MAX_LINKS)));
+                }
+                evaluated.links = links.into_iter().take(MAX_LINKS).collect();
+                evaluated
+            }
+            _ => return,
+        };
+        self.spans.push(made);
+    }
+
+    // The steps.
+
+    fn step(&mut self, rows: &[&'a Transition]) {
+        let entity = rows[0].entity;
+        let Some(info) = self.log.steps.get(&entity) else { return };
+        let mut open: Option<(i32, Vec<&'a Transition>)> = None;
+        for &row in rows {
+            self.waits(row);
+            match &mut open {
+                Some((_, moves)) => moves.push(row),
+                None if opens(row).is_none() => self.loose_step_move(row),
+                None => {}
+            }
+            if closes(row) && let Some((attempt, moves)) = open.take() {
+                self.attempt(info, attempt, &moves, Some(row));
+            }
+            if let Some(attempt) = opens(row) {
+                // A lost attempt's last move is also the Enqueue of the next.
+                open = Some((attempt, vec![row]));
+            }
+        }
+        if let (Some((attempt, moves)), Some(_)) = (open, self.now) {
+            self.attempt(info, attempt, &moves, None);
+        }
+    }
+
+    /// Waits that the row says it ended; waiting in a queue belongs to the attempt instead.
+    fn waits(&mut self, row: &Transition) {
+        for Wait { reason, since, until, ended, ordinal } in row.detail.iter().flat_map(|detail| &detail.waits) {
+            let id = self.of_step(SpanKey::Wait, row.entity, *ordinal);
+            let root = root_id(&self.log.head, row.generation);
+            let mut waited = span(names::STEP_WAIT, id, Some(root), *since, ended.unwrap_or(row.began_at));
+            waited.settled_at = row.at;
+            waited.attributes.push((names::STEP_UUID, row.entity.to_string().into()));
+            waited.attributes.push((names::WAIT_REASON, reason.clone().into()));
+            if let Some(until) = until {
+                waited.attributes.push((names::WAIT_UNTIL, time(*until)));
+            }
+            self.spans.push(waited);
+        }
+    }
+
+    /// A move with no open attempt: skipped, cancelled, resolved, retried by an operator.
+    fn loose_step_move(&mut self, row: &Transition) {
+        let root = root_id(&self.log.head, row.generation);
+        let moved = self.step_move(row, root);
+        self.spans.push(moved);
+    }
+
+    fn step_move(&self, row: &Transition, parent: SpanId) -> Span {
+        let id = self.of_step(SpanKey::StepTransition, row.entity, row.version);
+        let mut moved = span(names::STEP_STATE_TRANSITION, id, Some(parent), row.began_at, row.at);
+        moved.attributes = moved_attributes(row, Some(row.entity));
+        if row.to == StepState::Error.as_str() {
+            let detail = row.detail.as_ref();
+            let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+            fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
+        }
+        moved
+    }
+
+    /// One attempt: from its Enqueue to the move that closed it (`None`: it is still open).
+    fn attempt(&mut self, info: &StepInfo, number: i32, moves: &[&'a Transition], closing: Option<&'a Transition>) {
+        let (Some(opening), Some(now)) = (moves.first(), closing.map(|row| row.at).or(self.now)) else { return };
+        let entity = opening.entity;
+        let end = now.max(opening.at);
+        let attempt = self.attempts.get(&(entity, number)).copied();
+        let ending = closing.map(|row| Ending::of(row, attempt));
+        let outcome = ending.as_ref().map_or("", |ending| ending.outcome);
+
+        let root = root_id(&self.log.head, opening.generation);
+        let id = self.of_attempt(SpanKey::StepExecution, entity, number);
+        let mut execution = span(names::STEP_EXECUTION, id, Some(root), opening.began_at, end);
+        if let Some(version) = opening.task_version {
+            let head = &self.log.head;
+            execution.links.push(self.link(span_id(&head.trace_id, head.task_uuid, 0, 0, SpanKey::Enqueuing, unsigned(version))));
+        }
+        if number > 1 {
+            execution.links.push(self.link(self.of_attempt(SpanKey::StepExecution, entity, number - 1)));
+        }
+        execution.attributes = vec![
+            (names::STEP_UUID, entity.to_string().into()),
+            (names::STEP_NAME, info.name.to_string().into()),
+            (names::HANDLER_NAME, info.handler.to_string().into()),
+            (names::ATTEMPT_NUMBER, i64::from(number).into()),
+            (names::MAX_ATTEMPTS, i64::from(info.max_attempts).into()),
+        ];
+        match &ending {
+            Some(ending) => {
+                execution.attributes.push((names::OUTCOME, outcome.into()));
+                if let Some((kind, message)) = &ending.error {
+                    fail(&mut execution, kind.clone(), message.clone(), end);
+                }
+            }
+            None => execution.attributes.push((names::IN_PROGRESS, true.into())),
+        }
+        let first = self.spans.len();
+        self.spans.push(execution);
+
+        // A lost attempt's closing move opened the next one too: it is this attempt's span.
+        let own = if opens(opening).is_some() && opening.attempt != Some(number) { &moves[1..] } else { moves };
+        for row in own {
+            let moved = self.step_move(row, id);
+            self.spans.push(moved);
+        }
+
+        let claim = moves.iter().find(|row| row.event == StepEvent::Claim.as_str());
+        let wait_id = span_id(&self.log.head.trace_id, entity, 0, unsigned(number), SpanKey::Wait, unsigned(opening.version));
+        let mut waited = span(names::STEP_WAIT, wait_id, Some(id), opening.at, claim.map_or(end, |row| row.at));
+        waited.attributes.push((names::STEP_UUID, entity.to_string().into()));
+        waited.attributes.push((names::WAIT_REASON, "queue".into()));
+        self.spans.push(waited);
+
+        if let (Some(claim), Some(attempt)) = (claim, attempt) {
+            let report = moves.iter().find(|row| row.event == StepEvent::Report.as_str()).copied();
+            self.handler(info, number, id, attempt, claim, report, ending.as_ref(), end);
+            if let Some(report) = report {
+                self.submission(number, id, attempt, report);
+            }
+        }
+        // Everything of an attempt goes out with the settle that closes it, inside its times.
+        let (start, settled_at) = (opening.began_at, end);
+        for inner in &mut self.spans[first..] {
+            inner.start = inner.start.clamp(start, end);
+            inner.end = inner.end.clamp(inner.start, end);
+            inner.settled_at = settled_at;
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the rows of one attempt, each by its name")]
+    fn handler(
+        &mut self,
+        info: &StepInfo,
+        number: i32,
+        parent: SpanId,
+        attempt: &Attempt,
+        claim: &Transition,
+        report: Option<&Transition>,
+        ending: Option<&Ending>,
+        end: DateTime<Utc>,
+    ) {
+        let id = self.of_attempt(SpanKey::Handler, claim.entity, number);
+        // Before a report nothing is known but that the attempt was claimed.
+        let (start, stop) = match report {
+            Some(report) => {
+                let start = (claim.at + milliseconds(attempt.start_offset_ms)).min(report.at);
+                (start, (start + milliseconds(attempt.run_ms)).min(report.at))
+            }
+            None => (claim.at, end),
+        };
+        let mut ran = span(names::HANDLER_EXECUTION, id, Some(parent), start, stop);
+        ran.kind = Kind::Consumer;
+        ran.service = Service::Worker;
+        ran.attributes = vec![
+            (names::HANDLER_NAME, info.handler.to_string().into()),
+            (names::ATTEMPT_NUMBER, i64::from(number).into()),
+            (names::WORKER, attempt.worker.clone().into()),
+            (names::MESSAGING_OPERATION, "process".into()),
+        ];
+        if let Some(version) = &attempt.worker_version {
+            ran.attributes.push((names::WORKER_VERSION, version.clone().into()));
+        }
+        if let Some(message) = attempt.message_id {
+            ran.attributes.push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
+        }
+        if let Some(beat) = ending.and_then(|ending| ending.last_heartbeat_at) {
+            ran.attributes.push((names::LAST_HEARTBEAT_AT, time(beat)));
+        }
+        if let Some(failure) = &attempt.failure {
+            fail(&mut ran, failure.kind.clone(), failure.message.clone(), stop);
+        } else if let Some((kind, message)) = ending.filter(|_| report.is_none()).and_then(|ending| ending.error.as_ref()) {
+            fail(&mut ran, kind.clone(), message.clone(), stop);
+        } else if ending.is_none() && report.is_none() {
+            ran.attributes.push((names::IN_PROGRESS, true.into()));
+        }
+        self.spans.push(ran);
+    }
+
+    fn submission(&mut self, number: i32, parent: SpanId, attempt: &Attempt, report: &Transition) {
+        let id = self.of_attempt(SpanKey::Submission, report.entity, number);
+        let mut sent = span(names::RESULT_SUBMISSION, id, Some(parent), report.began_at, report.at);
+        sent.kind = Kind::Producer;
+        sent.service = Service::Worker;
+        sent.attributes.push((names::MESSAGING_DESTINATION, "step_results".into()));
+        if let Some(message) = attempt.result_message_id {
+            sent.attributes.push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
+        }
+        self.spans.push(sent);
+    }
+
+    // Ids.
+
+    fn of_task(&self, key: SpanKey, row: &Transition) -> SpanId {
+        span_id(&self.log.head.trace_id, self.log.head.task_uuid, 0, 0, key, unsigned(row.version))
+    }
+
+    fn of_step(&self, key: SpanKey, step: Uuid, version: i32) -> SpanId {
+        span_id(&self.log.head.trace_id, step, 0, 0, key, unsigned(version))
+    }
+
+    fn of_attempt(&self, key: SpanKey, step: Uuid, attempt: i32) -> SpanId {
+        span_id(&self.log.head.trace_id, step, 0, unsigned(attempt), key, 0)
+    }
+
+    fn link(&self, span_id: SpanId) -> Link {
+        Link { trace_id: self.log.head.trace_id, span_id }
+    }
+}
+
+/// How an attempt ended.
+struct Ending {
+    outcome: &'static str,
+    /// Class and words; an attempt that will be retried is an error too.
+    error: Option<(String, String)>,
+    last_heartbeat_at: Option<DateTime<Utc>>,
+}
+
+impl Ending {
+    fn of(closing: &Transition, attempt: Option<&Attempt>) -> Self {
+        let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
+        let detail = closing.detail.as_ref();
+        let said = || (detail.and_then(|d| d.error_type.clone()), detail.and_then(|d| d.reason.clone()));
+        let (outcome, error) = match closing.event {
+            "Complete" | "CompleteManually" => ("success", None),
+            "Skip" => ("skip", None),
+            "LeaseExpired" => ("lost", Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))),
+            "Cancel" => ("cancellation", Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned())))),
+            "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
+                ("timeout", Some(("timeout".to_owned(), said().1.unwrap_or_else(|| "it took too long".to_owned()))))
+            }
+            _ => match failure {
+                Some(failure) if failure.kind == "timeout" => ("timeout", Some((failure.kind.clone(), failure.message.clone()))),
+                Some(failure) => (retried_or_failed(closing), Some((failure.kind.clone(), failure.message.clone()))),
+                None => {
+                    let (kind, reason) = said();
+                    (retried_or_failed(closing), Some((kind.unwrap_or_else(|| "error".to_owned()), reason.unwrap_or_default())))
+                }
+            },
+        };
+        Self { outcome, error, last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at) }
+    }
+}
+
+/// An attempt that failed and is tried again is an `error`, one that ends its step a `failure`.
+fn retried_or_failed(closing: &Transition) -> &'static str {
+    if closing.to == StepState::WaitingForRetry.as_str() { "error" } else { "failure" }
+}
+
+/// The attempt that a move opens.
+fn opens(row: &Transition) -> Option<i32> {
+    let attempt = row.attempt.filter(|_| row.to == StepState::Enqueued.as_str())?;
+    Some(if row.event == StepEvent::LeaseExpired.as_str() { attempt + 1 } else { attempt })
+}
+
+/// Whether a move ends the attempt that was open before it.
+fn closes(row: &Transition) -> bool {
+    row.event == StepEvent::LeaseExpired.as_str()
+        || row.to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
+}
+
+/// The id of a generation's task.orchestration.
+pub fn root_id(head: &Head, generation: i32) -> SpanId {
+    span_id(&head.trace_id, head.task_uuid, unsigned(generation), 0, SpanKey::Root, 0)
+}
+
+fn span(name: &'static str, id: SpanId, parent: Option<SpanId>, start: DateTime<Utc>, end: DateTime<Utc>) -> Span {
+    Span {
+        id,
+        parent,
+        parent_is_remote: false,
+        name,
+        kind: Kind::Internal,
+        service: Service::Orchestration,
+        start,
+        end: end.max(start),
+        attributes: Vec::new(),
+        links: Vec::new(),
+        events: Vec::new(),
+        error: None,
+        settled_at: end,
+    }
+}
+
+fn moved_attributes(row: &Transition, step: Option<Uuid>) -> Vec<(&'static str, Value)> {
+    let mut attributes = Vec::with_capacity(5);
+    if let Some(step) = step {
+        attributes.push((names::STEP_UUID, step.to_string().into()));
+    }
+    attributes.push((names::FROM_STATE, row.from.into()));
+    attributes.push((names::TO_STATE, row.to.into()));
+    attributes.push((names::EVENT, row.event.into()));
+    if let Some(actor) = &row.actor {
+        attributes.push((names::ACTOR, actor.clone().into()));
+    }
+    attributes
+}
+
+fn fail(span: &mut Span, kind: String, message: String, at: DateTime<Utc>) {
+    span.attributes.push((names::ERROR_TYPE, kind.clone().into()));
+    span.events.push(Event {
+        name: names::EXCEPTION.into(),
+        at,
+        attributes: vec![(names::EXCEPTION_TYPE, kind.clone().into()), (names::EXCEPTION_MESSAGE, message.clone().into())],
+    });
+    span.error = Some(if message.is_empty() { kind } else { message });
+}
+
+fn count(n: usize) -> Value {
+    Value::Int(i64::try_from(n).unwrap_or(i64::MAX))
+}
+
+fn unsigned(n: i32) -> u64 {
+    u64::from(n.unsigned_abs())
+}
+
+fn time(at: DateTime<Utc>) -> Value {
+    at.to_rfc3339_opts(SecondsFormat::Micros, true).into()
+}
+
+fn milliseconds(ms: Option<f64>) -> TimeDelta {
+    // A worker's clock is not to be trusted beyond a year.
+    let micros = (ms.unwrap_or(0.0) * 1000.0).clamp(0.0, 3.2e13);
+    #[expect(clippy::cast_possible_truncation, reason = "clamped on the line above")]
+    TimeDelta::microseconds(micros as i64)
+}
