@@ -1,1 +1,397 @@
-//! The only place that begins a transaction.
+//! The only place that begins a transaction, and the pool it begins it on.
+//!
+//! It must never let a connection with an open transaction back into the pool,
+//! whatever is cancelled or panics, and it costs two round trips: BEGIN and
+//! COMMIT.
+//!
+//! Why it is not `pool.begin()`: sqlx 0.9 counts a transaction as begun only
+//! when the answer to BEGIN has arrived. A `begin()` future that is dropped
+//! before has BEGIN on its way, queues no ROLLBACK, and returns the connection
+//! to the pool, where the next user works inside a transaction that it does
+//! not know of and nobody commits.
+
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, PgConnection, PgPool, Postgres};
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What a pool is made with. `Default` suits a small process.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolOptions<'a> {
+    /// Connections at most.
+    pub max_connections: u32,
+    /// How long to wait for a free connection, or for the server to answer.
+    pub acquire_timeout: Duration,
+    /// Seen in `pg_stat_activity`.
+    pub application_name: &'a str,
+    /// Server settings of every session, such as `("synchronous_commit", "off")`.
+    pub settings: &'a [(&'a str, &'a str)],
+}
+
+impl Default for PoolOptions<'_> {
+    fn default() -> Self {
+        Self {
+            max_connections: 8,
+            acquire_timeout: Duration::from_secs(10),
+            application_name: "tasker",
+            settings: &[],
+        }
+    }
+}
+
+/// Opens a pool whose connections are checked when they are released.
+///
+/// Errors if the URL does not parse or the server does not answer within
+/// `acquire_timeout`.
+pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::Error> {
+    let connect = PgConnectOptions::from_str(url)?
+        .application_name(options.application_name)
+        .options([
+            // The backstop for a process that hangs while it holds locks.
+            ("idle_in_transaction_session_timeout", "60s"),
+            // Our statements are short; compiling them costs more than they do.
+            ("jit", "off"),
+        ])
+        .options(options.settings.iter().copied());
+    PgPoolOptions::new()
+        .max_connections(options.max_connections)
+        .acquire_timeout(options.acquire_timeout)
+        // The pool pings a connection when it is released; a second ping at
+        // every acquire would be a third round trip per transaction. `in_tx`
+        // copes with a connection that died in between.
+        .test_before_acquire(false)
+        .after_release(|conn, _| Box::pin(async { Ok(!in_transaction(conn).await?) }))
+        .connect_with(connect)
+        .await
+}
+
+/// Whether the server holds a transaction open on a connection for which sqlx
+/// has counted none.
+///
+/// An empty statement is what makes the server report its state for less than
+/// a statement's work (it is not even counted by `pg_stat_statements`), and a
+/// custom BEGIN is the one call through which sqlx passes that state on: it
+/// fails exactly when no transaction is open after it.
+async fn in_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    match conn.begin_with("").await {
+        Ok(_) => Ok(true),
+        Err(sqlx::Error::BeginFailed) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// A connection that is closed rather than returned to the pool unless it is
+/// explicitly given back.
+struct Held(Option<PoolConnection<Postgres>>);
+
+impl Held {
+    fn conn(&mut self) -> &mut PgConnection {
+        self.0.as_mut().expect("held until given back")
+    }
+
+    fn give_back(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(mut conn) = self.0.take() {
+            conn.close_on_drop();
+        }
+    }
+}
+
+/// Runs `work` in a transaction: commits if it returns `Ok`, rolls back if it
+/// returns `Err`, and closes the connection if it is dropped or panics before
+/// either is certain.
+///
+/// An error of COMMIT itself leaves the outcome open, as it must: the server
+/// may have committed and the answer been lost. `work` must not swallow the
+/// error of a statement outside a savepoint of its own (`conn.begin()`), since
+/// PostgreSQL answers COMMIT of a failed transaction with a silent rollback.
+pub async fn in_tx<T, E>(
+    pool: &PgPool,
+    work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
+) -> Result<T, E>
+where
+    E: From<sqlx::Error>,
+{
+    let mut dead = 0;
+    loop {
+        let mut held = Held(Some(pool.acquire().await?));
+        let mut tx = match held.conn().begin().await {
+            Ok(tx) => tx,
+            // After the server restarted, every idle connection of the pool is
+            // dead. BEGIN has no effect that could be repeated, so the next
+            // connection is tried until none of the old ones can be left.
+            Err(_) if dead < pool.options().get_max_connections() => {
+                dead += 1;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let result = work(&mut tx).await;
+        match &result {
+            Ok(_) => tx.commit().await?,
+            // The work's own error says more than a failed rollback would, and
+            // the connection is closed then.
+            Err(_) => {
+                if tx.rollback().await.is_err() {
+                    return result;
+                }
+            }
+        }
+        held.give_back();
+        return result;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::testing::TestDatabase;
+    use std::future::{Future, poll_fn};
+    use std::pin::pin;
+    use std::task::Poll;
+
+    /// Polls `future` at most `polls` times, each time when it was woken, and
+    /// drops it where it then stands. Says whether it finished.
+    async fn cut_short(polls: usize, future: impl Future) -> bool {
+        let mut future = pin!(future);
+        let mut left = polls;
+        poll_fn(|cx| {
+            if left == 0 {
+                return Poll::Ready(false);
+            }
+            left -= 1;
+            match future.as_mut().poll(cx) {
+                Poll::Ready(_) => Poll::Ready(true),
+                Poll::Pending if left == 0 => Poll::Ready(false),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    async fn insert(pool: &PgPool) -> Result<(), sqlx::Error> {
+        in_tx(pool, async |conn| {
+            sqlx::query("insert into tasker.n values (1)")
+                .execute(&mut *conn)
+                .await?;
+            let mut savepoint = conn.begin().await?;
+            sqlx::query("insert into tasker.n values (1)")
+                .execute(&mut *savepoint)
+                .await?;
+            savepoint.commit().await
+        })
+        .await
+    }
+
+    async fn count(pool: &PgPool) -> i64 {
+        sqlx::query_scalar("select count(*) from tasker.n")
+            .fetch_one(pool)
+            .await
+            .expect("count")
+    }
+
+    async fn table(database: &TestDatabase) -> PgPool {
+        let pool = database.pool().await;
+        sqlx::query("create table tasker.n (n int)")
+            .execute(&pool)
+            .await
+            .expect("table");
+        pool
+    }
+
+    /// A pool of one connection: to acquire it is to wait until whoever had it
+    /// before has really given it back, or it was closed. `checked` is our own
+    /// kind; the other lacks the check on release.
+    async fn pool_of_one(database: &TestDatabase, checked: bool) -> PgPool {
+        if checked {
+            let options = PoolOptions {
+                max_connections: 1,
+                ..PoolOptions::default()
+            };
+            return pool(&database.url(), &options).await.expect("pool");
+        }
+        PgPoolOptions::new()
+            .max_connections(1)
+            .test_before_acquire(false)
+            .connect(&database.url())
+            .await
+            .expect("pool")
+    }
+
+    /// Whether the connection that the pool hands out next is in a transaction.
+    async fn next_is_in_transaction(pool: &PgPool) -> bool {
+        let mut conn = pool.acquire().await.expect("a connection");
+        in_transaction(&mut conn).await.expect("asked")
+    }
+
+    /// Fails unless every session of the database soon is out of any
+    /// transaction. (The server ends a session a moment after its client did;
+    /// a leaked transaction would stay for 60 s and more.)
+    async fn expect_no_open_transaction(pool: &PgPool) {
+        let all_clean = async {
+            loop {
+                let open: i64 = sqlx::query_scalar(
+                    "select count(*) from pg_stat_activity where datname = current_database() \
+                     and pid <> pg_backend_pid() and state <> 'idle'",
+                )
+                .fetch_one(pool)
+                .await
+                .expect("activity");
+                if open == 0 {
+                    break;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), all_clean)
+            .await
+            .expect("no session stays in a transaction");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn thousands_of_dropped_futures_leak_no_transaction() {
+        let database = TestDatabase::fresh().await;
+        let watch = table(&database).await;
+        let mut tasks = Vec::new();
+        for _ in 0..8 {
+            // Without the check on release: `in_tx` must not need it.
+            let pool = pool_of_one(&database, false).await;
+            tasks.push(tokio::spawn(async move {
+                let mut finished = 0;
+                for polls in (0..16).cycle().take(320) {
+                    finished += i64::from(cut_short(polls, insert(&pool)).await);
+                    assert!(
+                        !next_is_in_transaction(&pool).await,
+                        "cut after {polls} polls"
+                    );
+                }
+                finished
+            }));
+        }
+        let mut finished = 0;
+        for task in tasks {
+            finished += task.await.expect("no leak");
+        }
+        expect_no_open_transaction(&watch).await;
+        assert!(
+            finished > 100,
+            "some must get through for the cuts to reach every point"
+        );
+        let rows = count(&watch).await;
+        // A COMMIT that was on its way when its future was dropped may have
+        // happened; half a transaction never.
+        assert!(
+            rows >= 2 * finished && rows % 2 == 0,
+            "{rows} rows of {finished} finished"
+        );
+    }
+
+    #[tokio::test]
+    async fn transaction_begun_elsewhere_and_dropped_is_not_returned_to_the_pool() {
+        let database = TestDatabase::fresh().await;
+        let (plain, ours) = (
+            pool_of_one(&database, false).await,
+            pool_of_one(&database, true).await,
+        );
+        let mut leaked = 0;
+        for polls in (0..6).cycle().take(60) {
+            cut_short(polls, plain.begin()).await;
+            leaked += i32::from(next_is_in_transaction(&plain).await);
+            cut_short(polls, ours.begin()).await;
+            assert!(
+                !next_is_in_transaction(&ours).await,
+                "cut after {polls} polls"
+            );
+        }
+        // When this fails, sqlx has closed the hole: `in_tx` may become simpler.
+        assert!(
+            leaked > 0,
+            "sqlx's own pool leaks, or this test does not cut where it should"
+        );
+    }
+
+    #[tokio::test]
+    async fn error_rolls_back_and_panic_too() {
+        let database = TestDatabase::fresh().await;
+        let pool = table(&database).await;
+        let refused: Result<(), sqlx::Error> = in_tx(&pool, async |conn| {
+            sqlx::query("insert into tasker.n values (1)")
+                .execute(conn)
+                .await?;
+            Err(sqlx::Error::RowNotFound)
+        })
+        .await;
+        assert!(matches!(refused, Err(sqlx::Error::RowNotFound)));
+        let doomed = pool.clone();
+        let panicked = tokio::spawn(async move {
+            in_tx(&doomed, async |conn| {
+                sqlx::query("insert into tasker.n values (1)")
+                    .execute(conn)
+                    .await?;
+                if count(&doomed).await == 0 {
+                    panic!("in the middle of a transaction");
+                }
+                Ok::<(), sqlx::Error>(())
+            })
+            .await
+        })
+        .await;
+        assert!(panicked.is_err_and(|error| error.is_panic()));
+        expect_no_open_transaction(&pool).await;
+        assert_eq!(count(&pool).await, 0);
+    }
+
+    #[tokio::test]
+    async fn connections_that_died_while_idle_are_replaced() {
+        let database = TestDatabase::fresh().await;
+        let pool = table(&database).await;
+        let mut held = Vec::new();
+        for _ in 0..pool.options().get_max_connections() {
+            held.push(pool.acquire().await.expect("a connection"));
+        }
+        for mut conn in held {
+            conn.return_to_pool().await;
+        }
+        // As after a restart of the server.
+        let other = database.pool().await;
+        sqlx::query(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity \
+             where datname = current_database() and pid <> pg_backend_pid()",
+        )
+        .execute(&other)
+        .await
+        .expect("terminated");
+        insert(&pool).await.expect("on a new connection");
+        assert_eq!(count(&other).await, 2);
+    }
+
+    #[tokio::test]
+    async fn sessions_have_the_settings_of_the_pool() {
+        let database = TestDatabase::fresh().await;
+        let options = PoolOptions {
+            application_name: "a test",
+            settings: &[("enable_seqscan", "off"), ("search_path", "a, \"b c\"")],
+            ..PoolOptions::default()
+        };
+        let pool = pool(&database.url(), &options).await.expect("pool");
+        for (name, expected) in [
+            ("application_name", "a test"),
+            ("enable_seqscan", "off"),
+            ("search_path", "a, \"b c\""),
+            ("jit", "off"),
+            ("idle_in_transaction_session_timeout", "1min"),
+        ] {
+            let value: String = sqlx::query_scalar("select current_setting($1)")
+                .bind(name)
+                .fetch_one(&pool)
+                .await
+                .expect("setting");
+            assert_eq!(value, expected, "{name}");
+        }
+    }
+}
