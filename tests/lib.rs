@@ -1,1 +1,3 @@
-//! placeholder
+//! What the tests of the product's promises share.
+
+pub mod receiver;

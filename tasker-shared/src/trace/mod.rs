@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod context;
+pub mod ids;
 pub mod otlp;
 pub mod span;
 pub mod transport;
