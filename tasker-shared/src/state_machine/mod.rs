@@ -1,4 +1,5 @@
 //! The pure core: no async, no SQL, no tracing, no clock.
 
 pub mod graph;
+pub mod input;
 pub mod retry;
