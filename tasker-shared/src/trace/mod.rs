@@ -3,6 +3,9 @@
 pub mod config;
 pub mod context;
 pub mod ids;
+pub mod log;
+pub mod names;
 pub mod otlp;
 pub mod span;
 pub mod transport;
+pub mod tree;

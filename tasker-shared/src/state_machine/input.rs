@@ -1,0 +1,916 @@
+//! A step's `input:` with its `${…}` references -> the input of an attempt.
+//!
+//! Pure. A message made here may name steps, keys and kinds of values, all of
+//! which stand in the template, but never a value of a payload.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+/// The deepest JSON that is accepted anywhere, counting objects and lists.
+pub const MAX_DEPTH: usize = 64;
+
+/// The most bytes of JSON that the references of one input may bring in. It
+/// only keeps a small template from copying a payload thousands of times; the
+/// payload limit of the installation is checked by the caller.
+pub const MAX_RESOLVED_BYTES: usize = 16 * 1024 * 1024;
+
+/// A parsed `input:`; parse once, resolve for each attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputTemplate {
+    root: Part,
+    /// The steps whose output is needed: sorted, each once.
+    steps: Vec<String>,
+}
+
+/// Whatever holds no reference is kept as the value it is.
+#[derive(Debug, Clone, PartialEq)]
+enum Part {
+    Literal(Value),
+    List(Vec<Part>),
+    Map(Vec<(String, Part)>),
+    /// The whole value is one reference and keeps its JSON type.
+    Whole(Reference),
+    /// References inside a longer string.
+    Text(Vec<Piece>),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Piece {
+    Literal(String),
+    Reference(Reference),
+}
+
+/// `input.a.b[0]` or `steps.<name>.output.a`.
+#[derive(Debug, Clone, PartialEq)]
+struct Reference {
+    /// `None` reads the task's input.
+    step: Option<String>,
+    path: Vec<Segment>,
+}
+
+/// One move down into a JSON value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Segment {
+    /// A key of an object.
+    Key(String),
+    /// A place in a list, from 0.
+    Index(usize),
+}
+
+/// Writes `.key` and `[0]` one after the other.
+#[derive(Debug, Clone, Copy)]
+pub struct Path<'a>(pub &'a [Segment]);
+
+impl fmt::Display for Path<'_> {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for segment in self.0 {
+            match segment {
+                Segment::Key(key) => write!(to, ".{key}")?,
+                Segment::Index(index) => write!(to, "[{index}]")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            to,
+            "{}{}",
+            root_name(self.step.as_deref()),
+            Path(&self.path)
+        )
+    }
+}
+
+fn root_name(step: Option<&str>) -> String {
+    step.map_or_else(|| "input".to_owned(), |step| format!("steps.{step}.output"))
+}
+
+/// A `${…}` that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputError {
+    /// Where in the step's `input` it stands.
+    pub at: Vec<Segment>,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+impl fmt::Display for InputError {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "input{}: {}", Path(&self.at), self.message)
+    }
+}
+
+impl std::error::Error for InputError {}
+
+/// A reference that leads nowhere in what a task really has: a permanent,
+/// explained error of the step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MissingPath {
+    /// Where in the step's `input` the reference stands.
+    pub at: Vec<Segment>,
+    /// The reference as written, without `${` and `}`.
+    pub reference: String,
+    /// What was found instead.
+    pub found: Found,
+}
+
+/// What a reference met instead of a value it can use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// The step has no output: it was skipped, or resolved without one.
+    NoOutput {
+        /// The step.
+        step: String,
+    },
+    /// The object at `within` lacks the key.
+    NoKey {
+        /// Where the object is, such as `steps.reserve.output`.
+        within: String,
+        /// The key it lacks.
+        key: String,
+    },
+    /// The list at `within` is too short.
+    TooShort {
+        /// Where the list is.
+        within: String,
+        /// How many items it has.
+        items: usize,
+    },
+    /// The value at `within` has no such parts.
+    OtherKind {
+        /// Where the value is.
+        within: String,
+        /// `an object`, `a list`, `a string`, …
+        kind: &'static str,
+        /// What the reference needs there.
+        wanted: &'static str,
+    },
+    /// The input would grow beyond [`MAX_RESOLVED_BYTES`].
+    TooLarge,
+    /// The input would nest deeper than [`MAX_DEPTH`].
+    TooDeep,
+}
+
+impl fmt::Display for MissingPath {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            to,
+            "input{} reads ${{{}}}, but ",
+            Path(&self.at),
+            self.reference
+        )?;
+        match &self.found {
+            Found::NoOutput { step } => write!(to, "step {step} has no output"),
+            Found::NoKey { within, key } => write!(to, "{within} has no key `{key}`"),
+            Found::TooShort { within, items: 1 } => write!(to, "{within} has only 1 item"),
+            Found::TooShort { within, items } => write!(to, "{within} has only {items} items"),
+            Found::OtherKind {
+                within,
+                kind,
+                wanted,
+            } => {
+                write!(to, "{within} is {kind}, not {wanted}")
+            }
+            Found::TooLarge => write!(to, "the input would exceed {MAX_RESOLVED_BYTES} bytes"),
+            Found::TooDeep => write!(to, "the input would nest deeper than {MAX_DEPTH} levels"),
+        }
+    }
+}
+
+impl std::error::Error for MissingPath {}
+
+impl InputTemplate {
+    /// Reads the references of an `input:`; the errors are everything that is
+    /// wrong with them, at least one.
+    pub fn parse(input: &Value) -> Result<Self, Vec<InputError>> {
+        let mut parse = Parse {
+            at: Vec::new(),
+            steps: Vec::new(),
+            errors: Vec::new(),
+        };
+        let root = parse.part(input);
+        if !parse.errors.is_empty() {
+            return Err(parse.errors);
+        }
+        let mut steps = parse.steps;
+        steps.sort_unstable();
+        steps.dedup();
+        Ok(Self { root, steps })
+    }
+
+    /// The steps whose output is needed, in alphabetical order, each once.
+    pub fn references(&self) -> impl Iterator<Item = &str> {
+        self.steps.iter().map(String::as_str)
+    }
+
+    /// Calls `visit` with each step that is read and where in the input.
+    pub fn visit_steps<'a>(&'a self, mut visit: impl FnMut(&[Segment], &'a str)) {
+        visit_part(&self.root, &mut Vec::new(), &mut visit);
+    }
+
+    /// The input of an attempt. `outputs` gives a step's output, and `None` if
+    /// it has none.
+    ///
+    /// The result nests at most [`MAX_DEPTH`] levels if the template was
+    /// checked; its size is for the caller to check.
+    pub fn resolve<'a>(
+        &self,
+        task_input: &'a Value,
+        outputs: &dyn Fn(&str) -> Option<&'a Value>,
+    ) -> Result<Value, MissingPath> {
+        Resolve {
+            task_input,
+            outputs,
+            at: Vec::new(),
+            room: MAX_RESOLVED_BYTES,
+        }
+        .part(&self.root)
+    }
+}
+
+/// What a step without `input:` receives: the task's input, and its parents'
+/// outputs by name, as `{"input": …, "steps": {"<parent>": <output>}}`. A
+/// parent without output is left out by the caller.
+pub fn default_input<'a>(
+    task_input: &Value,
+    parents: impl Iterator<Item = (&'a str, &'a Value)>,
+) -> Value {
+    let steps = parents.map(|(name, output)| (name.to_owned(), output.clone()));
+    let steps = Value::Object(steps.collect());
+    Value::Object(Map::from_iter([
+        ("input".to_owned(), task_input.clone()),
+        ("steps".to_owned(), steps),
+    ]))
+}
+
+/// How deep a value nests: 0 for a scalar, 1 for a flat object or list. Stops
+/// counting one level beyond `limit`.
+pub fn depth(value: &Value, limit: usize) -> usize {
+    let deepest = |deepest: usize, inner: &Value| match limit {
+        0 => deepest,
+        _ => deepest.max(depth(inner, limit - 1)),
+    };
+    match value {
+        Value::Array(items) => 1 + items.iter().fold(0, deepest),
+        Value::Object(map) => 1 + map.values().fold(0, deepest),
+        _ => 0,
+    }
+}
+
+struct Parse {
+    at: Vec<Segment>,
+    steps: Vec<String>,
+    errors: Vec<InputError>,
+}
+
+impl Parse {
+    fn part(&mut self, value: &Value) -> Part {
+        match value {
+            Value::String(text) => self.text(text),
+            Value::Array(items) => {
+                let mut parts = Vec::with_capacity(items.len());
+                for (index, item) in items.iter().enumerate() {
+                    self.at.push(Segment::Index(index));
+                    parts.push(self.part(item));
+                    self.at.pop();
+                }
+                if parts.iter().all(Part::is_literal) {
+                    return Part::Literal(parts.into_iter().filter_map(Part::literal).collect());
+                }
+                Part::List(parts)
+            }
+            Value::Object(map) => {
+                let mut parts = Vec::with_capacity(map.len());
+                for (key, item) in map {
+                    self.at.push(Segment::Key(key.clone()));
+                    if key.contains("${") {
+                        self.wrong("references are read in values only; use a plain key");
+                    }
+                    parts.push((key.clone(), self.part(item)));
+                    self.at.pop();
+                }
+                if parts.iter().all(|(_, part)| part.is_literal()) {
+                    let literals = parts
+                        .into_iter()
+                        .filter_map(|(k, p)| Some((k, p.literal()?)));
+                    return Part::Literal(Value::Object(literals.collect()));
+                }
+                Part::Map(parts)
+            }
+            plain => Part::Literal(plain.clone()),
+        }
+    }
+
+    fn wrong(&mut self, message: impl Into<String>) {
+        self.errors.push(InputError {
+            at: self.at.clone(),
+            message: message.into(),
+        });
+    }
+
+    /// Splits a string at its references; `$${` stands for a literal `${`.
+    fn text(&mut self, text: &str) -> Part {
+        let mut pieces = Vec::new();
+        let mut literal = String::new();
+        let mut rest = text;
+        while let Some(dollar) = rest.find('$') {
+            literal.push_str(&rest[..dollar]);
+            rest = &rest[dollar..];
+            if let Some(after) = rest.strip_prefix("$${") {
+                literal.push_str("${");
+                rest = after;
+            } else if let Some(after) = rest.strip_prefix("${") {
+                let Some(end) = after.find('}') else {
+                    self.wrong("`${` is not closed; add `}`, or write `$${` for a literal `${`");
+                    return Part::Literal(Value::Null);
+                };
+                match Reference::parse(&after[..end]) {
+                    Ok(reference) => {
+                        self.steps.extend(reference.step.clone());
+                        if !literal.is_empty() {
+                            pieces.push(Piece::Literal(std::mem::take(&mut literal)));
+                        }
+                        pieces.push(Piece::Reference(reference));
+                    }
+                    Err(message) => self.wrong(message),
+                }
+                rest = &after[end + 1..];
+            } else {
+                literal.push('$');
+                rest = &rest[1..];
+            }
+        }
+        literal.push_str(rest);
+        if pieces.is_empty() {
+            return Part::Literal(Value::String(literal));
+        }
+        if !literal.is_empty() {
+            pieces.push(Piece::Literal(literal));
+        }
+        match <[Piece; 1]>::try_from(pieces) {
+            Ok([Piece::Reference(reference)]) => Part::Whole(reference),
+            Ok(one) => Part::Text(Vec::from(one)),
+            Err(pieces) => Part::Text(pieces),
+        }
+    }
+}
+
+impl Part {
+    fn is_literal(&self) -> bool {
+        matches!(self, Self::Literal(_))
+    }
+
+    fn literal(self) -> Option<Value> {
+        match self {
+            Self::Literal(value) => Some(value),
+            _ => None,
+        }
+    }
+}
+
+impl Reference {
+    /// Parses what stands between `${` and `}`.
+    fn parse(text: &str) -> Result<Self, String> {
+        let shown: String = text.chars().take(80).collect();
+        let wrong = |why: &str| {
+            Err(format!(
+                "${{{shown}}} {why}; write ${{input.key}} or ${{steps.name.output.key}}, \
+                 with [0] for a list item"
+            ))
+        };
+        let Some(path) = segments(text) else {
+            return wrong("is not a path of keys");
+        };
+        let mut segments = path.into_iter();
+        let step = match segments.next() {
+            Some(Segment::Key(root)) if root == "input" => None,
+            Some(Segment::Key(root)) if root == "steps" => {
+                let Some(Segment::Key(step)) = segments.next() else {
+                    return wrong("names no step");
+                };
+                match segments.next() {
+                    Some(Segment::Key(output)) if output == "output" => Some(step),
+                    _ => return wrong("reads something other than the step's output"),
+                }
+            }
+            _ => return wrong("starts with neither `input` nor `steps`"),
+        };
+        let path = segments.collect();
+        Ok(Self { step, path })
+    }
+}
+
+/// Splits `a.b[0].c`; `None` if it is anything else.
+fn segments(text: &str) -> Option<Vec<Segment>> {
+    let reserved = |c: char| ".[]{}$\"'`".contains(c) || c.is_whitespace() || c.is_control();
+    let mut path = Vec::new();
+    for dotted in text.split('.') {
+        let (key, mut indexes) = dotted.split_at(dotted.find('[').unwrap_or(dotted.len()));
+        if key.is_empty() || key.contains(reserved) {
+            return None;
+        }
+        path.push(Segment::Key(key.to_owned()));
+        while !indexes.is_empty() {
+            let (digits, rest) = indexes.strip_prefix('[')?.split_once(']')?;
+            if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+                return None;
+            }
+            path.push(Segment::Index(digits.parse().ok()?));
+            indexes = rest;
+        }
+    }
+    Some(path)
+}
+
+fn visit_part<'a>(
+    part: &'a Part,
+    at: &mut Vec<Segment>,
+    visit: &mut impl FnMut(&[Segment], &'a str),
+) {
+    match part {
+        Part::Literal(_) => {}
+        Part::List(parts) => {
+            for (index, part) in parts.iter().enumerate() {
+                at.push(Segment::Index(index));
+                visit_part(part, at, visit);
+                at.pop();
+            }
+        }
+        Part::Map(parts) => {
+            for (key, part) in parts {
+                at.push(Segment::Key(key.clone()));
+                visit_part(part, at, visit);
+                at.pop();
+            }
+        }
+        Part::Whole(reference) => {
+            if let Some(step) = &reference.step {
+                visit(at, step);
+            }
+        }
+        Part::Text(pieces) => {
+            for piece in pieces {
+                if let Piece::Reference(Reference {
+                    step: Some(step), ..
+                }) = piece
+                {
+                    visit(at, step);
+                }
+            }
+        }
+    }
+}
+
+struct Resolve<'a, 'f> {
+    task_input: &'a Value,
+    outputs: &'f dyn Fn(&str) -> Option<&'a Value>,
+    at: Vec<Segment>,
+    /// Bytes of JSON that references may still bring in.
+    room: usize,
+}
+
+impl<'a> Resolve<'a, '_> {
+    fn part(&mut self, part: &Part) -> Result<Value, MissingPath> {
+        match part {
+            Part::Literal(value) => Ok(value.clone()),
+            Part::List(parts) => {
+                let mut items = Vec::with_capacity(parts.len());
+                for (index, part) in parts.iter().enumerate() {
+                    self.at.push(Segment::Index(index));
+                    items.push(self.part(part)?);
+                    self.at.pop();
+                }
+                Ok(Value::Array(items))
+            }
+            Part::Map(parts) => {
+                let mut map = Map::new();
+                for (key, part) in parts {
+                    self.at.push(Segment::Key(key.clone()));
+                    map.insert(key.clone(), self.part(part)?);
+                    self.at.pop();
+                }
+                Ok(Value::Object(map))
+            }
+            Part::Whole(reference) => {
+                let value = self.read(reference)?;
+                self.take_room(reference, value)?;
+                let deepest = MAX_DEPTH.saturating_sub(self.at.len());
+                if depth(value, deepest) > deepest {
+                    return Err(self.missing(reference, Found::TooDeep));
+                }
+                Ok(value.clone())
+            }
+            Part::Text(pieces) => self.text(pieces),
+        }
+    }
+
+    fn text(&mut self, pieces: &[Piece]) -> Result<Value, MissingPath> {
+        let mut text = String::new();
+        for piece in pieces {
+            match piece {
+                Piece::Literal(literal) => text.push_str(literal),
+                Piece::Reference(reference) => {
+                    let value = self.read(reference)?;
+                    self.take_room(reference, value)?;
+                    match value {
+                        Value::String(inner) => text.push_str(inner),
+                        Value::Number(_) | Value::Bool(_) => text.push_str(&value.to_string()),
+                        other => {
+                            let found = Found::OtherKind {
+                                within: reference.to_string(),
+                                kind: kind(other),
+                                wanted: "a string, number or boolean that fits inside a text",
+                            };
+                            return Err(self.missing(reference, found));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(Value::String(text))
+    }
+
+    fn read(&self, reference: &Reference) -> Result<&'a Value, MissingPath> {
+        let mut value = match &reference.step {
+            None => self.task_input,
+            Some(step) => (self.outputs)(step)
+                .ok_or_else(|| self.missing(reference, Found::NoOutput { step: step.clone() }))?,
+        };
+        for (walked, segment) in reference.path.iter().enumerate() {
+            let within = || {
+                format!(
+                    "{}{}",
+                    root_name(reference.step.as_deref()),
+                    Path(&reference.path[..walked])
+                )
+            };
+            value = match (segment, value) {
+                (Segment::Key(key), Value::Object(map)) => {
+                    map.get(key).ok_or_else(|| Found::NoKey {
+                        within: within(),
+                        key: key.clone(),
+                    })
+                }
+                (Segment::Index(index), Value::Array(items)) => {
+                    items.get(*index).ok_or_else(|| Found::TooShort {
+                        within: within(),
+                        items: items.len(),
+                    })
+                }
+                (Segment::Key(_), other) => Err(Found::OtherKind {
+                    within: within(),
+                    kind: kind(other),
+                    wanted: "an object",
+                }),
+                (Segment::Index(_), other) => Err(Found::OtherKind {
+                    within: within(),
+                    kind: kind(other),
+                    wanted: "a list",
+                }),
+            }
+            .map_err(|found| self.missing(reference, found))?;
+        }
+        Ok(value)
+    }
+
+    fn take_room(&mut self, reference: &Reference, value: &Value) -> Result<(), MissingPath> {
+        if take_bytes(value, &mut self.room) {
+            return Ok(());
+        }
+        Err(self.missing(reference, Found::TooLarge))
+    }
+
+    fn missing(&self, reference: &Reference, found: Found) -> MissingPath {
+        MissingPath {
+            at: self.at.clone(),
+            reference: reference.to_string(),
+            found,
+        }
+    }
+}
+
+/// Takes about as many bytes as the value has in JSON; false, early, if there
+/// are not so many left.
+fn take_bytes(value: &Value, room: &mut usize) -> bool {
+    let own = match value {
+        Value::String(text) => text.len() + 2,
+        Value::Object(map) => map.keys().map(|key| key.len() + 4).sum(),
+        _ => 8,
+    };
+    let Some(left) = room.checked_sub(own) else {
+        return false;
+    };
+    *room = left;
+    match value {
+        Value::Array(items) => items.iter().all(|item| take_bytes(item, room)),
+        Value::Object(map) => map.values().all(|item| take_bytes(item, room)),
+        _ => true,
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn task_input() -> Value {
+        json!({"total": 4200, "name": "Ada", "gift": true, "note": null, "rate": 0.5,
+               "items": [{"sku": "A-1"}, {"sku": "B-2"}], "größe": "L"})
+    }
+
+    fn reserve() -> Value {
+        json!({"hold_id": "h-7", "lines": [1, 2]})
+    }
+
+    fn resolve(template: &Value) -> Result<Value, MissingPath> {
+        let (input, reserve) = (task_input(), reserve());
+        let outputs = |step: &str| (step == "reserve").then_some(&reserve);
+        InputTemplate::parse(template)
+            .unwrap()
+            .resolve(&input, &outputs)
+    }
+
+    #[test]
+    fn whole_references_keep_their_type_and_inner_ones_become_text() {
+        let cases = [
+            (json!("${input.total}"), json!(4200)),
+            (json!("${input.gift}"), json!(true)),
+            (json!("${input.note}"), json!(null)),
+            (
+                json!("${input.items}"),
+                json!([{"sku": "A-1"}, {"sku": "B-2"}]),
+            ),
+            (json!("${input.items[1].sku}"), json!("B-2")),
+            (json!("${input.größe}"), json!("L")),
+            (json!("${input}"), task_input()),
+            (json!("${steps.reserve.output}"), reserve()),
+            (json!("${steps.reserve.output.lines[0]}"), json!(1)),
+            (json!(" ${input.total}"), json!(" 4200")),
+            (
+                json!("${input.name}: ${input.total} at ${input.rate}, ${input.gift}"),
+                json!("Ada: 4200 at 0.5, true"),
+            ),
+            (
+                json!("${input.name}${steps.reserve.output.hold_id}"),
+                json!("Adah-7"),
+            ),
+            (json!("$${input.total}"), json!("${input.total}")),
+            (json!("$$${input.total}"), json!("$${input.total}")),
+            (
+                json!("costs $5 and $${x} and ${input.total}$"),
+                json!("costs $5 and ${x} and 4200$"),
+            ),
+            (json!("$"), json!("$")),
+            (json!("}"), json!("}")),
+            (
+                json!({"a": [1, "${input.total}", {"b": "x"}], "c": {"d": []}}),
+                json!({"a": [1, 4200, {"b": "x"}], "c": {"d": []}}),
+            ),
+        ];
+        for (template, expected) in cases {
+            assert_eq!(resolve(&template), Ok(expected), "{template}");
+        }
+    }
+
+    #[test]
+    fn every_missing_path_says_what_was_found() {
+        let cases = [
+            ("${input.nope}", "input has no key `nope`"),
+            ("${input.items[2]}", "input.items has only 2 items"),
+            (
+                "${input.items[0].price}",
+                "input.items[0] has no key `price`",
+            ),
+            ("${input.items.sku}", "input.items is a list, not an object"),
+            ("${input.name[0]}", "input.name is a string, not a list"),
+            (
+                "${input.total.cents}",
+                "input.total is a number, not an object",
+            ),
+            ("${input.gift.a}", "input.gift is a boolean, not an object"),
+            ("${input.note.a}", "input.note is null, not an object"),
+            ("${input[0]}", "input is an object, not a list"),
+            (
+                "${steps.reserve.output.nope.x}",
+                "steps.reserve.output has no key `nope`",
+            ),
+            ("${steps.skipped.output.x}", "step skipped has no output"),
+            (
+                "hold ${steps.reserve.output}",
+                "steps.reserve.output is an object, not a string, number or boolean that fits \
+                 inside a text",
+            ),
+            (
+                "${input.note}!",
+                "input.note is null, not a string, number or boolean that fits inside a text",
+            ),
+        ];
+        for (template, expected) in cases {
+            let error = resolve(&json!({"a": [template]})).unwrap_err();
+            assert_eq!(error.at, [Segment::Key("a".into()), Segment::Index(0)]);
+            let reference = &error.reference;
+            let expected = format!("input.a[0] reads ${{{reference}}}, but {expected}");
+            assert_eq!(error.to_string(), expected);
+            assert!(template.contains(reference.as_str()));
+        }
+    }
+
+    #[test]
+    fn unreadable_references_are_all_reported_with_their_place() {
+        let input = json!({"b": ["${inptu.x}", "ok", "${input.x"], "k${input.x}": 1});
+        let errors = InputTemplate::parse(&input).unwrap_err();
+        let shown: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "input.b[0]: ${inptu.x} starts with neither `input` nor `steps`; write \
+                 ${input.key} or ${steps.name.output.key}, with [0] for a list item",
+                "input.b[2]: `${` is not closed; add `}`, or write `$${` for a literal `${`",
+                "input.k${input.x}: references are read in values only; use a plain key",
+            ]
+        );
+    }
+
+    #[test]
+    fn malformed_references_are_refused() {
+        for text in [
+            "",
+            " ",
+            "input.",
+            ".input",
+            "input..a",
+            "input .a",
+            "input.a b",
+            "input[",
+            "input[]",
+            "input[x]",
+            "input[-1]",
+            "input[+1]",
+            "input[1]a",
+            "input.[0]",
+            "input]",
+            "Input",
+            "input[99999999999999999999999]",
+            "steps",
+            "steps.a",
+            "steps.a.input",
+            "steps.a.outputs",
+            "steps.a[0].output",
+            "steps[0].output",
+            "input.$a",
+            "input.\"a\"",
+            "steps..output",
+            "env.HOME",
+            "input.{a",
+        ] {
+            let input = json!(format!("${{{text}}}"));
+            assert!(InputTemplate::parse(&input).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn references_name_each_step_once() {
+        let input = json!([
+            "${steps.b.output}",
+            "${steps.a.output.x} ${steps.b.output.y}",
+            "${input}"
+        ]);
+        let template = InputTemplate::parse(&input).unwrap();
+        assert_eq!(template.references().collect::<Vec<_>>(), ["a", "b"]);
+        let mut visited = Vec::new();
+        template.visit_steps(|at, step| visited.push(format!("{step}{}", Path(at))));
+        assert_eq!(visited, ["b[0]", "a[1]", "b[1]"]);
+    }
+
+    #[test]
+    fn small_template_cannot_multiply_a_payload_without_bound() {
+        let input = json!({"big": "x".repeat(1024 * 1024)});
+        let template = InputTemplate::parse(&json!(vec!["${input.big}"; 1000])).unwrap();
+        let error = template.resolve(&input, &|_| None).unwrap_err();
+        assert_eq!(error.found, Found::TooLarge);
+        assert!(error.to_string().len() < 200);
+    }
+
+    #[test]
+    fn resolved_input_nests_no_deeper_than_the_limit() {
+        let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        let template = InputTemplate::parse(&json!({"a": {"b": "${input}"}})).unwrap();
+        let resolved = template.resolve(&nested(MAX_DEPTH - 2), &|_| None).unwrap();
+        assert_eq!(depth(&resolved, 1000), MAX_DEPTH);
+        let error = template
+            .resolve(&nested(MAX_DEPTH - 1), &|_| None)
+            .unwrap_err();
+        assert_eq!(error.found, Found::TooDeep);
+    }
+
+    #[test]
+    fn depth_counts_objects_and_lists_and_stops_after_the_limit() {
+        assert_eq!(depth(&json!(1), 9), 0);
+        assert_eq!(depth(&json!({}), 9), 1);
+        assert_eq!(depth(&json!([1, {"a": [2]}]), 9), 3);
+        assert_eq!(depth(&json!([[[[[[]]]]]]), 3), 4);
+    }
+
+    #[test]
+    fn default_input_holds_the_task_input_and_the_parents() {
+        let (input, reserve) = (task_input(), reserve());
+        let parents = [("reserve", &reserve)];
+        assert_eq!(
+            default_input(&input, parents.into_iter()),
+            json!({"input": input, "steps": {"reserve": reserve}})
+        );
+    }
+
+    fn json_value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 5, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                proptest::collection::btree_map("[a-z_-]{1,6}", inner, 0..5)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// Every path into a value, with the value it leads to.
+    fn paths(value: &Value, path: String, to: &mut Vec<(String, Value)>) {
+        match value {
+            Value::Array(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    paths(item, format!("{path}[{index}]"), to);
+                }
+            }
+            Value::Object(map) => {
+                for (key, item) in map {
+                    paths(item, format!("{path}.{key}"), to);
+                }
+            }
+            _ => {}
+        }
+        to.push((path, value.clone()));
+    }
+
+    fn escaped(value: &Value) -> Value {
+        match value {
+            Value::String(text) => text.replace("${", "$${").into(),
+            Value::Array(items) => items.iter().map(escaped).collect(),
+            Value::Object(map) => {
+                Value::Object(map.iter().map(|(k, v)| (k.clone(), escaped(v))).collect())
+            }
+            plain => plain.clone(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_path_reads_exactly_the_value_it_names(value in json_value()) {
+            let mut all = Vec::new();
+            paths(&value, String::new(), &mut all);
+            for (path, expected) in all {
+                let template = json!({
+                    "from_input": format!("${{input{path}}}"),
+                    "from_step": [format!("${{steps.s.output{path}}}")],
+                });
+                let template = InputTemplate::parse(&template).unwrap();
+                let resolved = template.resolve(&value, &|_| Some(&value)).unwrap();
+                prop_assert_eq!(resolved, json!({"from_input": expected, "from_step": [expected]}));
+            }
+        }
+
+        #[test]
+        fn escaped_values_come_out_as_they_were(value in json_value()) {
+            let template = InputTemplate::parse(&escaped(&value)).unwrap();
+            prop_assert_eq!(template.references().count(), 0);
+            prop_assert_eq!(template.resolve(&Value::Null, &|_| None).unwrap(), value);
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused(text in "[$\\{\\}a-z\\.\\[\\]0-9 ]{0,40}") {
+            if let Ok(template) = InputTemplate::parse(&Value::String(text)) {
+                let _ = template.resolve(&json!({}), &|_| None);
+            }
+        }
+    }
+}
