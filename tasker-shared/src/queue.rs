@@ -1,1 +1,189 @@
-//! PGMQ: read, send, delete, quarantine.
+//! PGMQ: read, send, delete, quarantine. Every function is one statement.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::store::Error;
+
+/// The queue that asks orchestrators for things.
+pub const TASK_REQUESTS: &str = "task_requests";
+/// The queue that results travel back on.
+pub const STEP_RESULTS: &str = "step_results";
+
+/// A message, read leniently: whatever JSON it is.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "columns of a PGMQ queue")]
+pub struct Message {
+    pub msg_id: i64,
+    pub read_ct: i32,
+    pub enqueued_at: DateTime<Utc>,
+    pub body: Value,
+    pub headers: Option<Value>,
+}
+
+/// Registers a reader, so that senders know whom to wake.
+pub async fn register(conn: &mut PgConnection, queue: &str, reader: &str) -> Result<(), Error> {
+    sqlx::query!(
+        "insert into tasker.readers (queue, reader) values ($1, $2)
+         on conflict (queue, reader) do update set asleep = false, seen_at = clock_timestamp()",
+        queue,
+        reader
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Forgets a reader.
+pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Error> {
+    sqlx::query!("delete from tasker.readers where reader = $1", reader).execute(conn).await?;
+    Ok(())
+}
+
+/// Reads up to `max` messages, hidden from others for `vt_seconds`; an empty answer marks the
+/// reader asleep. May run on a connection that commits asynchronously.
+pub async fn receive(conn: &mut PgConnection, queue: &str, reader: &str, vt_seconds: i32, max: i32) -> Result<Vec<Message>, Error> {
+    let rows = sqlx::query!(
+        r#"select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!", message, headers
+           from tasker.receive($1, $2, $3, $4)"#,
+        queue,
+        reader,
+        vt_seconds,
+        max
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Message {
+            msg_id: row.msg_id,
+            read_ct: row.read_ct,
+            enqueued_at: row.enqueued_at,
+            body: row.message.unwrap_or(Value::Null),
+            headers: row.headers,
+        })
+        .collect())
+}
+
+/// Sends messages with their headers, and wakes a sleeping reader of the queue.
+pub async fn send(conn: &mut PgConnection, queue: &str, bodies: &[Value], headers: &[Value]) -> Result<(), Error> {
+    sqlx::query!(
+        r#"with sent as materialized (select pgmq.send_batch($1, $2::jsonb[], $3::jsonb[]) as id)
+           select count(*) as "sent!", (select tasker.wake($1))::text as woken from sent"#,
+        queue,
+        bodies,
+        headers
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// Deletes messages and due hints that a settle has dealt with: one statement for both.
+pub async fn delete(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], due_ids: &[i64]) -> Result<(), Error> {
+    sqlx::query!(
+        r#"with due as (delete from tasker.due where due_id = any($3))
+           select count(*) as "deleted!" from pgmq.delete($1, $2::bigint[])"#,
+        queue,
+        msg_ids,
+        due_ids
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// Puts messages back for a moment: their task is settled by somebody else right now. The
+/// jitter keeps two orchestrators from meeting at the same task again and again.
+pub async fn put_back(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], delay_ms: i32) -> Result<(), Error> {
+    sqlx::query!(
+        r#"select count(*) as "n!" from pgmq.set_vt($1, $2::bigint[], clock_timestamp() + make_interval(secs => $3::int / 1000.0))"#,
+        queue,
+        msg_ids,
+        delay_ms
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// Notes a deterministic failure of one message and answers how many there were.
+pub async fn note_failure(conn: &mut PgConnection, queue: &str, msg_id: i64, reason: &str) -> Result<i32, Error> {
+    Ok(sqlx::query_scalar!(
+        "insert into tasker.message_failures as f (queue, msg_id, failures, reason) values ($1, $2, 1, $3)
+         on conflict (queue, msg_id) do update set failures = f.failures + 1, reason = excluded.reason, last_at = clock_timestamp()
+         returning failures",
+        queue,
+        msg_id,
+        reason
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Moves messages to the quarantine, each with its reason.
+pub async fn quarantine(conn: &mut PgConnection, queue: &str, bad: &[(Message, String)]) -> Result<(), Error> {
+    let ids: Vec<i64> = bad.iter().map(|(message, _)| message.msg_id).collect();
+    let reads: Vec<i32> = bad.iter().map(|(message, _)| message.read_ct).collect();
+    let reasons: Vec<&str> = bad.iter().map(|(_, reason)| reason.as_str()).collect();
+    let bodies: Vec<Value> = bad.iter().map(|(message, _)| message.body.clone()).collect();
+    let headers: Vec<Option<Value>> = bad.iter().map(|(message, _)| message.headers.clone()).collect();
+    let times: Vec<DateTime<Utc>> = bad.iter().map(|(message, _)| message.enqueued_at).collect();
+    sqlx::query!(
+        r#"with failed as (
+             delete from tasker.message_failures f where f.queue = $1 and f.msg_id = any($2) returning f.msg_id, f.failures
+           ), kept as (
+             insert into tasker.quarantine (queue, msg_id, read_ct, failures, reason, message, headers, enqueued_at)
+             select $1, n.msg_id, n.read_ct, coalesce(f.failures, 1), n.reason, n.message, n.headers, n.enqueued_at
+             from unnest($2::bigint[], $3::int[], $4::text[], $5::jsonb[], $6::jsonb[], $7::timestamptz[])
+               as n(msg_id, read_ct, reason, message, headers, enqueued_at)
+             left join failed f on f.msg_id = n.msg_id
+           )
+           select count(*) as "n!" from pgmq.delete($1, $2::bigint[])"#,
+        queue,
+        &ids,
+        &reads,
+        &reasons as &[&str],
+        &bodies,
+        &headers as &[Option<Value>],
+        &times
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// A due hint that needs a look.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "columns of tasker.due, explained there")]
+pub struct DueHint {
+    pub due_id: i64,
+    pub kind: String,
+    pub task_uuid: Option<Uuid>,
+    pub step_uuid: Option<Uuid>,
+}
+
+/// Takes what is due, up to `max` hints, and puts it off for 5 s: see `tasker.take_due`.
+pub async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<DueHint>, Error> {
+    let rows = sqlx::query!(
+        r#"select due_id as "due_id!", kind as "kind!", task_uuid, step_uuid from tasker.take_due($1)"#,
+        max
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| DueHint { due_id: row.due_id, kind: row.kind, task_uuid: row.task_uuid, step_uuid: row.step_uuid })
+        .collect())
+}
+
+/// How long until something is due, by the database's clock; `None` if nothing is.
+pub async fn next_due_ms(conn: &mut PgConnection) -> Result<Option<i64>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select (extract(epoch from min(due_at) - clock_timestamp()) * 1000)::bigint from tasker.due"
+    )
+    .fetch_one(conn)
+    .await?)
+}
