@@ -134,6 +134,7 @@ create table tasker.steps (
   -- The open attempt: where its Enqueue stands in the log, and who holds it.
   enqueued_version       int,
   enqueued_task_version  int,
+  enqueued_event         text,
   enqueued_began_at      timestamptz,
   enqueued_at            timestamptz,
   claim_token            uuid,
@@ -189,7 +190,9 @@ create table tasker.attempts (
   worker_version     text,
   message_id         bigint,
   result_message_id  bigint,
+  claim_began_at     timestamptz not null,
   claimed_at         timestamptz not null,
+  report_began_at    timestamptz,
   reported_at        timestamptz,
   start_offset_ms    double precision,
   run_ms             double precision,

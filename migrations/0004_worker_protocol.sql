@@ -132,8 +132,8 @@ begin
       s.lease_expires_at, d.name, d.handler, d.max_attempts, d.run_ms, d.heartbeat_ms,
       t.correlation_id, t.tracestate, m.traceparent, m.baggage, m.msg_id
   ), attempt as (
-    insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, worker_version, message_id, claimed_at)
-    select c.task_uuid, c.step_uuid, c.attempt, c.generation, c.claim_token, p_worker, w.version, c.msg_id, c.last_at
+    insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, worker_version, message_id, claim_began_at, claimed_at)
+    select c.task_uuid, c.step_uuid, c.attempt, c.generation, c.claim_token, p_worker, w.version, c.msg_id, least(v_began, c.last_at), c.last_at
     from claimed c left join tasker.workers w on w.worker = p_worker
   ), logged as (
     insert into tasker.transitions (task_uuid, entity_uuid, version, generation, attempt, from_state, to_state, event,
@@ -287,7 +287,7 @@ begin
         r.outcome, r.output, r.error, r.start_offset_ms, r.run_ms, r.usage, r.milestones, r.message_id
     ), noted as (
       update tasker.attempts a
-      set reported_at = m.last_at, outcome = m.outcome, output = m.output, error = m.error,
+      set report_began_at = least(v_began, m.last_at), reported_at = m.last_at, outcome = m.outcome, output = m.output, error = m.error,
           start_offset_ms = m.start_offset_ms, run_ms = m.run_ms, usage = m.usage, milestones = m.milestones, result_message_id = m.message_id
       from moved m
       where a.task_uuid = m.task_uuid and a.step_uuid = m.step_uuid and a.attempt = m.attempt

@@ -55,4 +55,50 @@ begin
   where h.kind <> 'lease';
 end
 $$;
-revoke all on function tasker.take_due from public;
+
+-- How much may still be sent to each queue that a live worker reads: about twice the slots
+-- offered, less what lies in the queue for handlers that are offered. An estimate, without locks.
+create function tasker.room() returns table (queue text, room bigint, handlers text[], holding boolean)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+  v record;
+  v_depth bigint;
+begin
+  for v in
+    select q.queue, sum(w.slots) as slots,
+      (select array_agg(distinct h) from tasker.workers o, unnest(o.handlers) h
+       where q.queue = any(o.queues) and o.seen_at > clock_timestamp() - interval '30 s') as handlers
+    from tasker.workers w cross join lateral unnest(w.queues) q(queue)
+    where w.seen_at > clock_timestamp() - interval '30 s'
+    group by q.queue
+  loop
+    if to_regclass(format('pgmq.%I', 'q_' || v.queue)) is null then
+      continue;
+    end if;
+    execute format('select count(*) from (select from pgmq.%I where message->>''handler'' = any($1) limit $2) d', 'q_' || v.queue)
+    into v_depth using v.handlers, v.slots * 2;
+    return query select v.queue, v.slots * 2 - v_depth, v.handlers,
+      exists (select from tasker.steps s where s.queue = v.queue and s.held_by is not null);
+  end loop;
+end
+$$;
+
+-- Held steps whose turn it is: priority first, then the time they became ready.
+create function tasker.held_steps(p_queue text, p_handlers text[], p_max int)
+returns table (task_uuid uuid, step_uuid uuid)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+  select s.task_uuid, s.step_uuid
+  from tasker.steps s
+  join tasker.tasks t on t.task_uuid = s.task_uuid
+  join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+  where s.queue = p_queue and s.held_by is not null and d.handler = any(p_handlers)
+  order by s.priority desc, s.ready_at limit p_max
+$$;
+revoke all on function tasker.take_due, tasker.room, tasker.held_steps from public;

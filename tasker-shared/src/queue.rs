@@ -187,3 +187,53 @@ pub async fn next_due_ms(conn: &mut PgConnection) -> Result<Option<i64>, Error> 
     .fetch_one(conn)
     .await?)
 }
+
+/// What is known of a queue's room: see `tasker.room`.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "explained beside the SQL function")]
+pub struct RoomRow {
+    pub queue: String,
+    pub room: i64,
+    pub handlers: Vec<String>,
+    pub holding: bool,
+}
+
+/// Estimates the room of every queue that a live worker reads.
+pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
+    let rows = sqlx::query!(
+        r#"select queue as "queue!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| RoomRow { queue: row.queue, room: row.room, handlers: row.handlers, holding: row.holding })
+        .collect())
+}
+
+/// Held steps of a queue whose turn it is, `(task, step)`.
+pub async fn held_steps(conn: &mut PgConnection, queue: &str, handlers: &[String], max: i32) -> Result<Vec<(Uuid, Uuid)>, Error> {
+    let rows = sqlx::query!(
+        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!" from tasker.held_steps($1, $2, $3)"#,
+        queue,
+        handlers,
+        max
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.task_uuid, row.step_uuid)).collect())
+}
+
+/// Tells workers that steps they hold were cancelled; reaches them when the transaction commits.
+pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Result<(), Error> {
+    sqlx::query!("select pg_notify('tasker', 'cancel:' || w)::text as told from unnest($1::text[]) w", workers)
+        .fetch_all(conn)
+        .await?;
+    Ok(())
+}
+
+/// Counts something rare.
+pub async fn count(conn: &mut PgConnection, name: &str, n: i64) -> Result<(), Error> {
+    sqlx::query!("insert into tasker.counters (name, n) values ($1, $2)", name, n).execute(conn).await?;
+    Ok(())
+}

@@ -54,6 +54,15 @@ pub enum Event {
         /// The attempt reported.
         attempt: i32,
     },
+    /// The result's message failed again and again for a reason of its own and was quarantined.
+    Quarantined {
+        /// Index of the step.
+        step: u32,
+        /// The attempt reported.
+        attempt: i32,
+        /// What failed.
+        reason: String,
+    },
     /// The lease of the step's claim may have expired.
     LeaseDue {
         /// Index of the step.
@@ -186,6 +195,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             Event::TotalDue => self.total_timeout(),
             _ if self.plan.task.state.is_terminal() => false,
             Event::Result { step, attempt } => self.result(step, attempt),
+            Event::Quarantined { step, attempt, reason } => self.quarantined(step, attempt, &reason),
             Event::LeaseDue { step } => self.lease_due(step),
             Event::RetryDue { step } => self.retry_due(step),
             Event::QueueDue { step, attempt } => self.queue_due(step, attempt),
@@ -253,6 +263,19 @@ impl<'a, 'r> Pass<'a, 'r> {
             }
             _ => false,
         }
+    }
+
+    fn quarantined(&mut self, index: u32, attempt: i32, reason: &str) -> bool {
+        let Some(step) = self.steps.get(&index) else { return false };
+        let reported = matches!(step.state, StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration);
+        if step.attempt != attempt || !reported {
+            return false;
+        }
+        let detail = Detail { reason: Some(reason.to_owned()), error_type: Some("quarantined".into()), ..Detail::default() };
+        self.close(index);
+        self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
+        self.step_gave_up(index, "quarantined", reason, OnExhausted::Fail);
+        true
     }
 
     /// An attempt ended in an error: schedule the next one, or give the step up.
@@ -573,6 +596,7 @@ impl<'a, 'r> Pass<'a, 'r> {
         step.lease_expires_at = None;
         step.enqueued_version = Some(step.version);
         step.enqueued_task_version = Some(task_version);
+        step.enqueued_event = Some(event.as_str());
         // The database writes the times of the move itself; `None` asks for it.
         step.enqueued_began_at = None;
         step.enqueued_at = None;

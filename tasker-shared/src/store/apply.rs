@@ -136,6 +136,7 @@ pub async fn apply(
         export.map_or_else(Uuid::nil, |export| export.batch_id),
         export.map(|export| export.instance),
         &export.map_or_else(Vec::new, |export| export.task_uuids.clone()),
+        &steps.enqueued_event as &[Option<&str>],
     )
     .fetch_one(&mut *conn)
     .await?;
@@ -197,15 +198,15 @@ async fn insert_steps(
     }
     sqlx::query!(
         "insert into tasker.steps (step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-           remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version,
+           remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
            enqueued_began_at, enqueued_at, last_at)
          select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
-           n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version,
+           n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
            case when n.enqueued then $16::timestamptz end, case when n.enqueued then $17::timestamptz end, $17
          from unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::int[], $6::text[], $7::int[], $8::int[], $9::int[],
-             $10::int[], $11::jsonb[], $12::timestamptz[], $13::text[], $14::int[], $15::int[], $18::bool[])
+             $10::int[], $11::jsonb[], $12::timestamptz[], $13::text[], $14::int[], $15::int[], $18::bool[], $19::text[])
            as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-             remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued)",
+             remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued, enqueued_event)",
         &steps.uuid,
         &task,
         &index,
@@ -223,7 +224,8 @@ async fn insert_steps(
         &steps.enqueued_task_version as &[Option<i32>],
         began_at,
         at,
-        &steps.enqueued
+        &steps.enqueued,
+        &steps.enqueued_event as &[Option<&str>]
     )
     .execute(conn)
     .await?;
@@ -287,6 +289,7 @@ struct StepColumns<'a> {
     enqueued: Vec<bool>,
     enqueued_version: Vec<Option<i32>>,
     enqueued_task_version: Vec<Option<i32>>,
+    enqueued_event: Vec<Option<&'a str>>,
 }
 
 impl<'a> StepColumns<'a> {
@@ -314,6 +317,7 @@ impl<'a> StepColumns<'a> {
         self.enqueued.push(step.state == crate::state_machine::StepState::Enqueued && step.enqueued_at.is_none());
         self.enqueued_version.push(step.enqueued_version);
         self.enqueued_task_version.push(step.enqueued_task_version);
+        self.enqueued_event.push(step.enqueued_event);
     }
 }
 

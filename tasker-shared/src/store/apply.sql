@@ -30,13 +30,14 @@ with clock as materialized (
       due_at = n.due_at, ready_at = n.ready_at, held_by = n.held_by,
       enqueued_version = case when n.enqueued then n.enqueued_version else s.enqueued_version end,
       enqueued_task_version = case when n.enqueued then n.enqueued_task_version else s.enqueued_task_version end,
+      enqueued_event = case when n.enqueued then n.enqueued_event else s.enqueued_event end,
       enqueued_began_at = case when n.enqueued then $2 else s.enqueued_began_at end,
       enqueued_at = case when n.enqueued then c.at else s.enqueued_at end,
       last_at = case when n.version = n.version_before then s.last_at else c.at end
   from clock c, unnest($16::uuid[], $17::text[], $18::int[], $19::int[], $20::int[], $21::int[], $22::int[], $23::int[],
-      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[])
+      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[], $55::text[])
     as n(step_uuid, state, version, version_before, generation, attempt, failures, losses,
-      remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version)
+      remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version, enqueued_event)
   where s.step_uuid = n.step_uuid and s.version = n.version_before
   returning 1
 ), logged as (

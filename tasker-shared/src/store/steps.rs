@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::Error;
 use crate::state_machine::plan::{Failure, Outcome, Step};
-use crate::state_machine::states::StepState;
+use crate::state_machine::states::{StepEvent, StepState};
 use crate::trace::log::Attempt;
 
 /// A step as it was loaded for a settle.
@@ -25,6 +25,8 @@ pub struct StepRow {
     pub outcome: Option<Outcome>,
     /// The current attempt, for the trace.
     pub attempt: Option<Attempt>,
+    /// The database's time when it was read.
+    pub read_at: DateTime<Utc>,
 }
 
 /// Loads the steps that events are about, with their reports, and their direct dependents.
@@ -52,7 +54,9 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 worker_version: row.worker_version,
                 message_id: row.message_id,
                 result_message_id: row.result_message_id,
+                claim_began_at: row.claim_began_at.unwrap_or(claimed_at),
                 claimed_at,
+                report_began_at: row.report_began_at,
                 reported_at: row.reported_at,
                 start_offset_ms: row.start_offset_ms,
                 run_ms: row.run_ms,
@@ -84,6 +88,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     last_heartbeat_at: row.last_heartbeat_at,
                     enqueued_version: row.enqueued_version,
                     enqueued_task_version: row.enqueued_task_version,
+                    enqueued_event: row.enqueued_event.and_then(|word| word.parse().ok()).map(StepEvent::as_str),
                     enqueued_began_at: row.enqueued_began_at,
                     enqueued_at: row.enqueued_at,
                     due_at: row.due_at,
@@ -95,6 +100,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 reported: row.reported,
                 outcome,
                 attempt,
+                read_at: row.now,
             })
         })
         .collect()

@@ -25,6 +25,8 @@ pub struct TaskRow {
     pub trace_flags: u8,
     pub tracestate: Option<String>,
     pub generation_began_at: DateTime<Utc>,
+    /// The database's time when it was locked.
+    pub read_at: DateTime<Utc>,
 }
 
 /// Locks those of the tasks that nobody else holds, in id order, and reads them. The ones
@@ -34,7 +36,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
         r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
              parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
              error_type, reason, ended_by, trace_id, root_span_id, remote_span_id, trace_flags, tracestate,
-             created_at, generation_began_at, last_at
+             created_at, generation_began_at, last_at, clock_timestamp() as "now!"
            from tasker.tasks where task_uuid = any($1) order by task_uuid for no key update skip locked"#,
         task_uuids
     )
@@ -78,6 +80,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
                 tracestate: row.tracestate,
                 generation_began_at: row.generation_began_at,
+                read_at: row.now,
             })
         })
         .collect()
@@ -85,6 +88,11 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
 
 pub(super) fn bytes<const N: usize>(slice: &[u8]) -> Option<[u8; N]> {
     slice.try_into().ok()
+}
+
+/// Which of these tasks exist; to tell an unknown task from one that is locked elsewhere.
+pub async fn existing(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!("select task_uuid from tasker.tasks where task_uuid = any($1)", task_uuids).fetch_all(conn).await?)
 }
 
 /// The answer to one request to submit.

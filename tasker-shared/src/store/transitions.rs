@@ -122,8 +122,8 @@ async fn read_transitions(conn: &mut PgConnection, ids: &[Uuid], logs: &mut Hash
 
 async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
     let rows = sqlx::query!(
-        "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claimed_at,
-           reported_at, start_offset_ms, run_ms, error, usage, milestones
+        "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claim_began_at, claimed_at,
+           report_began_at, reported_at, start_offset_ms, run_ms, error, usage, milestones
          from tasker.attempts where task_uuid = any($1)",
         ids
     )
@@ -138,7 +138,9 @@ async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap
             worker_version: row.worker_version,
             message_id: row.message_id,
             result_message_id: row.result_message_id,
+            claim_began_at: row.claim_began_at,
             claimed_at: row.claimed_at,
+            report_began_at: row.report_began_at,
             reported_at: row.reported_at,
             start_offset_ms: row.start_offset_ms,
             run_ms: row.run_ms,
