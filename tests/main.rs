@@ -1,1 +1,3 @@
 //! One file per promise.
+
+mod export_wire;

@@ -52,6 +52,8 @@ pub enum Behaviour {
     Refuse(Code, StatusCode),
     /// Answers success with a body that is no protobuf.
     Garbage,
+    /// Answers success with a web page, like a proxy that routes elsewhere.
+    WebPage,
     /// Answers something that is not even HTTP.
     GarbageBytes,
     /// Reads the head of the request, then closes the connection.
@@ -255,13 +257,8 @@ impl Receiver {
                     .expect("the receiver owns the sender");
             }
         };
-        match tokio::time::timeout(DEADLINE, arrived).await {
-            Ok(found) => found,
-            Err(_) => panic!(
-                "not enough spans within {DEADLINE:?}: {:#?}",
-                self.summary()
-            ),
-        }
+        let found = tokio::time::timeout(DEADLINE, arrived).await;
+        found.unwrap_or_else(|_| panic!("not enough within {DEADLINE:?}: {:#?}", self.summary()))
     }
 
     fn summary(&self) -> (u64, Vec<String>, Vec<String>) {
@@ -376,6 +373,11 @@ async fn answer(
                 Some(Ok(ok))
             });
             response(StatusCode::OK, content_type, Body::new(body))
+        }
+        Behaviour::WebPage => {
+            let _ = request.into_body().collect().await;
+            let page = Full::<Bytes>::from("<html><body>Welcome</body></html>");
+            response(StatusCode::OK, "text/html", Body::new(page))
         }
         Behaviour::Refuse(code, _) if grpc => Status::new(code, "told to refuse").into_http(),
         Behaviour::Refuse(_, status) => {

@@ -7,7 +7,7 @@
 //! starting or working.
 
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -71,13 +71,12 @@ pub enum Error {
 
 /// Crates whose spans and events stay out of the user's trace. Our own spans
 /// lend their fields to log lines; the tree says in our name what happened.
-const OWN: [&str; 6] = [
+const OWN: [&str; 5] = [
     "tasker",
     "tasker_shared",
     "tasker_orchestration",
     "tasker_worker",
     "tasker_cli",
-    "tasker_tests",
 ];
 const PLUMBING: [&str; 24] = [
     "sqlx",
@@ -171,10 +170,12 @@ impl Telemetry {
             .unwrap_or_default()
     }
 
-    /// Exports what is queued, for at most `deadline`, and stops the export.
-    pub async fn shutdown(self, deadline: Duration) {
-        if let Some(live) = self.live {
-            live.shutdown(deadline).await;
+    /// Exports what is queued, for at most `deadline`, stops the export, and
+    /// returns what became of this process's live spans.
+    pub async fn shutdown(self, deadline: Duration) -> LiveSpans {
+        match self.live {
+            Some(live) => live.shutdown(deadline).await,
+            None => LiveSpans::default(),
         }
     }
 }
@@ -254,7 +255,7 @@ impl LiveExport {
     }
 
     /// Exports what is queued, for at most `deadline`, and stops.
-    pub async fn shutdown(mut self, deadline: Duration) {
+    pub async fn shutdown(mut self, deadline: Duration) -> LiveSpans {
         let provider = self.provider.clone();
         let stopped = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(deadline));
         // The SDK's Ok says nothing about delivery, and at exit nobody could act on an error.
@@ -262,6 +263,7 @@ impl LiveExport {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+        self.counts()
     }
 }
 
@@ -574,7 +576,7 @@ impl Fields {
     fn push(&mut self, name: &'static str, shape: Shape, value: fmt::Arguments<'_>) {
         let start = self.text.len();
         // A Display that fails leaves what it wrote so far.
-        let _ = fmt::Write::write_fmt(&mut self.text, value);
+        let _ = self.text.write_fmt(value);
         let field = (name, start..self.text.len(), shape);
         // A field recorded again has its new value in its old place.
         match self.fields.iter_mut().find(|(known, ..)| *known == name) {
@@ -703,11 +705,13 @@ impl Line {
                 } else {
                     ("", "")
                 };
-                text.push_str(&format!(
+                // Writing to a String cannot fail.
+                let _ = write!(
+                    text,
                     "{at} {on}{:>5}{off} {}: ",
                     meta.level().as_str(),
                     meta.target()
-                ));
+                );
                 push_printable(&mut text, message);
             }
         }
@@ -750,7 +754,7 @@ impl Line {
                 if !value.is_empty() && value.chars().all(plain) {
                     self.text.push_str(value);
                 } else {
-                    self.text.push_str(&format!("{value:?}"));
+                    let _ = write!(self.text, "{value:?}");
                 }
             }
         }
@@ -782,9 +786,9 @@ fn push_json(out: &mut String, text: &str) {
 fn push_printable(out: &mut String, text: &str) {
     for c in text.chars() {
         if c.is_control() {
-            out.extend(c.escape_default())
+            out.extend(c.escape_default());
         } else {
-            out.push(c)
+            out.push(c);
         }
     }
 }
@@ -1070,6 +1074,43 @@ mod tests {
             (&"INFO".into(), &3.into())
         );
         assert_eq!((&line["nan"], &line["ok"]), (&"NaN".into(), &true.into()));
+    }
+
+    /// Fails as long as it is told to.
+    #[derive(Debug, Default)]
+    struct Moody(Arc<AtomicBool>);
+
+    impl SpanExporter for Moody {
+        async fn export(&self, _: Vec<SpanData>) -> OTelSdkResult {
+            if self.0.load(Ordering::Relaxed) {
+                return Err(opentelemetry_sdk::error::OTelSdkError::InternalFailure(
+                    "gone".into(),
+                ));
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_collector_that_is_gone_is_one_line_and_its_return_another() {
+        let bench = Bench::start(LogFormat::Json, "info", None);
+        let (counts, fails) = (
+            Arc::new(Counts::default()),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let exporter = Counted {
+            inner: Moody(fails.clone()),
+            counts: counts.clone(),
+            endpoint: "http://c".into(),
+        };
+        for failing in [false, true, true, true, false, false, true] {
+            fails.store(failing, Ordering::Relaxed);
+            assert_eq!(exporter.export(Vec::new()).await.is_err(), failing);
+        }
+        let lines = bench.json();
+        let levels: Vec<_> = lines.iter().map(|l| l["level"].as_str().unwrap()).collect();
+        assert_eq!(levels, ["WARN", "INFO", "WARN"], "{lines:?}");
+        assert_eq!(lines[0]["endpoint"], "http://c");
     }
 
     #[test]

@@ -758,6 +758,8 @@ mod tests {
 
     use super::*;
 
+    type Vars = &'static [(&'static str, &'static str)];
+
     fn read(vars: &[(&str, &str)]) -> (TraceConfig, Vec<String>) {
         let (config, warnings) = try_read(vars).unwrap();
         (config, warnings.into_iter().map(|w| w.0).collect())
@@ -824,7 +826,7 @@ mod tests {
     #[test]
     fn tracing_is_on_when_someone_asked_for_it() {
         const E: (&str, &str) = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318");
-        let table: &[(bool, &[(&str, &str)])] = &[
+        let table: &[(bool, Vars)] = &[
             (true, &[E]),
             (true, &[("TRACING_ENDPOINT", "http://c:4318")]),
             (true, &[("TASKER_TRACING_ENABLED", "true")]),
@@ -884,7 +886,7 @@ mod tests {
         const OURS: &str = "TASKER_TRACING_ENDPOINT";
         const GRPC: (&str, &str) = ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
         const HTTP: (&str, &str) = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
-        let table: &[(Protocol, &str, &[(&str, &str)])] = &[
+        let table: &[(Protocol, &str, Vars)] = &[
             (Http, "http://localhost:4318/v1/traces", &[HTTP]),
             (Grpc, "http://localhost:4317", &[GRPC]),
             (
@@ -1048,7 +1050,7 @@ mod tests {
 
     #[test]
     fn the_sample_rate_has_one_order_and_is_clamped() {
-        let table: &[(f64, usize, &[(&str, &str)])] = &[
+        let table: &[(f64, usize, Vars)] = &[
             (1.0, 0, &[]),
             (0.25, 0, &[("TRACING_SAMPLE_RATE", "0.25")]),
             (1.0, 1, &[("TRACING_SAMPLE_RATE", "7")]),

@@ -80,8 +80,7 @@ impl FromStr for Traceparent {
         let [flags] = unhex(&fixed[53..])?;
         match (version, rest) {
             (0xff, _) => return Err(TraceparentError::Version),
-            (_, []) => {}
-            (1.., [b'-', ..]) => {}
+            (_, []) | (1.., [b'-', ..]) => {}
             _ => return Err(TraceparentError::Shape),
         }
         if trace_id == [0; 16] || span_id == [0; 8] {
@@ -286,13 +285,13 @@ impl Incoming {
     pub fn parse(traceparent: Option<&str>, state: Option<&str>, baggage: Option<&str>) -> Self {
         let parsed = traceparent.map(str::parse::<Traceparent>);
         let parent = parsed.and_then(Result::ok);
-        let passed = state.filter(|_| parent.is_some()).and_then(tracestate);
+        let kept_state = state.filter(|_| parent.is_some()).and_then(tracestate);
         let (baggage, baggage_cut) = baggage.map(Baggage::parse).unwrap_or_default();
         let state_cut =
-            parent.is_some() && passed.is_none() && state.is_some_and(|s| !s.trim().is_empty());
+            parent.is_some() && kept_state.is_none() && state.is_some_and(|s| !s.trim().is_empty());
         Self {
             traceparent: parent,
-            tracestate: passed.map(str::to_owned),
+            tracestate: kept_state.map(str::to_owned),
             baggage,
             malformed: parsed.is_some_and(|p| p.is_err()) || state_cut || baggage_cut,
         }

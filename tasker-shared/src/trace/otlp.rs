@@ -326,14 +326,14 @@ fn put_attribute(field: u8, name: &str, value: &Value, out: &mut Vec<u8>, cleane
             });
         }
         Value::Float(value) => put_any(field, name, 9, out, |out| {
-            put_fixed64(key(4, FIXED64), value.to_bits(), out)
+            put_fixed64(key(4, FIXED64), value.to_bits(), out);
         }),
     }
 }
 
 fn put_text_attribute(field: u8, name: &str, value: &str, out: &mut Vec<u8>) {
     put_any(field, name, field_len(value.len()), out, |out| {
-        put_bytes(key(1, BYTES), value.as_bytes(), out)
+        put_bytes(key(1, BYTES), value.as_bytes(), out);
     });
 }
 
