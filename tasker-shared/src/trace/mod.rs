@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod context;
+pub mod export;
 pub mod ids;
 pub mod log;
 pub mod names;

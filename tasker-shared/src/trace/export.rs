@@ -1,0 +1,389 @@
+//! Delivery: what a settle hands over is encoded, sent, acknowledged, and only then forgotten.
+//!
+//! Export never blocks work: the queue is bounded, and what does not fit is released in the
+//! database for a later recovery. A row of `export_batches` is deleted only after a receiver
+//! took its spans; the rows of a dead orchestrator are adopted and derived again from the log.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use sqlx::PgPool;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::config::TraceConfig;
+use super::log::TaskLog;
+use super::otlp::Encoder;
+use super::transport::{Error as TransportError, Transport};
+use super::tree;
+use crate::store::{self, exports, transitions};
+
+/// Log rows held in memory at most; about 100 MB when full.
+const MAX_QUEUED_ROWS: usize = 200_000;
+/// A request is closed at this many spans or bytes: collectors refuse more than 4 MiB.
+const MAX_REQUEST_SPANS: usize = 4096;
+const MAX_REQUEST_BYTES: usize = 2 * 1024 * 1024;
+/// Requests on their way at one time.
+const MAX_IN_FLIGHT: usize = 4;
+/// Batches adopted in one go, and how often dead owners are looked for.
+const ADOPT: i64 = 200;
+const ADOPT_EVERY: Duration = Duration::from_secs(10);
+const ALIVE_EVERY: Duration = Duration::from_secs(5);
+
+/// What one transaction moved.
+#[derive(Debug)]
+pub struct Batch {
+    /// Its row in `export_batches`.
+    pub batch_id: Uuid,
+    /// The time that all its moves bear.
+    pub at: DateTime<Utc>,
+    /// Slices of the log, one per task, from memory.
+    pub slices: Vec<TaskLog>,
+    /// Tasks whose log must be read, because the slice was not in memory.
+    pub read: Vec<Uuid>,
+}
+
+/// What was delivered, and what waits.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Spans that a receiver acknowledged.
+    pub exported: AtomicU64,
+    /// Of these, spans that were derived again from the log.
+    pub re_exported: AtomicU64,
+    /// Batches given up to the database because memory was full.
+    pub released: AtomicU64,
+    /// Requests that failed and were tried again.
+    pub failed_requests: AtomicU64,
+    /// Spans that a receiver took and then said it dropped.
+    pub rejected: AtomicU64,
+    /// Log rows that wait in memory.
+    pub queued_rows: AtomicUsize,
+    /// Batches handed over and neither acknowledged nor released.
+    pub open_batches: AtomicUsize,
+}
+
+/// The exporter of one orchestrator. Dropping it stops nothing; see [`Exporter::shutdown`].
+#[derive(Debug, Clone)]
+pub struct Exporter {
+    /// Names this process in `export_batches` and `instances`.
+    pub instance: Uuid,
+    sender: mpsc::UnboundedSender<Batch>,
+    stats: Arc<Stats>,
+    pool: PgPool,
+    stop: CancellationToken,
+    done: CancellationToken,
+}
+
+impl Exporter {
+    /// Starts the tasks that encode, send, delete and recover.
+    ///
+    /// Errors if the endpoint or its credentials cannot be used at all; a collector that does
+    /// not answer is no error, its spans wait.
+    pub async fn start(config: &TraceConfig, pool: PgPool, instance: Uuid) -> Result<Self, StartError> {
+        let transport = Transport::connect(config)?;
+        exports::alive(&mut *pool.acquire().await.map_err(store::Error::from)?, instance).await?;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let exporter = Self {
+            instance,
+            sender,
+            stats: Arc::default(),
+            pool,
+            stop: CancellationToken::new(),
+            done: CancellationToken::new(),
+        };
+        let worker = Worker {
+            encoder: Encoder::new(&config.service_names),
+            open: Vec::new(),
+            transport,
+            slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
+            exporter: exporter.clone(),
+        };
+        tokio::spawn(worker.run(receiver));
+        tokio::spawn(recover(exporter.clone()));
+        Ok(exporter)
+    }
+
+    /// Hands a batch over; never waits. A transition action, called after commit.
+    pub fn hand_over(&self, batch: Batch) {
+        let rows = rows(&batch);
+        if self.stats.queued_rows.load(Ordering::Relaxed) + rows > MAX_QUEUED_ROWS {
+            self.release(vec![batch.batch_id]);
+            return;
+        }
+        self.stats.queued_rows.fetch_add(rows, Ordering::Relaxed);
+        self.stats.open_batches.fetch_add(1, Ordering::Relaxed);
+        // The worker lives until shutdown; what comes later is adopted by another instance.
+        let _ = self.sender.send(batch);
+    }
+
+    /// What was delivered so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Waits until everything handed over so far is acknowledged, at most until `deadline`.
+    pub async fn flush(&self, deadline: Duration) -> bool {
+        let until = Instant::now() + deadline;
+        while self.stats.open_batches.load(Ordering::Relaxed) > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        true
+    }
+
+    /// Flushes, then stops. What could not be delivered is released to whoever recovers next.
+    pub async fn shutdown(&self, deadline: Duration) {
+        self.flush(deadline).await;
+        self.stop.cancel();
+        if let Ok(mut conn) = self.pool.acquire().await {
+            let _ = exports::gone(&mut conn, self.instance).await;
+        }
+        self.done.cancel();
+    }
+
+    fn release(&self, batch_ids: Vec<Uuid>) {
+        self.stats.released.fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
+        let pool = self.pool.clone();
+        tokio::spawn(async move {
+            if let Ok(mut conn) = pool.acquire().await
+                && let Err(error) = exports::release(&mut conn, &batch_ids).await
+            {
+                tracing::warn!(%error, "export batches could not be released; they are adopted when this process ends");
+            }
+        });
+    }
+}
+
+/// The exporter could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The endpoint's settings.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
+
+fn rows(batch: &Batch) -> usize {
+    batch.slices.iter().map(|slice| slice.transitions.len()).sum::<usize>() + batch.read.len()
+}
+
+/// A batch that is encoded but not yet acknowledged: it may span several requests.
+#[derive(Debug)]
+struct Open {
+    batch_id: Uuid,
+    rows: usize,
+    requests: AtomicUsize,
+}
+
+struct Worker {
+    encoder: Encoder,
+    /// Batches with spans in the request that is being filled.
+    open: Vec<Arc<Open>>,
+    transport: Transport,
+    slots: Arc<Semaphore>,
+    exporter: Exporter,
+}
+
+impl Worker {
+    async fn run(mut self, mut receiver: mpsc::UnboundedReceiver<Batch>) {
+        loop {
+            let batch = tokio::select! {
+                () = self.exporter.stop.cancelled() => return,
+                batch = receiver.recv() => batch,
+            };
+            let Some(batch) = batch else { return };
+            self.encode(batch).await;
+            while let Ok(batch) = receiver.try_recv() {
+                self.encode(batch).await;
+            }
+            self.send().await;
+        }
+    }
+
+    async fn encode(&mut self, batch: Batch) {
+        let open = Arc::new(Open { batch_id: batch.batch_id, rows: rows(&batch), requests: AtomicUsize::new(1) });
+        self.open.push(open.clone());
+        let read = read_logs(&self.exporter, &batch.read).await;
+        for log in batch.slices.iter().chain(&read) {
+            let mut spans = tree::spans(log);
+            spans.spans.retain(|span| span.settled_at == batch.at);
+            let mut next = 0;
+            while next < spans.spans.len() {
+                next = self.encoder.push_from(&spans, next, MAX_REQUEST_BYTES);
+                if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= MAX_REQUEST_BYTES {
+                    // The batch goes on in the next request: it is done when both are acknowledged.
+                    open.requests.fetch_add(1, Ordering::Relaxed);
+                    self.send().await;
+                    self.open.push(open.clone());
+                }
+            }
+        }
+        if self.encoder.spans() == 0 {
+            // Nothing of it is in the open request: it counts as sent.
+            for open in std::mem::take(&mut self.open) {
+                settle(&self.exporter, vec![open]).await;
+            }
+        }
+    }
+
+    /// Closes the open request and sends it in the background, a few at a time.
+    async fn send(&mut self) {
+        if self.encoder.spans() == 0 {
+            return;
+        }
+        let spans = self.encoder.spans() as u64;
+        let request = self.encoder.finish();
+        let open = std::mem::take(&mut self.open);
+        let Ok(slot) = self.slots.clone().acquire_owned().await else { return };
+        let (transport, exporter) = (self.transport.clone(), self.exporter.clone());
+        tokio::spawn(async move {
+            if deliver(&transport, &exporter, request).await {
+                exporter.stats.exported.fetch_add(spans, Ordering::Relaxed);
+                settle(&exporter, open).await;
+            }
+            drop(slot);
+        });
+    }
+}
+
+/// Sends until a receiver takes it. False when the process stops first.
+async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> bool {
+    let mut wait = Duration::from_millis(100);
+    let mut told = false;
+    loop {
+        match transport.send(request.clone()).await {
+            Ok(accepted) => {
+                exporter.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
+                if accepted.rejected_spans > 0 {
+                    tracing::warn!(spans = accepted.rejected_spans, "the receiver refused some spans");
+                }
+                if told {
+                    tracing::info!("the receiver of traces answers again");
+                }
+                return true;
+            }
+            Err(error) => {
+                exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
+                }
+                let pause = error.retry_after.unwrap_or(wait).min(Duration::from_secs(30));
+                wait = (wait * 2).min(Duration::from_secs(5));
+                tokio::select! {
+                    () = exporter.done.cancelled() => return false,
+                    () = tokio::time::sleep(pause) => {}
+                }
+            }
+        }
+    }
+}
+
+/// One request of each of these batches is acknowledged; those with none left are forgotten.
+async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
+    let done: Vec<Arc<Open>> =
+        open.into_iter().filter(|open| open.requests.fetch_sub(1, Ordering::AcqRel) == 1).collect();
+    if done.is_empty() {
+        return;
+    }
+    let ids: Vec<Uuid> = done.iter().map(|open| open.batch_id).collect();
+    let deleted = async { exports::delete(&mut *exporter.pool.acquire().await?, &ids).await }.await;
+    if let Err(error) = deleted {
+        tracing::warn!(%error, "acknowledged export batches stay in the database; their spans are sent once more");
+    }
+    let rows = done.iter().map(|open| open.rows).sum();
+    exporter.stats.queued_rows.fetch_sub(rows, Ordering::Relaxed);
+    exporter.stats.open_batches.fetch_sub(done.len(), Ordering::Relaxed);
+}
+
+async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<TaskLog> {
+    if task_uuids.is_empty() {
+        return Vec::new();
+    }
+    let mut wait = Duration::from_millis(50);
+    loop {
+        let read = async { transitions::logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
+        match read {
+            Ok(logs) => return logs,
+            Err(error) => {
+                tracing::warn!(%error, "the log of a task could not be read for its trace; trying again");
+                tokio::select! {
+                    () = exporter.done.cancelled() => return Vec::new(),
+                    () = tokio::time::sleep(wait) => wait = (wait * 2).min(Duration::from_secs(5)),
+                }
+            }
+        }
+    }
+}
+
+/// Says that this instance lives, and adopts what dead ones left.
+async fn recover(exporter: Exporter) {
+    let mut last_adopted = None::<Instant>;
+    loop {
+        if let Ok(mut conn) = exporter.pool.acquire().await
+            && let Err(error) = exports::alive(&mut conn, exporter.instance).await
+        {
+            tracing::warn!(%error, "this orchestrator could not say that it lives");
+        }
+        let has_room = exporter.stats.queued_rows.load(Ordering::Relaxed) < MAX_QUEUED_ROWS / 2;
+        if has_room && last_adopted.is_none_or(|at| at.elapsed() >= ADOPT_EVERY) {
+            match adopt(&exporter).await {
+                // There may be more: look again at once.
+                Ok(found) => last_adopted = (found == 0).then(Instant::now),
+                Err(error) => tracing::warn!(%error, "export batches could not be adopted"),
+            }
+        }
+        let pause = if last_adopted.is_some() { ALIVE_EVERY } else { Duration::from_millis(20) };
+        tokio::select! {
+            () = exporter.stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+/// Takes over orphaned batches and derives their spans from the log; answers how many.
+pub async fn adopt(exporter: &Exporter) -> Result<usize, store::Error> {
+    let mut conn = exporter.pool.acquire().await?;
+    let orphans = exports::adopt(&mut conn, exporter.instance, ADOPT).await?;
+    let tasks: HashSet<Uuid> = orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).collect();
+    let tasks: Vec<Uuid> = tasks.into_iter().collect();
+    let logs: HashMap<Uuid, TaskLog> =
+        transitions::logs(&mut conn, &tasks).await?.into_iter().map(|log| (log.head.task_uuid, log)).collect();
+    drop(conn);
+    let found = orphans.len();
+    for orphan in orphans {
+        let slices: Vec<TaskLog> =
+            orphan.task_uuids.iter().filter_map(|task| logs.get(task)).map(|log| part(log, orphan.at)).collect();
+        let spans: usize = slices.iter().map(|slice| tree::spans(slice).spans.iter().filter(|s| s.settled_at == orphan.at).count()).sum();
+        exporter.stats.re_exported.fetch_add(spans as u64, Ordering::Relaxed);
+        exporter.hand_over(Batch { batch_id: orphan.batch_id, at: orphan.at, slices, read: Vec::new() });
+    }
+    Ok(found)
+}
+
+/// The slice of a log that one transaction settled: its moves, and every move of the attempts
+/// that it closed. So that a task of many transactions is not encoded whole for each of them.
+fn part(log: &TaskLog, at: DateTime<Utc>) -> TaskLog {
+    let moved: HashSet<Uuid> = log.transitions.iter().filter(|row| row.at == at).map(|row| row.entity).collect();
+    let task = log.head.task_uuid;
+    let begins = |event: &str| event == "OperatorRetry" || event == "Rerun";
+    TaskLog {
+        head: log.head.clone(),
+        transitions: log
+            .transitions
+            .iter()
+            .filter(|row| row.at == at || (row.entity != task && moved.contains(&row.entity)) || (row.entity == task && begins(row.event)))
+            .cloned()
+            .collect(),
+        attempts: log.attempts.iter().filter(|attempt| moved.contains(&attempt.step)).cloned().collect(),
+        steps: log.steps.iter().filter(|(step, _)| moved.contains(step)).map(|(step, info)| (*step, info.clone())).collect(),
+    }
+}
