@@ -1,0 +1,944 @@
+//! The YAML tree -> a checked definition, with every problem found on the way.
+
+use std::collections::HashSet;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use serde_json::Number;
+
+use super::duration::{format_duration, parse_duration};
+use super::schema::InputSchema;
+use super::yaml::{self, Entry, Kind, Node, Place};
+use super::{
+    Checked, Incoming, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS,
+    OnExhausted, OnFailure, Problem, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts,
+    Template, Trace,
+};
+use crate::state_machine::graph::{Graph, GraphError};
+use crate::state_machine::input::{InputTemplate, Path, Segment};
+
+/// The keys of each mapping, as `docs/templates.md` lists them.
+pub(super) const TEMPLATE_KEYS: [&str; 9] = [
+    "namespace",
+    "name",
+    "version",
+    "description",
+    "input_schema",
+    "on_failure",
+    "timeouts",
+    "trace",
+    "steps",
+];
+pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
+pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
+pub(super) const STEP_KEYS: [&str; 8] = [
+    "name",
+    "handler",
+    "depends_on",
+    "input",
+    "queue",
+    "priority",
+    "retry",
+    "timeouts",
+];
+pub(super) const RETRY_KEYS: [&str; 7] = [
+    "max_attempts",
+    "initial_interval",
+    "backoff_coefficient",
+    "max_interval",
+    "jitter",
+    "non_retryable_errors",
+    "on_exhausted",
+];
+pub(super) const STEP_TIMEOUT_KEYS: [&str; 4] = ["queue", "run", "total", "heartbeat"];
+
+const MAX_PROBLEMS: usize = 100;
+/// Comparing a misspelt step name with 20,000 others takes its time, so only
+/// the first few problems of a file come with a suggestion.
+const MAX_SUGGESTIONS: usize = 10;
+const MAX_NAMESPACE_BYTES: usize = 40;
+/// `worker_`, both parts and `__` must fit PGMQ's 47 bytes of a queue name.
+const MAX_NAMESPACE_AND_QUEUE_BYTES: usize = 38;
+const MAX_HANDLER_BYTES: usize = 100;
+const MAX_VERSION_CHARS: usize = 64;
+const MAX_DESCRIPTION_CHARS: usize = 1000;
+const MAX_ERROR_TYPES: usize = 100;
+const MAX_ERROR_TYPE_CHARS: usize = 100;
+const MAX_ATTEMPTS: u32 = 1_000_000;
+const MAX_COEFFICIENT: f64 = 1000.0;
+const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
+
+pub(super) fn read(file: &str, text: &str) -> Result<Checked, Vec<Problem>> {
+    let mut read = Read {
+        file,
+        problems: Vec::new(),
+    };
+    let start = Place { line: 1, column: 1 };
+    if text.len() > MAX_FILE_BYTES {
+        let message = format!(
+            "the file has {} bytes, more than {MAX_FILE_BYTES}; move data into the tasks' inputs",
+            text.len()
+        );
+        return Err(read.only(start, message));
+    }
+    let root = match yaml::read(text) {
+        Ok(root) => root,
+        Err((place, message)) => {
+            return Err(read.only(place, format!("cannot be read as YAML: {message}")));
+        }
+    };
+    if matches!(root.kind, Kind::Null) {
+        return Err(read.only(
+            start,
+            "the file is empty; a template starts with `namespace:`",
+        ));
+    }
+    let checked = read.template(&root);
+    read.problems
+        .sort_by_key(|problem| (problem.line, problem.column));
+    match checked {
+        Some(checked) if read.problems.is_empty() => Ok(checked),
+        _ => Err(read.problems),
+    }
+}
+
+/// The file being read, and what was found wrong with it so far.
+struct Read<'a> {
+    file: &'a str,
+    problems: Vec<Problem>,
+}
+
+/// A mapping whose keys are known to be known.
+struct Fields<'n> {
+    place: Place,
+    path: String,
+    entries: &'n [Entry],
+}
+
+impl<'n> Fields<'n> {
+    fn get(&self, key: &str) -> Option<&'n Node> {
+        self.entries
+            .iter()
+            .find(|entry| entry.key == key)
+            .map(|entry| &entry.value)
+    }
+
+    /// The path of a key of this mapping, from the file's root.
+    fn path(&self, key: &str) -> String {
+        if self.path.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.path)
+        }
+    }
+}
+
+/// A step as read, with its node for places.
+struct ReadStep<'n> {
+    index: usize,
+    definition: StepDefinition,
+    node: &'n Node,
+}
+
+impl ReadStep<'_> {
+    fn place(&self, path: &[Segment]) -> Place {
+        self.node.place_of(path)
+    }
+}
+
+fn key(key: &str) -> Segment {
+    Segment::Key(key.to_owned())
+}
+
+impl Read<'_> {
+    fn wrong(&mut self, place: Place, key: impl Display, message: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(Problem {
+                file: self.file.to_owned(),
+                line: place.line,
+                column: place.column,
+                key: key.to_string(),
+                message: message.into(),
+            });
+        }
+    }
+
+    /// The problem that ends the reading.
+    fn only(&mut self, place: Place, message: impl Into<String>) -> Vec<Problem> {
+        self.wrong(place, "", message);
+        std::mem::take(&mut self.problems)
+    }
+
+    // The whole template.
+
+    fn template(&mut self, root: &Node) -> Option<Checked> {
+        if let Some(place) = root.deeper_than(MAX_DEPTH) {
+            let message = format!("lists and mappings nest deeper than {MAX_DEPTH} levels here");
+            self.wrong(place, "", message);
+            return None;
+        }
+        let fields = self.fields(root, "", &TEMPLATE_KEYS)?;
+        let namespace = self.required(&fields, "namespace", Self::namespace);
+        let name = self.required(&fields, "name", Self::name);
+        let version = self.required(&fields, "version", Self::version);
+        let description = self.optional(&fields, "description", Self::description);
+        let input_schema = self.optional(&fields, "input_schema", Self::input_schema);
+        let on_failure = self.optional(&fields, "on_failure", |read, node, path| {
+            read.choice(
+                node,
+                path,
+                &[("fail", OnFailure::Fail), ("block", OnFailure::Block)],
+            )
+        });
+        let timeouts = self.optional(&fields, "timeouts", Self::task_timeouts);
+        let trace = self.optional(&fields, "trace", Self::trace);
+        let steps = self.required(&fields, "steps", Self::steps)?;
+        if let Some(namespace) = &namespace {
+            self.queue_lengths(namespace, &steps);
+        }
+        let graph = self.graph(&steps, fields.get("steps"));
+        self.references(&steps, graph.as_ref());
+
+        let template = Template {
+            namespace: namespace?,
+            name: name?,
+            version: version?,
+            description: description.unwrap_or_default(),
+            input_schema,
+            on_failure: on_failure.unwrap_or_default(),
+            timeouts: timeouts.unwrap_or_default(),
+            trace: trace.unwrap_or_default(),
+            steps: steps.into_iter().map(|step| step.definition).collect(),
+        };
+        self.size(root.place, &template);
+        Some(Checked {
+            template,
+            graph: graph?,
+        })
+    }
+
+    fn size(&mut self, place: Place, template: &Template) {
+        let size = serde_json::to_vec(template).map_or(0, |json| json.len());
+        if size > MAX_DEFINITION_BYTES {
+            let message = format!(
+                "the definition has {size} bytes as JSON, more than {MAX_DEFINITION_BYTES}; \
+                 shorten names and inputs, or split the work into several tasks"
+            );
+            self.wrong(place, "", message);
+        }
+    }
+
+    // One function for each kind of value of the template.
+
+    fn namespace(&mut self, node: &Node, path: &str) -> Option<String> {
+        self.text_like(node, path, is_queue_part, &format!(
+            "may hold only a-z, 0-9 and single _ between them, start with a letter, and have at \
+             most {MAX_NAMESPACE_BYTES} characters"
+        ))
+    }
+
+    fn name(&mut self, node: &Node, path: &str) -> Option<String> {
+        self.text_like(
+            node,
+            path,
+            is_name,
+            "may hold only a-z, 0-9 and _, start with a letter, and have at most 40 characters",
+        )
+    }
+
+    fn handler(&mut self, node: &Node, path: &str) -> Option<String> {
+        self.text_like(
+            node,
+            path,
+            is_handler,
+            &format!(
+                "may hold only a-z, 0-9 and _ in parts separated by dots, start with a letter, and \
+             have at most {MAX_HANDLER_BYTES} characters"
+            ),
+        )
+    }
+
+    fn version(&mut self, node: &Node, path: &str) -> Option<String> {
+        if let Kind::Number(_) = &node.kind {
+            let message = "is a number, in which 1.10 and 1.1 are the same; put it in quotes";
+            self.wrong(node.place, path, message);
+            return None;
+        }
+        self.text_like(node, path, is_version, &format!(
+            "must have 1 to {MAX_VERSION_CHARS} printable ASCII characters without spaces, such \
+             as \"1.2.0\""
+        ))
+    }
+
+    fn description(&mut self, node: &Node, path: &str) -> Option<String> {
+        let fits = |text: &str| text.chars().count() <= MAX_DESCRIPTION_CHARS;
+        let message =
+            format!("has more than {MAX_DESCRIPTION_CHARS} characters; one line is enough");
+        self.text_where(node, path, fits, |_| message)
+    }
+
+    fn input_schema(&mut self, node: &Node, path: &str) -> Option<serde_json::Value> {
+        let schema = node.to_value();
+        match InputSchema::compile(&schema) {
+            Ok(_) => Some(schema),
+            Err(error) => {
+                let inner = pointer_path(&error.pointer, node);
+                self.wrong(
+                    node.place_of(&inner),
+                    format!("{path}{}", Path(&inner)),
+                    error.message,
+                );
+                None
+            }
+        }
+    }
+
+    fn task_timeouts(&mut self, node: &Node, path: &str) -> Option<TaskTimeouts> {
+        let fields = self.fields(node, path, &TASK_TIMEOUT_KEYS)?;
+        Some(TaskTimeouts {
+            total: self.optional(&fields, "total", Self::duration),
+        })
+    }
+
+    fn trace(&mut self, node: &Node, path: &str) -> Option<Trace> {
+        let fields = self.fields(node, path, &TRACE_KEYS)?;
+        let incoming = self.optional(&fields, "incoming", |read, node, path| {
+            read.choice(
+                node,
+                path,
+                &[("join", Incoming::Join), ("link", Incoming::Link)],
+            )
+        });
+        let keep = self.optional(&fields, "keep", |read, node, path| {
+            read.list(node, path, Self::keep)
+        });
+        Some(Trace {
+            incoming: incoming.unwrap_or_default(),
+            keep: keep.unwrap_or_default(),
+        })
+    }
+
+    fn keep(&mut self, node: &Node, path: &str) -> Option<Keep> {
+        if let Kind::Map(_) = node.kind {
+            let fields = self.fields(node, path, &["slower_than"])?;
+            return self
+                .required(&fields, "slower_than", Self::duration)
+                .map(Keep::SlowerThan);
+        }
+        if matches!(&node.kind, Kind::Text(text) if text == "slower_than") {
+            self.wrong(
+                node.place,
+                path,
+                "needs a duration; write `slower_than: 5s`",
+            );
+            return None;
+        }
+        self.choice(
+            node,
+            path,
+            &[("failed", Keep::Failed), ("retried", Keep::Retried)],
+        )
+    }
+
+    // Steps.
+
+    fn steps<'n>(&mut self, node: &'n Node, path: &str) -> Option<Vec<ReadStep<'n>>> {
+        let Kind::List(items) = &node.kind else {
+            self.kind(node, path, "a list of steps");
+            return None;
+        };
+        if items.len() > MAX_STEPS {
+            // Before reading them: their other problems would bury this one.
+            let count = items.len();
+            self.wrong(
+                node.place,
+                path,
+                GraphError::TooManySteps { count }.to_string(),
+            );
+            return None;
+        }
+        let mut steps = Vec::with_capacity(items.len());
+        for (index, node) in items.iter().enumerate() {
+            let definition = self.step(node, &format!("{path}[{index}]"));
+            steps.extend(definition.map(|definition| ReadStep {
+                index,
+                definition,
+                node,
+            }));
+        }
+        // A step that could not be read would make others look wrong.
+        (steps.len() == items.len()).then_some(steps)
+    }
+
+    fn step(&mut self, node: &Node, path: &str) -> Option<StepDefinition> {
+        let fields = self.fields(node, path, &STEP_KEYS)?;
+        let name = self.required(&fields, "name", Self::name);
+        let handler = self.required(&fields, "handler", Self::handler);
+        let depends_on = self.optional(&fields, "depends_on", |read, node, path| {
+            read.list(node, path, Self::text)
+        });
+        let input = self.optional(&fields, "input", |_, node, _| Some(node.to_value()));
+        let queue = self.optional(&fields, "queue", Self::namespace);
+        let priority = self.optional(&fields, "priority", |read, node, path| {
+            read.whole(node, path, i32::MIN..=i32::MAX)
+        });
+        let retry = self.optional(&fields, "retry", Self::retry);
+        let timeouts = self.optional(&fields, "timeouts", Self::step_timeouts);
+        Some(StepDefinition {
+            name: name?,
+            // Checking what depends on the name is worth more than waiting for
+            // the handler to be right.
+            handler: handler.unwrap_or_default(),
+            depends_on: depends_on.unwrap_or_default(),
+            input,
+            queue,
+            priority: priority.unwrap_or_default(),
+            retry: retry.unwrap_or_default(),
+            timeouts: timeouts.unwrap_or_default(),
+        })
+    }
+
+    fn retry(&mut self, node: &Node, path: &str) -> Option<RetryPolicy> {
+        let fields = self.fields(node, path, &RETRY_KEYS)?;
+        let default = RetryPolicy::default();
+        let max_attempts = self.optional(&fields, "max_attempts", |read, node, path| {
+            read.whole(node, path, 1..=MAX_ATTEMPTS)
+        });
+        let initial_interval = self.optional(&fields, "initial_interval", Self::duration);
+        let backoff_coefficient =
+            self.optional(&fields, "backoff_coefficient", |read, node, path| {
+                read.decimal(node, path, 1.0..=MAX_COEFFICIENT)
+            });
+        let max_interval = self.optional(&fields, "max_interval", Self::duration);
+        let jitter = self.optional(&fields, "jitter", |read, node, path| {
+            read.decimal(node, path, 0.0..=1.0)
+        });
+        let non_retryable_errors =
+            self.optional(&fields, "non_retryable_errors", Self::error_types);
+        let on_exhausted = self.optional(&fields, "on_exhausted", |read, node, path| {
+            read.choice(
+                node,
+                path,
+                &[
+                    ("fail", OnExhausted::Fail),
+                    ("block", OnExhausted::Block),
+                    ("continue", OnExhausted::Continue),
+                ],
+            )
+        });
+        let policy = RetryPolicy {
+            max_attempts: max_attempts.unwrap_or(default.max_attempts),
+            initial_interval: initial_interval.unwrap_or(default.initial_interval),
+            backoff_coefficient: backoff_coefficient.unwrap_or(default.backoff_coefficient),
+            max_interval: max_interval.unwrap_or(default.max_interval),
+            jitter: jitter.unwrap_or(default.jitter),
+            non_retryable_errors: non_retryable_errors.unwrap_or_default(),
+            on_exhausted: on_exhausted.unwrap_or_default(),
+        };
+        if policy.max_interval < policy.initial_interval {
+            let (initial, max) = (policy.initial_interval, policy.max_interval);
+            let (initial, max) = (format_duration(initial), format_duration(max));
+            match (fields.get("max_interval"), fields.get("initial_interval")) {
+                (Some(node), _) => self.wrong(
+                    node.place,
+                    fields.path("max_interval"),
+                    format!("{max} is shorter than initial_interval, {initial}; raise it"),
+                ),
+                (None, Some(node)) => self.wrong(
+                    node.place,
+                    fields.path("initial_interval"),
+                    format!(
+                        "{initial} is longer than the default max_interval, {max}; set that too"
+                    ),
+                ),
+                (None, None) => {}
+            }
+        }
+        Some(policy)
+    }
+
+    fn error_types(&mut self, node: &Node, path: &str) -> Option<Vec<String>> {
+        let types = self.list(node, path, |read, node, path| {
+            let fits = |text: &str| {
+                !text.trim().is_empty() && text.chars().count() <= MAX_ERROR_TYPE_CHARS
+            };
+            read.text_where(node, path, fits, |_| {
+                format!("must have 1 to {MAX_ERROR_TYPE_CHARS} characters, such as CardDeclined")
+            })
+        })?;
+        if types.len() > MAX_ERROR_TYPES {
+            let message = format!(
+                "lists {} error types, more than {MAX_ERROR_TYPES}",
+                types.len()
+            );
+            self.wrong(node.place, path, message);
+        }
+        Some(types)
+    }
+
+    fn step_timeouts(&mut self, node: &Node, path: &str) -> Option<StepTimeouts> {
+        let fields = self.fields(node, path, &STEP_TIMEOUT_KEYS)?;
+        let default = StepTimeouts::default();
+        let queue = self.optional(&fields, "queue", Self::duration);
+        let run = self.optional(&fields, "run", Self::duration);
+        let total = self.optional(&fields, "total", Self::duration);
+        let heartbeat = self.optional(&fields, "heartbeat", |read, node, path| {
+            let heartbeat = read.duration(node, path)?;
+            if heartbeat < SHORTEST_HEARTBEAT {
+                let shortest = format_duration(SHORTEST_HEARTBEAT);
+                read.wrong(
+                    node.place,
+                    path,
+                    format!("must be at least {shortest}; workers renew it three times"),
+                );
+            }
+            Some(heartbeat)
+        });
+        Some(StepTimeouts {
+            queue,
+            run: run.unwrap_or(default.run),
+            total,
+            heartbeat: heartbeat.unwrap_or(default.heartbeat),
+        })
+    }
+
+    // What only several values together can get wrong.
+
+    fn queue_lengths(&mut self, namespace: &str, steps: &[ReadStep<'_>]) {
+        for step in steps {
+            let Some(queue) = &step.definition.queue else {
+                continue;
+            };
+            let bytes = namespace.len() + queue.len();
+            if bytes > MAX_NAMESPACE_AND_QUEUE_BYTES {
+                let message = format!(
+                    "`{queue}` and the namespace `{namespace}` have {bytes} characters together, \
+                     more than {MAX_NAMESPACE_AND_QUEUE_BYTES}; shorten one"
+                );
+                let key_path = format!("steps[{}].queue", step.index);
+                self.wrong(step.place(&[key("queue")]), key_path, message);
+            }
+        }
+    }
+
+    fn graph(&mut self, steps: &[ReadStep<'_>], list: Option<&Node>) -> Option<Graph> {
+        let edges = steps.iter().map(|step| {
+            (
+                step.definition.name.as_str(),
+                step.definition.depends_on.as_slice(),
+            )
+        });
+        let errors = match Graph::check(edges) {
+            Ok(graph) => return Some(graph),
+            Err(errors) => errors,
+        };
+        for error in errors.iter().take(MAX_PROBLEMS) {
+            let mut message = error.to_string();
+            let (step, path) = match error {
+                GraphError::TooManySteps { .. } => {
+                    let place = list.map_or(Place { line: 1, column: 1 }, |list| list.place);
+                    self.wrong(place, "steps", message);
+                    continue;
+                }
+                GraphError::DuplicateStep { first, step, .. } => {
+                    let line = steps[*first].place(&[key("name")]).line;
+                    message = format!("{message} (the other is on line {line})");
+                    (*step, vec![key("name")])
+                }
+                GraphError::UnknownDependency {
+                    step,
+                    position,
+                    dependency,
+                    ..
+                } => {
+                    let names = steps.iter().map(|step| step.definition.name.as_str());
+                    if self.problems.len() < MAX_SUGGESTIONS {
+                        message.push_str(&did_you_mean(dependency, names));
+                    }
+                    (*step, vec![key("depends_on"), Segment::Index(*position)])
+                }
+                GraphError::DuplicateDependency { step, position, .. }
+                | GraphError::SelfDependency { step, position, .. }
+                | GraphError::Cycle { step, position, .. } => {
+                    (*step, vec![key("depends_on"), Segment::Index(*position)])
+                }
+            };
+            let step = &steps[step];
+            let key_path = format!("steps[{}]{}", step.index, Path(&path));
+            self.wrong(step.place(&path), key_path, message);
+        }
+        None
+    }
+
+    /// References must parse, and may read the outputs of ancestors only.
+    fn references(&mut self, steps: &[ReadStep<'_>], graph: Option<&Graph>) {
+        let index_of: std::collections::HashMap<&str, u32> = (0..)
+            .zip(steps)
+            .map(|(index, step)| (step.definition.name.as_str(), index))
+            .collect();
+        // Each pair with the place of the reference, for the check afterwards.
+        let mut pairs = Vec::new();
+        let mut places = Vec::new();
+        for (index, step) in (0..).zip(steps) {
+            let Some(input) = &step.definition.input else {
+                continue;
+            };
+            let locate = |at: &[Segment]| {
+                let path: Vec<Segment> = [key("input")].into_iter().chain(at.to_vec()).collect();
+                (
+                    step.place(&path),
+                    format!("steps[{}]{}", step.index, Path(&path)),
+                )
+            };
+            let template = match InputTemplate::parse(input) {
+                Ok(template) => template,
+                Err(errors) => {
+                    for error in errors {
+                        let (place, key_path) = locate(&error.at);
+                        self.wrong(place, key_path, error.message);
+                    }
+                    continue;
+                }
+            };
+            let mut told = HashSet::new();
+            template.visit_steps(|at, read| {
+                if let Some(&target) = index_of.get(read) {
+                    pairs.push((index, target));
+                    places.push(locate(at));
+                } else if told.insert(read) {
+                    let (place, key_path) = locate(at);
+                    let names = index_of.keys().copied();
+                    let mut message =
+                        format!("reads the output of `{}`, which is not a step", shown(read));
+                    if self.problems.len() < MAX_SUGGESTIONS {
+                        message.push_str(&did_you_mean(read, names));
+                    }
+                    self.wrong(place, key_path, message);
+                }
+            });
+        }
+        for wrong in graph.map_or_else(Vec::new, |graph| graph.not_ancestors(&pairs)) {
+            let (step, read) = pairs[wrong];
+            let name = &steps[step as usize].definition.name;
+            let read = &steps[read as usize].definition.name;
+            let message = if name == read {
+                format!("step `{name}` reads its own output, which exists only after it ran")
+            } else {
+                format!(
+                    "step `{name}` reads the output of `{read}` without waiting for it; \
+                     add `{read}` to its depends_on"
+                )
+            };
+            let (place, key_path) = &places[wrong];
+            self.wrong(*place, key_path, message);
+        }
+    }
+
+    // Values of any mapping.
+
+    fn fields<'n>(&mut self, node: &'n Node, path: &str, known: &[&str]) -> Option<Fields<'n>> {
+        let Kind::Map(entries) = &node.kind else {
+            self.kind(
+                node,
+                path,
+                &format!("a mapping with keys such as `{}:`", known[0]),
+            );
+            return None;
+        };
+        let fields = Fields {
+            place: node.place,
+            path: path.to_owned(),
+            entries,
+        };
+        for entry in entries {
+            if !known.contains(&entry.key.as_str()) {
+                let near = did_you_mean(&entry.key, known.iter().copied());
+                let advice = if near.is_empty() {
+                    format!("; known here: {}", known.join(", "))
+                } else {
+                    near
+                };
+                let message = format!("is not a known key{advice}");
+                self.wrong(entry.key_place, fields.path(&shown(&entry.key)), message);
+            }
+        }
+        Some(fields)
+    }
+
+    fn required<'n, T>(
+        &mut self,
+        fields: &Fields<'n>,
+        key: &str,
+        value: impl FnOnce(&mut Self, &'n Node, &str) -> Option<T>,
+    ) -> Option<T> {
+        if fields.get(key).is_none() {
+            let message = format!("is missing; add `{key}:`");
+            self.wrong(fields.place, fields.path(key), message);
+        }
+        self.optional(fields, key, value)
+    }
+
+    fn optional<'n, T>(
+        &mut self,
+        fields: &Fields<'n>,
+        key: &str,
+        value: impl FnOnce(&mut Self, &'n Node, &str) -> Option<T>,
+    ) -> Option<T> {
+        let node = fields.get(key)?;
+        let path = fields.path(key);
+        if matches!(node.kind, Kind::Null) {
+            // A forgotten value under `depends_on:` must not mean "no
+            // dependency".
+            self.wrong(
+                node.place,
+                path,
+                "is empty; give it a value or remove the line",
+            );
+            return None;
+        }
+        value(self, node, &path)
+    }
+
+    fn kind(&mut self, node: &Node, path: &str, wanted: &str) {
+        self.wrong(
+            node.place,
+            path,
+            format!("is {}, not {wanted}", node.kind_name()),
+        );
+    }
+
+    fn list<T>(
+        &mut self,
+        node: &Node,
+        path: &str,
+        item: impl Fn(&mut Self, &Node, &str) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let Kind::List(nodes) = &node.kind else {
+            self.kind(node, path, "a list; write it as [a, b]");
+            return None;
+        };
+        let mut items = Vec::with_capacity(nodes.len());
+        for (index, node) in nodes.iter().enumerate() {
+            items.extend(item(self, node, &format!("{path}[{index}]")));
+        }
+        // Without all of them, positions in the list would be wrong.
+        (items.len() == nodes.len()).then_some(items)
+    }
+
+    fn text(&mut self, node: &Node, path: &str) -> Option<String> {
+        match &node.kind {
+            Kind::Text(text) => Some(text.clone()),
+            Kind::Number(_) | Kind::Bool(_) => {
+                self.kind(node, path, "a text; put it in quotes");
+                None
+            }
+            _ => {
+                self.kind(node, path, "a text");
+                None
+            }
+        }
+    }
+
+    fn text_where(
+        &mut self,
+        node: &Node,
+        path: &str,
+        fits: impl FnOnce(&str) -> bool,
+        message: impl FnOnce(&str) -> String,
+    ) -> Option<String> {
+        let text = self.text(node, path)?;
+        if !fits(&text) {
+            let message = message(&text);
+            self.wrong(node.place, path, message);
+            return None;
+        }
+        Some(text)
+    }
+
+    /// A text of a certain shape, which `rule` describes.
+    fn text_like(
+        &mut self,
+        node: &Node,
+        path: &str,
+        fits: fn(&str) -> bool,
+        rule: &str,
+    ) -> Option<String> {
+        self.text_where(node, path, fits, |text| format!("`{}` {rule}", shown(text)))
+    }
+
+    fn duration(&mut self, node: &Node, path: &str) -> Option<Duration> {
+        let text = match &node.kind {
+            Kind::Text(text) => text.clone(),
+            Kind::Number(number) => number.to_string(),
+            _ => {
+                self.kind(node, path, "a duration such as 30s");
+                return None;
+            }
+        };
+        match parse_duration(&text) {
+            Ok(duration) => Some(duration),
+            Err(message) => {
+                self.wrong(node.place, path, format!("`{}` {message}", shown(&text)));
+                None
+            }
+        }
+    }
+
+    fn number<'n>(&mut self, node: &'n Node, path: &str, wanted: &str) -> Option<&'n Number> {
+        let Kind::Number(number) = &node.kind else {
+            self.kind(node, path, wanted);
+            return None;
+        };
+        Some(number)
+    }
+
+    fn whole<T: TryFrom<i64> + PartialOrd + Display>(
+        &mut self,
+        node: &Node,
+        path: &str,
+        range: RangeInclusive<T>,
+    ) -> Option<T> {
+        let number = self.number(node, path, "a whole number")?;
+        let value = number.as_i64().and_then(|value| T::try_from(value).ok());
+        match value {
+            Some(value) if range.contains(&value) => Some(value),
+            _ => {
+                let (least, most) = (range.start(), range.end());
+                let message = format!("{number} is not a whole number from {least} to {most}");
+                self.wrong(node.place, path, message);
+                None
+            }
+        }
+    }
+
+    fn decimal(&mut self, node: &Node, path: &str, range: RangeInclusive<f64>) -> Option<f64> {
+        let number = self.number(node, path, "a number")?;
+        match number.as_f64() {
+            Some(value) if range.contains(&value) => Some(value),
+            _ => {
+                let (least, most) = (range.start(), range.end());
+                let message = format!("{number} is not from {least} to {most}");
+                self.wrong(node.place, path, message);
+                None
+            }
+        }
+    }
+
+    fn choice<T: Copy>(&mut self, node: &Node, path: &str, choices: &[(&str, T)]) -> Option<T> {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        let Kind::Text(text) = &node.kind else {
+            self.kind(node, path, &format!("one of: {}", names.join(", ")));
+            return None;
+        };
+        let chosen = choices
+            .iter()
+            .find(|(name, _)| name == text)
+            .map(|(_, value)| *value);
+        if chosen.is_none() {
+            let message = format!("`{}` is not one of: {}", shown(text), names.join(", "));
+            self.wrong(node.place, path, message);
+        }
+        chosen
+    }
+}
+
+fn starts_with_letter(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_lowercase())
+}
+
+fn only_lower(text: &str) -> bool {
+    text.bytes()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+/// `^[a-z][a-z0-9_]{0,39}$`
+fn is_name(text: &str) -> bool {
+    starts_with_letter(text) && only_lower(text) && text.len() <= 40
+}
+
+/// `^[a-z](_?[a-z0-9])*$`, at most 40 bytes: `__` separates the two parts of a
+/// queue's name.
+fn is_queue_part(text: &str) -> bool {
+    is_name(text) && !text.contains("__") && !text.ends_with('_')
+}
+
+/// `^[a-z][a-z0-9_]*(\.[a-z0-9_]+)*$`, at most 100 bytes.
+fn is_handler(text: &str) -> bool {
+    text.len() <= MAX_HANDLER_BYTES
+        && starts_with_letter(text)
+        && text
+            .split('.')
+            .all(|part| !part.is_empty() && only_lower(part))
+}
+
+fn is_version(text: &str) -> bool {
+    (1..=MAX_VERSION_CHARS).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// A JSON pointer as a path into the node it was made for.
+fn pointer_path(pointer: &str, node: &Node) -> Vec<Segment> {
+    let mut path = Vec::new();
+    let mut value = &node.kind;
+    for part in pointer.split('/').skip(1) {
+        let part = part.replace("~1", "/").replace("~0", "~");
+        let (segment, inner) = match value {
+            Kind::List(items) => {
+                let Some(index) = part.parse::<usize>().ok().filter(|i| *i < items.len()) else {
+                    break;
+                };
+                (Segment::Index(index), &items[index])
+            }
+            Kind::Map(entries) => {
+                let Some(entry) = entries.iter().find(|entry| entry.key == part) else {
+                    break;
+                };
+                (Segment::Key(part), &entry.value)
+            }
+            _ => break,
+        };
+        path.push(segment);
+        value = &inner.kind;
+    }
+    path
+}
+
+/// A value of the file inside a message: short, and on one line.
+fn shown(text: &str) -> String {
+    const MOST: usize = 60;
+    let mut shown: String = text
+        .chars()
+        .take(MOST)
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect();
+    if text.chars().nth(MOST).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// `; did you mean …?`, or nothing if no candidate is close.
+fn did_you_mean<'c>(word: &str, candidates: impl Iterator<Item = &'c str>) -> String {
+    let limit = (word.len() / 3).clamp(1, 3);
+    candidates
+        .filter(|candidate| candidate.len().abs_diff(word.len()) <= limit)
+        .map(|candidate| (edit_distance(word, candidate), candidate))
+        .filter(|(distance, _)| *distance <= limit)
+        .min()
+        .map_or_else(String::new, |(_, near)| format!("; did you mean `{near}`?"))
+}
+
+/// Levenshtein distance in bytes: names are ASCII.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let substituted = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
