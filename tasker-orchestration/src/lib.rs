@@ -1,1 +1,9 @@
-//! placeholder
+//! Moves tasks and steps through their state machines.
+//!
+//! [`lifecycle::settle`] is the one transaction; [`lifecycle::initialize`] and
+//! [`lifecycle::sweep`] feed it, [`runtime`] runs the loops.
+
+pub mod lifecycle;
+pub mod runtime;
+
+pub use runtime::{Options, Orchestrator};

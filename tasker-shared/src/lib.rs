@@ -12,5 +12,5 @@ pub mod queue;
 pub mod state_machine;
 pub mod store;
 pub mod telemetry;
-// pub mod template;
+pub mod template;
 pub mod trace;

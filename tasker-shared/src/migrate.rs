@@ -9,7 +9,7 @@
 use pgmq::PgmqError;
 use sqlx::migrate::{Migration, Migrator};
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
+use sqlx::{Connection, Executor, PgConnection, PgPool};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 

@@ -4,7 +4,7 @@ pub mod apply;
 pub mod exports;
 pub mod steps;
 pub mod tasks;
-// pub mod templates;
+pub mod templates;
 pub mod transitions;
 pub mod tx;
 

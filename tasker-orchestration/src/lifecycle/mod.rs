@@ -1,0 +1,153 @@
+//! What happens to a task between its request and its end.
+
+pub mod actions;
+pub mod admission;
+pub mod initialize;
+pub mod results;
+pub mod settle;
+pub mod sweep;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use sqlx::{PgConnection, PgPool};
+use tasker_shared::state_machine::decide::Operator;
+use tasker_shared::store;
+use tasker_shared::store::templates::{self, Loaded, TemplateError};
+use tasker_shared::trace::export::Exporter;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+pub use self::admission::Admission;
+
+/// What every part of one orchestrator shares.
+#[derive(Debug)]
+pub struct Shared {
+    /// For transactions: commits wait for the disk.
+    pub pool: PgPool,
+    /// For queue reads: commits may be asynchronous.
+    pub reads: PgPool,
+    /// Names this orchestrator in queues' reader lists and in export batches.
+    pub instance: Uuid,
+    /// Delivers the tree; `None` when tracing is off.
+    pub exporter: Option<Exporter>,
+    /// How much may be sent.
+    pub admission: Admission,
+    /// Wakes the sweep: something is due earlier than it thought.
+    pub due: Notify,
+    templates: Mutex<HashMap<i32, Arc<Loaded>>>,
+}
+
+impl Shared {
+    /// With nothing cached yet.
+    pub fn new(pool: PgPool, reads: PgPool, instance: Uuid, exporter: Option<Exporter>) -> Self {
+        Self { pool, reads, instance, exporter, admission: Admission::default(), due: Notify::new(), templates: Mutex::default() }
+    }
+
+    /// Templates by id; they never change, so they are read once.
+    async fn templates(&self, conn: &mut PgConnection, ids: &[i32]) -> Result<HashMap<i32, Arc<Loaded>>, TemplateError> {
+        let mut found = HashMap::new();
+        let mut missing = Vec::new();
+        {
+            let known = self.templates.lock().expect("no code panics while it holds the template cache");
+            for id in ids {
+                match known.get(id) {
+                    Some(template) => drop(found.insert(*id, template.clone())),
+                    None => missing.push(*id),
+                }
+            }
+        }
+        if !missing.is_empty() {
+            missing.sort_unstable();
+            missing.dedup();
+            for template in templates::load(conn, &missing).await? {
+                let id = template.definition.template_id;
+                self.templates.lock().expect("no code panics while it holds the template cache").insert(id, template.clone());
+                found.insert(id, template);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// A reason to look at a task, and where it came from.
+#[derive(Debug, Clone)]
+pub struct Hint {
+    /// The task to settle.
+    pub task: Uuid,
+    /// What to look at.
+    pub look: Look,
+    /// The message to delete once it is settled.
+    pub msg_id: Option<i64>,
+    /// The due hint to delete once it is settled.
+    pub due_id: Option<i64>,
+}
+
+/// What a hint says happened; steps are named by uuid until their rows are loaded.
+#[derive(Debug, Clone)]
+pub enum Look {
+    /// Begin the task.
+    Start,
+    /// An attempt was reported.
+    Result(Uuid, i32),
+    /// The message of an attempt's result is quarantined for this reason.
+    Quarantined(Uuid, i32, String),
+    /// A lease may have expired.
+    Lease(Uuid),
+    /// A retry may be due.
+    Retry(Uuid),
+    /// A step may have lain in its queue too long.
+    Queue(Uuid),
+    /// The task may have taken too long.
+    Total,
+    /// A held step may find room.
+    Admit(Uuid),
+    /// An operator ends it.
+    Cancel(Operator),
+    /// An operator ends it at once.
+    Terminate(Operator),
+    /// An operator tries again.
+    OperatorRetry(Operator),
+}
+
+impl Look {
+    /// The step that must be loaded.
+    pub fn step(&self) -> Option<Uuid> {
+        match self {
+            Self::Result(step, _)
+            | Self::Quarantined(step, ..)
+            | Self::Lease(step)
+            | Self::Retry(step)
+            | Self::Queue(step)
+            | Self::Admit(step) => Some(*step),
+            _ => None,
+        }
+    }
+}
+
+/// A settle failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database or a row.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// A template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl Error {
+    /// Whether doing the same again may succeed; such an error never counts against a message.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
+            Self::Template(_) => false,
+        }
+    }
+}
