@@ -166,7 +166,7 @@ fn fetch(options: &Options) -> Result<Binaries, Error> {
                     .map_err(|e| failed(&e))?
                     .block_on(async {
                         let mut server = PostgreSQL::new(settings);
-                        tokio::time::timeout(std::time::Duration::from_secs(300), server.setup())
+                        tokio::time::timeout(std::time::Duration::from_mins(5), server.setup())
                             .await
                             .map_err(|_| failed(&"not finished after five minutes"))?
                             .map_err(|e| failed(&e))?;
