@@ -307,8 +307,8 @@ pub(crate) fn fingerprint() -> String {
 mod tests {
     use super::*;
     use crate::postgres::testing::TestDatabase;
-    use sqlx::SqlSafeStr;
     use sqlx::migrate::MigrationType;
+    use sqlx::{AssertSqlSafe, SqlSafeStr};
 
     fn files(sql: &[(i64, &'static str, &'static str)]) -> Migrator {
         Migrator::with_migrations(

@@ -90,7 +90,7 @@ impl Account {
         }
         // Not `metadata`: in /tmp somebody else's symbolic link may wait here.
         let found = fs::symlink_metadata(path).map_err(io("look at", path))?;
-        if found.is_dir() && found.uid() == self.uid && found.mode() & 0o077 == 0 {
+        if found.is_dir() && found.uid() == self.uid && found.mode() & 0o777 == 0o700 {
             Ok(())
         } else {
             Err(Error::NotPrivate {

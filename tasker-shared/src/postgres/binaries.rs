@@ -148,12 +148,20 @@ fn fetch(options: &Options) -> Result<Binaries, Error> {
     // sees this file.
     let scratch = tempfile::tempdir().map_err(|e| failed(&e))?;
     std::fs::write(scratch.path().join("postgresql.conf"), "").map_err(|e| failed(&e))?;
+    let defaults = Settings::new();
+    // It makes directories for what we do not use.
+    for unused in [
+        Some(defaults.data_dir.as_path()),
+        defaults.password_file.parent(),
+    ] {
+        let _ = unused.map(std::fs::remove_dir);
+    }
     let settings = Settings {
         version: VersionReq::parse("=17").map_err(|e| failed(&e))?,
         installation_dir: dir,
         data_dir: scratch.path().to_owned(),
         temporary: false,
-        ..Settings::new()
+        ..defaults
     };
     tracing::info!("no PostgreSQL is installed; downloading one");
     // On a thread of its own, since the caller may be inside a runtime.
@@ -166,7 +174,7 @@ fn fetch(options: &Options) -> Result<Binaries, Error> {
                     .map_err(|e| failed(&e))?
                     .block_on(async {
                         let mut server = PostgreSQL::new(settings);
-                        tokio::time::timeout(std::time::Duration::from_secs(300), server.setup())
+                        tokio::time::timeout(std::time::Duration::from_mins(5), server.setup())
                             .await
                             .map_err(|_| failed(&"not finished after five minutes"))?
                             .map_err(|e| failed(&e))?;

@@ -27,13 +27,14 @@ use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Recovery after a crash replays at most `max_wal_size`; this is ample.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 /// The address of a unix socket holds 104 bytes on macOS (108 on Linux) with
 /// its final NUL.
 const LONGEST_SOCKET: usize = 103;
@@ -312,11 +313,13 @@ impl Home {
         if !self.is_server(pid) {
             return Server::Down;
         }
-        // The eighth line is its state: starting, ready, stopping.
-        Server::Up {
-            pid,
-            ready: lines.nth(6).is_some_and(|l| l.trim() == "ready"),
-        }
+        // The eighth line is its state: starting, ready, stopping. One that was
+        // killed this very moment is still there and says "ready", but accepts
+        // nobody.
+        let socket = self.socket_dir().join(".s.PGSQL.5432");
+        let ready = lines.nth(6).is_some_and(|l| l.trim() == "ready")
+            && UnixStream::connect(socket).is_ok();
+        Server::Up { pid, ready }
     }
 
     fn is_server(&self, pid: u32) -> bool {
@@ -343,10 +346,16 @@ impl Home {
         }
         let pg_ctl = self.binaries(options, binaries)?.program("pg_ctl");
         self.account.check_reaches(&self.dir)?;
+        // Without its comments, for whoever reads the list of processes.
+        let script: String = include_str!("watch.sh")
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .flat_map(|line| [line, "\n"])
+            .collect();
         let status = self
             .account
             .command("sh")
-            .args(["-c", include_str!("watch.sh"), "tasker-pg-watch"])
+            .args(["-c", &script, "tasker-pg-watch"])
             .arg(pg_ctl)
             .arg(&self.data)
             .arg(self.dir.join("keep"))
@@ -363,14 +372,13 @@ impl Home {
                 program: "sh".to_owned(),
                 source,
             })?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(Error::Failed {
-                program: "sh (the watcher of the server)".to_owned(),
-                output: status.to_string(),
-            })
+        if !status.success() {
+            tracing::warn!(
+                "neither `flock` nor `perl` is installed, so nothing stops the local PostgreSQL \
+                 after its last user: use `tasker db stop`"
+            );
         }
+        Ok(())
     }
 
     fn binaries<'a>(
@@ -475,7 +483,11 @@ impl Home {
             if [ -n "$(find server.log -size +32768 2>/dev/null)" ]; then
                 mv server.log server.log.old
             fi
-            exec "$3" start -D "$1" -l server.log -o "$4" -s -w -t 300
+            options=$4
+            if "$3/postgres" -D "$1" -c wal_compression=lz4 -C wal_compression >/dev/null 2>&1; then
+                options="$options -c wal_compression=lz4"
+            fi
+            exec "$3/pg_ctl" start -D "$1" -l server.log -o "$options" -s -w -t 300
         "#;
         let option = format!(
             "-c config_file='{}'",
@@ -486,7 +498,7 @@ impl Home {
             let mut command = self.account.command("sh");
             command
                 .args(["-c", script, "pg_ctl"])
-                .args([&self.data, &socket, &binaries.program("pg_ctl")])
+                .args([&self.data, &socket, &binaries.dir])
                 .arg(&option);
             match self.check(command, "pg_ctl start", control) {
                 // Backends of a killed server notice within moments.
@@ -590,6 +602,7 @@ shared_buffers = 256MB
 max_wal_size = 4GB
 checkpoint_timeout = 15min
 checkpoint_completion_target = 0.9
+# lz4 where it is compiled in (see the command line); this one costs more.
 wal_compression = on
 # One server, no standby.
 wal_level = minimal

@@ -20,10 +20,11 @@ trap '' HUP INT QUIT
 if command -v flock; then
   lock() { flock "$@" 3<&-; }
 else # macOS has no flock(1), but perl.
+  command -v perl || exit 1
   lock() {
     perl -e 'use Fcntl ":flock";
       my %how = ("-x" => LOCK_EX, "-xn" => LOCK_EX | LOCK_NB, "-u" => LOCK_UN);
-      open(my $file, "<&=", $ARGV[1]) && flock($file, $how{$ARGV[0]}) or exit 1' "$@" 3<&-
+      open(FILE, "<&=", $ARGV[1]) && flock(FILE, $how{$ARGV[0]}) or exit 1' -- "$@" 3<&-
   }
 fi
 
