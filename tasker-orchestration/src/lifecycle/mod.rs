@@ -2,6 +2,7 @@
 
 pub mod actions;
 pub mod admission;
+mod batch;
 pub mod initialize;
 pub mod results;
 pub mod settle;

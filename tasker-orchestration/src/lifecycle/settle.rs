@@ -3,7 +3,7 @@
 //! A batch of hints settles in one transaction with set-based statements, so the cost of a
 //! step falls as the load rises. This file must never decide anything itself.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -17,7 +17,7 @@ use tasker_shared::store::steps::{self, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::trace::context::Traceparent;
+use tasker_shared::trace::context::{Baggage, Traceparent};
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
@@ -36,13 +36,16 @@ pub struct Settled {
     pub finished: usize,
 }
 
-/// One task of the batch, loaded and decided.
+/// One task of the batch, as it was loaded.
+#[derive(Debug)]
 pub(super) struct Work {
     pub row: TaskRow,
     pub template: Arc<Loaded>,
-    /// The steps as they were read, by uuid.
     pub steps: HashMap<Uuid, StepRow>,
-    pub plan: Plan,
+    /// Outputs of steps that are not loaded, by index.
+    pub outputs: HashMap<u32, Value>,
+    /// Only asked of a task that an operator retries.
+    has_steps: bool,
 }
 
 /// Settles hints that came from one queue (or from none: then `queue` only names the table
@@ -54,25 +57,26 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let rows = tasks::lock(conn, &uuids).await?;
         let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
-        shared.admission.with_room(|room| decide_all(&mut works, &hints, room, now));
+        load_outputs(conn, &mut works, &hints).await?;
+        let plans = shared.admission.with_room(|room| decide_all(&works, &hints, room, now));
 
-        let export = export_batch(shared, &works);
         let moved: Vec<(&TaskRow, &Plan)> =
-            works.iter().filter(|work| !work.plan.is_empty()).map(|work| (&work.row, &work.plan)).collect();
+            works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
+        let export = export_batch(shared, &moved);
         let applied = if moved.is_empty() {
             Applied { at: now, cancelled: Vec::new() }
         } else {
             apply(conn, &moved, now, export.as_ref()).await?
         };
-        send(conn, &works).await?;
+        send(conn, &works, &plans).await?;
         tell_workers(conn, &applied).await?;
         let messages: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
         let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
         if !messages.is_empty() || !due.is_empty() {
             queue::delete(conn, queue, &messages, &due).await?;
         }
-        settled.finished = works.iter().filter(|work| work.plan.task.state.is_terminal()).count();
-        Ok::<_, Error>((settled, actions::Committed { works, applied, began_at: now, export }))
+        settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
+        Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
     .await?;
     actions::run(shared, done);
@@ -129,8 +133,7 @@ async fn load(
             tasker_shared::store::Error::BadRow { table: "tasks", column: "template_id", id: row.task.uuid.to_string(), problem: "no such template".into() }
         })?;
         let has_steps = with_steps.contains(&row.task.uuid);
-        let plan = empty_plan(&row, has_steps);
-        works.push(Work { row, template, steps: HashMap::new(), plan });
+        works.push(Work { row, template, steps: HashMap::new(), outputs: HashMap::new(), has_steps });
     }
     let places: HashMap<Uuid, usize> = works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
     for row in loaded {
@@ -139,4 +142,170 @@ async fn load(
         }
     }
     Ok((works, now))
+}
+
+/// Reads the outputs that steps about to become ready need and the batch does not hold: none
+/// for a chain, one statement for a join.
+async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint]) -> Result<(), Error> {
+    let mut wanted: BTreeSet<(Uuid, u32)> = BTreeSet::new();
+    let retried: HashSet<Uuid> = hints.iter().filter(|hint| matches!(hint.look, Look::OperatorRetry(_))).map(|hint| hint.task).collect();
+    for work in works.iter() {
+        let definition = &work.template.definition;
+        let ended: HashSet<u32> = work.steps.values().filter(|row| row.reported).map(|row| row.step.index).collect();
+        for row in work.steps.values() {
+            let (step, parents) = (&row.step, definition.graph.parents(row.step.index));
+            let may_become_ready = if retried.contains(&work.row.task.uuid) {
+                step.remaining_dependencies == 0
+            } else {
+                let here = parents.iter().filter(|parent| ended.contains(parent)).count();
+                step.held_by.is_none() && usize::try_from(step.remaining_dependencies).is_ok_and(|left| (1..=here).contains(&left))
+            };
+            if may_become_ready {
+                let needed = definition.steps[step.index as usize].needs.iter().filter(|need| !ended.contains(need));
+                wanted.extend(needed.map(|need| (work.row.task.uuid, *need)));
+            }
+        }
+    }
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let wanted: Vec<(Uuid, u32)> = wanted.into_iter().collect();
+    let mut outputs = steps::outputs(conn, &wanted).await?;
+    for work in works {
+        let task = work.row.task.uuid;
+        for (_, index) in wanted.iter().filter(|(of, _)| *of == task) {
+            if let Some(output) = outputs.remove(&(task, *index)) {
+                work.outputs.insert(*index, output);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One plan per task, in the same order.
+fn decide_all(works: &[Work], hints: &[Hint], room: &mut Room, now: DateTime<Utc>) -> Vec<Plan> {
+    let mut by_task: HashMap<Uuid, Vec<&Look>> = HashMap::new();
+    for hint in hints {
+        by_task.entry(hint.task).or_default().push(&hint.look);
+    }
+    works
+        .iter()
+        .map(|work| {
+            let looks = by_task.remove(&work.row.task.uuid).unwrap_or_default();
+            let events = looks.into_iter().filter_map(|look| event(work, look)).collect();
+            let snapshot = Snapshot {
+                task: work.row.task.clone(),
+                definition: &work.template.definition,
+                steps: work.steps.values().map(|row| (row.step.index, row.step.clone())).collect(),
+                outcomes: work.steps.values().filter_map(|row| Some((row.step.index, row.outcome.clone()?))).collect(),
+                outputs: work.outputs.clone(),
+            };
+            decide(snapshot, events, room, now)
+        })
+        .collect()
+}
+
+/// Names the step by its index. A hint about a step that does not exist has nothing to say.
+fn event(work: &Work, look: &Look) -> Option<Event> {
+    let index = |step: &Uuid| work.steps.get(step).map(|row| row.step.index);
+    Some(match look {
+        Look::Start => Event::Start { step_uuids: new_step_uuids(work), invalid: invalid_input(work) },
+        Look::Result(step, attempt) => Event::Result { step: index(step)?, attempt: *attempt },
+        Look::Quarantined(step, attempt, reason) => {
+            Event::Quarantined { step: index(step)?, attempt: *attempt, reason: reason.clone() }
+        }
+        Look::Lease(step) => Event::LeaseDue { step: index(step)? },
+        Look::Retry(step) => Event::RetryDue { step: index(step)? },
+        Look::Queue(step) => {
+            let row = work.steps.get(step)?;
+            Event::QueueDue { step: row.step.index, attempt: row.step.attempt }
+        }
+        Look::Total => Event::TotalDue,
+        Look::Admit(step) => Event::Admit { step: index(step)? },
+        Look::Cancel(operator) => Event::Cancel(operator.clone()),
+        Look::Terminate(operator) => Event::Terminate(operator.clone()),
+        Look::OperatorRetry(operator) if work.has_steps => {
+            Event::Retry { operator: operator.clone(), step_uuids: Vec::new(), invalid: None }
+        }
+        Look::OperatorRetry(operator) => Event::Retry {
+            operator: operator.clone(),
+            step_uuids: new_step_uuids(work),
+            invalid: invalid_input(work),
+        },
+    })
+}
+
+/// Time-ordered uuids that share the milliseconds of their task's, so by the database's clock.
+fn new_step_uuids(work: &Work) -> Vec<Uuid> {
+    let milliseconds = &work.row.task.uuid.as_bytes()[..6];
+    let mut bytes = [0_u8; 16];
+    bytes[..6].copy_from_slice(milliseconds);
+    (0..work.template.definition.steps.len())
+        .map(|_| {
+            rand::fill(&mut bytes[6..]);
+            uuid::Builder::from_bytes(bytes).with_variant(uuid::Variant::RFC4122).with_version(uuid::Version::SortRand).into_uuid()
+        })
+        .collect()
+}
+
+fn invalid_input(work: &Work) -> Option<String> {
+    let problems = work.template.schema.as_ref()?.check(&work.row.task.input).err()?;
+    Some(problems.join("; ").chars().take(1000).collect())
+}
+
+/// The export batch of this transaction, if any of its tasks is sampled.
+fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBatch> {
+    let exporter = shared.exporter.as_ref()?;
+    let task_uuids: Vec<Uuid> = moved
+        .iter()
+        .filter(|(row, plan)| row.trace_flags & 1 == 1 && !plan.moves.is_empty())
+        .map(|(row, _)| row.task.uuid)
+        .collect();
+    (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
+}
+
+/// Sends the steps that became ready: one statement per destination queue.
+async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
+    let mut queues: BTreeMap<&str, (Vec<Value>, Vec<Value>)> = BTreeMap::new();
+    for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
+        let row = &work.row;
+        let baggage = baggage(row);
+        for sent in &plan.sends {
+            // The attempt's handler.execution is known before it runs: it is what the worker continues.
+            let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
+            let sender = span_id(&row.trace_id, row.task.uuid, 0, 0, SpanKey::Enqueuing, u64::from(sent.task_version.unsigned_abs()));
+            let parent = Traceparent { trace_id: row.trace_id, span_id: handler, flags: row.trace_flags };
+            let mut headers = json!({
+                "traceparent": parent.to_string(),
+                "baggage": baggage,
+                "x-tasker-sender": tasker_shared::trace::otlp::hex(&sender),
+            });
+            if let Some(state) = &row.tracestate {
+                headers["tracestate"] = state.clone().into();
+            }
+            let queue = queues.entry(&sent.queue).or_default();
+            queue.0.push(step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler));
+            queue.1.push(headers);
+        }
+    }
+    for (name, (bodies, headers)) in queues {
+        queue::send(conn, name, &bodies, &headers).await?;
+    }
+    Ok(())
+}
+
+fn baggage(row: &TaskRow) -> String {
+    let mut baggage = Baggage::default();
+    baggage.insert("correlation_id", &row.correlation_id);
+    baggage.insert("task_uuid", &row.task.uuid.to_string());
+    baggage.insert("namespace", &row.namespace);
+    baggage.to_string()
+}
+
+async fn tell_workers(conn: &mut PgConnection, applied: &Applied) -> Result<(), Error> {
+    let workers: BTreeSet<&String> = applied.cancelled.iter().filter_map(|step| step.claimed_by.as_ref()).collect();
+    if !workers.is_empty() {
+        queue::notify_cancelled(conn, &workers.into_iter().cloned().collect::<Vec<_>>()).await?;
+    }
+    Ok(())
 }

@@ -188,6 +188,11 @@ impl Room {
         self.queues.get(queue)
     }
 
+    /// Every queue that is known.
+    pub fn queues(&self) -> impl Iterator<Item = (&Arc<str>, &QueueRoom)> {
+        self.queues.iter()
+    }
+
     /// Takes a place, or says why there is none. `admitting` lets a step that already waited pass those that wait.
     pub fn take(&mut self, queue: &str, handler: &str, admitting: bool) -> Result<(), HeldBy> {
         if self.unlimited {

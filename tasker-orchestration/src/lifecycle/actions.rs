@@ -1,0 +1,168 @@
+//! The transition actions: what the world is told once a settle has committed.
+//!
+//! Nothing here may fail or wait: the work is durable already. The log rows that were just
+//! written go to the exporter as they are, so the tree is never read back from the database.
+
+use chrono::{DateTime, Utc};
+use tasker_shared::state_machine::StepEvent;
+use tasker_shared::state_machine::plan::{Plan, Step};
+use tasker_shared::store::apply::{Applied, ExportBatch};
+use tasker_shared::store::steps::StepRow;
+use tasker_shared::trace::export::Batch;
+use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
+
+use super::Shared;
+use super::settle::Work;
+
+/// A settle that has committed.
+pub(super) struct Committed {
+    pub works: Vec<Work>,
+    /// One per work, in the same order.
+    pub plans: Vec<Plan>,
+    pub applied: Applied,
+    pub began_at: DateTime<Utc>,
+    pub export: Option<ExportBatch>,
+}
+
+/// Runs the actions.
+pub(super) fn run(shared: &Shared, done: Committed) {
+    if done.plans.iter().any(|plan| !plan.due.is_empty()) {
+        shared.due.notify_one();
+    }
+    shared.admission.settled();
+    for (work, plan) in done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal()) {
+        tracing::debug!(
+            correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid, state = %plan.task.state, "task ended"
+        );
+    }
+    export(shared, done);
+}
+
+/// Hands the committed transitions to the exporter.
+fn export(shared: &Shared, done: Committed) {
+    let (Some(exporter), Some(export)) = (&shared.exporter, done.export) else { return };
+    let Applied { at, cancelled } = done.applied;
+    let (mut slices, mut read) = (Vec::with_capacity(export.task_uuids.len()), Vec::new());
+    for (work, plan) in done.works.iter().zip(&done.plans).filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid)) {
+        // What an ending task cancelled was never loaded: that one log is read.
+        if cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
+            read.push(plan.task.uuid);
+        } else {
+            slices.push(slice(work, plan, done.began_at, at));
+        }
+    }
+    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read });
+}
+
+/// The slice of the log that this settle made final: its moves, and those of the attempts it closed.
+fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -> TaskLog {
+    let mut transitions: Vec<Transition> = Vec::with_capacity(plan.moves.len() + plan.closed.len() * 3);
+    let mut attempts = Vec::with_capacity(plan.closed.len());
+    for (step, _) in &plan.closed {
+        let Some(row) = work.steps.get(step) else { continue };
+        transitions.extend(earlier_moves(row));
+        attempts.extend(row.attempt.clone());
+    }
+    transitions.extend(plan.moves.iter().map(|made| Transition {
+        entity: made.entity,
+        version: made.version,
+        task_version: made.task_version,
+        generation: made.generation,
+        attempt: made.attempt,
+        from: made.from,
+        to: made.to,
+        event: made.event,
+        actor: made.actor.clone(),
+        began_at,
+        at,
+        detail: made.detail.clone(),
+    }));
+    let definition = &work.template.definition;
+    let touched = plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps);
+    let info = |step: &Step| {
+        let defined = &definition.steps[step.index as usize];
+        StepInfo {
+            index: step.index,
+            name: defined.name.clone(),
+            handler: defined.handler.clone(),
+            queue: defined.queue.clone(),
+            max_attempts: defined.retry.max_attempts,
+        }
+    };
+    TaskLog {
+        head: head(work, plan, began_at),
+        transitions,
+        attempts,
+        steps: touched.filter(|step| step.version > 0).map(|step| (step.uuid, info(step))).collect(),
+    }
+}
+
+/// The moves of a closed attempt before the one that closed it, as the log has them: its
+/// Enqueue, its Claim, its Report. The step's row and the attempt's say when each was.
+fn earlier_moves(row: &StepRow) -> Vec<Transition> {
+    let step = &row.step;
+    let (Some(version), Some(began_at), Some(at)) = (step.enqueued_version, step.enqueued_began_at, step.enqueued_at) else {
+        return Vec::new();
+    };
+    let event = step.enqueued_event.unwrap_or(StepEvent::Enqueue.as_str());
+    let lost = event == StepEvent::LeaseExpired.as_str();
+    let move_of = |version, from, to, event, began_at, at| Transition {
+        entity: step.uuid,
+        version,
+        task_version: None,
+        generation: step.generation,
+        attempt: Some(step.attempt),
+        from,
+        to,
+        event,
+        actor: None,
+        began_at,
+        at,
+        detail: None,
+    };
+    let from = match event {
+        "RetryReady" => "waiting_for_retry",
+        "LeaseExpired" => "in_progress",
+        _ => "pending",
+    };
+    let mut moves = vec![Transition {
+        task_version: step.enqueued_task_version,
+        // The row of a lost attempt that began this one belongs to the lost attempt.
+        attempt: Some(if lost { step.attempt - 1 } else { step.attempt }),
+        ..move_of(version, from, "enqueued", event, began_at, at)
+    }];
+    if let Some(attempt) = &row.attempt {
+        let actor = Some(attempt.worker.clone());
+        moves.push(Transition {
+            actor: actor.clone(),
+            ..move_of(version + 1, "enqueued", "in_progress", "Claim", attempt.claim_began_at, attempt.claimed_at)
+        });
+        if let (Some(began), Some(reported)) = (attempt.report_began_at, attempt.reported_at) {
+            let to = step.state.as_str();
+            moves.push(Transition { actor, ..move_of(version + 2, "in_progress", to, "Report", began, reported) });
+        }
+    }
+    moves
+}
+
+fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
+    let (row, definition) = (&work.row, &work.template.definition);
+    let same = plan.task.generation == row.task.generation;
+    Head {
+        task_uuid: plan.task.uuid,
+        namespace: definition.namespace.clone(),
+        task_name: definition.name.clone(),
+        template_version: definition.version.clone(),
+        correlation_id: row.correlation_id.clone(),
+        parent_correlation_id: row.parent_correlation_id.clone(),
+        parent_task_uuid: row.parent_task_uuid,
+        priority: row.task.priority,
+        generation: plan.task.generation,
+        generation_began_at: if same { row.generation_began_at } else { began_at },
+        created_at: row.task.created_at,
+        trace_id: row.trace_id,
+        remote_span_id: row.remote_span_id,
+        trace_flags: row.trace_flags,
+        tracestate: row.tracestate.clone(),
+    }
+}

@@ -1,0 +1,135 @@
+//! Batches that fail: bisection and quarantine.
+//!
+//! A message is quarantined only after repeated *deterministic* failures of its own; losing a
+//! connection, a deadlock or a killed process never counts against it.
+
+use std::time::Duration;
+
+use rand::RngExt;
+use serde_json::Value;
+use tasker_shared::message::ResultHint;
+use tasker_shared::queue::{self, Message};
+use tasker_shared::store::tx::in_tx;
+
+use super::{Error, Hint, Look, Shared, initialize, settle};
+
+/// Deterministic failures after which a message is quarantined.
+const MAX_FAILURES: i32 = 3;
+/// A message read this often is dealt with by itself, so that it cannot take others down with it.
+const SUSPECT_READS: i32 = 5;
+
+/// A message, and what it asks for.
+#[derive(Debug)]
+pub(super) enum Item {
+    /// A task to create: the request.
+    Submit(Value, Message),
+    /// A task to look at.
+    Settle(Hint, Message),
+}
+
+impl Item {
+    fn message(&self) -> &Message {
+        match self {
+            Self::Submit(_, message) | Self::Settle(_, message) => message,
+        }
+    }
+}
+
+/// Deals with items of one kind, the suspicious ones each by itself.
+pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<(), Error> {
+    let (suspects, others): (Vec<_>, Vec<_>) = items.into_iter().partition(|item| item.message().read_ct > SUSPECT_READS);
+    if !others.is_empty() {
+        bisect(shared, queue, &others).await?;
+    }
+    for suspect in &suspects {
+        bisect(shared, queue, std::slice::from_ref(suspect)).await?;
+    }
+    Ok(())
+}
+
+async fn work(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+    if let Some(Item::Submit(..)) = items.first() {
+        return initialize::create(shared, items).await;
+    }
+    settle_items(shared, queue, items).await
+}
+
+async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+    let hints = items
+        .iter()
+        .filter_map(|item| match item {
+            Item::Settle(hint, _) => Some(hint.clone()),
+            Item::Submit(..) => None,
+        })
+        .collect();
+    let settled = settle::settle(shared, queue, hints).await?;
+    let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
+    if !settled.deferred.is_empty() {
+        let delay = rand::rng().random_range(5..40);
+        let mut conn = shared.reads.acquire().await?;
+        queue::put_back(&mut conn, queue, &ids(&settled.deferred), delay).await?;
+    }
+    if !settled.unknown.is_empty() {
+        let unknown = ids(&settled.unknown);
+        let bad = items
+            .iter()
+            .map(Item::message)
+            .filter(|message| unknown.contains(&message.msg_id))
+            .map(|message| (message.clone(), "task: no such task; it was never created here, or retention removed it".to_owned()))
+            .collect();
+        quarantine(shared, queue, bad).await?;
+    }
+    Ok(())
+}
+
+/// Moves messages that say nothing we can act on out of the way.
+pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(Message, String)>) -> Result<(), Error> {
+    for (message, reason) in &bad {
+        tracing::warn!(queue, msg_id = message.msg_id, reason, "message quarantined");
+    }
+    in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await
+}
+
+/// Does the work for the whole batch; if that fails for a reason of its own, for each half.
+/// What still fails alone is noted, and quarantined when it has failed often enough.
+async fn bisect(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+    let mut open: Vec<&[Item]> = vec![items];
+    while let Some(part) = open.pop() {
+        match work(shared, queue, part).await {
+            Ok(()) => {}
+            Err(error) if error.is_transient() => {
+                // The messages come back by themselves when their reading times out; soon is better.
+                tracing::debug!(%error, "a batch will be tried again");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let ids: Vec<i64> = part.iter().map(|item| item.message().msg_id).collect();
+                queue::put_back(&mut *shared.reads.acquire().await?, queue, &ids, 0).await?;
+            }
+            Err(_) if part.len() > 1 => {
+                let (left, right) = part.split_at(part.len() / 2);
+                open.extend([right, left]);
+            }
+            Err(error) => failed_alone(shared, queue, part[0].message(), &error).await?,
+        }
+    }
+    Ok(())
+}
+
+async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
+    let reason: String = error.to_string().chars().take(300).collect();
+    let failures = queue::note_failure(&mut *shared.pool.acquire().await?, queue, message.msg_id, &reason).await?;
+    tracing::warn!(queue, msg_id = message.msg_id, failures, %error, "a message failed by itself");
+    if failures < MAX_FAILURES {
+        queue::put_back(&mut *shared.reads.acquire().await?, queue, &[message.msg_id], 200).await?;
+        return Ok(());
+    }
+    quarantine(shared, queue, vec![(message.clone(), reason.clone())]).await?;
+    // The attempt it told of ends as an error, so that its task does not wait for ever.
+    if let Ok(result) = ResultHint::parse(&message.body) {
+        let look = Look::Quarantined(result.step, result.attempt, reason);
+        let hint = Hint { task: result.task, look, msg_id: None, due_id: None };
+        if let Err(error) = settle::settle(shared, queue, vec![hint]).await {
+            tracing::error!(%error, task_uuid = %result.task, "the attempt of a quarantined result could not be ended");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! Accepts what `task_requests` asks for: creates tasks from raw submits, begins those that
+//! SQL created, and passes operators' wishes to the settle.
+
+use serde_json::Value;
+use tasker_shared::message::Request;
+use tasker_shared::queue::{self, Message, TASK_REQUESTS};
+use tasker_shared::store::tasks;
+use tasker_shared::store::tx::in_tx;
+use tracing::instrument;
+use uuid::Uuid;
+
+use super::batch::{self, Item};
+use super::{Error, Hint, Look, Shared};
+
+/// Deals with one batch of requests.
+#[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
+pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
+    let (mut settles, mut submits, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+    for message in messages {
+        let (task, look) = match Request::parse(&message.body, message.headers.as_ref()) {
+            Ok(Request::Submit(request)) => {
+                submits.push(Item::Submit(request, message));
+                continue;
+            }
+            Ok(Request::Start(task)) => (task, Look::Start),
+            Ok(Request::Cancel(task, operator)) => (task, Look::Cancel(operator)),
+            Ok(Request::Terminate(task, operator)) => (task, Look::Terminate(operator)),
+            Ok(Request::Retry(task, operator)) => (task, Look::OperatorRetry(operator)),
+            Err(reason) => {
+                bad.push((message, reason));
+                continue;
+            }
+        };
+        settles.push(Item::Settle(Hint { task, look, msg_id: Some(message.msg_id), due_id: None }, message));
+    }
+    if !bad.is_empty() {
+        batch::quarantine(shared, TASK_REQUESTS, bad).await?;
+    }
+    batch::run(shared, TASK_REQUESTS, submits).await?;
+    batch::run(shared, TASK_REQUESTS, settles).await
+}
+
+/// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
+pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error> {
+    let submits: Vec<(&Message, &Value)> = items
+        .iter()
+        .filter_map(|item| match item {
+            Item::Submit(request, message) => Some((message, request)),
+            Item::Settle(..) => None,
+        })
+        .collect();
+    let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
+        let requests: Vec<Value> = submits.iter().map(|(_, request)| (*request).clone()).collect();
+        let answers = tasks::submit(conn, &requests).await?;
+        let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
+        for ((message, _), answer) in submits.iter().zip(answers) {
+            match answer.error {
+                Some(reason) => bad.push(((*message).clone(), reason)),
+                None => {
+                    done.push(message.msg_id);
+                    created.extend(answer.task_uuid.filter(|_| answer.is_new));
+                }
+            }
+        }
+        if !bad.is_empty() {
+            queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
+        }
+        queue::delete(conn, TASK_REQUESTS, &done, &[]).await?;
+        Ok::<_, Error>(created)
+    })
+    .await?;
+    tracing::debug!(tasks = created.len(), "raw submits became tasks");
+    Ok(())
+}

@@ -1,0 +1,28 @@
+//! What `step_results` brings: hints that an attempt was reported.
+
+use tasker_shared::message::ResultHint;
+use tasker_shared::queue::{Message, STEP_RESULTS};
+use tracing::instrument;
+
+use super::batch::{self, Item};
+use super::{Error, Hint, Look, Shared};
+
+/// Settles one batch of results.
+#[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
+pub async fn settle_results(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
+    let (mut items, mut bad) = (Vec::with_capacity(messages.len()), Vec::new());
+    for message in messages {
+        match ResultHint::parse(&message.body) {
+            Ok(result) => {
+                let look = Look::Result(result.step, result.attempt);
+                let hint = Hint { task: result.task, look, msg_id: Some(message.msg_id), due_id: None };
+                items.push(Item::Settle(hint, message));
+            }
+            Err(reason) => bad.push((message, reason)),
+        }
+    }
+    if !bad.is_empty() {
+        batch::quarantine(shared, STEP_RESULTS, bad).await?;
+    }
+    batch::run(shared, STEP_RESULTS, items).await
+}

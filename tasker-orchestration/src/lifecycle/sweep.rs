@@ -1,0 +1,38 @@
+//! What nobody sends a message for: due retries, lost claims, timeouts, delayed starts.
+//!
+//! A due hint is read like a message: put off for a moment, settled, deleted in the same
+//! transaction. It decides nothing; the rows do.
+
+use tasker_shared::queue::{self, DueHint, STEP_RESULTS};
+use tasker_shared::store::Error as StoreError;
+use tracing::instrument;
+
+use super::{Error, Hint, Look, Shared, settle};
+
+/// Hints taken in one go.
+const TAKE: i32 = 500;
+
+/// Settles what is due; answers how many hints were taken.
+#[instrument(level = "debug", skip_all)]
+pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
+    let due = queue::take_due(&mut *shared.reads.acquire().await.map_err(StoreError::from)?, TAKE).await?;
+    let taken = due.len();
+    let hints: Vec<Hint> = due.into_iter().filter_map(hint).collect();
+    if !hints.is_empty() {
+        // What is deferred stays put off and comes back.
+        settle::settle(shared, STEP_RESULTS, hints).await?;
+    }
+    Ok(taken)
+}
+
+fn hint(due: DueHint) -> Option<Hint> {
+    let look = match (due.kind.as_str(), due.step_uuid) {
+        ("lease", Some(step)) => Look::Lease(step),
+        ("retry", Some(step)) => Look::Retry(step),
+        ("queue_timeout", Some(step)) => Look::Queue(step),
+        ("total_timeout", _) => Look::Total,
+        ("start", _) => Look::Start,
+        _ => return None,
+    };
+    Some(Hint { task: due.task_uuid?, look, msg_id: None, due_id: Some(due.due_id) })
+}

@@ -1,0 +1,338 @@
+//! One orchestrator: its loops, what wakes them, and how it stops.
+//!
+//! LISTEN/NOTIFY is a hint; each loop also polls, with a jittered pause that backs off to 5 s,
+//! because a sender may have looked at our `asleep` mark just before we set it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+use sqlx::postgres::PgListener;
+use tasker_shared::queue::{self, STEP_RESULTS, TASK_REQUESTS};
+use tasker_shared::store::tx::{self, PoolOptions};
+use tasker_shared::store::{self, HOT_PATH_SETTINGS};
+use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::export::{Exporter, StartError, Stats};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::lifecycle::{Shared, admission, initialize, results, sweep};
+
+/// How an orchestrator runs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where spans go; disabled sends none and writes no export batches.
+    pub trace: TraceConfig,
+    /// Messages settled in one transaction, at most.
+    pub batch: i32,
+    /// Loops that settle results side by side: while one waits for its commit, another works.
+    pub settlers: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { trace: TraceConfig::default(), batch: 500, settlers: 2 }
+    }
+}
+
+/// An orchestrator could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The exporter.
+    #[error("traces cannot be exported: {0}")]
+    Export(#[from] StartError),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// How long a message that was read stays hidden: far longer than any settle takes, short
+/// enough that a killed orchestrator's messages come back soon.
+const READ_SECONDS: i32 = 10;
+/// The longest a loop sleeps without being woken.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A running orchestrator. Any number of them may share one database.
+#[derive(Debug)]
+pub struct Orchestrator {
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+    loops: JoinSet<()>,
+}
+
+impl Orchestrator {
+    /// Connects and starts the loops; the schema must be migrated.
+    pub async fn start(url: &str, options: &Options) -> Result<Self, Error> {
+        let settlers = options.settlers.max(1);
+        let connections = u32::try_from(settlers).unwrap_or(1);
+        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS)).await?;
+        let read_settings: Vec<(&str, &str)> = HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
+        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 4, &read_settings)).await?;
+        let instance = Uuid::new_v4();
+        let exporter = if options.trace.enabled {
+            Some(Exporter::start(&options.trace, pool.clone(), instance).await?)
+        } else {
+            None
+        };
+        let shared = Arc::new(Shared::new(pool, reads, instance, exporter));
+        admission::refresh(&shared).await?;
+
+        let stop = CancellationToken::new();
+        let wakes = Arc::new(Wakes::default());
+        let mut loops = JoinSet::new();
+        let listener = PgListener::connect(url).await?;
+        loops.spawn(listen(listener, url.to_owned(), shared.clone(), wakes.clone(), stop.clone()));
+        loops.spawn(read_requests(shared.clone(), wakes.clone(), options.batch, stop.clone()));
+        for settler in 0..settlers {
+            loops.spawn(read_results(shared.clone(), wakes.clone(), options.batch, settler, stop.clone()));
+        }
+        loops.spawn(run_sweep(shared.clone(), stop.clone()));
+        loops.spawn(run_admission(shared.clone(), stop.clone()));
+        Ok(Self { shared, stop, loops })
+    }
+
+    /// What was delivered to the receiver of traces; `None` when tracing is off.
+    pub fn export_stats(&self) -> Option<&Stats> {
+        self.shared.exporter.as_ref().map(Exporter::stats)
+    }
+
+    /// Waits until the spans of everything settled so far are acknowledged; false if that took too long.
+    pub async fn flush(&self, deadline: Duration) -> bool {
+        match &self.shared.exporter {
+            Some(exporter) => exporter.flush(deadline).await,
+            None => true,
+        }
+    }
+
+    /// Finishes the batches that are being settled, delivers their spans, and stops.
+    pub async fn shutdown(mut self, deadline: Duration) {
+        self.stop.cancel();
+        while self.loops.join_next().await.is_some() {}
+        if let Some(exporter) = &self.shared.exporter {
+            exporter.shutdown(deadline).await;
+        }
+        if let Ok(mut conn) = self.shared.reads.acquire().await {
+            for reader in readers(self.shared.instance) {
+                let _ = queue::unregister(&mut conn, &reader).await;
+            }
+        }
+        self.shared.pool.close().await;
+        self.shared.reads.close().await;
+    }
+}
+
+fn pool_options<'a>(name: &'a str, connections: u32, settings: &'a [(&'a str, &'a str)]) -> PoolOptions<'a> {
+    PoolOptions { max_connections: connections, acquire_timeout: Duration::from_secs(30), application_name: name, settings }
+}
+
+fn readers(instance: Uuid) -> impl Iterator<Item = String> {
+    (0..16).map(move |place| reader(instance, place))
+}
+
+fn reader(instance: Uuid, place: usize) -> String {
+    format!("{instance}/{place}")
+}
+
+#[derive(Debug, Default)]
+struct Wakes {
+    requests: Notify,
+    results: Notify,
+}
+
+/// Turns notifications into wake-ups; a lost connection is made anew, and wakes everyone once.
+async fn listen(mut listener: PgListener, url: String, shared: Arc<Shared>, wakes: Arc<Wakes>, stop: CancellationToken) {
+    loop {
+        let listening = async {
+            listener.listen("tasker").await?;
+            loop {
+                let notification = listener.recv().await?;
+                match notification.payload() {
+                    TASK_REQUESTS => wakes.requests.notify_one(),
+                    STEP_RESULTS => wakes.results.notify_one(),
+                    "admit" => shared.admission.wake.notify_one(),
+                    "due" => shared.due.notify_one(),
+                    _ => {}
+                }
+            }
+            #[expect(unreachable_code, reason = "it names the error's type")]
+            Ok::<(), sqlx::Error>(())
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            result = listening => if let Err(error) = result {
+                tracing::warn!(%error, "the connection that listens for wake-ups was lost; polling meanwhile");
+            },
+        }
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            }
+            if let Ok(fresh) = PgListener::connect(&url).await {
+                listener = fresh;
+                break;
+            }
+        }
+        wakes.requests.notify_one();
+        wakes.results.notify_one();
+        shared.admission.wake.notify_one();
+        shared.due.notify_one();
+    }
+}
+
+/// How long a loop that found nothing sleeps: longer each time, never in step with others.
+struct Pause(Duration);
+
+impl Pause {
+    fn new() -> Self {
+        Self(Duration::from_millis(8))
+    }
+
+    fn reset(&mut self) {
+        *self = Self::new();
+    }
+
+    fn next(&mut self) -> Duration {
+        let jitter = rand::rng().random_range(0.75..1.0);
+        let pause = self.0.mul_f64(jitter);
+        self.0 = (self.0 * 2).min(LONGEST_PAUSE);
+        pause
+    }
+
+    async fn sleep(&mut self, wake: &Notify, stop: &CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = wake.notified() => self.reset(),
+            () = tokio::time::sleep(self.next()) => {}
+        }
+    }
+}
+
+async fn register(shared: &Shared, queue: &str, reader: &str, stop: &CancellationToken) {
+    while !stop.is_cancelled() {
+        let registered = async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await;
+        match registered {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::warn!(%error, queue, "this orchestrator could not announce itself as a reader; trying again");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+    }
+}
+
+async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
+    let name = reader(shared.instance, 0);
+    register(&shared, TASK_REQUESTS, &name, &stop).await;
+    let mut pause = Pause::new();
+    while !stop.is_cancelled() {
+        let turn = async {
+            let messages = queue::receive(&mut *shared.reads.acquire().await.map_err(store::Error::from)?, TASK_REQUESTS, &name, READ_SECONDS, batch).await?;
+            let found = messages.len();
+            if found > 0 {
+                initialize::initialize(&shared, messages).await?;
+            }
+            Ok::<_, crate::lifecycle::Error>(found)
+        };
+        after_turn("requests", turn.await, &mut pause, &wakes.requests, &stop).await;
+    }
+}
+
+async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
+    let name = reader(shared.instance, settler + 1);
+    register(&shared, STEP_RESULTS, &name, &stop).await;
+    let mut pause = Pause::new();
+    while !stop.is_cancelled() {
+        let turn = async {
+            let messages = queue::receive(&mut *shared.reads.acquire().await.map_err(store::Error::from)?, STEP_RESULTS, &name, READ_SECONDS, batch).await?;
+            let found = messages.len();
+            if found > 0 {
+                // A full batch means there is more: let another settler look at once.
+                if found == usize::try_from(batch).unwrap_or(usize::MAX) {
+                    wakes.results.notify_one();
+                }
+                results::settle_results(&shared, messages).await?;
+                if shared.admission.is_holding() {
+                    shared.admission.wake.notify_one();
+                }
+            }
+            Ok::<_, crate::lifecycle::Error>(found)
+        };
+        after_turn("results", turn.await, &mut pause, &wakes.results, &stop).await;
+    }
+}
+
+/// Goes on at once after work, and sleeps after none.
+async fn after_turn(what: &str, turn: Result<usize, crate::lifecycle::Error>, pause: &mut Pause, wake: &Notify, stop: &CancellationToken) {
+    match turn {
+        Ok(0) => pause.sleep(wake, stop).await,
+        Ok(_) => pause.reset(),
+        Err(error) => {
+            tracing::warn!(%error, what, "a batch failed; its messages come back");
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(Duration::from_millis(200)) => {}
+            }
+        }
+    }
+}
+
+/// Sleeps until the earliest due time, and is woken by whoever creates an earlier one.
+async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut partitions_checked = None::<Instant>;
+    while !stop.is_cancelled() {
+        let turn = async {
+            if sweep::sweep(&shared).await? > 0 {
+                return Ok(Duration::ZERO);
+            }
+            let mut conn = shared.reads.acquire().await.map_err(store::Error::from)?;
+            if partitions_checked.is_none_or(|at| at.elapsed() > Duration::from_hours(6)) {
+                queue::ensure_partitions(&mut conn).await?;
+                partitions_checked = Some(Instant::now());
+            }
+            let next = queue::next_due_ms(&mut conn).await?;
+            let next = next.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
+            Ok::<_, crate::lifecycle::Error>(next.min(LONGEST_PAUSE))
+        };
+        let pause = match turn.await {
+            Ok(pause) => pause,
+            Err(error) => {
+                tracing::warn!(%error, "a sweep failed; what is due stays due");
+                Duration::from_millis(500)
+            }
+        };
+        if pause > Duration::ZERO {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = shared.due.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+/// Keeps the estimate of room fresh while it is used, and lets held steps in.
+async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        match admission::admit(&shared).await {
+            Ok(true) => continue,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "held steps could not be admitted; trying again"),
+        }
+        let busy = shared.admission.take_used();
+        let pause = if busy { Duration::from_millis(250) } else { LONGEST_PAUSE };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = shared.admission.wake.notified() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
