@@ -3,6 +3,7 @@
 
 mod attempts;
 mod bench;
+mod document;
 mod http;
 mod life;
 mod spans;
