@@ -26,6 +26,9 @@ use crate::report::Results;
 const MAX_KIND_BYTES: usize = 100;
 const MAX_MESSAGE_BYTES: usize = 1024;
 
+/// Beyond any sensible delay, and within every clock.
+const LONGEST_DELAY: Duration = Duration::from_hours(366 * 24);
+
 /// What all attempts of a worker share.
 pub(crate) struct Executor {
     pub(crate) registry: Registry,
@@ -52,12 +55,27 @@ impl Drop for Unreported<'_> {
 
 impl Executor {
     /// Runs the claim's handler and hands its result over. `slot` is free from then on.
-    pub(crate) async fn run(self: Arc<Self>, mut claim: Claim, stop: Stop, received: Instant, slot: OwnedSemaphorePermit) {
-        let mut unreported = Unreported { held: &self.held, claim: Some(claim.token) };
+    pub(crate) async fn run(
+        self: Arc<Self>,
+        mut claim: Claim,
+        stop: Stop,
+        received: Instant,
+        slot: OwnedSemaphorePermit,
+    ) {
+        let mut unreported = Unreported {
+            held: &self.held,
+            claim: Some(claim.token),
+        };
         let (step_uuid, token) = (claim.step, claim.token);
         let input = claim.input.take().unwrap_or(Value::Null);
-        let incoming = Incoming::parse(claim.traceparent.as_deref(), claim.tracestate.as_deref(), claim.baggage.as_deref());
-        let timeout = claim.deadline.and_then(|deadline| (deadline - claim.claimed_at).to_std().ok());
+        let incoming = Incoming::parse(
+            claim.traceparent.as_deref(),
+            claim.tracestate.as_deref(),
+            claim.baggage.as_deref(),
+        );
+        let timeout = claim
+            .deadline
+            .and_then(|deadline| (deadline - claim.claimed_at).to_std().ok());
 
         let started = Instant::now();
         let deadline = timeout.and_then(|timeout| started.checked_add(timeout));
@@ -114,9 +132,13 @@ async fn execute(
     cancel_grace: Duration,
 ) -> Option<Output> {
     let Some(handler) = handler else {
-        return Some(Err(StepError::fail("unknown_handler", "this worker has no handler of that name")));
+        return Some(Err(StepError::fail(
+            "unknown_handler",
+            "this worker has no handler of that name",
+        )));
     };
-    let mut running = pin!(AssertUnwindSafe(async move { handler.call(ctx, input).await }).catch_unwind());
+    let mut running =
+        pin!(AssertUnwindSafe(async move { handler.call(ctx, input).await }).catch_unwind());
     let timer = async {
         match timeout {
             Some(timeout) => tokio::time::sleep(timeout).await,
@@ -138,6 +160,10 @@ async fn execute(
             Err(StepError::retry("timeout", format!("the handler ran longer than its run timeout of {limit:?}")))
         }
     };
+    // It may have stopped because it was told to.
+    if stop.gone.is_cancelled() {
+        return None;
+    }
     if let Err(error) = &output {
         tracing::info!(?error, "the attempt failed");
     }
@@ -147,18 +173,26 @@ async fn execute(
 fn outcome(output: Output) -> Outcome {
     let (kind, message, retryable, after) = match output {
         Ok(output) => return Outcome::Success { output },
-        Err(StepError::Retry { kind, message, after }) => (kind, message, true, after),
+        Err(StepError::Retry {
+            kind,
+            message,
+            after,
+        }) => (kind, message, true, after),
         Err(StepError::Fail { kind, message }) => (kind, message, false, None),
-        Err(StepError::Cancel) => {
-            ("cancelled".into(), "the handler stopped as if cancelled, but nobody had asked it to".into(), false, None)
-        }
+        Err(StepError::Cancel) => (
+            "cancelled".into(),
+            "the handler stopped as if cancelled, but nobody had asked it to".into(),
+            false,
+            None,
+        ),
     };
     Outcome::Error {
         error: ReportedError {
             kind: clip(kind, MAX_KIND_BYTES),
             message: clip(message, MAX_MESSAGE_BYTES),
             retryable,
-            retry_after_ms: after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+            retry_after_ms: after
+                .map(|after| u64::try_from(after.min(LONGEST_DELAY).as_millis()).unwrap_or(0)),
         },
     }
 }

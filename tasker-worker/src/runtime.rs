@@ -2,6 +2,7 @@
 //! which connections, and in which order they stop.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -38,7 +39,9 @@ const OUTPUT_CONNECTIONS: u32 = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A name that no template can have either.
-    #[error("{what}: {name:?} is not a name; use lower-case letters, digits and single underscores, beginning with a letter, 40 bytes at most")]
+    #[error(
+        "{what}: {name:?} is not a name; use lower-case letters, digits and single underscores, beginning with a letter, 40 bytes at most"
+    )]
     Name {
         /// namespace or queue.
         what: &'static str,
@@ -183,12 +186,19 @@ impl Builder {
             return Err(Error::Slots);
         }
         if self.builtins {
-            self.registry.insert("noop".into(), Typed::new(handlers::noop));
-            self.registry.insert("echo".into(), Typed::new(handlers::echo));
-            self.registry.insert("sleep".into(), Typed::new(handlers::sleep));
-            self.registry.insert("fail".into(), Typed::new(handlers::fail));
+            self.registry
+                .insert("noop".into(), Typed::new(handlers::noop));
+            self.registry
+                .insert("echo".into(), Typed::new(handlers::echo));
+            self.registry
+                .insert("sleep".into(), Typed::new(handlers::sleep));
+            self.registry
+                .insert("fail".into(), Typed::new(handlers::fail));
             let http = Http::new(self.http_hosts);
-            self.registry.insert("http".into(), Typed::new(move |ctx, request| http.clone().call(ctx, request)));
+            self.registry.insert(
+                "http".into(),
+                Typed::new(move |ctx, request| http.clone().call(ctx, request)),
+            );
         }
         if let Some(name) = self.registry.duplicate {
             return Err(Error::DuplicateHandler(name));
@@ -266,7 +276,11 @@ impl Worker {
     }
 
     fn start(self, pools: &Pools, stop: CancellationToken) -> Running {
-        let queues: Vec<String> = self.queues.iter().map(|queue| physical_queue(&self.namespace, queue.as_deref())).collect();
+        let queues: Vec<String> = self
+            .queues
+            .iter()
+            .map(|queue| physical_queue(&self.namespace, queue.as_deref()))
+            .collect();
         let wakes: Vec<Arc<Notify>> = queues.iter().map(|_| Arc::default()).collect();
         let handlers = self.registry.names();
         let (results, inbox) = Results::new();
@@ -289,10 +303,15 @@ impl Worker {
             queues,
             wakes: wakes.clone(),
             held: Arc::clone(&held),
-            listens: Notify::new(),
+            locked: AtomicBool::new(false),
+            changed: Notify::new(),
             known: CancellationToken::new(),
         });
-        let (all_ran, all_reported, give_up) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let (all_ran, all_reported, give_up) = (
+            CancellationToken::new(),
+            CancellationToken::new(),
+            CancellationToken::new(),
+        );
         let attempts = TaskTracker::new();
 
         let mut intake = JoinSet::new();
@@ -320,7 +339,12 @@ impl Worker {
         }
         let mut upkeep = JoinSet::new();
         upkeep.spawn(presence.listen(pools.session.clone(), all_reported.clone()));
-        upkeep.spawn(held::beat(held, pools.claims.clone(), self.lease, all_reported.clone()));
+        upkeep.spawn(held::beat(
+            held,
+            pools.claims.clone(),
+            self.lease,
+            all_reported.clone(),
+        ));
         let mut reporters = JoinSet::new();
         for _ in 0..REPORTERS {
             let reporter = Reporter {
@@ -331,7 +355,12 @@ impl Worker {
             };
             reporters.spawn(reporter.run(pools.reports.clone()));
         }
-        tracing::info!(worker = self.name, namespace = &*executor.namespace, slots = self.slots, "the worker runs");
+        tracing::info!(
+            worker = self.name,
+            namespace = &*executor.namespace,
+            slots = self.slots,
+            "the worker runs"
+        );
         Running {
             worker: self.name,
             executor,
@@ -362,7 +391,12 @@ struct Pools {
 impl Pools {
     async fn open(url: &str, queues: usize) -> Result<Self, sqlx::Error> {
         let pool = async |max_connections, settings: &[(&str, &str)]| {
-            let options = PoolOptions { max_connections, application_name: "tasker-worker", settings, ..PoolOptions::default() };
+            let options = PoolOptions {
+                max_connections,
+                application_name: "tasker-worker",
+                settings,
+                ..PoolOptions::default()
+            };
             tx::pool(url, &options).await
         };
         let mut asynchronous = HOT_PATH_SETTINGS.to_vec();
@@ -410,7 +444,10 @@ impl Running {
             Some(ended) = self.reporters.join_next() => ended,
             Some(ended) = self.upkeep.join_next() => ended,
         };
-        Err(Error::Stopped(ended.map_or_else(|error| error.to_string(), |()| "a loop ended early".into())))
+        Err(Error::Stopped(ended.map_or_else(
+            |error| error.to_string(),
+            |()| "a loop ended early".into(),
+        )))
     }
 
     async fn drain(&mut self) {
@@ -420,7 +457,10 @@ impl Running {
         self.attempts.close();
         if timeout_at(ends, self.attempts.wait()).await.is_err() {
             let dropped = self.attempts.len();
-            tracing::warn!(dropped, "handlers still ran at the end of the drain and were dropped; their leases will expire");
+            tracing::warn!(
+                dropped,
+                "handlers still ran at the end of the drain and were dropped; their leases will expire"
+            );
             self.executor.held.give_up_all();
             // A handler that blocks its thread cannot be dropped.
             let _ = timeout(LAST_REPORTS, self.attempts.wait()).await;
@@ -432,7 +472,10 @@ impl Running {
             self.give_up.cancel();
             self.reporters.shutdown().await;
             let unreported = self.executor.results.waiting();
-            tracing::error!(unreported, "results could not be reported before the end of the drain; their steps will run again");
+            tracing::error!(
+                unreported,
+                "results could not be reported before the end of the drain; their steps will run again"
+            );
         }
         // The session ends last: its lock says that this worker lives.
         self.all_reported.cancel();
@@ -459,8 +502,10 @@ struct Presence {
     queues: Vec<String>,
     wakes: Vec<Arc<Notify>>,
     held: Arc<Held>,
-    /// A session holds the lock and listens; fires again after a reconnect.
-    listens: Notify,
+    /// Our session holds the lock. Only then may the database conclude anything from it.
+    locked: AtomicBool,
+    /// The session listens, or was lost: the database should hear of it.
+    changed: Notify,
     /// The first hello was answered.
     known: CancellationToken,
 }
@@ -471,7 +516,11 @@ impl Presence {
         let mut line = Line::new(pool);
         let mut failures = 0;
         // The lock comes before the hello that names it. Behind a pooler there may be no lock.
-        let _ = timeout(Duration::from_secs(2), stop.run_until_cancelled(self.listens.notified())).await;
+        let _ = timeout(
+            Duration::from_secs(2),
+            stop.run_until_cancelled(self.changed.notified()),
+        )
+        .await;
         while !stop.is_cancelled() {
             let wait = match self.hello(&mut line).await {
                 Ok(()) => {
@@ -490,7 +539,7 @@ impl Presence {
             };
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = self.listens.notified() => {}
+                () = self.changed.notified() => {}
                 () = tokio::time::sleep(wait) => {}
             }
         }
@@ -514,7 +563,7 @@ impl Presence {
             queues: &self.queues,
             handlers: &self.handlers,
             slots: self.slots,
-            lock_key: Some(self.lock_key),
+            lock_key: self.locked.load(Ordering::Relaxed).then_some(self.lock_key),
             version: &self.version,
         };
         protocol::worker_hello(line.get().await?, &hello).await
@@ -526,6 +575,9 @@ impl Presence {
         loop {
             let session = async {
                 let result = self.listen_once(&pool, &mut failures).await;
+                if self.locked.swap(false, Ordering::Relaxed) {
+                    self.changed.notify_one();
+                }
                 if let Err(error) = result {
                     if failures == 0 {
                         tracing::warn!(%error, "nobody can wake this worker; it polls until it can listen again");
@@ -547,14 +599,16 @@ impl Presence {
         listener.eager_reconnect(false);
         for attempt in 0.. {
             // The server may not have noticed yet that our last session is gone.
-            if protocol::take_lock(&mut listener, self.lock_key).await? || attempt == 10 {
+            let locked = protocol::take_lock(&mut listener, self.lock_key).await?;
+            self.locked.store(locked, Ordering::Relaxed);
+            if locked || attempt == 10 {
                 break;
             }
             tokio::time::sleep(backoff(attempt)).await;
         }
         listener.listen(CHANNEL).await?;
         *failures = 0;
-        self.listens.notify_one();
+        self.changed.notify_one();
         // What happened before we listened was told to nobody.
         self.wakes.iter().for_each(|wake| wake.notify_one());
         self.held.beat_now();
@@ -622,36 +676,120 @@ fn check_name(what: &'static str, name: &str) -> Result<(), Error> {
     let words = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let good = name.len() <= 40
         && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.split('_').all(|word| !word.is_empty() && word.chars().all(words));
-    if good { Ok(()) } else { Err(Error::Name { what, name: name.to_owned() }) }
+        && name
+            .split('_')
+            .all(|word| !word.is_empty() && word.chars().all(words));
+    if good {
+        Ok(())
+    } else {
+        Err(Error::Name {
+            what,
+            name: name.to_owned(),
+        })
+    }
 }
 
 fn default_name() -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    format!("{host}-{}-{:04x}", std::process::id(), rand::random::<u16>())
+    let host = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    format!(
+        "{host}-{}-{:04x}",
+        std::process::id(),
+        rand::random::<u16>()
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[test]
     fn a_worker_that_could_never_work_is_not_built() {
-        let build = |change: fn(Builder) -> Builder| change(Worker::builder("postgresql:///x").builtins()).build().map(drop);
+        let build = |change: fn(Builder) -> Builder| {
+            change(Worker::builder("postgresql:///x").builtins())
+                .build()
+                .map(drop)
+        };
         assert!(build(|b| b).is_ok());
-        assert!(matches!(build(|b| b.namespace("a__b")), Err(Error::Name { what: "namespace", .. })));
-        assert!(matches!(build(|b| b.namespace("")), Err(Error::Name { .. })));
-        assert!(matches!(build(|b| b.queue(Some("Slow"))), Err(Error::Name { what: "queue", .. })));
-        assert!(matches!(build(|b| b.queue(Some("slow_"))), Err(Error::Name { .. })));
+        assert!(matches!(
+            build(|b| b.namespace("a__b")),
+            Err(Error::Name {
+                what: "namespace",
+                ..
+            })
+        ));
+        assert!(matches!(
+            build(|b| b.namespace("")),
+            Err(Error::Name { .. })
+        ));
+        assert!(matches!(
+            build(|b| b.queue(Some("Slow"))),
+            Err(Error::Name { what: "queue", .. })
+        ));
+        assert!(matches!(
+            build(|b| b.queue(Some("slow_"))),
+            Err(Error::Name { .. })
+        ));
         assert!(matches!(build(|b| b.slots(0)), Err(Error::Slots)));
-        assert!(matches!(build(|b| b.handler("echo", handlers::echo)), Err(Error::DuplicateHandler(name)) if name == "echo"));
-        assert!(matches!(Worker::builder("postgresql:///x").build(), Err(Error::NoHandlers)));
+        assert!(
+            matches!(build(|b| b.handler("echo", handlers::echo)), Err(Error::DuplicateHandler(name)) if name == "echo")
+        );
+        assert!(matches!(
+            Worker::builder("postgresql:///x").build(),
+            Err(Error::NoHandlers)
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_notification_wakes_the_loop_it_is_for_and_no_other() {
+        let wakes: Vec<Arc<Notify>> = vec![Arc::default(), Arc::default()];
+        let presence = Presence {
+            worker: "w1".into(),
+            namespace: "shop".into(),
+            version: String::new(),
+            slots: 1,
+            lock_key: 0,
+            handlers: Vec::new(),
+            queues: vec!["worker_shop".into(), "worker_shop__slow".into()],
+            wakes: wakes.clone(),
+            held: Arc::default(),
+            locked: AtomicBool::new(false),
+            changed: Notify::new(),
+            known: CancellationToken::new(),
+        };
+        let woken = || {
+            wakes
+                .iter()
+                .map(|wake| wake.notified().now_or_never().is_some())
+                .collect::<Vec<_>>()
+        };
+        for other in [
+            "worker_shops",
+            "step_results",
+            "admit",
+            "cancel:w2",
+            "cancel:w1",
+        ] {
+            presence.told(other);
+        }
+        assert_eq!(woken(), [false, false]);
+        presence.told("worker_shop__slow");
+        assert_eq!(woken(), [false, true]);
+        presence.told("worker_shop");
+        assert_eq!(woken(), [true, false]);
     }
 
     #[test]
     fn two_workers_of_one_process_have_different_names() {
         let name = default_name();
-        assert!(name.contains(&format!("-{}-", std::process::id())), "{name}");
+        assert!(
+            name.contains(&format!("-{}-", std::process::id())),
+            "{name}"
+        );
         assert!((0..8).any(|_| default_name() != name));
     }
 }
