@@ -11,6 +11,8 @@ use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
 use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
 
+use tracing::instrument;
+
 use super::Shared;
 use super::settle::Work;
 
@@ -31,11 +33,15 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     }
     shared.admission.settled();
     for (work, plan) in done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal()) {
-        tracing::debug!(
-            correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid, state = %plan.task.state, "task ended"
-        );
+        ended(work, plan);
     }
     export(shared, done);
+}
+
+/// Says that a task has ended.
+#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid))]
+fn ended(work: &Work, plan: &Plan) {
+    tracing::debug!(namespace = %work.row.namespace, state = %plan.task.state, reason = plan.task.reason, "task ended");
 }
 
 /// Hands the committed transitions to the exporter.
