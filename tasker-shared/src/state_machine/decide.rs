@@ -102,6 +102,25 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Its place within one settle. A retry is about the task as it was loaded, so it stands
+    /// before anything that may end the task; what was reported counts before the end does.
+    fn order(&self) -> (u8, u32, i32) {
+        match self {
+            Self::Start { .. } => (0, 0, 0),
+            Self::Retry { .. } => (1, 0, 0),
+            Self::Result { step, attempt } => (2, *step, *attempt),
+            Self::Quarantined { step, attempt, .. } => (3, *step, *attempt),
+            Self::LeaseDue { step } => (4, *step, 0),
+            Self::RetryDue { step } => (5, *step, 0),
+            Self::QueueDue { step, attempt } => (6, *step, *attempt),
+            Self::Admit { step } => (7, *step, 0),
+            Self::TotalDue => (8, 0, 0),
+            Self::Cancel(_) | Self::Terminate(_) => (9, 0, 0),
+        }
+    }
+}
+
 /// Who acts, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operator {
@@ -113,6 +132,9 @@ pub struct Operator {
 
 /// Decides. `now` is the database's time after the locks were taken.
 pub fn decide(snapshot: Snapshot<'_>, events: Vec<Event>, room: &mut Room, now: DateTime<Utc>) -> Plan {
+    let mut events = events;
+    // They came over several queues in no order; now their order cannot matter.
+    events.sort_by_key(Event::order);
     let mut pass = Pass::new(snapshot, room, now);
     for event in events {
         pass.apply(event);

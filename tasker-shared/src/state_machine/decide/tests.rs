@@ -743,6 +743,48 @@ fn terminate_ends_the_task_at_once() {
 }
 
 #[test]
+fn what_was_reported_counts_before_the_task_is_cancelled() {
+    let mut world = World::started(template("a b<a"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –Cancel→ cancelled by carl
+        close a 1
+        cancel open steps
+        audit cancel by carl
+        because no error: because",
+    );
+    assert_eq!(world.step("b").state, StepState::Cancelled);
+}
+
+#[test]
+fn a_start_that_is_cancelled_at_once_leaves_no_open_step() {
+    let mut world = World::new(template("a b<a"));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), start],
+        all(),
+        "
+        task: pending –Start→ initializing
+        task: initializing –Cancel→ cancelled by carl
+        cancel open steps
+        audit cancel by carl
+        because no error: because",
+    );
+    assert!(
+        world
+            .steps
+            .iter()
+            .all(|step| step.state == StepState::Cancelled)
+    );
+}
+
+#[test]
 fn an_operator_retries_a_failed_task() {
     let mut world = World::started(template("a b<a c d<c"));
     world.finish_step("c", success());
@@ -873,6 +915,23 @@ fn an_operator_does_not_retry_what_runs() {
     let mut world = World::started(template("a"));
     let retry = world.retry_event();
     check(&mut world, vec![retry], all(), "ignored 1");
+}
+
+#[test]
+fn a_retry_never_revives_what_the_same_settle_ends() {
+    let mut world = World::started(template("a"));
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), retry],
+        all(),
+        "
+        task: steps_in_process –Cancel→ cancelled by carl
+        cancel open steps
+        audit cancel by carl
+        because no error: because
+        ignored 1",
+    );
 }
 
 #[test]
@@ -1062,3 +1121,30 @@ fn fan_out_and_join_settle_in_three_passes() {
     );
 }
 
+#[test]
+fn several_events_settle_in_one_pass() {
+    let mut world = World::started(template("a b c d<a e<b"));
+    let a = world.run_step("a", success());
+    let b = world.run_step("b", failure("Flaky"));
+    world.claim_step("c");
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 2 }, b, a],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        b: enqueued_as_error_for_orchestration –ScheduleRetry→ waiting_for_retry
+        c: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –StepFailed→ evaluating_results
+        d: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        close b 1
+        close c 1
+        send c 2
+        send d 1
+        due retry b in 1 s",
+    );
+}
