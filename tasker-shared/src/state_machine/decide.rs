@@ -552,6 +552,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         let mut sent = 0;
         // In file order, so that a plan does not depend on the order of the results.
         self.ready.sort_by_key(|ready| ready.step);
+        // Hints come twice: a step that is due twice is sent once.
+        self.ready.dedup_by_key(|ready| ready.step);
         for Ready { step: index, event, mut waits } in std::mem::take(&mut self.ready) {
             let held = self.steps[&index].held_by;
             let has_input = held.is_some() || event != StepEvent::Enqueue;

@@ -370,6 +370,41 @@ fn failure_is_retried_with_backoff() {
 }
 
 #[test]
+fn a_retry_that_is_due_twice_is_sent_once() {
+    let mut world = World::started(template("a"));
+    world.finish_step("a", failure("Flaky"));
+    world.pass(Duration::from_secs(1));
+    check(
+        &mut world,
+        vec![Event::RetryDue { step: 0 }, Event::RetryDue { step: 0 }],
+        all(),
+        "
+        a: waiting_for_retry –RetryReady→ enqueued
+        task: waiting_for_retry –RetryReady→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2",
+    );
+}
+
+#[test]
+fn a_held_step_that_is_admitted_twice_is_sent_once() {
+    let mut world = World::new(template("a"));
+    let start = world.start_event();
+    world.settle(vec![start], &mut Room::default());
+    check(
+        &mut world,
+        vec![Event::Admit { step: 0 }, Event::Admit { step: 0 }],
+        all(),
+        "
+        a: pending –Enqueue→ enqueued
+        task: waiting_for_dependencies –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1",
+    );
+    assert_eq!(world.task.held_steps, 0);
+}
+
+#[test]
 fn a_retry_beside_running_steps_keeps_the_task_running() {
     let mut world = World::started(template("a b"));
     world.finish_step("a", failure("Flaky"));
