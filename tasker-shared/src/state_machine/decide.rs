@@ -28,7 +28,7 @@ pub struct Snapshot<'a> {
     pub task: Task,
     /// Its template.
     pub definition: &'a Definition,
-    /// Steps by index. Of an operator's retry: every failed or cancelled one, its
+    /// Steps by index. Of an operator's retry: every failed, cancelled or pending one, its
     /// `remaining_dependencies` recounted from the edges.
     pub steps: HashMap<u32, Step>,
     /// What the workers reported of the steps the events are about.
@@ -508,6 +508,11 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.create_steps(step_uuids);
             return true;
         }
+        // A failure that `continue` passed over is tried again too, so it is no longer done for
+        // the steps that still wait behind it: they take the recount.
+        let pending: Vec<u32> =
+            self.steps.values().filter(|step| step.state == StepState::Pending).map(|step| step.index).collect();
+        self.touched.extend(pending);
         let mut again: Vec<u32> = self.steps.values()
             .filter(|step| matches!(step.state, StepState::Error | StepState::Cancelled))
             .map(|step| step.index)

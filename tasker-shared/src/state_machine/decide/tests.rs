@@ -896,6 +896,37 @@ fn an_operator_retries_a_blocked_task_within_its_generation() {
 }
 
 #[test]
+fn a_step_behind_a_failure_that_was_passed_over_waits_for_its_retry() {
+    let definition = with(template("a b c<a,b"), "a", |a| {
+        a.retry.on_exhausted = OnExhausted::Continue;
+    });
+    let definition = with(definition, "b", |b| {
+        b.retry.on_exhausted = OnExhausted::Block;
+    });
+    let mut world = World::started(definition);
+    world.finish_step("a", permanent("Broken"));
+    world.finish_step("b", permanent("Broken"));
+    assert_eq!(
+        (world.task.state, world.step("c").remaining_dependencies),
+        (TaskState::BlockedByFailures, 1)
+    );
+    let retry = world.retry_event();
+    world.settle(vec![retry], &mut all());
+    assert_eq!(world.step("c").remaining_dependencies, 2);
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –StepsStillRunning→ steps_in_process
+        close a 2",
+    );
+}
+
+#[test]
 fn an_operator_retries_a_task_that_never_had_steps() {
     let mut world = World::new(template("a b<a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
