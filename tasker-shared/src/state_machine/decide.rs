@@ -173,7 +173,16 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, outcomes, outputs } = snapshot;
+        let Snapshot { task, definition, steps, outcomes, mut outputs } = snapshot;
+        // An event may name a step that is complete already (a hint that came twice, or late):
+        // its output is here and nowhere else, and the steps behind it may need it now.
+        for (index, outcome) in &outcomes {
+            if let Outcome::Success(output) = outcome
+                && steps.get(index).is_some_and(|step| step.state == StepState::Complete)
+            {
+                outputs.insert(*index, output.clone());
+            }
+        }
         Self {
             definition,
             room,

@@ -1019,6 +1019,33 @@ fn duplicate_result_changes_nothing() {
 }
 
 #[test]
+fn duplicate_result_still_brings_its_output() {
+    let mut world = World::started(template("a b c<a,b"));
+    let first = world.run_step("a", Outcome::Success(json!({"n": 5})));
+    world.settle(vec![first.clone()], &mut all());
+    world.results.clear();
+    let second = world.run_step("b", Outcome::Success(json!({"n": 6})));
+    check(
+        &mut world,
+        vec![first, second],
+        all(),
+        "
+        b: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        c: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close b 1
+        send c 1
+        ignored 1",
+    );
+    assert_eq!(
+        output(&world, "c"),
+        json!({"input": {"total": 7}, "steps": {"a": {"n": 5}, "b": {"n": 6}}})
+    );
+}
+
+#[test]
 fn result_of_another_attempt_changes_nothing() {
     let mut world = World::started(template("a"));
     let claim = world.claim_step("a");
