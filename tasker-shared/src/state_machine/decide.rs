@@ -395,6 +395,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.move_step(index, StepEvent::LeaseExpired, StepState::Enqueued, Some(detail));
             // The move itself is the Enqueue of the next attempt.
             self.touch(index).attempt += 1;
+            self.opened(index, StepEvent::LeaseExpired, None);
             self.ready.push(Ready { step: index, event: StepEvent::LeaseExpired, waits: Vec::new() });
         }
         true
@@ -627,17 +628,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         if let Some(enqueue) = self.plan.moves.iter_mut().rfind(|made| made.entity == uuid) {
             enqueue.task_version = Some(task_version);
         }
-        let step = self.touch(index);
-        step.due_at = None;
-        step.claim_token = None;
-        step.claimed_by = None;
-        step.lease_expires_at = None;
-        step.enqueued_version = Some(step.version);
-        step.enqueued_task_version = Some(task_version);
-        step.enqueued_event = Some(event.as_str());
-        // The database writes the times of the move itself; `None` asks for it.
-        step.enqueued_began_at = None;
-        step.enqueued_at = None;
+        self.opened(index, event, Some(task_version));
+        let step = &self.steps[&index];
         let (attempt, generation) = (step.attempt, step.generation);
         if let Some(timeout) = definition.queue_timeout {
             self.plan.due.push(Due { kind: "queue_timeout", at: self.now + timeout, step: Some(uuid) });
@@ -650,6 +642,21 @@ impl<'a, 'r> Pass<'a, 'r> {
             attempt,
             task_version,
         });
+    }
+
+    /// Where the new attempt's Enqueue stands in the log; `task_version` is the task's move that sends it.
+    fn opened(&mut self, index: u32, event: StepEvent, task_version: Option<i32>) {
+        let step = self.touch(index);
+        step.due_at = None;
+        step.claim_token = None;
+        step.claimed_by = None;
+        step.lease_expires_at = None;
+        step.enqueued_version = Some(step.version);
+        step.enqueued_task_version = task_version;
+        step.enqueued_event = Some(event.as_str());
+        // The database writes the times of the move itself; `None` asks for it.
+        step.enqueued_began_at = None;
+        step.enqueued_at = None;
     }
 
     // The task's own moves, once per settle.
@@ -748,6 +755,11 @@ impl<'a, 'r> Pass<'a, 'r> {
         // What was about to be sent is cancelled instead; the move that would have sent it never was.
         for made in &mut self.plan.moves {
             made.task_version = None;
+        }
+        for index in &self.touched {
+            if let Some(step) = self.steps.get_mut(index).filter(|step| step.enqueued_at.is_none()) {
+                step.enqueued_task_version = None;
+            }
         }
         let detail = Detail { reason: Some(reason), error_type: Some(kind), ..Detail::default() };
         self.move_task(event, TaskState::Error, Some(detail));

@@ -539,6 +539,27 @@ fn a_missing_input_path_fails_the_step_before_it_is_sent() {
 }
 
 #[test]
+fn what_was_about_to_be_sent_beside_a_missing_input_is_cancelled() {
+    let definition = with_input(template("a b"), "b", &json!({"x": "${input.nothing}"}));
+    let mut world = World::new(definition);
+    let start = world.start_event();
+    check(&mut world, vec![start], all(), "
+        task: pending –Start→ initializing
+        a: pending –Enqueue→ enqueued
+        b: pending –Fail→ error
+        task: initializing –InvalidInput→ error
+        cancel open steps
+        because missing_input: step b failed: input.x reads ${input.nothing}, but input has no key `nothing`");
+    let a = world.step("a");
+    assert_eq!(
+        (a.state, a.enqueued_task_version),
+        (StepState::Cancelled, None),
+        "the move that would have sent it never was"
+    );
+    assert!(world.messages.is_empty());
+}
+
+#[test]
 fn a_missing_input_of_a_root_blocks_where_the_template_says_so() {
     let mut definition = with_input(template("a b<a"), "a", &json!({"x": "${input.nothing}"}));
     definition.block_on_failure = true;
@@ -576,6 +597,34 @@ fn an_expired_lease_sends_the_step_again() {
         (2, 0, 1, None)
     );
     assert!(!world.report(claim, success()), "its report comes too late");
+}
+
+#[test]
+fn a_lost_attempt_beside_a_fatal_failure_leaves_a_row_that_tells_the_log() {
+    let mut world = World::started(template("a b"));
+    world.claim_step("a");
+    let event = world.run_step("b", permanent("Broken"));
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }, event],
+        all(),
+        "
+        b: enqueued_as_error_for_orchestration –Fail→ error
+        a: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close b 1
+        close a 1
+        cancel open steps
+        because Broken: step b failed: it was Broken",
+    );
+    let a = world.step("a");
+    assert_eq!(
+        (a.state, a.attempt, a.enqueued_event),
+        (StepState::Cancelled, 2, Some("LeaseExpired"))
+    );
+    assert_eq!((a.claim_token, a.enqueued_task_version), (None, None));
 }
 
 #[test]
