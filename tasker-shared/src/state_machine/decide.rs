@@ -345,6 +345,7 @@ impl<'a, 'r> Pass<'a, 'r> {
 
     fn step_gave_up(&mut self, index: u32, kind: &str, message: &str, policy: OnExhausted) {
         self.evaluated = true;
+        self.any_failed = true;
         self.only_lost = false;
         let definition = &self.definition.steps[index as usize];
         match policy {
@@ -354,7 +355,6 @@ impl<'a, 'r> Pass<'a, 'r> {
             }
             OnExhausted::Fail | OnExhausted::Block => {}
         }
-        self.any_failed = true;
         self.plan.task.failed_steps += 1;
         self.plan.task.error_type = Some(kind.to_owned());
         self.plan.task.reason = Some(format!("step {} failed: {message}", definition.name));

@@ -744,6 +744,32 @@ fn a_step_that_nobody_claims_times_out() {
 }
 
 #[test]
+fn a_queue_timeout_that_is_passed_over_is_still_a_failure() {
+    let definition = with(template("a b<a c"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+        a.retry.on_exhausted = OnExhausted::Continue;
+    });
+    let mut world = World::started(definition);
+    world.pass(Duration::from_mins(1));
+    check(
+        &mut world,
+        vec![Event::QueueDue {
+            step: 0,
+            attempt: 1,
+        }],
+        all(),
+        "
+        a: enqueued –QueueTimeout→ error
+        task: steps_in_process –StepFailed→ evaluating_results
+        b: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send b 1",
+    );
+}
+
+#[test]
 fn a_claimed_step_does_not_time_out_in_its_queue() {
     let mut world = World::started(with(template("a"), "a", |a| {
         a.queue_timeout = Some(Duration::from_mins(1));
