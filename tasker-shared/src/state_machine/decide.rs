@@ -866,4 +866,6 @@ fn seed(step: &Step) -> u64 {
 }
 
 #[cfg(test)]
+pub(crate) mod properties;
+#[cfg(test)]
 mod tests;
