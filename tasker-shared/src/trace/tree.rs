@@ -117,9 +117,11 @@ impl<'a> Tree<'a> {
     }
 
     fn generation_began(&self, generation: i32, task_rows: &[&Transition]) -> DateTime<Utc> {
+        // Only from a terminal state: the repair of a blocked task stays within its generation.
         let begins = |row: &&&Transition| {
             row.generation == generation
                 && (row.event == TaskEvent::OperatorRetry.as_str() || row.event == TaskEvent::Rerun.as_str())
+                && row.from.parse::<TaskState>().is_ok_and(TaskState::is_terminal)
         };
         if generation == 1 {
             self.log.head.created_at

@@ -407,6 +407,32 @@ fn links_beyond_the_limit_are_counted() {
     );
 }
 
+#[test]
+fn a_repair_within_a_generation_does_not_move_its_beginning() {
+    let mut definition = template("a");
+    definition.block_on_failure = true;
+    let mut world = World::started(definition);
+    world.settle(
+        vec![Event::Cancel(operator("carl"))],
+        &mut Room::unlimited(),
+    );
+    let retry = world.retry_event();
+    world.settle(vec![retry], &mut Room::unlimited());
+    let began = world.generation_began_at;
+    world.finish_step("a", permanent("Broken"));
+    assert_eq!(world.task.state, TaskState::BlockedByFailures);
+    // The repair and the end in one settle: its slice holds no row from the beginning.
+    let (retry, cancel) = (world.retry_event(), Event::Cancel(operator("carl")));
+    world.settle(vec![retry, cancel], &mut Room::unlimited());
+    slices_agree(&world).unwrap();
+    let root = root_id(&head(&world), 2);
+    let spans = spans(&slice(&world, world.settled.last().unwrap())).spans;
+    assert_eq!(
+        spans.iter().find(|span| span.id == root).unwrap().start,
+        began
+    );
+}
+
 // Trees to look at.
 
 /// Indented names with the attributes that tell the story, and times since the task was created.
