@@ -190,9 +190,11 @@ impl<'a> Tree<'a> {
             }
             ("steps_in_process", "evaluating_results") => {
                 let mut evaluated = child(names::RESULT_EVALUATION, SpanKey::Evaluation);
+                // A report that the end of the task cancelled in the same settle was never looked at.
                 let reported = rows.iter().filter(|step| {
-                    step.from == StepState::EnqueuedForOrchestration.as_str()
-                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str()
+                    (step.from == StepState::EnqueuedForOrchestration.as_str()
+                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str())
+                        && step.event != StepEvent::Cancel.as_str()
                 });
                 let links: Vec<Link> = reported
                     .map(|step| self.link(self.of_attempt(SpanKey::Submission, step.entity, step.attempt.unwrap_or(0))))

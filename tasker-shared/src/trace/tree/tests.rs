@@ -408,6 +408,20 @@ fn links_beyond_the_limit_are_counted() {
 }
 
 #[test]
+fn a_result_that_was_cancelled_unseen_is_not_evaluated() {
+    let mut world = World::started(template("a b"));
+    world.run_step("a", success());
+    let event = world.run_step("b", permanent("Broken"));
+    world.settle(vec![event], &mut Room::unlimited());
+    let all = spans(&full(&world)).spans;
+    let evaluated = all
+        .iter()
+        .find(|span| span.name == names::RESULT_EVALUATION)
+        .unwrap();
+    assert_eq!(evaluated.attributes, [(names::RESULTS, Value::Int(1))]);
+}
+
+#[test]
 fn a_repair_within_a_generation_does_not_move_its_beginning() {
     let mut definition = template("a");
     definition.block_on_failure = true;
