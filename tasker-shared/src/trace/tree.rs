@@ -439,7 +439,9 @@ impl Ending {
             "LeaseExpired" => ("lost", Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))),
             "Cancel" => ("cancellation", Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned())))),
             "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
-                ("timeout", Some(("timeout".to_owned(), said().1.unwrap_or_else(|| "it took too long".to_owned()))))
+                let (kind, reason) = said();
+                let kind = kind.unwrap_or_else(|| "timeout".to_owned());
+                ("timeout", Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned()))))
             }
             _ => match failure {
                 Some(failure) if failure.kind == "timeout" => ("timeout", Some((failure.kind.clone(), failure.message.clone()))),

@@ -447,6 +447,34 @@ fn a_repair_within_a_generation_does_not_move_its_beginning() {
     );
 }
 
+#[test]
+fn an_attempt_that_nobody_claimed_says_which_time_ran_out() {
+    let definition = with(template("a"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+    });
+    let mut world = World::started(definition);
+    world.pass(Duration::from_mins(1));
+    let timeout = Event::QueueDue {
+        step: 0,
+        attempt: 1,
+    };
+    world.settle(vec![timeout], &mut Room::unlimited());
+    let all = spans(&full(&world)).spans;
+    let execution = all
+        .iter()
+        .find(|span| span.name == names::STEP_EXECUTION)
+        .unwrap();
+    let said = |key| {
+        execution
+            .attributes
+            .iter()
+            .find(|(name, _)| *name == key)
+            .map(|(_, value)| value.clone())
+    };
+    assert_eq!(said(names::OUTCOME), Some("timeout".into()));
+    assert_eq!(said(names::ERROR_TYPE), Some("queue_timeout".into()));
+}
+
 // Trees to look at.
 
 /// Indented names with the attributes that tell the story, and times since the task was created.
