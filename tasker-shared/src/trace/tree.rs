@@ -332,7 +332,7 @@ impl<'a> Tree<'a> {
             }
         }
         // Everything of an attempt goes out with the settle that closes it, inside its times.
-        let (start, settled_at) = (opening.began_at, end);
+        let (start, settled_at) = (opening.began_at.min(end), end);
         for inner in &mut self.spans[first..] {
             inner.start = inner.start.clamp(start, end);
             inner.end = inner.end.clamp(inner.start, end);

@@ -475,6 +475,15 @@ fn an_attempt_that_nobody_claimed_says_which_time_ran_out() {
     assert_eq!(said(names::ERROR_TYPE), Some("queue_timeout".into()));
 }
 
+#[test]
+fn a_row_whose_times_are_reversed_is_still_drawn() {
+    let mut log = full(&retried());
+    for row in &mut log.transitions {
+        row.began_at = row.at + Duration::from_secs(1);
+    }
+    assert!(spans(&log).spans.iter().all(|span| span.start <= span.end));
+}
+
 // Trees to look at.
 
 /// Indented names with the attributes that tell the story, and times since the task was created.
