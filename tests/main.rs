@@ -1,3 +1,4 @@
 //! One file per promise.
 
+mod architecture;
 mod export_wire;
