@@ -2,6 +2,7 @@
 //!
 //! What a script reads is on stdout; progress, warnings and errors go to stderr.
 
+mod bench;
 mod commands;
 mod failure;
 mod output;
@@ -111,6 +112,8 @@ enum Command {
     /// Control the managed local PostgreSQL
     #[command(subcommand)]
     Db(commands::db::Db),
+    /// Measure throughput, latency and cost, beside this machine's limits
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> std::process::ExitCode {
@@ -149,6 +152,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Queue(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,
+        Command::Bench(command) => bench::run(command, &global).await,
     }
 }
 

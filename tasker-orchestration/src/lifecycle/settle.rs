@@ -108,7 +108,8 @@ async fn load(
     rows: Vec<TaskRow>,
     hints: &[Hint],
 ) -> Result<(Vec<Work>, DateTime<Utc>), Error> {
-    let mut now = rows.iter().map(|row| row.read_at).max().unwrap_or_default();
+    // Times of an entity never go back, even if the database's clock does.
+    let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
     let claimable: Vec<Uuid> = hints.iter().filter(|hint| matches!(hint.look, Look::Lease(_) | Look::Queue(_))).filter_map(|hint| hint.look.step()).collect();
     if !claimable.is_empty() {
         steps::lock_claimable(conn, &claimable).await?;
@@ -120,7 +121,6 @@ async fn load(
     if !retried.is_empty() {
         let (tasks, unfinished) = steps::load_unfinished(conn, &retried).await?;
         with_steps.extend(tasks);
-        loaded.retain(|row| !retried.contains(&row.task_uuid));
         loaded.extend(unfinished);
     }
     now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));

@@ -248,12 +248,17 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.fatal = Some(("invalid_input".into(), reason));
             return true;
         }
-        if let Some(total) = self.definition.total {
-            let at = self.plan.task.created_at + total;
-            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
-        }
+        self.limit_total();
         self.create_steps(step_uuids);
         true
+    }
+
+    /// The total timeout counts from the beginning of the generation.
+    fn limit_total(&mut self) {
+        if let Some(total) = self.definition.total {
+            let at = self.plan.task.generation_began_at + total;
+            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
+        }
     }
 
     fn create_steps(&mut self, step_uuids: Vec<Uuid>) {
@@ -480,7 +485,7 @@ impl<'a, 'r> Pass<'a, 'r> {
 
     fn total_timeout(&mut self) -> bool {
         let Some(total) = self.definition.total.filter(|_| !self.plan.task.state.is_terminal()) else { return false };
-        let at = self.plan.task.created_at + total;
+        let at = self.plan.task.generation_began_at + total;
         if at > self.now {
             self.plan.due.push(Due { kind: "total_timeout", at, step: None });
             return true;
@@ -502,6 +507,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         }
         if from.is_terminal() {
             self.plan.task.generation += 1;
+            self.plan.task.generation_began_at = self.now;
+            self.limit_total();
         }
         self.plan.task.failed_steps = 0;
         self.plan.task.error_type = None;

@@ -97,6 +97,7 @@ pub(crate) struct World {
     pub definition: Arc<Definition>,
     pub clock: DateTime<Utc>,
     pub task: Task,
+    pub created_at: DateTime<Utc>,
     pub generation_began_at: DateTime<Utc>,
     pub finished_at: Option<DateTime<Utc>>,
     /// By index; empty until the task has begun.
@@ -137,9 +138,10 @@ impl World {
                 error_type: None,
                 reason: None,
                 ended_by: None,
-                created_at: created,
+                generation_began_at: created,
                 last_at: created,
             },
+            created_at: created,
             generation_began_at: created,
             finished_at: None,
             steps: Vec::new(),
@@ -956,7 +958,7 @@ impl World {
         for row in &self.log {
             let made = &row.made;
             let before = last.insert(made.entity, (made.version, row.at, made.to));
-            let (version, at, state) = before.unwrap_or((0, self.task.created_at, "pending"));
+            let (version, at, state) = before.unwrap_or((0, self.created_at, "pending"));
             assert_eq!((made.version, made.from), (version + 1, state), "{made:?}");
             assert!(row.began_at <= row.at && row.at >= at, "{row:?}");
             if made.entity != self.task.uuid && made.to == "enqueued" {

@@ -34,7 +34,7 @@ fn head(world: &World) -> Head {
         priority: world.task.priority,
         generation: world.task.generation,
         generation_began_at: world.generation_began_at,
-        created_at: world.task.created_at,
+        created_at: world.created_at,
         trace_id: [7; 16],
         remote_span_id: Some([9; 8]),
         trace_flags: 1,
@@ -529,7 +529,7 @@ fn draw_below(
         names::ACTOR,
     ];
     for span in children.get(&parent).into_iter().flatten() {
-        let ms = |at: DateTime<Utc>| (at - world.task.created_at).num_milliseconds();
+        let ms = |at: DateTime<Utc>| (at - world.created_at).num_milliseconds();
         write!(
             drawn,
             "{:indent$}{} {}..{}",
