@@ -5,10 +5,19 @@
 mod harness;
 
 mod cancel;
+mod database_killed;
+mod export_recovery;
 mod export_wire;
 mod failure;
+mod held_steps;
 mod hierarchy;
 mod idempotency;
+mod input_schema;
+mod late_and_duplicate_results;
+mod malformed_messages;
+mod no_worker_lost;
 mod operator_retry;
+mod orchestrator_killed_under_load;
 mod remote_parent;
 mod retry;
+mod two_orchestrators_two_workers;

@@ -30,8 +30,8 @@ use tasker_shared::message::step_message;
 pub struct Settled {
     /// Hints of tasks that somebody else settles right now: to be put back for a moment.
     pub deferred: Vec<Hint>,
-    /// Hints of tasks that do not exist.
-    pub unknown: Vec<Hint>,
+    /// Messages about tasks or steps that do not exist, and what is wrong with them.
+    pub unknown: Vec<(Hint, &'static str)>,
     /// Tasks that ended.
     pub finished: usize,
 }
@@ -57,6 +57,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let rows = tasks::lock(conn, &uuids).await?;
         let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
+        let hints = without_strangers(hints, &works, &mut settled);
         load_outputs(conn, &mut works, &hints).await?;
         let plans = shared.admission.with_room(|room| decide_all(&works, &hints, room, now));
 
@@ -97,8 +98,21 @@ async fn sort_out(
     let (kept, others): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(|hint| locked.contains(&hint.task));
     let ids: Vec<Uuid> = others.iter().map(|hint| hint.task).collect();
     let existing: HashSet<Uuid> = tasks::existing(conn, &ids).await?.into_iter().collect();
-    let (deferred, unknown) = others.into_iter().partition(|hint| existing.contains(&hint.task));
+    let (deferred, unknown): (_, Vec<Hint>) = others.into_iter().partition(|hint| existing.contains(&hint.task));
+    let unknown = unknown.into_iter().map(|hint| (hint, "task: no such task; it was never created here, or retention removed it")).collect();
     Ok((kept, Settled { deferred, unknown, finished: 0 }))
+}
+
+/// Takes out the messages that name a step which their task does not have.
+fn without_strangers(hints: Vec<Hint>, works: &[Work], settled: &mut Settled) -> Vec<Hint> {
+    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
+    let known = |hint: &Hint| {
+        let has = |step| works.get(&hint.task).is_some_and(|work| work.steps.contains_key(&step));
+        hint.msg_id.is_none() || hint.look.step().is_none_or(has)
+    };
+    let (known, strangers): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(known);
+    settled.unknown.extend(strangers.into_iter().map(|hint| (hint, "step: no such step of this task")));
+    known
 }
 
 /// Loads what the decisions need, after the locks: a statement of its own sees what they protect.
@@ -266,7 +280,7 @@ fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBa
 
 /// Sends the steps that became ready: one statement per destination queue.
 async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
-    let mut queues: BTreeMap<&str, (Vec<Value>, Vec<Value>)> = BTreeMap::new();
+    let mut queues: BTreeMap<&str, Vec<(i32, Value, Value)>> = BTreeMap::new();
     for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
         let row = &work.row;
         let baggage = baggage(row);
@@ -283,12 +297,14 @@ async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result
             if let Some(state) = &row.tracestate {
                 headers["tracestate"] = state.clone().into();
             }
-            let queue = queues.entry(&sent.queue).or_default();
-            queue.0.push(step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler));
-            queue.1.push(headers);
+            let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
+            queues.entry(&sent.queue).or_default().push((sent.priority, body, headers));
         }
     }
-    for (name, (bodies, headers)) in queues {
+    for (name, mut messages) in queues {
+        // A queue is read in the order it was written in, so the urgent are written first.
+        messages.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
+        let (bodies, headers): (Vec<Value>, Vec<Value>) = messages.into_iter().map(|(_, body, headers)| (body, headers)).unzip();
         queue::send(conn, name, &bodies, &headers).await?;
     }
     Ok(())

@@ -600,11 +600,12 @@ impl<'a, 'r> Pass<'a, 'r> {
         // The database writes the times of the move itself; `None` asks for it.
         step.enqueued_began_at = None;
         step.enqueued_at = None;
-        let (attempt, generation) = (step.attempt, step.generation);
+        let (attempt, generation, priority) = (step.attempt, step.generation, step.priority);
         if let Some(timeout) = definition.queue_timeout {
             self.plan.due.push(Due { kind: "queue_timeout", at: self.now + timeout, step: Some(uuid) });
         }
         self.plan.sends.push(Send {
+            priority,
             queue: definition.queue.clone(),
             handler: definition.handler.clone(),
             step: uuid,
