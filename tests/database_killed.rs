@@ -13,11 +13,15 @@ use crate::harness::{DEADLINE, Setup, World, eventually, storm};
 use crate::two_orchestrators_two_workers::{assert_outcomes, register_mix, submit_mix};
 
 /// A server of its own, stopped before its files go.
-struct Server(tempfile::TempDir, Options);
+struct Server {
+    options: Options,
+    /// Dropped after the server was stopped.
+    _dir: tempfile::TempDir,
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = Local::stop(&self.1, true);
+        let _ = Local::stop(&self.options, true);
     }
 }
 
@@ -27,17 +31,20 @@ impl Server {
         // When we are root, the server's account has to pass through.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("chmod");
         let options = Options { linger: Duration::from_millis(100), ..Options::at(dir.path().join("home")) };
-        Self(dir, options)
+        Self { options, _dir: dir }
     }
 
     async fn start(&self) -> Local {
-        let options = self.1.clone();
+        let options = self.options.clone();
         tokio::task::spawn_blocking(move || Local::start(&options)).await.expect("no panic").expect("a server")
     }
 
-    fn kill(&self) {
-        let pid = Local::status(&self.1).expect("a status").pid.expect("it runs");
-        kill_process(Pid::from_raw(pid.cast_signed()).expect("a pid"), Signal::KILL).expect("killed");
+    /// Returns when it is gone: until then it looks alive to whoever would start it.
+    async fn kill(&self) {
+        let pid = || Local::status(&self.options).expect("a status").pid;
+        let running = pid().expect("it runs");
+        kill_process(Pid::from_raw(running.cast_signed()).expect("a pid"), Signal::KILL).expect("killed");
+        eventually("it is gone", async || (pid() != Some(running)).then_some(())).await;
     }
 }
 
@@ -60,7 +67,7 @@ async fn crashed_database_loses_no_task_and_quarantines_no_good_message() {
             (now >= finished + 20 || now >= 150).then_some(())
         })
         .await;
-        server.kill();
+        server.kill().await;
         drop(local);
         local = server.start().await;
         eventually(&format!("the database answers after crash {crash}"), async || sqlx::query("select 1").execute(&world.pool).await.ok()).await;

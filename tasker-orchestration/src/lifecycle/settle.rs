@@ -79,7 +79,13 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
-    .await?;
+    .await
+    .inspect_err(|error| {
+        // The answer to COMMIT may be what was lost: then the spans are still owed.
+        if let Some(exporter) = shared.exporter.as_ref().filter(|_| error.is_transient()) {
+            exporter.doubt();
+        }
+    })?;
     actions::run(shared, done);
     Ok(settled)
 }
