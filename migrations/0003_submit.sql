@@ -68,10 +68,11 @@ create function tasker.span_id(
 ) returns bytea
 language sql immutable parallel safe
 as $$
-  select case when id = '\x0000000000000000'::bytea then '\x0000000000000001'::bytea else id end
-  from (select substring(sha256(
+  -- One expression, so that the planner inlines it.
+  select coalesce(nullif(substring(sha256(
     'tasker-span-v1'::bytea || p_trace_id || uuid_send(p_entity) || int8send(p_generation)
-    || int8send(p_attempt) || substring(int4send(p_kind) from 4) || int8send(p_ordinal)) from 1 for 8) as id) s
+    || int8send(p_attempt) || substring(int4send(p_kind) from 4) || int8send(p_ordinal)) from 1 for 8),
+    '\x0000000000000000'::bytea), '\x0000000000000001'::bytea)
 $$;
 
 -- W3C Trace Context: version 00 exactly, a later version may carry more; lower-case hex only.

@@ -58,7 +58,7 @@ $$;
 
 -- How much may still be sent to each queue that a live worker reads: about twice the slots
 -- offered, less what lies in the queue for handlers that are offered. An estimate, without locks.
-create function tasker.room() returns table (queue text, room bigint, handlers text[], holding boolean)
+create function tasker.room() returns table (queue text, capacity bigint, room bigint, handlers text[], holding boolean)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -81,7 +81,7 @@ begin
     end if;
     execute format('select count(*) from (select from pgmq.%I where message->>''handler'' = any($1) limit $2) d', 'q_' || v.queue)
     into v_depth using v.handlers, v.slots * 2;
-    return query select v.queue, v.slots * 2 - v_depth, v.handlers,
+    return query select v.queue, v.slots * 2, v.slots * 2 - v_depth, v.handlers,
       -- What no live worker offers waits by itself and holds up nobody else.
       exists (select from tasker.held_steps(v.queue, v.handlers, 1));
   end loop;

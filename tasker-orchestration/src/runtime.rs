@@ -260,9 +260,6 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
                     wakes.results.notify_one();
                 }
                 results::settle_results(&shared, messages).await?;
-                if shared.admission.is_holding() {
-                    shared.admission.wake.notify_one();
-                }
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -327,12 +324,12 @@ async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "held steps could not be admitted; trying again"),
         }
-        let busy = shared.admission.take_used();
-        let pause = if busy { Duration::from_millis(250) } else { LONGEST_PAUSE };
         tokio::select! {
             () = stop.cancelled() => {}
             () = shared.admission.wake.notified() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep(LONGEST_PAUSE) => {}
         }
+        // However often it is woken: counting a queue is not free.
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

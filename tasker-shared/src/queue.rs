@@ -180,6 +180,7 @@ pub async fn next_due_ms(conn: &mut PgConnection) -> Result<Option<i64>, Error> 
 #[expect(missing_docs, reason = "explained beside the SQL function")]
 pub struct RoomRow {
     pub queue: String,
+    pub capacity: i64,
     pub room: i64,
     pub handlers: Vec<String>,
     pub holding: bool,
@@ -188,13 +189,13 @@ pub struct RoomRow {
 /// Estimates the room of every queue that a live worker reads.
 pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
     let rows = sqlx::query!(
-        r#"select queue as "queue!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
+        r#"select queue as "queue!", capacity as "capacity!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
     )
     .fetch_all(conn)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| RoomRow { queue: row.queue, room: row.room, handlers: row.handlers, holding: row.holding })
+        .map(|row| RoomRow { queue: row.queue, capacity: row.capacity, room: row.room, handlers: row.handlers, holding: row.holding })
         .collect())
 }
 

@@ -1,1 +1,48 @@
-//! placeholder
+//! Runs step handlers: claims attempts, runs the user's code, reports results.
+//!
+//! ```no_run
+//! use tasker_worker::{CancellationToken, StepContext, StepError, Worker};
+//!
+//! #[derive(serde::Deserialize)]
+//! struct Charge { amount: u64 }
+//! #[derive(serde::Serialize)]
+//! struct Receipt { id: String }
+//!
+//! async fn charge(ctx: StepContext, input: Charge) -> Result<Receipt, StepError> {
+//!     if input.amount == 0 {
+//!         return Err(StepError::fail("NothingToCharge", "the amount is zero"));
+//!     }
+//!     Ok(Receipt { id: ctx.idempotency_key() })
+//! }
+//!
+//! # async fn example() -> Result<(), tasker_worker::Error> {
+//! let worker = Worker::builder("postgresql:///shop")
+//!     .namespace("fulfillment")
+//!     .handler("payments.charge", charge)
+//!     .build()?;
+//! worker.run(CancellationToken::new()).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A handler runs **at least once** and only the current claim's result counts:
+//! make handlers idempotent, with [`StepContext::idempotency_key`] where an
+//! outside system can tell a repetition by a key.
+//!
+//! This crate decides nothing about tasks. It knows them only through the SQL
+//! functions of `docs/worker-protocol.md`, as a worker in any language does.
+
+mod claim;
+mod context;
+mod executor;
+mod handler;
+pub mod handlers;
+mod held;
+mod registry;
+mod report;
+mod runtime;
+
+pub use context::StepContext;
+pub use handler::StepError;
+pub use runtime::{Builder, Error, Worker};
+pub use tokio_util::sync::CancellationToken;

@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tasker_shared::queue;
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
@@ -23,8 +22,6 @@ const PASS: i32 = 500;
 #[derive(Debug, Default)]
 pub struct Admission {
     room: Mutex<Room>,
-    /// Something was settled since the last refresh.
-    used: AtomicBool,
     /// Wakes the admit loop.
     pub wake: Notify,
 }
@@ -35,19 +32,11 @@ impl Admission {
         work(&mut self.room.lock().expect("deciding does not panic while it holds the room"))
     }
 
-    /// A settle committed: steps may have ended, so held ones may find room.
+    /// A settle committed: where room runs low or steps are held, the estimate is made anew.
     pub fn settled(&self) {
-        self.used.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether anything was settled since this was last asked.
-    pub fn take_used(&self) -> bool {
-        self.used.swap(false, Ordering::Relaxed)
-    }
-
-    /// Whether any queue that workers read holds steps back.
-    pub fn is_holding(&self) -> bool {
-        self.with_room(|room| room.queues().any(|(_, queue)| queue.holding))
+        if self.with_room(|room| room.queues().any(|(_, queue)| queue.is_low())) {
+            self.wake.notify_one();
+        }
     }
 }
 
@@ -57,7 +46,7 @@ pub async fn refresh(shared: &Shared) -> Result<(), Error> {
     let rows = queue::room(&mut *shared.reads.acquire().await?).await?;
     let mut fresh = Room::default();
     for row in rows {
-        let room = QueueRoom { left: row.room, handlers: row.handlers.into_iter().collect(), holding: row.holding };
+        let room = QueueRoom { left: row.room, capacity: row.capacity, handlers: row.handlers.into_iter().collect(), holding: row.holding };
         fresh.set(row.queue.into(), room);
     }
     shared.admission.with_room(|room| *room = fresh);

@@ -156,12 +156,31 @@ async fn load(
         works.push(Work { row, template, steps: HashMap::new(), outputs: HashMap::new(), has_steps });
     }
     let places: HashMap<Uuid, usize> = works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
-    for row in loaded {
-        if let Some(place) = places.get(&row.task_uuid) {
-            works[*place].steps.insert(row.step.uuid, row);
+    let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| {
+        for row in rows {
+            if let Some(place) = places.get(&row.task_uuid) {
+                works[*place].steps.insert(row.step.uuid, row);
+            }
         }
+    };
+    put(&mut works, loaded);
+    let behind = behind(&works);
+    if !behind.is_empty() {
+        put(&mut works, steps::load_behind(conn, &behind).await?);
     }
     Ok((works, now))
+}
+
+/// The places of the direct dependents that are not loaded yet.
+fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
+    let mut places = BTreeSet::new();
+    for work in works {
+        let loaded: HashSet<u32> = work.steps.values().map(|row| row.step.index).collect();
+        let graph = &work.template.definition.graph;
+        let children = loaded.iter().flat_map(|index| graph.children(*index)).filter(|child| !loaded.contains(child));
+        places.extend(children.map(|child| (work.row.task.uuid, *child)));
+    }
+    places.into_iter().collect()
 }
 
 /// Reads the outputs that steps about to become ready need and the batch does not hold: none

@@ -166,10 +166,19 @@ pub struct Room {
 pub struct QueueRoom {
     /// Steps that may still be sent.
     pub left: i64,
+    /// Steps that may be sent to an empty queue.
+    pub capacity: i64,
     /// Handlers that a live worker of this queue offers.
     pub handlers: HashSet<String>,
     /// Others already wait their turn: new ready steps queue behind them.
     pub holding: bool,
+}
+
+impl QueueRoom {
+    /// Worth a fresh look: half of it is taken, or others wait.
+    pub fn is_low(&self) -> bool {
+        self.holding || self.left * 2 < self.capacity
+    }
 }
 
 impl Room {

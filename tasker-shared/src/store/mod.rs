@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod exports;
+pub mod protocol;
 pub mod steps;
 pub mod tasks;
 pub mod templates;

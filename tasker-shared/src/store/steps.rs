@@ -29,7 +29,7 @@ pub struct StepRow {
     pub read_at: DateTime<Utc>,
 }
 
-/// Loads the steps that events are about, with their reports, and their direct dependents.
+/// Loads the steps that events are about, with what was reported of their current attempts.
 ///
 /// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
 /// locked by [`lock_claimable`] first, everything else is guarded by the lock of its task.
@@ -97,10 +97,41 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     last_at: row.last_at,
                     input: None,
                 },
-                reported: row.reported,
+                reported: true,
                 outcome,
                 attempt,
                 read_at: row.now,
+            })
+        })
+        .collect()
+}
+
+/// Loads steps by `(task, index)`: those directly behind the ones that events are about. All
+/// that can happen to them is that they become ready, so nothing of an attempt is read.
+pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Result<Vec<StepRow>, Error> {
+    let tasks: Vec<Uuid> = places.iter().map(|(task, _)| *task).collect();
+    let indexes: Vec<i32> = places.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
+    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes).fetch_all(conn).await?;
+    rows.into_iter()
+        .map(|row| {
+            let id = row.step_uuid;
+            let index = u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?;
+            Ok(StepRow {
+                task_uuid: row.task_uuid,
+                step: Step {
+                    state: row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?,
+                    version: row.version,
+                    attempt: row.attempt,
+                    failures: row.failures,
+                    losses: row.losses,
+                    ready_at: row.ready_at,
+                    held_by: row.held_by.and_then(|word| word.parse().ok()),
+                    ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
+                },
+                reported: false,
+                outcome: None,
+                attempt: None,
+                read_at: row.last_at,
             })
         })
         .collect()

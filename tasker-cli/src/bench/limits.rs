@@ -1,0 +1,90 @@
+//! What the machine and its PostgreSQL can do at most, measured beside us.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde::Serialize;
+use sqlx::PgPool;
+
+/// Limits of this machine, each over about a second.
+#[derive(Debug, Default, Clone, Serialize)]
+pub struct Limits {
+    /// One client inserting one row a transaction.
+    pub commits_per_second: f64,
+    /// Median time of such a commit.
+    pub commit_ms: f64,
+    /// Rows inserted 100 a statement.
+    pub batched_rows_per_second: f64,
+    /// PGMQ messages read and deleted 100 at a time.
+    pub pgmq_messages_per_second: f64,
+}
+
+const ENOUGH: Duration = Duration::from_secs(1);
+
+/// Measures them in tables of its own.
+pub async fn measure(pool: &PgPool) -> Result<Limits> {
+    let mut conn = pool.acquire().await?;
+    sqlx::query("create table if not exists bench_rows (id bigint generated always as identity primary key, at timestamptz, body jsonb)")
+        .execute(&mut *conn)
+        .await?;
+    let commits = commit_times(pool, ENOUGH).await?;
+    let commits_per_second = commits.len() as f64 / commits.iter().sum::<f64>() * 1000.0;
+
+    let started = Instant::now();
+    let mut rows = 0;
+    while started.elapsed() < ENOUGH {
+        sqlx::query("insert into bench_rows (at, body) select clock_timestamp(), '{\"a\": 1}' from generate_series(1, 100)").execute(&mut *conn).await?;
+        rows += 100;
+    }
+    let batched_rows_per_second = f64::from(rows) / started.elapsed().as_secs_f64();
+
+    sqlx::query("select pgmq.create('bench_limit')").execute(&mut *conn).await?;
+    let (mut messages, mut spent) = (0_usize, Duration::ZERO);
+    while spent < ENOUGH {
+        sqlx::query("select pgmq.send_batch('bench_limit', array_agg(jsonb_build_object('v', 1, 'task', gen_random_uuid(), 'n', n))) from generate_series(1, 5000) n")
+            .execute(&mut *conn)
+            .await?;
+        let started = Instant::now();
+        loop {
+            let ids: Vec<i64> = sqlx::query_scalar("select msg_id from pgmq.read('bench_limit', 30, 100)").fetch_all(&mut *conn).await?;
+            if ids.is_empty() {
+                break;
+            }
+            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])").bind(&ids).execute(&mut *conn).await?;
+            messages += ids.len();
+        }
+        spent += started.elapsed();
+    }
+    sqlx::query("select pgmq.drop_queue('bench_limit')").execute(&mut *conn).await?;
+    Ok(Limits {
+        commits_per_second,
+        commit_ms: median(commits),
+        batched_rows_per_second,
+        pgmq_messages_per_second: messages as f64 / spent.as_secs_f64(),
+    })
+}
+
+/// Milliseconds of one-row insert commits, for about that long.
+pub async fn commit_times(pool: &PgPool, how_long: Duration) -> Result<Vec<f64>> {
+    let mut conn = pool.acquire().await?;
+    let started = Instant::now();
+    let mut times = Vec::new();
+    while started.elapsed() < how_long {
+        let commit = Instant::now();
+        sqlx::query("insert into bench_rows (at, body) values (clock_timestamp(), '{\"a\": 1}')").execute(&mut *conn).await?;
+        times.push(commit.elapsed().as_secs_f64() * 1000.0);
+    }
+    Ok(times)
+}
+
+/// The middle of the values; 0 of none.
+pub fn median(values: Vec<f64>) -> f64 {
+    percentile(values, 0.5)
+}
+
+/// The value below which that share of the values lies; 0 of none.
+pub fn percentile(mut values: Vec<f64>, share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let place = (values.len().saturating_sub(1)) as f64 * share;
+    values.get(place.round() as usize).copied().unwrap_or(0.0)
+}

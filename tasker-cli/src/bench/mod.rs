@@ -1,0 +1,206 @@
+//! `tasker bench`: what this machine does, beside what it could do at most, from one run.
+//!
+//! Absolute figures on a shared machine mean little, so every figure of ours stands beside a
+//! limit measured in the same run. Works in a database of its own and drops it at the end.
+
+mod limits;
+mod load;
+mod report;
+mod sink;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use sqlx::PgPool;
+use tasker_shared::store::tx::{PoolOptions, pool};
+use tasker_shared::template::parse;
+use tasker_shared::{migrate, store};
+
+use load::{Run, Scenario};
+
+/// Which graph the tasks have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Shape {
+    /// Five steps, one after the other.
+    #[value(name = "linear_5")]
+    Linear5,
+    /// 1 → 2 → 1.
+    #[value(name = "diamond")]
+    Diamond,
+    /// 1 → 20 → 1.
+    #[value(name = "fanout_20")]
+    Fanout20,
+}
+
+/// Measure throughput, latency and cost.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The graph of the tasks.
+    #[arg(long, value_enum, default_value = "linear_5")]
+    template: Shape,
+    /// Tasks per run.
+    #[arg(long, default_value_t = 2000)]
+    tasks: usize,
+    /// Also run this many pairs with tracing off and on, alternately, and print the median ratio.
+    #[arg(long, default_value_t = 0)]
+    pairs: usize,
+    /// Also measure one-step tasks on the idle system, this many.
+    #[arg(long, default_value_t = 0)]
+    latency: usize,
+    /// Also run again after this many tasks have finished, and compare.
+    #[arg(long, default_value_t = 0)]
+    backlog: usize,
+    /// Also compare one task that fans out to this many steps with many that fan out to 20.
+    #[arg(long, default_value_t = 0)]
+    fanout: usize,
+    /// Also count the statements of the idle system for this many seconds.
+    #[arg(long, default_value_t = 0)]
+    idle: u64,
+    /// Everything: 5 pairs, 200 latencies, a backlog of 50,000, a fan-out of 10,000, 60 s idle.
+    #[arg(long)]
+    all: bool,
+    /// Attempts that run at once in the worker.
+    #[arg(long, default_value_t = 4000)]
+    slots: usize,
+}
+
+/// Runs the bench against a database server; prints a table, or JSON.
+pub async fn run(mut args: BenchArgs, server_url: &str, json: bool) -> Result<()> {
+    if args.all {
+        (args.pairs, args.latency, args.backlog, args.fanout, args.idle) = (5, 200, 50_000, 10_000, 60);
+    }
+    let name = format!("tasker_bench_{}", std::process::id());
+    let server = pool(server_url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("create database {name}"))).execute(&server).await.context("creating a database for the bench")?;
+    let url = with_database(server_url, &name)?;
+    let result = measure(&args, &url).await;
+    sqlx::query(sqlx::AssertSqlSafe(format!("drop database {name} with (force)"))).execute(&server).await.context("dropping the bench's database")?;
+    let report = result?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}
+
+fn with_database(url: &str, name: &str) -> Result<String> {
+    let (head, query) = url.split_once('?').map_or((url, None), |(head, query)| (head, Some(query)));
+    let (base, _) = head.rsplit_once('/').context("the database URL names no database")?;
+    Ok(query.map_or_else(|| format!("{base}/{name}"), |query| format!("{base}/{name}?{query}")))
+}
+
+async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
+    let pool = pool(url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
+    migrate::migrate(&pool).await?;
+    // Where the server does not preload it, statements are simply not counted.
+    let counts_statements = sqlx::query("create extension if not exists pg_stat_statements").execute(&pool).await.is_ok()
+        && sqlx::query("select count(*) from pg_stat_statements").execute(&pool).await.is_ok();
+    let fan = args.fanout.max(1);
+    register(&pool, "linear_5", &chain(5)).await?;
+    register(&pool, "one", &chain(1)).await?;
+    register(&pool, "diamond", &fan_out(2)).await?;
+    register(&pool, "fanout_20", &fan_out(20)).await?;
+    register(&pool, "fanout_wide", &fan_out(fan)).await?;
+
+    let mut report = report::Report { load_average: load_average(), cores: std::thread::available_parallelism()?.get(), ..Default::default() };
+    let progress = |what: &str| eprintln!("bench: {what} …");
+    progress("this machine's limits");
+    report.limits = limits::measure(&pool).await?;
+    let scenario = |tasks: usize, template: &'static str, steps: usize, traced: bool| Scenario {
+        url: url.to_owned(),
+        template,
+        tasks,
+        steps_per_task: steps,
+        traced,
+        slots: args.slots,
+        counts_statements,
+    };
+    let (template, steps) = match args.template {
+        Shape::Linear5 => ("linear_5", 5),
+        Shape::Diamond => ("diamond", 4),
+        Shape::Fanout20 => ("fanout_20", 22),
+    };
+    progress("warming up");
+    load::run(&pool, &scenario(args.tasks.min(500), template, steps, false)).await?;
+    progress("tracing off");
+    report.template = template.to_owned();
+    report.untraced = Some(load::run(&pool, &scenario(args.tasks, template, steps, false)).await?);
+    progress("every span exported");
+    report.traced = Some(load::run(&pool, &scenario(args.tasks, template, steps, true)).await?);
+    for pair in 0..args.pairs {
+        progress(&format!("pair {} of {}", pair + 1, args.pairs));
+        let off = load::run(&pool, &scenario(args.tasks, template, steps, false)).await?;
+        let on = load::run(&pool, &scenario(args.tasks, template, steps, true)).await?;
+        report.pairs.push((off, on));
+    }
+    if args.latency > 0 {
+        progress("one-step tasks on the idle system");
+        report.latency = Some(load::latency(&pool, &scenario(args.latency, "one", 1, false)).await?);
+    }
+    if args.fanout > 0 {
+        progress("narrow and wide fan-outs");
+        let narrow_tasks = args.fanout.div_ceil(20);
+        for _ in 0..3 {
+            let narrow: Run = load::run(&pool, &scenario(narrow_tasks, "fanout_20", 22, false)).await?;
+            let wide: Run = load::run(&pool, &scenario(1, "fanout_wide", fan + 2, false)).await?;
+            report.fanouts.push((narrow, wide));
+        }
+    }
+    if args.idle > 0 {
+        progress("idle");
+        report.idle_statements_per_second = load::idle(&pool, &scenario(0, "one", 1, false), Duration::from_secs(args.idle)).await?;
+    }
+    if args.backlog > 0 {
+        progress("filling the tables with finished tasks");
+        let before: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        load::run(&pool, &scenario(args.backlog, "one", 1, false)).await?;
+        progress("the same load again");
+        let after: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        report.backlog = Some((args.backlog, before, after));
+    }
+    report.load_average_after = load_average();
+    Ok(report)
+}
+
+async fn repeat(pool: &PgPool, scenario: &Scenario, times: usize) -> Result<Vec<Run>> {
+    let mut runs = Vec::new();
+    for _ in 0..times {
+        runs.push(load::run(pool, scenario).await?);
+    }
+    Ok(runs)
+}
+
+async fn register(pool: &PgPool, name: &str, steps: &str) -> Result<()> {
+    let yaml = format!("namespace: bench\nname: {name}\nversion: \"1\"\nsteps:\n{steps}");
+    let checked = parse(name, &yaml).map_err(|problems| anyhow::anyhow!("{}", problems[0]))?;
+    store::templates::register(&mut *pool.acquire().await?, &checked.template).await?;
+    Ok(())
+}
+
+fn chain(length: usize) -> String {
+    (0..length)
+        .map(|i| match i.checked_sub(1) {
+            Some(before) => format!("  - {{name: s{i}, handler: bench.noop, depends_on: [s{before}]}}\n"),
+            None => "  - {name: s0, handler: bench.noop}\n".to_owned(),
+        })
+        .collect()
+}
+
+/// 1 → n → 1; the join names its input, so that it does not receive n outputs.
+fn fan_out(n: usize) -> String {
+    let mut steps = "  - {name: first, handler: bench.noop}\n".to_owned();
+    let names: Vec<String> = (0..n).map(|i| format!("s{i}")).collect();
+    for name in &names {
+        steps.push_str(&format!("  - {{name: {name}, handler: bench.noop, depends_on: [first], input: {{}}}}\n"));
+    }
+    steps.push_str(&format!("  - {{name: last, handler: bench.noop, depends_on: [{}], input: {{}}}}\n", names.join(", ")));
+    steps
+}
+
+fn load_average() -> String {
+    std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .map_or_else(|| "unknown".to_owned(), |text| text.split_whitespace().take(3).collect::<Vec<_>>().join(" "))
+}

@@ -1,0 +1,10 @@
+//! Does nothing.
+
+use serde::de::IgnoredAny;
+
+use crate::{StepContext, StepError};
+
+/// `noop`: takes anything, returns null.
+pub async fn noop(_ctx: StepContext, _input: IgnoredAny) -> Result<(), StepError> {
+    Ok(())
+}

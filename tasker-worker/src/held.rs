@@ -1,0 +1,214 @@
+//! The claims this worker holds, and the heartbeats that keep them.
+//!
+//! A claim is held from the moment it arrives until its report was answered.
+//! Claims that end within a third of their lease never cost a heartbeat, and
+//! with nothing held nothing is sent.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sqlx::PgPool;
+use tasker_shared::store::protocol::{self, Beat, Beaten, Claim};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::runtime::{Line, backoff};
+
+/// A template with a lease of nothing must not make the loop spin.
+const SHORTEST: Duration = Duration::from_millis(20);
+
+/// How a running handler is told to end.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Stop {
+    /// The handler's own token: please stop.
+    pub(crate) cancel: CancellationToken,
+    /// The claim is gone: nobody wants a result any more.
+    pub(crate) gone: CancellationToken,
+}
+
+struct HeldClaim {
+    step: Uuid,
+    every: Duration,
+    due: Instant,
+    progress: Option<Value>,
+    stop: Stop,
+}
+
+#[derive(Default)]
+struct Claims {
+    by_token: HashMap<Uuid, HeldClaim>,
+    /// When the heartbeat loop will look next.
+    looks_at: Option<Instant>,
+}
+
+/// The claims this worker holds.
+#[derive(Default)]
+pub(crate) struct Held {
+    claims: Mutex<Claims>,
+    /// Something is due earlier than the loop knows.
+    earlier: Notify,
+    /// Ask for all claims now.
+    now: Notify,
+}
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, Claims> {
+        // Nothing in here leaves the map half changed.
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn insert(&self, claims: &[Claim], received: Instant) -> Vec<Stop> {
+        let mut held = self.lock();
+        let mut stops = Vec::with_capacity(claims.len());
+        for claim in claims {
+            let every = (Duration::from_millis(u64::try_from(claim.lease_ms).unwrap_or(0)) / 3)
+                .max(SHORTEST);
+            let (stop, due) = (Stop::default(), received + every);
+            stops.push(stop.clone());
+            held.by_token.insert(
+                claim.token,
+                HeldClaim {
+                    step: claim.step,
+                    every,
+                    due,
+                    progress: None,
+                    stop,
+                },
+            );
+            if held.looks_at.is_none_or(|looks_at| due < looks_at) {
+                held.looks_at = Some(due);
+                self.earlier.notify_one();
+            }
+        }
+        stops
+    }
+
+    pub(crate) fn remove<'t>(&self, tokens: impl IntoIterator<Item = &'t Uuid>) {
+        let mut held = self.lock();
+        for token in tokens {
+            held.by_token.remove(token);
+        }
+    }
+
+    pub(crate) fn note_progress(&self, token: Uuid, progress: Value) {
+        if let Some(claim) = self.lock().by_token.get_mut(&token) {
+            claim.progress = Some(progress);
+        }
+    }
+
+    /// Asks for all claims at once: one of them was cancelled, or we may have missed that.
+    pub(crate) fn beat_now(&self) {
+        self.now.notify_one();
+    }
+
+    /// Drops all handlers without a report: their leases will expire.
+    pub(crate) fn give_up_all(&self) {
+        for (_, claim) in self.lock().by_token.drain() {
+            claim.stop.gone.cancel();
+        }
+    }
+
+    /// What is due at `now`; a little early ones come along, so that claims of one moment share a call.
+    fn due(&self, now: Instant, all: bool) -> Vec<Beat> {
+        self.lock()
+            .by_token
+            .iter_mut()
+            .filter(|(_, claim)| all || claim.due <= now + claim.every / 4)
+            .map(|(token, claim)| Beat {
+                step: claim.step,
+                token: *token,
+                progress: claim.progress.take(),
+            })
+            .collect()
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let mut held = self.lock();
+        held.looks_at = held.by_token.values().map(|claim| claim.due).min();
+        held.looks_at
+    }
+
+    fn settle(&self, beats: &[Beat], answers: &[Beaten], sent: Instant) {
+        let mut held = self.lock();
+        for (beat, answer) in beats.iter().zip(answers) {
+            if answer.still_yours {
+                if let Some(claim) = held.by_token.get_mut(&beat.token) {
+                    claim.due = sent + claim.every;
+                }
+            } else if let Some(claim) = held.by_token.remove(&beat.token) {
+                if answer.cancel_requested {
+                    claim.stop.cancel.cancel();
+                }
+                claim.stop.gone.cancel();
+            }
+        }
+    }
+
+    /// After a call that failed: a progress that nobody took is kept, unless there is a newer one.
+    fn take_back(&self, beats: Vec<Beat>) {
+        let mut held = self.lock();
+        for beat in beats {
+            if let Some(claim) = held.by_token.get_mut(&beat.token) {
+                claim.progress = claim.progress.take().or(beat.progress);
+            }
+        }
+    }
+}
+
+/// Renews leases until `stop` fires.
+pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: CancellationToken) {
+    let mut line = Line::new(pool);
+    let mut failures = 0;
+    loop {
+        let wait = async {
+            match held.next_due() {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let all = tokio::select! {
+            () = stop.cancelled() => return,
+            () = held.now.notified() => true,
+            () = held.earlier.notified() => continue,
+            () = wait => false,
+        };
+        let sent = Instant::now();
+        let beats = held.due(sent, all);
+        if beats.is_empty() {
+            continue;
+        }
+        match send(&mut line, &beats, lease).await {
+            Ok(answers) => {
+                failures = 0;
+                held.settle(&beats, &answers, sent);
+            }
+            Err(error) => {
+                line.broken();
+                if failures == 0 {
+                    tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
+                }
+                held.take_back(beats);
+                if all {
+                    held.beat_now();
+                }
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(backoff(failures)) => failures += 1,
+                }
+            }
+        }
+    }
+}
+
+#[tracing::instrument(skip_all, fields(claims = beats.len()))]
+async fn send(
+    line: &mut Line,
+    beats: &[Beat],
+    lease: Duration,
+) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
+    let conn = line.get().await?;
+    protocol::heartbeat(conn, beats, lease).await
+}
