@@ -57,7 +57,7 @@ async fn crashed_database_loses_no_task_and_quarantines_no_good_message() {
     migrate(&pool).await.expect("migrated");
     pool.close().await;
 
-    let world = World::on(url, None, Setup { orchestrators: 2, workers: 2, ..Setup::default() }).await;
+    let world = World::on(url, None, Setup { orchestrators: 2, rust_workers: 1, ..Setup::default() }).await;
     register_mix(&world).await;
     let tasks = submit_mix(&world, storm(150, 1500)).await;
     for crash in 1..=storm(2, 10) {

@@ -19,6 +19,7 @@ use tasker_shared::template;
 use tasker_shared::trace::otlp::{Encoder, ServiceNames, hex};
 use tasker_shared::trace::tree;
 use tasker_tests::receiver::{Received, Receiver};
+use tasker_tests::rust_worker::RustWorker;
 use tasker_tests::trace_config;
 use tasker_tests::worker::{self, Answer, Claim, HANDLERS, NAMESPACE, Work, Worker, answer};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -39,8 +40,10 @@ pub fn storm(everyday: usize, stormy: usize) -> usize {
 pub struct Setup {
     /// Orchestrators in this process.
     pub orchestrators: usize,
-    /// Workers in this process.
+    /// Workers in this process that speak SQL.
     pub workers: usize,
+    /// Rust workers in this process.
+    pub rust_workers: usize,
     /// `grpc` or `http/protobuf`.
     pub protocol: &'static str,
     /// What the workers do with a claim.
@@ -52,7 +55,7 @@ pub struct Setup {
 impl Default for Setup {
     /// One orchestrator, one worker, over gRPC.
     fn default() -> Self {
-        Self { orchestrators: 1, workers: 1, protocol: "grpc", work: Arc::new(answer), hand: false }
+        Self { orchestrators: 1, workers: 1, rust_workers: 0, protocol: "grpc", work: Arc::new(answer), hand: false }
     }
 }
 
@@ -75,6 +78,7 @@ pub struct World {
     pub orchestrators: Vec<Orchestrator>,
     /// Those in this process.
     pub workers: Vec<Worker>,
+    rust_workers: Vec<RustWorker>,
     protocol: &'static str,
     /// Dropped last; none if the test brought its own server.
     _database: Option<TestDatabase>,
@@ -92,7 +96,7 @@ impl World {
         let options = PoolOptions { acquire_timeout: DEADLINE, ..PoolOptions::default() };
         let pool = tx::pool(&url, &options).await.expect("a pool");
         let receiver = Receiver::start().await;
-        let mut world = Self { url, pool, receiver, orchestrators: vec![], workers: vec![], protocol: setup.protocol, _database: database };
+        let mut world = Self { url, pool, receiver, orchestrators: vec![], workers: vec![], rust_workers: vec![], protocol: setup.protocol, _database: database };
         // Before the orchestrators, so that they know of room from the start and hold nothing.
         sqlx::query("select tasker.create_queue($1)").bind(format!("worker_{NAMESPACE}")).execute(&world.pool).await.expect("a queue");
         if setup.hand {
@@ -101,6 +105,9 @@ impl World {
         for n in 0..setup.workers {
             let started = Worker::start(&world.url, &format!("worker-{n}"), 8, setup.work.clone()).await;
             world.workers.push(started.expect("a worker"));
+        }
+        for n in 0..setup.rust_workers {
+            world.rust_workers.push(RustWorker::start(&world.url, &format!("rust-worker-{n}"), 8, |_| false));
         }
         for _ in 0..setup.orchestrators {
             world.add_orchestrator().await;
@@ -434,6 +441,9 @@ impl World {
     /// Ends everything in good order.
     pub async fn end(self) {
         for worker in self.workers {
+            worker.stop().await;
+        }
+        for worker in self.rust_workers {
             worker.stop().await;
         }
         for orchestrator in self.orchestrators {

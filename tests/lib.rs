@@ -1,6 +1,7 @@
 //! What the tests of the product's promises share.
 
 pub mod receiver;
+pub mod rust_worker;
 pub mod worker;
 
 use tasker_shared::trace::config::TraceConfig;

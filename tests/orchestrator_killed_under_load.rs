@@ -7,7 +7,7 @@ use crate::two_orchestrators_two_workers::{assert_outcomes, register_mix, submit
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_orchestrators_lose_nothing_and_leave_no_orphan() {
-    let mut world = World::start(Setup { orchestrators: 0, workers: 2, ..Setup::default() }).await;
+    let mut world = World::start(Setup { orchestrators: 0, rust_workers: 1, ..Setup::default() }).await;
     register_mix(&world).await;
     let done = AtomicBool::new(false);
     let kill = async {

@@ -4,12 +4,14 @@
 //! none outlives the test that started it.
 
 use std::io::{Read, Write};
-use std::sync::Arc;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tasker_orchestration::{Options, Orchestrator};
+use tasker_tests::rust_worker::RustWorker;
 use tasker_tests::trace_config;
-use tasker_tests::worker::{Worker, answer};
+
+static STUCK_IN: OnceLock<String> = OnceLock::new();
 
 #[tokio::main]
 async fn main() {
@@ -22,19 +24,14 @@ async fn main() {
             orchestrator.shutdown(Duration::from_secs(20)).await;
         }
         ["worker", url, name, stuck_in] => {
-            let stuck_in = stuck_in.to_owned();
-            let work = Arc::new(move |claim: &_| {
-                let tasker_tests::worker::Claim { step_name, attempt, .. } = claim;
-                if *step_name == stuck_in {
-                    say(&format!("inside {step_name} {attempt}"));
-                    // Inside the handler, until somebody ends the process.
-                    loop {
-                        std::thread::park();
-                    }
+            STUCK_IN.set(stuck_in.to_owned()).expect("set once");
+            let worker = RustWorker::start(url, name, 1, |ctx| {
+                let stuck = STUCK_IN.get().is_some_and(|step| step == ctx.step_name());
+                if stuck {
+                    say(&format!("inside {} {}", ctx.step_name(), ctx.attempt()));
                 }
-                answer(claim)
+                stuck
             });
-            let worker = Worker::start(url, name, 1, work).await.expect("a worker");
             until_stdin_closes().await;
             worker.stop().await;
         }

@@ -1,4 +1,5 @@
-//! Two of each share one database without stepping on each other.
+//! Two of each share one database without stepping on each other; one worker speaks SQL, one is
+//! ours.
 
 use uuid::Uuid;
 
@@ -37,7 +38,7 @@ pub fn assert_outcomes(states: &[String]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mixed_load_is_complete_and_every_span_arrives() {
-    let world = World::start(Setup { orchestrators: 2, workers: 2, ..Setup::default() }).await;
+    let world = World::start(Setup { orchestrators: 2, workers: 1, rust_workers: 1, ..Setup::default() }).await;
     register_mix(&world).await;
     let tasks = submit_mix(&world, storm(300, 5000)).await;
     assert_outcomes(&world.finish_within(&tasks, DEADLINE * 10).await);
