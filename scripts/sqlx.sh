@@ -58,7 +58,9 @@ sql() { "$bin/psql" -X -q -v ON_ERROR_STOP=1 -o /dev/null "$@"; }
 export PGOPTIONS='-c client_min_messages=warning'
 "$bin/createdb" -h "$data" -U tasker tasker
 
-pgmq=$(cargo metadata --format-version 1 --locked | tr ',' '\n' | sed -n 's/.*"manifest_path":"\(.*\/pgmq-[0-9][^"]*\)\/Cargo.toml".*/\1/p' | head -n 1)
+host=$(rustc -vV | sed -n "s/^host: //p")
+# Only what this machine needs is downloaded.
+pgmq=$(cargo metadata --format-version 1 --locked --filter-platform "$host" | tr ',' '\n' | sed -n 's/.*"manifest_path":"\(.*\/pgmq-[0-9][^"]*\)\/Cargo.toml".*/\1/p' | head -n 1)
 pgmq=$pgmq/src/install/embedded/sql/pgmq.sql
 [[ -f $pgmq ]] || { echo "the pgmq crate keeps its SQL elsewhere now: $pgmq" >&2; exit 1; }
 sql "$DATABASE_URL" -f "$pgmq"

@@ -4,7 +4,11 @@ use crate::harness::{Setup, World, assert_tree};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
-    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
+    let world = World::start(Setup {
+        workers: 0,
+        ..Setup::default()
+    })
+    .await;
     world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}, {name: b, handler: ok, depends_on: [a]}]").await;
     let mut doomed = world.worker_process("doomed", "a").await;
     let task = world.submit("leased").await;
@@ -21,9 +25,21 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
             step.wait wait.reason=queue"
         )
     };
-    let spans: Vec<_> = world.spans_of(task).await.into_iter().filter(|span| span.span.name.starts_with("step.e") || span.span.name.starts_with("handler")
-        || span.span.name.starts_with("result.s") || span.span.name == "step.state_transition" || span.span.name == "step.wait" || span.span.name == "task.orchestration")
-        .filter(|span| span.span.name != "step.enqueuing").filter(|span| !matches!(span.text("wait.reason"), Some("worker" | "room"))).collect();
+    let spans: Vec<_> = world
+        .spans_of(task)
+        .await
+        .into_iter()
+        .filter(|span| {
+            span.span.name.starts_with("step.e")
+                || span.span.name.starts_with("handler")
+                || span.span.name.starts_with("result.s")
+                || span.span.name == "step.state_transition"
+                || span.span.name == "step.wait"
+                || span.span.name == "task.orchestration"
+        })
+        .filter(|span| span.span.name != "step.enqueuing")
+        .filter(|span| !matches!(span.text("wait.reason"), Some("worker" | "room")))
+        .collect();
     assert_tree(
         &spans,
         &["step_name", "attempt_number", "outcome", "status", "links", "event", "actor", "worker", "error.type", "wait.reason"],
@@ -57,13 +73,21 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
 #[tokio::test(flavor = "multi_thread")]
 async fn attempt_that_loses_its_worker_again_and_again_fails_its_step() {
     let world = World::start(Setup::by_hand()).await;
-    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]").await;
+    world
+        .register(
+            "leased",
+            "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]",
+        )
+        .await;
     let task = world.submit("leased").await;
     for attempt in 1..=11 {
         assert_eq!(world.claim().await.attempt, attempt);
     }
     assert_eq!(world.finish(&[task]).await, ["error"]);
-    assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("lease_expired"));
+    assert_eq!(
+        world.of_task(task, "error_type").await.as_deref(),
+        Some("lease_expired")
+    );
     world.assert_complete().await;
     world.end().await;
 }

@@ -57,11 +57,20 @@ pub fn answer(claim: &Claim) -> Answer {
 }
 
 /// Says that a worker is there; `queue` is the part behind `__` of a step with a queue of its own.
-pub async fn hello(conn: &mut PgConnection, worker: &str, queue: Option<&str>, handlers: &[&str], slots: i32) -> Result<(), sqlx::Error> {
+pub async fn hello(
+    conn: &mut PgConnection,
+    worker: &str,
+    queue: Option<&str>,
+    handlers: &[&str],
+    slots: i32,
+) -> Result<(), sqlx::Error> {
     sqlx::query("select tasker.worker_hello($1, $2, array[$3], $4, $5, null, '1.2.3')")
         .bind(worker)
         .bind(NAMESPACE)
-        .bind(queue.map_or_else(|| format!("worker_{NAMESPACE}"), |queue| format!("worker_{NAMESPACE}__{queue}")))
+        .bind(queue.map_or_else(
+            || format!("worker_{NAMESPACE}"),
+            |queue| format!("worker_{NAMESPACE}__{queue}"),
+        ))
         .bind(handlers)
         .bind(slots)
         .execute(conn)
@@ -70,7 +79,13 @@ pub async fn hello(conn: &mut PgConnection, worker: &str, queue: Option<&str>, h
 }
 
 /// Claims up to `max` steps.
-pub async fn claim(conn: &mut PgConnection, worker: &str, queue: Option<&str>, handlers: &[&str], max: i32) -> Result<Vec<Claim>, sqlx::Error> {
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker: &str,
+    queue: Option<&str>,
+    handlers: &[&str],
+    max: i32,
+) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query("select * from tasker.claim_steps($1, $2, $3, $4, $5)")
         .bind(NAMESPACE)
         .bind(queue)
@@ -99,7 +114,8 @@ pub async fn claim(conn: &mut PgConnection, worker: &str, queue: Option<&str>, h
 
 /// The item of `report_results` that tells this; `None` for silence.
 pub fn result(claim: &Claim, answer: &Answer) -> Option<Value> {
-    let mut result = json!({"step": claim.step, "token": claim.token, "start_offset_ms": 0.1, "run_ms": 0.2});
+    let mut result =
+        json!({"step": claim.step, "token": claim.token, "start_offset_ms": 0.1, "run_ms": 0.2});
     match answer {
         Answer::Success(output) => {
             result["outcome"] = "success".into();
@@ -115,12 +131,17 @@ pub fn result(claim: &Claim, answer: &Answer) -> Option<Value> {
 }
 
 /// Reports; answers `(accepted, stale)` for each item, in order.
-pub async fn report(conn: &mut PgConnection, results: &[Value]) -> Result<Vec<(bool, bool)>, sqlx::Error> {
+pub async fn report(
+    conn: &mut PgConnection,
+    results: &[Value],
+) -> Result<Vec<(bool, bool)>, sqlx::Error> {
     let rows = sqlx::query("select accepted, stale from tasker.report_results($1)")
         .bind(Value::Array(results.to_vec()))
         .fetch_all(conn)
         .await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
 }
 
 /// What a worker does with what it claimed.
@@ -139,11 +160,22 @@ impl Worker {
     ///
     /// Errors if the database cannot be reached at the start.
     pub async fn start(url: &str, name: &str, slots: i32, work: Work) -> Result<Self, sqlx::Error> {
-        let options = PoolOptions { max_connections: 1, acquire_timeout: Duration::from_secs(2), ..PoolOptions::default() };
+        let options = PoolOptions {
+            max_connections: 1,
+            acquire_timeout: Duration::from_secs(2),
+            ..PoolOptions::default()
+        };
         let pool = tx::pool(url, &options).await?;
         hello(&mut *pool.acquire().await?, name, None, &HANDLERS, slots).await?;
         let stop = CancellationToken::new();
-        let mut state = State { pool, url: url.to_owned(), name: name.to_owned(), slots, work, unreported: Vec::new() };
+        let mut state = State {
+            pool,
+            url: url.to_owned(),
+            name: name.to_owned(),
+            slots,
+            work,
+            unreported: Vec::new(),
+        };
         let running = tokio::spawn({
             let stop = stop.clone();
             async move {
@@ -200,7 +232,11 @@ impl State {
                 // A hint, and the poll that makes it harmless to miss one.
                 let _ = tokio::time::timeout(Duration::from_millis(200), listener.recv()).await;
             }
-            self.unreported.extend(claims.iter().filter_map(|claim| result(claim, &(self.work)(claim))));
+            self.unreported.extend(
+                claims
+                    .iter()
+                    .filter_map(|claim| result(claim, &(self.work)(claim))),
+            );
         }
         Ok(())
     }
