@@ -330,6 +330,6 @@ async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
             () = tokio::time::sleep(LONGEST_PAUSE) => {}
         }
         // However often it is woken: counting a queue is not free.
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

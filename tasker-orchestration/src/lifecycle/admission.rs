@@ -16,7 +16,7 @@ use tracing::instrument;
 use super::{Hint, Look, Shared, settle};
 
 /// Steps admitted in one pass, at most.
-const PASS: i32 = 500;
+const PASS: i32 = 1000;
 
 /// The room of every queue.
 #[derive(Debug, Default)]

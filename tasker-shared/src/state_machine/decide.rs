@@ -726,6 +726,7 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn close(&mut self, index: u32) {
         let step = &self.steps[&index];
         self.plan.closed.push((step.uuid, step.attempt));
+        self.room.give_back(&self.definition.steps[index as usize].queue);
     }
 
     fn move_step(&mut self, index: u32, event: StepEvent, to: StepState, detail: Option<Detail>) {

@@ -220,6 +220,13 @@ impl Room {
         room.left -= 1;
         Ok(())
     }
+
+    /// An attempt ended: its worker has a place again.
+    pub fn give_back(&mut self, queue: &str) {
+        if let Some(room) = self.queues.get_mut(queue) {
+            room.left = (room.left + 1).min(room.capacity);
+        }
+    }
 }
 
 /// One row of the log, but for its times, which the database gives.

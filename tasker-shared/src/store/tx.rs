@@ -12,7 +12,7 @@
 
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool, Postgres};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -53,7 +53,9 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
             // Our statements are short; compiling them costs more than they do.
             ("jit", "off"),
         ])
-        .options(options.settings.iter().copied());
+        .options(options.settings.iter().copied())
+        // SQL text never stands in a log line.
+        .disable_statement_logging();
     PgPoolOptions::new()
         .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)
