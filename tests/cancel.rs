@@ -45,7 +45,7 @@ async fn running_handler_is_told_of_cancel_but_not_of_terminate() {
         );
         world.assert_complete().await;
         assert_tree(
-            &world.spans_of(task).await,
+            &world.spans_of(task),
             &[
                 "step_name",
                 "outcome",
@@ -137,7 +137,7 @@ async fn task_that_waits_for_a_retry_is_cancelled_with_its_wait() {
     end(&world, task, false).await;
     assert_eq!(world.finish(&[task]).await, ["cancelled"]);
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     assert!(
         spans
             .iter()

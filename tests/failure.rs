@@ -41,7 +41,7 @@ async fn permanent_failure_ends_the_task_and_cancels_its_siblings() {
         "what comes after the end is stale"
     );
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     // Of d it depends on chance whether it was claimed; the others are certain.
     let d: Vec<_> = spans
         .iter()

@@ -2,6 +2,7 @@
 //! speak SQL, and a receiver that keeps every span; and the checks that end every test.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use tokio::process::{Child, ChildStdout, Command};
 use uuid::Uuid;
 
 /// The longest that anything may take before a test gives up.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_mins(1);
 /// States from which a task does not move by itself.
 const ENDED: &str =
     "('complete', 'error', 'cancelled', 'resolved_manually', 'blocked_by_failures')";
@@ -201,8 +202,9 @@ impl World {
         for line in lines.lines().map(str::trim).filter(|line| !line.is_empty()) {
             let (step, rest) = line.split_once(':').expect("step: handler <- parents");
             let (handler, parents) = rest.split_once("<-").unwrap_or((rest, ""));
-            yaml += &format!(
-                "  - {{name: {step}, handler: {}, depends_on: [{}], retry: {{initial_interval: 10ms}}}}\n",
+            let _ = writeln!(
+                yaml,
+                "  - {{name: {step}, handler: {}, depends_on: [{}], retry: {{initial_interval: 10ms}}}}",
                 handler.trim(),
                 parents
                     .trim()
@@ -303,7 +305,7 @@ impl World {
     /// Reports these items.
     pub async fn report_raw(&self, results: &[Value]) -> Vec<(bool, bool)> {
         worker::report(
-            &mut *self.pool.acquire().await.expect("a connection"),
+            &mut self.pool.acquire().await.expect("a connection"),
             results,
         )
         .await
@@ -352,13 +354,11 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        match tokio::time::timeout(deadline, waiting).await {
-            Ok(states) => states,
-            Err(_) => panic!(
-                "tasks have not ended within {deadline:?}: {:#?}",
-                self.open_tasks().await
-            ),
-        }
+        let Ok(states) = tokio::time::timeout(deadline, waiting).await else {
+            let open = self.open_tasks().await;
+            panic!("tasks have not ended within {deadline:?}: {open:#?}");
+        };
+        states
     }
 
     async fn wait_for_end(&self, tasks: &[Uuid]) -> Result<Vec<String>, sqlx::Error> {
@@ -554,7 +554,7 @@ impl World {
                 .expect("tasks");
         let mut expected = BTreeMap::new();
         let logs = transitions::logs(
-            &mut *self.pool.acquire().await.expect("a connection"),
+            &mut self.pool.acquire().await.expect("a connection"),
             &tasks,
         )
         .await
@@ -574,7 +574,7 @@ impl World {
     }
 
     /// The spans of a task that arrived.
-    pub async fn spans_of(&self, task: Uuid) -> Vec<Received> {
+    pub fn spans_of(&self, task: Uuid) -> Vec<Received> {
         let task = task.to_string();
         self.receiver
             .spans()
@@ -668,7 +668,7 @@ pub fn describe(received: &Received, keys: &[&str]) -> String {
                 .map(plain),
         };
         if let Some(value) = value {
-            line += &format!(" {key}={value}");
+            let _ = write!(line, " {key}={value}");
         }
     }
     line
@@ -688,25 +688,41 @@ pub fn outline(spans: &[Received], keys: &[&str]) -> String {
             .or_default()
             .push(received);
     }
-    fn below(
-        children: &BTreeMap<&[u8], Vec<&Received>>,
-        parent: &[u8],
-        keys: &[&str],
-    ) -> Vec<String> {
-        let of = |received: &&Received| {
-            let inner = below(children, &received.span.span_id, keys);
-            let inner: String = inner
-                .iter()
-                .flat_map(|block| block.lines())
-                .map(|line| format!("  {line}\n"))
-                .collect();
-            format!("{}\n{inner}", describe(received, keys))
-        };
-        let mut blocks: Vec<String> = children.get(parent).into_iter().flatten().map(of).collect();
-        blocks.sort();
-        blocks
-    }
     below(&children, &[], keys).concat()
+}
+
+/// The blocks of lines of each child of this span, in their order.
+fn below(children: &BTreeMap<&[u8], Vec<&Received>>, parent: &[u8], keys: &[&str]) -> Vec<String> {
+    let of = |received: &&Received| {
+        let mut block = describe(received, keys) + "\n";
+        let inner = below(children, &received.span.span_id, keys).concat();
+        for line in inner.lines() {
+            let _ = writeln!(block, "  {line}");
+        }
+        block
+    };
+    let mut blocks: Vec<String> = children.get(parent).into_iter().flatten().map(of).collect();
+    blocks.sort();
+    blocks
+}
+
+/// The same order for an outline that a person wrote.
+fn sorted(lines: &[&str], depth: usize) -> String {
+    let at = |line: &str| line.len() - line.trim_start().len();
+    let starts: Vec<usize> = (0..lines.len())
+        .filter(|n| at(lines[*n]) == depth)
+        .collect();
+    let block = |(n, start): (usize, &usize)| {
+        let end = starts.get(n + 1).copied().unwrap_or(lines.len());
+        format!(
+            "{}\n{}",
+            lines[*start],
+            sorted(&lines[start + 1..end], depth + 2)
+        )
+    };
+    let mut blocks: Vec<String> = starts.iter().enumerate().map(block).collect();
+    blocks.sort();
+    blocks.concat()
 }
 
 /// Compares trees, whatever the order of siblings: `expected` is an outline with two spaces a level.
@@ -722,26 +738,6 @@ pub fn assert_tree(spans: &[Received], keys: &[&str], expected: &str) {
         .min()
         .unwrap_or(0);
     let lines: Vec<&str> = lines.iter().map(|line| line[margin..].trim_end()).collect();
-    fn sorted(lines: &[&str], depth: usize) -> String {
-        let at = |line: &&str| line.len() - line.trim_start().len();
-        let starts: Vec<usize> = (0..lines.len())
-            .filter(|n| at(&lines[*n]) == depth)
-            .collect();
-        let mut blocks: Vec<String> = starts
-            .iter()
-            .enumerate()
-            .map(|(n, start)| {
-                let end = starts.get(n + 1).copied().unwrap_or(lines.len());
-                format!(
-                    "{}\n{}",
-                    lines[*start],
-                    sorted(&lines[start + 1..end], depth + 2)
-                )
-            })
-            .collect();
-        blocks.sort();
-        blocks.concat()
-    }
     let (arrived, expected) = (outline(spans, keys), sorted(&lines, 0));
     assert!(
         arrived == expected,
@@ -767,32 +763,29 @@ pub fn assert_well_formed(spans: &[Received]) {
                 outline(spans, &["step_name", "event"])
             )
         };
-        match by_id.get(&*span.parent_span_id) {
-            Some(parent) => {
-                let parent = &parent.span;
-                let inside = parent.start_time_unix_nano <= span.start_time_unix_nano
-                    && span.end_time_unix_nano <= parent.end_time_unix_nano;
-                assert!(inside, "outside its parent {}: {}", parent.name, words());
-            }
-            None => {
-                let is_root = span.name == "task.orchestration"
-                    && (span.parent_span_id.is_empty() || span.flags & IS_REMOTE != 0);
-                assert!(
-                    is_root,
-                    "an orphan, its parent {} never came: {}",
-                    hex(&span.parent_span_id),
-                    words()
-                );
-                let generation = (
-                    received.text("task_uuid").map(str::to_owned),
-                    received.int("generation"),
-                );
-                assert!(
-                    generations.insert(generation),
-                    "two roots of one generation: {}",
-                    words()
-                );
-            }
+        if let Some(parent) = by_id.get(&*span.parent_span_id) {
+            let parent = &parent.span;
+            let inside = parent.start_time_unix_nano <= span.start_time_unix_nano
+                && span.end_time_unix_nano <= parent.end_time_unix_nano;
+            assert!(inside, "outside its parent {}: {}", parent.name, words());
+        } else {
+            let is_root = span.name == "task.orchestration"
+                && (span.parent_span_id.is_empty() || span.flags & IS_REMOTE != 0);
+            assert!(
+                is_root,
+                "an orphan, its parent {} never came: {}",
+                hex(&span.parent_span_id),
+                words()
+            );
+            let generation = (
+                received.text("task_uuid").map(str::to_owned),
+                received.int("generation"),
+            );
+            assert!(
+                generations.insert(generation),
+                "two roots of one generation: {}",
+                words()
+            );
         }
         for key in ["correlation_id", "task_uuid", "namespace"] {
             assert!(received.text(key).is_some(), "without {key}: {}", words());

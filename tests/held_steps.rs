@@ -40,7 +40,7 @@ async fn step_without_a_worker_is_held_until_one_says_hello() {
     world.succeed(&claim).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     let waits: Vec<_> = spans
         .iter()
         .filter_map(|span| span.text("wait.reason"))
@@ -79,7 +79,7 @@ async fn steps_that_no_worker_offers_hold_up_nobody_else() {
     }
     world.finish(&[second]).await;
     world.assert_complete().await;
-    let spans = world.spans_of(second).await;
+    let spans = world.spans_of(second);
     let waits: Vec<_> = spans
         .iter()
         .filter_map(|span| span.text("wait.reason"))

@@ -108,7 +108,7 @@ async fn diamond(protocol: &'static str) -> Vec<Received> {
     }
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     world.end().await;
     spans
 }
@@ -186,7 +186,7 @@ async fn claim_carries_the_handlers_own_span_and_the_callers_words() {
     world.succeed(&claim).await;
     world.finish(&[task]).await;
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     let handler = the(&spans, "handler.execution", "a");
     let expected = format!(
         "00-{}-{}-01",

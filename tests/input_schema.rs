@@ -31,7 +31,7 @@ async fn input_that_breaks_the_schema_ends_the_task_with_the_reason() {
     assert_eq!(world.steps(bad).await, [""; 0]);
     world.assert_complete().await;
     assert_tree(
-        &world.spans_of(bad).await,
+        &world.spans_of(bad),
         &["event", "to_state", "status", "outcome", "error.type"],
         "
         task.orchestration status=ERROR outcome=failure error.type=invalid_input

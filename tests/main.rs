@@ -1,6 +1,11 @@
 //! One file per promise.
 //!
-//! `cargo test -p tasker-tests` takes minutes; `TASKER_STORM=1` makes the storms big.
+//! `cargo test -p tasker-tests` takes two to four minutes on two cores. The storms (load while
+//! processes or the database are killed) are small then; to make them big:
+//!
+//! ```text
+//! TASKER_STORM=1 cargo test -p tasker-tests --test promises -- two_orchestrators killed
+//! ```
 
 mod harness;
 

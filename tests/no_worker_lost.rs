@@ -27,7 +27,6 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
     };
     let spans: Vec<_> = world
         .spans_of(task)
-        .await
         .into_iter()
         .filter(|span| {
             span.span.name.starts_with("step.e")

@@ -44,7 +44,7 @@ async fn second_generation_keeps_what_is_done_and_links_to_the_first() {
     );
     world.assert_complete().await;
 
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     let roots: Vec<&Received> = spans
         .iter()
         .filter(|span| span.span.name == "task.orchestration")

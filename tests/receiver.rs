@@ -36,7 +36,7 @@ use tonic::codegen::Service;
 use tonic::{Code, Status};
 
 /// Longest a test waits for spans before it fails.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 /// How the receiver behaves from now on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

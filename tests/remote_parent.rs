@@ -32,7 +32,7 @@ async fn by_correlation(world: &World, correlation_id: &'static str) -> Uuid {
 async fn root(world: &World, task: Uuid) -> (String, String, String) {
     world.finish(&[task]).await;
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     let root = &spans
         .iter()
         .find(|span| span.span.name == "task.orchestration")
@@ -114,7 +114,7 @@ async fn caller_that_does_not_sample_gets_work_without_spans() {
     let loud = world.submit("one").await;
     assert_eq!(world.finish(&[quiet, loud]).await, ["complete", "complete"]);
     world.assert_complete().await;
-    assert_eq!(world.spans_of(quiet).await, []);
-    assert!(!world.spans_of(loud).await.is_empty());
+    assert_eq!(world.spans_of(quiet), []);
+    assert!(!world.spans_of(loud).is_empty());
     world.end().await;
 }

@@ -38,7 +38,7 @@ async fn failed_attempt_is_a_sibling_and_the_task_succeeds() {
         "ready_steps",
     ];
     assert_tree(
-        &world.spans_of(task).await,
+        &world.spans_of(task),
         &keys,
         "
         task.orchestration outcome=success
@@ -98,7 +98,7 @@ async fn exhausted_retries_fail_the_task_with_the_last_error() {
         Some("step a failed: flaky said Hiccup")
     );
     world.assert_complete().await;
-    let spans = world.spans_of(task).await;
+    let spans = world.spans_of(task);
     let outcomes: Vec<_> = spans
         .iter()
         .filter(|span| span.span.name == "step.execution")
