@@ -59,6 +59,30 @@ create table tasker.message_failures (
   primary key (queue, msg_id)
 );
 
+-- Moves messages out of the way, each with its reason and just as it is: what cannot be read
+-- is never parsed. One that is gone already was dealt with by somebody else.
+create function tasker.quarantine_messages(p_queue text, p_msg_ids bigint[], p_reasons text[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format($q$
+    with bad as (
+      select b.msg_id, b.reason from unnest($2, $3) as b(msg_id, reason)
+    ), failed as (
+      delete from tasker.message_failures f using bad b where f.queue = $1 and f.msg_id = b.msg_id
+      returning f.msg_id, f.failures
+    ), taken as (
+      delete from pgmq.%I q using bad b where q.msg_id = b.msg_id
+      returning q.msg_id, q.read_ct, q.enqueued_at, q.message, q.headers, b.reason
+    )
+    insert into tasker.quarantine (queue, msg_id, read_ct, failures, reason, message, headers, enqueued_at)
+    select $1, t.msg_id, t.read_ct, coalesce(f.failures, 1), t.reason, t.message, t.headers, t.enqueued_at
+    from taken t left join failed f on f.msg_id = t.msg_id
+  $q$, 'q_' || p_queue) using p_queue, p_msg_ids, p_reasons;
+end
+$$;
+
 -- Rare things worth counting: append-only, so that counting never makes two writers wait.
 create table tasker.counters (
   name  text not null,

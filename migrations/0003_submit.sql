@@ -29,6 +29,24 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 as $$ select coalesce(nullif(current_setting('tasker.max_payload_bytes', true), '')::int, 1048576) $$;
 
+-- Why a payload cannot be kept, or null. PostgreSQL holds numbers and depths that other
+-- programs cannot read back, and one such value would fail every batch that it is part of.
+create function tasker.payload_problem(p jsonb, p_limit int) returns text
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when octet_length(t) > p_limit then format('has %s bytes, the limit is %s; store it elsewhere and pass a reference', octet_length(t), p_limit)
+    -- 65 levels take 130 brackets, so what is short is not looked at twice.
+    when octet_length(t) > 130 and jsonb_path_exists(p, 'strict $.**{65}') then 'nests deeper than 64 levels; flatten it, or store it elsewhere and pass a reference'
+    -- And a number beyond a double's range takes 309 digits.
+    when octet_length(t) > 308
+      and jsonb_path_exists(p, 'strict $.** ? (@.type() == "number" && (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))')
+      then 'holds a number beyond 1.797e308; write it as text'
+  end
+  from (select p::text as t) s
+$$;
+
 create function tasker.is_uuid(p text) returns boolean
 language sql immutable parallel safe
 as $$ select p ~ '^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$' $$;
@@ -101,7 +119,7 @@ begin
            tasker.uuid7() as task_uuid
     from jsonb_array_elements(p_requests) with ordinality as o(r, ordinality)
   ), found as (
-    select q.*, t.template_id, octet_length(q.input::text) as input_bytes,
+    select q.*, t.template_id, tasker.payload_problem(q.input, v_limit) as problem,
            case when q.run_at is not null then tasker.try_timestamptz(q.run_at) end as run_at_time,
            tasker.is_traceparent(q.traceparent) as joins
     from request q
@@ -121,7 +139,7 @@ begin
       when f.template_id is null then format('template: no template %s%s is registered in namespace %s; `tasker template list` shows those that are',
         left(f.template, 40), coalesce(' version ' || left(f.version, 64), ''), left(f.namespace, 40))
       when jsonb_typeof(f.input) <> 'object' then format('input: must be a JSON object, not %s', jsonb_typeof(f.input))
-      when f.input_bytes > v_limit then format('input: has %s bytes, the limit is %s; store it elsewhere and pass a reference', f.input_bytes, v_limit)
+      when f.problem is not null then 'input: ' || f.problem
       when f.correlation_id is not null and (octet_length(f.correlation_id) not between 1 and 200 or f.correlation_id ~ '[[:cntrl:]]')
         then 'correlation_id: must have 1 to 200 bytes and no control characters'
       when f.idempotency_key is not null and (octet_length(f.idempotency_key) not between 1 and 200 or f.idempotency_key ~ '[[:cntrl:]]')

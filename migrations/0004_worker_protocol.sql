@@ -255,28 +255,30 @@ begin
 
     with result as materialized (
       select sent.step_uuid, sent.message_id,
-        case when r->>'outcome' = 'success' and octet_length((r->'output')::text) > v_limit then 'error'
+        case when r->>'outcome' = 'success' and problem is not null then 'error'
              when r->>'outcome' in ('success', 'error') then r->>'outcome' else 'error' end as outcome,
-        case when r->>'outcome' = 'success' and coalesce(octet_length((r->'output')::text), 0) <= v_limit
+        case when r->>'outcome' = 'success' and problem is null
              then coalesce(r->'output', 'null') end as output,
-        case when r->>'outcome' = 'success' and octet_length((r->'output')::text) > v_limit
-               then jsonb_build_object('type', 'output_too_large', 'retryable', false, 'message',
-                 format('the output has %s bytes, the limit is %s; store it elsewhere and return a reference',
-                   octet_length((r->'output')::text), v_limit))
+        case when r->>'outcome' = 'success' and problem is not null
+               then jsonb_build_object('type', 'invalid_output', 'retryable', false, 'message', 'the output ' || problem)
              when r->>'outcome' = 'error' and jsonb_typeof(r->'error') = 'object'
                then jsonb_build_object(
                  'type', left(coalesce(r->'error'->>'type', 'error'), 100),
                  'message', left(coalesce(r->'error'->>'message', ''), 1024),
                  'retryable', coalesce(r->'error'->'retryable' <> 'false'::jsonb, true),
-                 'retry_after_ms', case when jsonb_typeof(r->'error'->'retry_after_ms') = 'number' then r->'error'->'retry_after_ms' end)
+                 'retry_after_ms', case when jsonb_typeof(r->'error'->'retry_after_ms') = 'number'
+                   then to_jsonb(least(greatest((r->'error'->>'retry_after_ms')::numeric, 0), 1e11)) end)
              when r->>'outcome' is distinct from 'success'
                then '{"type": "invalid_report", "message": "outcome must be success or error, an error must be an object", "retryable": false}'
         end as error,
-        case when jsonb_typeof(r->'start_offset_ms') = 'number' then greatest((r->>'start_offset_ms')::float8, 0) end as start_offset_ms,
-        case when jsonb_typeof(r->'run_ms') = 'number' then greatest((r->>'run_ms')::float8, 0) end as run_ms,
-        nullif(r->'usage', 'null') as usage, nullif(r->'milestones', 'null') as milestones
+        case when jsonb_typeof(r->'start_offset_ms') = 'number' then least(greatest((r->>'start_offset_ms')::numeric, 0), 1e11)::float8 end as start_offset_ms,
+        case when jsonb_typeof(r->'run_ms') = 'number' then least(greatest((r->>'run_ms')::numeric, 0), 1e11)::float8 end as run_ms,
+        -- These only describe the attempt: what cannot be kept is left out.
+        case when tasker.payload_problem(r->'usage', 65536) is null then nullif(r->'usage', 'null') end as usage,
+        case when tasker.payload_problem(r->'milestones', 65536) is null then nullif(r->'milestones', 'null') end as milestones
       from unnest(v_accepted, v_places, v_ids) as sent(step_uuid, place, message_id)
       cross join lateral (select p_results->(sent.place - 1) as r) reported
+      cross join lateral (select tasker.payload_problem(r->'output', v_limit) as problem) checked
     ), moved as (
       update tasker.steps s
       set state = case r.outcome when 'success' then 'enqueued_for_orchestration' else 'enqueued_as_error_for_orchestration' end,

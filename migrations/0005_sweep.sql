@@ -82,7 +82,8 @@ begin
     execute format('select count(*) from (select from pgmq.%I where message->>''handler'' = any($1) limit $2) d', 'q_' || v.queue)
     into v_depth using v.handlers, v.slots * 2;
     return query select v.queue, v.slots * 2, v.slots * 2 - v_depth, v.handlers,
-      exists (select from tasker.steps s where s.queue = v.queue and s.held_by is not null);
+      -- What no live worker offers waits by itself and holds up nobody else.
+      exists (select from tasker.held_steps(v.queue, v.handlers, 1));
   end loop;
 end
 $$;

@@ -1,4 +1,29 @@
 //! One file per promise.
+//!
+//! `cargo test -p tasker-tests` takes two to four minutes on two cores. The storms (load while
+//! processes or the database are killed) are small then; to make them big:
+//!
+//! ```text
+//! TASKER_STORM=1 cargo test -p tasker-tests --test promises -- two_orchestrators killed
+//! ```
+
+mod harness;
 
 mod architecture;
+mod cancel;
+mod database_killed;
+mod export_recovery;
 mod export_wire;
+mod failure;
+mod held_steps;
+mod hierarchy;
+mod idempotency;
+mod input_schema;
+mod late_and_duplicate_results;
+mod malformed_messages;
+mod no_worker_lost;
+mod operator_retry;
+mod orchestrator_killed_under_load;
+mod remote_parent;
+mod retry;
+mod two_orchestrators_two_workers;

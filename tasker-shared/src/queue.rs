@@ -12,14 +12,16 @@ pub const TASK_REQUESTS: &str = "task_requests";
 /// The queue that results travel back on.
 pub const STEP_RESULTS: &str = "step_results";
 
-/// A message, read leniently: whatever JSON it is.
+/// A message, read leniently: whatever JSON it is, and even where it is none that we can hold
+/// (PostgreSQL keeps numbers and depths that this program cannot read).
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "columns of a PGMQ queue")]
 pub struct Message {
     pub msg_id: i64,
     pub read_ct: i32,
     pub enqueued_at: DateTime<Utc>,
-    pub body: Value,
+    /// Why it cannot be read, if it cannot.
+    pub body: Result<Value, String>,
     pub headers: Option<Value>,
 }
 
@@ -46,7 +48,8 @@ pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Err
 /// reader asleep. May run on a connection that commits asynchronously.
 pub async fn receive(conn: &mut PgConnection, queue: &str, reader: &str, vt_seconds: i32, max: i32) -> Result<Vec<Message>, Error> {
     let rows = sqlx::query!(
-        r#"select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!", message, headers
+        r#"select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!",
+             message::text as message, headers::text as headers
            from tasker.receive($1, $2, $3, $4)"#,
         queue,
         reader,
@@ -61,8 +64,9 @@ pub async fn receive(conn: &mut PgConnection, queue: &str, reader: &str, vt_seco
             msg_id: row.msg_id,
             read_ct: row.read_ct,
             enqueued_at: row.enqueued_at,
-            body: row.message.unwrap_or(Value::Null),
-            headers: row.headers,
+            // As text: one value that cannot be decoded must not fail the read of all.
+            body: row.message.map_or(Ok(Value::Null), |text| serde_json::from_str(&text).map_err(|error| format!("message: {error}"))),
+            headers: row.headers.and_then(|text| serde_json::from_str(&text).ok()),
         })
         .collect())
 }
@@ -123,32 +127,15 @@ pub async fn note_failure(conn: &mut PgConnection, queue: &str, msg_id: i64, rea
     .await?)
 }
 
-/// Moves messages to the quarantine, each with its reason.
-pub async fn quarantine(conn: &mut PgConnection, queue: &str, bad: &[(Message, String)]) -> Result<(), Error> {
-    let ids: Vec<i64> = bad.iter().map(|(message, _)| message.msg_id).collect();
-    let reads: Vec<i32> = bad.iter().map(|(message, _)| message.read_ct).collect();
+/// Moves messages to the quarantine, each with its reason and as it is.
+pub async fn quarantine(conn: &mut PgConnection, queue: &str, bad: &[(i64, String)]) -> Result<(), Error> {
+    let ids: Vec<i64> = bad.iter().map(|(msg_id, _)| *msg_id).collect();
     let reasons: Vec<&str> = bad.iter().map(|(_, reason)| reason.as_str()).collect();
-    let bodies: Vec<Value> = bad.iter().map(|(message, _)| message.body.clone()).collect();
-    let headers: Vec<Option<Value>> = bad.iter().map(|(message, _)| message.headers.clone()).collect();
-    let times: Vec<DateTime<Utc>> = bad.iter().map(|(message, _)| message.enqueued_at).collect();
     sqlx::query!(
-        r#"with failed as (
-             delete from tasker.message_failures f where f.queue = $1 and f.msg_id = any($2) returning f.msg_id, f.failures
-           ), kept as (
-             insert into tasker.quarantine (queue, msg_id, read_ct, failures, reason, message, headers, enqueued_at)
-             select $1, n.msg_id, n.read_ct, coalesce(f.failures, 1), n.reason, n.message, n.headers, n.enqueued_at
-             from unnest($2::bigint[], $3::int[], $4::text[], $5::jsonb[], $6::jsonb[], $7::timestamptz[])
-               as n(msg_id, read_ct, reason, message, headers, enqueued_at)
-             left join failed f on f.msg_id = n.msg_id
-           )
-           select count(*) as "n!" from pgmq.delete($1, $2::bigint[])"#,
+        "select tasker.quarantine_messages($1, $2, $3)::text as done",
         queue,
         &ids,
-        &reads,
-        &reasons as &[&str],
-        &bodies,
-        &headers as &[Option<Value>],
-        &times
+        &reasons as &[&str]
     )
     .fetch_one(conn)
     .await?;

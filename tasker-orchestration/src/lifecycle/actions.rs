@@ -32,6 +32,10 @@ pub(super) fn run(shared: &Shared, done: Committed) {
         shared.due.notify_one();
     }
     shared.admission.settled();
+    // The room may be older than the queue or the worker that these steps wait for: look at once.
+    if done.works.iter().zip(&done.plans).any(|(work, plan)| plan.task.held_steps > work.row.task.held_steps) {
+        shared.admission.wake.notify_one();
+    }
     for (work, plan) in done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal()) {
         ended(work, plan);
     }

@@ -53,8 +53,8 @@ pub async fn refresh(shared: &Shared) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sends held steps for which there is room now, priority first; answers whether more wait
-/// that a next pass could send.
+/// Sends held steps for which there is room now, priority first; answers whether it found any,
+/// so that a next pass may find more.
 #[instrument(level = "debug", skip_all)]
 pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
     refresh(shared).await?;
@@ -66,10 +66,11 @@ pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
         let handlers: Vec<String> = room.handlers.into_iter().collect();
         let max = i32::try_from(room.left).unwrap_or(PASS).min(PASS);
         let held = queue::held_steps(&mut *shared.reads.acquire().await.map_err(Error::from)?, &name, &handlers, max).await?;
-        more |= held.len() == usize::try_from(PASS).unwrap_or_default();
         if held.is_empty() {
             continue;
         }
+        // Also when these were the last: the next look clears `holding`, and steps go out at once again.
+        more = true;
         let hints = held.into_iter().map(|(task, step)| Hint { task, look: Look::Admit(step), msg_id: None, due_id: None }).collect();
         settle::settle(shared, queue::STEP_RESULTS, hints).await?;
     }

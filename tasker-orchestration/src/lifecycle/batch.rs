@@ -70,22 +70,16 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
         queue::put_back(&mut conn, queue, &ids(&settled.deferred), delay).await?;
     }
     if !settled.unknown.is_empty() {
-        let unknown = ids(&settled.unknown);
-        let bad = items
-            .iter()
-            .map(Item::message)
-            .filter(|message| unknown.contains(&message.msg_id))
-            .map(|message| (message.clone(), "task: no such task; it was never created here, or retention removed it".to_owned()))
-            .collect();
+        let bad = settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
         quarantine(shared, queue, bad).await?;
     }
     Ok(())
 }
 
 /// Moves messages that say nothing we can act on out of the way.
-pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(Message, String)>) -> Result<(), Error> {
-    for (message, reason) in &bad {
-        tracing::warn!(queue, msg_id = message.msg_id, reason, "message quarantined");
+pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i64, String)>) -> Result<(), Error> {
+    for (msg_id, reason) in &bad {
+        tracing::warn!(queue, msg_id, reason, "message quarantined");
     }
     in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await
 }
@@ -122,9 +116,9 @@ async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, e
         queue::put_back(&mut *shared.reads.acquire().await?, queue, &[message.msg_id], 200).await?;
         return Ok(());
     }
-    quarantine(shared, queue, vec![(message.clone(), reason.clone())]).await?;
+    quarantine(shared, queue, vec![(message.msg_id, reason.clone())]).await?;
     // The attempt it told of ends as an error, so that its task does not wait for ever.
-    if let Ok(result) = ResultHint::parse(&message.body) {
+    if let Ok(Ok(result)) = message.body.as_ref().map(ResultHint::parse) {
         let look = Look::Quarantined(result.step, result.attempt, reason);
         let hint = Hint { task: result.task, look, msg_id: None, due_id: None };
         if let Err(error) = settle::settle(shared, queue, vec![hint]).await {

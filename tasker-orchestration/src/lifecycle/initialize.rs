@@ -17,7 +17,8 @@ use super::{Error, Hint, Look, Shared};
 pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
     let (mut settles, mut submits, mut bad) = (Vec::new(), Vec::new(), Vec::new());
     for message in messages {
-        let (task, look) = match Request::parse(&message.body, message.headers.as_ref()) {
+        let request = message.body.as_ref().map_err(Clone::clone).and_then(|body| Request::parse(body, message.headers.as_ref()));
+        let (task, look) = match request {
             Ok(Request::Submit(request)) => {
                 submits.push(Item::Submit(request, message));
                 continue;
@@ -27,7 +28,7 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
             Ok(Request::Terminate(task, operator)) => (task, Look::Terminate(operator)),
             Ok(Request::Retry(task, operator)) => (task, Look::OperatorRetry(operator)),
             Err(reason) => {
-                bad.push((message, reason));
+                bad.push((message.msg_id, reason));
                 continue;
             }
         };
@@ -55,7 +56,7 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
         for ((message, _), answer) in submits.iter().zip(answers) {
             match answer.error {
-                Some(reason) => bad.push(((*message).clone(), reason)),
+                Some(reason) => bad.push((message.msg_id, reason)),
                 None => {
                     done.push(message.msg_id);
                     created.extend(answer.task_uuid.filter(|_| answer.is_new));

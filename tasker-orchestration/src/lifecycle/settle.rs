@@ -30,8 +30,8 @@ use tasker_shared::message::step_message;
 pub struct Settled {
     /// Hints of tasks that somebody else settles right now: to be put back for a moment.
     pub deferred: Vec<Hint>,
-    /// Hints of tasks that do not exist.
-    pub unknown: Vec<Hint>,
+    /// Messages about tasks or steps that do not exist, and what is wrong with them.
+    pub unknown: Vec<(Hint, &'static str)>,
     /// Tasks that ended.
     pub finished: usize,
 }
@@ -57,6 +57,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let rows = tasks::lock(conn, &uuids).await?;
         let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
+        let hints = without_strangers(hints, &works, &mut settled);
         load_outputs(conn, &mut works, &hints).await?;
         let plans = shared.admission.with_room(|room| decide_all(&works, &hints, room, now));
 
@@ -78,7 +79,13 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
-    .await?;
+    .await
+    .inspect_err(|error| {
+        // The answer to COMMIT may be what was lost: then the spans are still owed.
+        if let Some(exporter) = shared.exporter.as_ref().filter(|_| error.is_transient()) {
+            exporter.doubt();
+        }
+    })?;
     actions::run(shared, done);
     Ok(settled)
 }
@@ -97,8 +104,21 @@ async fn sort_out(
     let (kept, others): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(|hint| locked.contains(&hint.task));
     let ids: Vec<Uuid> = others.iter().map(|hint| hint.task).collect();
     let existing: HashSet<Uuid> = tasks::existing(conn, &ids).await?.into_iter().collect();
-    let (deferred, unknown) = others.into_iter().partition(|hint| existing.contains(&hint.task));
+    let (deferred, unknown): (_, Vec<Hint>) = others.into_iter().partition(|hint| existing.contains(&hint.task));
+    let unknown = unknown.into_iter().map(|hint| (hint, "task: no such task; it was never created here, or retention removed it")).collect();
     Ok((kept, Settled { deferred, unknown, finished: 0 }))
+}
+
+/// Takes out the messages that name a step which their task does not have.
+fn without_strangers(hints: Vec<Hint>, works: &[Work], settled: &mut Settled) -> Vec<Hint> {
+    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
+    let known = |hint: &Hint| {
+        let has = |step| works.get(&hint.task).is_some_and(|work| work.steps.contains_key(&step));
+        hint.msg_id.is_none() || hint.look.step().is_none_or(has)
+    };
+    let (known, strangers): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(known);
+    settled.unknown.extend(strangers.into_iter().map(|hint| (hint, "step: no such step of this task")));
+    known
 }
 
 /// Loads what the decisions need, after the locks: a statement of its own sees what they protect.
@@ -287,8 +307,8 @@ fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBa
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
-/// The messages of one destination queue, each with its headers.
-type Outbox<'a> = BTreeMap<&'a str, (Vec<Value>, Vec<Value>)>;
+/// By destination queue: each message's priority, body and headers.
+type Outbox<'a> = BTreeMap<&'a str, Vec<(i32, Value, Value)>>;
 
 /// Sends the steps that became ready: one statement per destination queue.
 async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
@@ -296,7 +316,10 @@ async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result
     for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
         enqueue_steps(work, plan, &mut outbox);
     }
-    for (name, (bodies, headers)) in outbox {
+    for (name, mut messages) in outbox {
+        // A queue is read in the order it was written in, so the urgent are written first.
+        messages.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
+        let (bodies, headers): (Vec<Value>, Vec<Value>) = messages.into_iter().map(|(_, body, headers)| (body, headers)).unzip();
         queue::send(conn, name, &bodies, &headers).await?;
     }
     Ok(())
@@ -320,9 +343,8 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
         if let Some(state) = &row.tracestate {
             headers["tracestate"] = state.clone().into();
         }
-        let queue = outbox.entry(&sent.queue).or_default();
-        queue.0.push(step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler));
-        queue.1.push(headers);
+        let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
+        outbox.entry(&sent.queue).or_default().push((sent.priority, body, headers));
     }
 }
 

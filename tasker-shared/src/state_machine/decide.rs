@@ -637,11 +637,12 @@ impl<'a, 'r> Pass<'a, 'r> {
         }
         self.opened(index, event, Some(task_version));
         let step = &self.steps[&index];
-        let (attempt, generation) = (step.attempt, step.generation);
+        let (attempt, generation, priority) = (step.attempt, step.generation, step.priority);
         if let Some(timeout) = definition.queue_timeout {
             self.plan.due.push(Due { kind: "queue_timeout", at: self.now + timeout, step: Some(uuid) });
         }
         self.plan.sends.push(Send {
+            priority,
             queue: definition.queue.clone(),
             handler: definition.handler.clone(),
             step: uuid,

@@ -287,6 +287,7 @@ pub struct Wait {
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
 pub struct Send {
+    pub priority: i32,
     pub queue: Arc<str>,
     pub handler: Arc<str>,
     pub step: Uuid,

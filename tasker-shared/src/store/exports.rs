@@ -50,6 +50,22 @@ pub async fn adopt(conn: &mut PgConnection, instance: Uuid, limit: i64) -> Resul
     Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
+/// Batches of this very orchestrator, at least 15 s old, that are none of the `held` ones in its
+/// memory: it committed them without learning so, or could not delete them.
+pub async fn left_behind(conn: &mut PgConnection, instance: Uuid, held: &[Uuid], limit: i64) -> Result<Vec<Orphan>, Error> {
+    let rows = sqlx::query!(
+        "select batch_id, task_uuids, at from tasker.export_batches
+         where instance = $1 and at < clock_timestamp() - interval '15 s' and batch_id <> all($2)
+         order by at limit $3",
+        instance,
+        held,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
+}
+
 /// Says that this orchestrator lives.
 pub async fn alive(conn: &mut PgConnection, instance: Uuid) -> Result<(), Error> {
     sqlx::query!(

@@ -5,12 +5,12 @@
 //! took its spans; the rows of a dead orchestrator are adopted and derived again from the log.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::bytes::Bytes;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +21,7 @@ use super::log::TaskLog;
 use super::otlp::Encoder;
 use super::transport::{Error as TransportError, Transport};
 use super::tree;
+use crate::store::exports::Orphan;
 use crate::store::{self, exports, transitions};
 
 /// Log rows held in memory at most; about 100 MB when full.
@@ -34,6 +35,8 @@ const MAX_IN_FLIGHT: usize = 4;
 const ADOPT: i64 = 200;
 const ADOPT_EVERY: Duration = Duration::from_secs(10);
 const ALIVE_EVERY: Duration = Duration::from_secs(5);
+/// After this time whatever was in doubt stands in the database, or never will.
+const DOUBT_SETTLES: Duration = Duration::from_secs(16);
 
 /// What one transaction moved.
 #[derive(Debug)]
@@ -73,6 +76,10 @@ pub struct Exporter {
     /// Names this process in `export_batches` and `instances`.
     pub instance: Uuid,
     sender: mpsc::UnboundedSender<Batch>,
+    /// Batches handed over and not yet settled.
+    held: Arc<Mutex<HashSet<Uuid>>>,
+    /// When rows of ours may last have been left in the database without our knowledge.
+    doubted_at: Arc<Mutex<Option<Instant>>>,
     stats: Arc<Stats>,
     pool: PgPool,
     stop: CancellationToken,
@@ -91,6 +98,8 @@ impl Exporter {
         let exporter = Self {
             instance,
             sender,
+            held: Arc::default(),
+            doubted_at: Arc::default(),
             stats: Arc::default(),
             pool,
             stop: CancellationToken::new(),
@@ -117,8 +126,15 @@ impl Exporter {
         }
         self.stats.queued_rows.fetch_add(rows, Ordering::Relaxed);
         self.stats.open_batches.fetch_add(1, Ordering::Relaxed);
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(batch.batch_id);
         // The worker lives until shutdown; what comes later is adopted by another instance.
         let _ = self.sender.send(batch);
+    }
+
+    /// A transaction failed without saying whether it committed: its batch may stand in the
+    /// database while nobody holds it. It is looked for a little later.
+    pub fn doubt(&self) {
+        *self.doubted_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// What was delivered so far.
@@ -150,12 +166,12 @@ impl Exporter {
 
     fn release(&self, batch_ids: Vec<Uuid>) {
         self.stats.released.fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
-        let pool = self.pool.clone();
+        let exporter = self.clone();
         tokio::spawn(async move {
-            if let Ok(mut conn) = pool.acquire().await
-                && let Err(error) = exports::release(&mut conn, &batch_ids).await
-            {
-                tracing::warn!(%error, "export batches could not be released; they are adopted when this process ends");
+            let released = async { exports::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }.await;
+            if let Err(error) = released {
+                tracing::warn!(%error, "export batches could not be released; they are taken up again later");
+                exporter.doubt();
             }
         });
     }
@@ -298,6 +314,13 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     let deleted = async { exports::delete(&mut *exporter.pool.acquire().await?, &ids).await }.await;
     if let Err(error) = deleted {
         tracing::warn!(%error, "acknowledged export batches stay in the database; their spans are sent once more");
+        exporter.doubt();
+    }
+    {
+        let mut held = exporter.held.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in &ids {
+            held.remove(id);
+        }
     }
     let rows = done.iter().map(|open| open.rows).sum();
     exporter.stats.queued_rows.fetch_sub(rows, Ordering::Relaxed);
@@ -341,6 +364,9 @@ async fn recover(exporter: Exporter) {
                 Err(error) => tracing::warn!(%error, "export batches could not be adopted"),
             }
         }
+        if let Err(error) = take_up(&exporter).await {
+            tracing::warn!(%error, "export batches that were left behind could not be read");
+        }
         let pause = if last_adopted.is_some() { ALIVE_EVERY } else { Duration::from_millis(20) };
         tokio::select! {
             () = exporter.stop.cancelled() => return,
@@ -353,11 +379,30 @@ async fn recover(exporter: Exporter) {
 pub async fn adopt(exporter: &Exporter) -> Result<usize, store::Error> {
     let mut conn = exporter.pool.acquire().await?;
     let orphans = exports::adopt(&mut conn, exporter.instance, ADOPT).await?;
+    hand_over_again(exporter, &mut conn, orphans).await
+}
+
+/// Some time after a doubt, looks for batches of ours that nobody holds.
+async fn take_up(exporter: &Exporter) -> Result<(), store::Error> {
+    let doubted_at = *exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
+    if doubted_at.is_none_or(|at| at.elapsed() < DOUBT_SETTLES) {
+        return Ok(());
+    }
+    let mut conn = exporter.pool.acquire().await?;
+    let held: Vec<Uuid> = exporter.held.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+    let left = exports::left_behind(&mut conn, exporter.instance, &held, ADOPT).await?;
+    if hand_over_again(exporter, &mut conn, left).await? == 0 {
+        let mut latest = exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
+        latest.take_if(|latest| Some(*latest) == doubted_at);
+    }
+    Ok(())
+}
+
+async fn hand_over_again(exporter: &Exporter, conn: &mut PgConnection, orphans: Vec<Orphan>) -> Result<usize, store::Error> {
     let tasks: HashSet<Uuid> = orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).collect();
     let tasks: Vec<Uuid> = tasks.into_iter().collect();
     let logs: HashMap<Uuid, TaskLog> =
-        transitions::logs(&mut conn, &tasks).await?.into_iter().map(|log| (log.head.task_uuid, log)).collect();
-    drop(conn);
+        transitions::logs(conn, &tasks).await?.into_iter().map(|log| (log.head.task_uuid, log)).collect();
     let found = orphans.len();
     for orphan in orphans {
         let slices: Vec<TaskLog> =

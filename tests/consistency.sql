@@ -1,0 +1,56 @@
+-- What must hold whenever nobody is in the middle of a transaction: one row of words per
+-- thing that does not.
+with counted as (
+  select t.task_uuid, t.state, t.version, t.open_steps, t.in_flight_steps, t.retrying_steps, t.held_steps,
+    count(s.*) filter (where s.state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')) as open,
+    count(s.*) filter (where s.state in ('enqueued', 'in_progress', 'enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')) as in_flight,
+    count(s.*) filter (where s.state = 'waiting_for_retry') as retrying,
+    count(s.*) filter (where s.held_by is not null) as held
+  from tasker.tasks t left join tasker.steps s on s.task_uuid = t.task_uuid
+  group by t.task_uuid
+), open_parents as (
+  select s.task_uuid, s.step_uuid, s.step_index, s.state, s.remaining_dependencies,
+    count(p.*) filter (where p.state not in ('complete', 'resolved_manually')
+      and not (p.state = 'error' and coalesce(d.definition->'steps'->p.step_index->'retry'->>'on_exhausted', '') = 'continue')) as remaining
+  from tasker.steps s
+  join tasker.tasks t on t.task_uuid = s.task_uuid
+  join tasker.templates d on d.template_id = t.template_id
+  left join tasker.template_edges e on e.template_id = t.template_id and e.child_index = s.step_index
+  left join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
+  where s.state not in ('error', 'cancelled')
+  group by s.step_uuid
+), entity as (
+  select t.task_uuid, t.task_uuid as entity_uuid, t.state, t.version from tasker.tasks t
+  union all
+  select s.task_uuid, s.step_uuid, s.state, s.version from tasker.steps s
+), chain as (
+  select r.*, lag(r.to_state) over w as before_state, lag(r.version) over w as before_version, lag(r.at) over w as before_at,
+    lead(r.version) over w is null as is_last
+  from tasker.transitions r window w as (partition by r.task_uuid, r.entity_uuid order by r.version)
+)
+select format('task %s is %s and counts %s, but has %s (open, in flight, retrying, held)', task_uuid, state,
+  (open_steps, in_flight_steps, retrying_steps, held_steps), (open, in_flight, retrying, held)) as problem
+from counted
+where (open_steps, in_flight_steps, retrying_steps, held_steps) is distinct from (open, in_flight, retrying, held)
+union all
+select format('step %s of task %s is %s with %s dependencies left, but %s parents are open', step_index, task_uuid, state, remaining_dependencies, remaining)
+from open_parents where remaining_dependencies <> remaining
+union all
+select format('entity %s: row %s of the log goes %s -> %s at %s, after row %s went to %s at %s', entity_uuid, version,
+  from_state, to_state, at, before_version, before_state, before_at)
+from chain
+where began_at > at or version <> coalesce(before_version, 0) + 1
+   or (before_version is not null and (from_state <> before_state or at < before_at))
+union all
+select format('entity %s is %s at version %s, but its log ends as %s at %s', e.entity_uuid, e.state, e.version, c.to_state, c.version)
+from entity e left join chain c on c.task_uuid = e.task_uuid and c.entity_uuid = e.entity_uuid and c.is_last
+where (c.version is null and e.version > 0) or c.version <> e.version or c.to_state <> e.state
+union all
+select format('step %s: %s %s rows of attempt %s', entity_uuid, count(*), event, attempt)
+from tasker.transitions where event in ('Claim', 'Report', 'Complete') group by entity_uuid, event, attempt having count(*) > 1
+union all
+select format('step %s completed %s times in generation %s', entity_uuid, count(*), generation)
+from tasker.transitions where event = 'Complete' group by entity_uuid, generation having count(*) > 1
+union all
+select format('step %s is enqueued twice as attempt %s', entity_uuid, attempt)
+from tasker.transitions where to_state = 'enqueued' and event <> 'LeaseExpired' group by entity_uuid, attempt having count(*) > 1
