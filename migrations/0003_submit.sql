@@ -119,7 +119,7 @@ begin
            tasker.uuid7() as task_uuid
     from jsonb_array_elements(p_requests) with ordinality as o(r, ordinality)
   ), found as (
-    select q.*, t.template_id, tasker.payload_problem(q.input, v_limit) as problem,
+    select q.*, t.template_id, case when octet_length(q.input::text) > 130 then tasker.payload_problem(q.input, v_limit) end as problem,
            case when q.run_at is not null then tasker.try_timestamptz(q.run_at) end as run_at_time,
            tasker.is_traceparent(q.traceparent) as joins
     from request q

@@ -274,11 +274,13 @@ begin
         case when jsonb_typeof(r->'start_offset_ms') = 'number' then least(greatest((r->>'start_offset_ms')::numeric, 0), 1e11)::float8 end as start_offset_ms,
         case when jsonb_typeof(r->'run_ms') = 'number' then least(greatest((r->>'run_ms')::numeric, 0), 1e11)::float8 end as run_ms,
         -- These only describe the attempt: what cannot be kept is left out.
-        case when tasker.payload_problem(r->'usage', 65536) is null then nullif(r->'usage', 'null') end as usage,
-        case when tasker.payload_problem(r->'milestones', 65536) is null then nullif(r->'milestones', 'null') end as milestones
+        case when jsonb_typeof(r->'usage') <> 'null' and tasker.payload_problem(r->'usage', 65536) is null then r->'usage' end as usage,
+        case when jsonb_typeof(r->'milestones') <> 'null' and tasker.payload_problem(r->'milestones', 65536) is null then r->'milestones' end as milestones
       from unnest(v_accepted, v_places, v_ids) as sent(step_uuid, place, message_id)
       cross join lateral (select p_results->(sent.place - 1) as r) reported
-      cross join lateral (select tasker.payload_problem(r->'output', v_limit) as problem) checked
+      -- What is short has no problem: 65 levels take 130 brackets.
+      cross join lateral (select case when octet_length((r->'output')::text) > 130
+        then tasker.payload_problem(r->'output', v_limit) end as problem) checked
     ), moved as (
       update tasker.steps s
       set state = case r.outcome when 'success' then 'enqueued_for_orchestration' else 'enqueued_as_error_for_orchestration' end,

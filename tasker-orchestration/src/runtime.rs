@@ -33,7 +33,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { trace: TraceConfig::default(), batch: 500, settlers: 2 }
+        Self {
+            trace: TraceConfig::default(),
+            batch: 500,
+            settlers: 2,
+        }
     }
 }
 
@@ -73,9 +77,25 @@ impl Orchestrator {
     pub async fn start(url: &str, options: &Options) -> Result<Self, Error> {
         let settlers = options.settlers.max(1);
         let connections = u32::try_from(settlers).unwrap_or(1);
-        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS)).await?;
-        let read_settings: Vec<(&str, &str)> = HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
-        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 4, &read_settings)).await?;
+        let pool = tx::pool(
+            url,
+            &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS),
+        )
+        .await?;
+        let read_settings: Vec<(&str, &str)> = HOT_PATH_SETTINGS
+            .iter()
+            .copied()
+            .chain([("synchronous_commit", "off")])
+            .collect();
+        let reads = tx::pool(
+            url,
+            &pool_options(
+                "tasker-orchestration reads",
+                connections + 4,
+                &read_settings,
+            ),
+        )
+        .await?;
         let instance = Uuid::new_v4();
         let exporter = if options.trace.enabled {
             Some(Exporter::start(&options.trace, pool.clone(), instance).await?)
@@ -89,14 +109,35 @@ impl Orchestrator {
         let wakes = Arc::new(Wakes::default());
         let mut loops = JoinSet::new();
         let listener = PgListener::connect(url).await?;
-        loops.spawn(listen(listener, url.to_owned(), shared.clone(), wakes.clone(), stop.clone()));
-        loops.spawn(read_requests(shared.clone(), wakes.clone(), options.batch, stop.clone()));
+        loops.spawn(listen(
+            listener,
+            url.to_owned(),
+            shared.clone(),
+            wakes.clone(),
+            stop.clone(),
+        ));
+        loops.spawn(read_requests(
+            shared.clone(),
+            wakes.clone(),
+            options.batch,
+            stop.clone(),
+        ));
         for settler in 0..settlers {
-            loops.spawn(read_results(shared.clone(), wakes.clone(), options.batch, settler, stop.clone()));
+            loops.spawn(read_results(
+                shared.clone(),
+                wakes.clone(),
+                options.batch,
+                settler,
+                stop.clone(),
+            ));
         }
         loops.spawn(run_sweep(shared.clone(), stop.clone()));
         loops.spawn(run_admission(shared.clone(), stop.clone()));
-        Ok(Self { shared, stop, loops })
+        Ok(Self {
+            shared,
+            stop,
+            loops,
+        })
     }
 
     /// What was delivered to the receiver of traces; `None` when tracing is off.
@@ -129,8 +170,17 @@ impl Orchestrator {
     }
 }
 
-fn pool_options<'a>(name: &'a str, connections: u32, settings: &'a [(&'a str, &'a str)]) -> PoolOptions<'a> {
-    PoolOptions { max_connections: connections, acquire_timeout: Duration::from_secs(30), application_name: name, settings }
+fn pool_options<'a>(
+    name: &'a str,
+    connections: u32,
+    settings: &'a [(&'a str, &'a str)],
+) -> PoolOptions<'a> {
+    PoolOptions {
+        max_connections: connections,
+        acquire_timeout: Duration::from_secs(30),
+        application_name: name,
+        settings,
+    }
 }
 
 fn readers(instance: Uuid) -> impl Iterator<Item = String> {
@@ -148,7 +198,13 @@ struct Wakes {
 }
 
 /// Turns notifications into wake-ups; a lost connection is made anew, and wakes everyone once.
-async fn listen(mut listener: PgListener, url: String, shared: Arc<Shared>, wakes: Arc<Wakes>, stop: CancellationToken) {
+async fn listen(
+    mut listener: PgListener,
+    url: String,
+    shared: Arc<Shared>,
+    wakes: Arc<Wakes>,
+    stop: CancellationToken,
+) {
     loop {
         let listening = async {
             listener.listen("tasker").await?;
@@ -218,7 +274,9 @@ impl Pause {
 
 async fn register(shared: &Shared, queue: &str, reader: &str, stop: &CancellationToken) {
     while !stop.is_cancelled() {
-        let registered = async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await;
+        let registered =
+            async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }
+                .await;
         match registered {
             Ok(()) => return,
             Err(error) => {
@@ -229,13 +287,25 @@ async fn register(shared: &Shared, queue: &str, reader: &str, stop: &Cancellatio
     }
 }
 
-async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
+async fn read_requests(
+    shared: Arc<Shared>,
+    wakes: Arc<Wakes>,
+    batch: i32,
+    stop: CancellationToken,
+) {
     let name = reader(shared.instance, 0);
     register(&shared, TASK_REQUESTS, &name, &stop).await;
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
-            let messages = queue::receive(&mut *shared.reads.acquire().await.map_err(store::Error::from)?, TASK_REQUESTS, &name, READ_SECONDS, batch).await?;
+            let messages = queue::receive(
+                &mut *shared.reads.acquire().await.map_err(store::Error::from)?,
+                TASK_REQUESTS,
+                &name,
+                READ_SECONDS,
+                batch,
+            )
+            .await?;
             let found = messages.len();
             if found > 0 {
                 initialize::initialize(&shared, messages).await?;
@@ -246,13 +316,26 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
     }
 }
 
-async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
+async fn read_results(
+    shared: Arc<Shared>,
+    wakes: Arc<Wakes>,
+    batch: i32,
+    settler: usize,
+    stop: CancellationToken,
+) {
     let name = reader(shared.instance, settler + 1);
     register(&shared, STEP_RESULTS, &name, &stop).await;
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
-            let messages = queue::receive(&mut *shared.reads.acquire().await.map_err(store::Error::from)?, STEP_RESULTS, &name, READ_SECONDS, batch).await?;
+            let messages = queue::receive(
+                &mut *shared.reads.acquire().await.map_err(store::Error::from)?,
+                STEP_RESULTS,
+                &name,
+                READ_SECONDS,
+                batch,
+            )
+            .await?;
             let found = messages.len();
             if found > 0 {
                 // A full batch means there is more: let another settler look at once.
@@ -268,7 +351,13 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
 }
 
 /// Goes on at once after work, and sleeps after none.
-async fn after_turn(what: &str, turn: Result<usize, crate::lifecycle::Error>, pause: &mut Pause, wake: &Notify, stop: &CancellationToken) {
+async fn after_turn(
+    what: &str,
+    turn: Result<usize, crate::lifecycle::Error>,
+    pause: &mut Pause,
+    wake: &Notify,
+    stop: &CancellationToken,
+) {
     match turn {
         Ok(0) => pause.sleep(wake, stop).await,
         Ok(_) => pause.reset(),
@@ -296,7 +385,9 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 partitions_checked = Some(Instant::now());
             }
             let next = queue::next_due_ms(&mut conn).await?;
-            let next = next.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
+            let next = next.map_or(LONGEST_PAUSE, |ms| {
+                Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1)
+            });
             Ok::<_, crate::lifecycle::Error>(next.min(LONGEST_PAUSE))
         };
         let pause = match turn.await {

@@ -135,7 +135,9 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
         return Telemetry::default();
     }
     let (filter, complaint) = env_filter(|name| {
-        let set = std::env::var(name).ok().filter(|text| !text.trim().is_empty());
+        let set = std::env::var(name)
+            .ok()
+            .filter(|text| !text.trim().is_empty());
         set.or_else(|| (name == "RUST_LOG").then(|| level.to_owned()))
     });
     let live = config

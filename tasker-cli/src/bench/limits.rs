@@ -38,7 +38,9 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
     }
     let batched_rows_per_second = f64::from(rows) / started.elapsed().as_secs_f64();
 
-    sqlx::query("select pgmq.create('bench_limit')").execute(&mut *conn).await?;
+    sqlx::query("select pgmq.create('bench_limit')")
+        .execute(&mut *conn)
+        .await?;
     let (mut messages, mut spent) = (0_usize, Duration::ZERO);
     while spent < ENOUGH {
         sqlx::query("select pgmq.send_batch('bench_limit', array_agg(jsonb_build_object('v', 1, 'task', gen_random_uuid(), 'n', n))) from generate_series(1, 5000) n")
@@ -46,16 +48,24 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
             .await?;
         let started = Instant::now();
         loop {
-            let ids: Vec<i64> = sqlx::query_scalar("select msg_id from pgmq.read('bench_limit', 30, 100)").fetch_all(&mut *conn).await?;
+            let ids: Vec<i64> =
+                sqlx::query_scalar("select msg_id from pgmq.read('bench_limit', 30, 100)")
+                    .fetch_all(&mut *conn)
+                    .await?;
             if ids.is_empty() {
                 break;
             }
-            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])").bind(&ids).execute(&mut *conn).await?;
+            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])")
+                .bind(&ids)
+                .execute(&mut *conn)
+                .await?;
             messages += ids.len();
         }
         spent += started.elapsed();
     }
-    sqlx::query("select pgmq.drop_queue('bench_limit')").execute(&mut *conn).await?;
+    sqlx::query("select pgmq.drop_queue('bench_limit')")
+        .execute(&mut *conn)
+        .await?;
     Ok(Limits {
         commits_per_second,
         commit_ms: median(commits),
@@ -71,7 +81,9 @@ pub async fn commit_times(pool: &PgPool, how_long: Duration) -> Result<Vec<f64>>
     let mut times = Vec::new();
     while started.elapsed() < how_long {
         let commit = Instant::now();
-        sqlx::query("insert into bench_rows (at, body) values (clock_timestamp(), '{\"a\": 1}')").execute(&mut *conn).await?;
+        sqlx::query("insert into bench_rows (at, body) values (clock_timestamp(), '{\"a\": 1}')")
+            .execute(&mut *conn)
+            .await?;
         times.push(commit.elapsed().as_secs_f64() * 1000.0);
     }
     Ok(times)

@@ -68,7 +68,11 @@ struct Pair {
 
 impl Pair {
     async fn start(scenario: &Scenario) -> Result<Self> {
-        let sink = if scenario.traced { Some(Sink::start().await?) } else { None };
+        let sink = if scenario.traced {
+            Some(Sink::start().await?)
+        } else {
+            None
+        };
         let trace = match &sink {
             Some(sink) => {
                 let endpoint = sink.endpoint().clone();
@@ -81,14 +85,25 @@ impl Pair {
             }
             None => TraceConfig::default(),
         };
-        let orchestrator = Orchestrator::start(&scenario.url, &Options { trace, ..Options::default() }).await?;
+        let orchestrator = Orchestrator::start(
+            &scenario.url,
+            &Options {
+                trace,
+                ..Options::default()
+            },
+        )
+        .await?;
         let ran = Arc::new(AtomicUsize::new(0));
         let count = ran.clone();
         let noop = move |_: StepContext, _: Value| {
             count.fetch_add(1, Ordering::Relaxed);
             async { Ok::<Value, StepError>(Value::Null) }
         };
-        let worker = Worker::builder(&scenario.url).namespace("bench").handler("bench.noop", noop).slots(scenario.slots).build()?;
+        let worker = Worker::builder(&scenario.url)
+            .namespace("bench")
+            .handler("bench.noop", noop)
+            .slots(scenario.slots)
+            .build()?;
         let stop = CancellationToken::new();
         let running = tokio::spawn({
             let stop = stop.clone();
@@ -98,7 +113,13 @@ impl Pair {
                 }
             }
         });
-        Ok(Self { orchestrator, worker: running, stop, ran, sink })
+        Ok(Self {
+            orchestrator,
+            worker: running,
+            stop,
+            ran,
+            sink,
+        })
     }
 
     async fn stop(self) -> Result<Option<Sink>> {
@@ -116,35 +137,58 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     sqlx::query("checkpoint").execute(pool).await.ok();
     let before = Counters::read(pool, scenario.counts_statements).await?;
     let pair = Pair::start(scenario).await?;
-    let last: uuid::Uuid = sqlx::query_scalar("select tasker.uuid7()").fetch_one(pool).await?;
+    let last: uuid::Uuid = sqlx::query_scalar("select tasker.uuid7()")
+        .fetch_one(pool)
+        .await?;
 
     let started = Instant::now();
     let mut conn = pool.acquire().await?;
     for first in (0..scenario.tasks).step_by(200) {
         let requests: Vec<Value> = (first..scenario.tasks.min(first + 200))
-            .map(|n| json!({"namespace": "bench", "template": scenario.template, "input": {"n": n}}))
+            .map(
+                |n| json!({"namespace": "bench", "template": scenario.template, "input": {"n": n}}),
+            )
             .collect();
         let answers = store::tasks::submit(&mut conn, &requests).await?;
-        ensure!(answers.iter().all(|answer| answer.error.is_none()), "submit was refused: {:?}", answers[0].error);
+        ensure!(
+            answers.iter().all(|answer| answer.error.is_none()),
+            "submit was refused: {:?}",
+            answers[0].error
+        );
     }
     let total = scenario.tasks * scenario.steps_per_task;
     while pair.ran.load(Ordering::Relaxed) < total {
-        ensure!(started.elapsed() < Duration::from_mins(10), "only {} of {total} steps ran", pair.ran.load(Ordering::Relaxed));
+        ensure!(
+            started.elapsed() < Duration::from_mins(10),
+            "only {} of {total} steps ran",
+            pair.ran.load(Ordering::Relaxed)
+        );
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     // Every handler has run; the last results are on their way.
     loop {
-        let open: bool = sqlx::query_scalar("select exists (select from tasker.tasks where finished_at is null and task_uuid > $1)").bind(last).fetch_one(&mut *conn).await?;
+        let open: bool = sqlx::query_scalar(
+            "select exists (select from tasker.tasks where finished_at is null and task_uuid > $1)",
+        )
+        .bind(last)
+        .fetch_one(&mut *conn)
+        .await?;
         if !open {
             break;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let worked = started.elapsed();
-    ensure!(pair.orchestrator.flush(Duration::from_secs(60)).await, "spans were not acknowledged within 60 s of the last task");
+    ensure!(
+        pair.orchestrator.flush(Duration::from_secs(60)).await,
+        "spans were not acknowledged within 60 s of the last task"
+    );
     let seconds = started.elapsed().as_secs_f64();
     drop(conn);
-    let spans = pair.orchestrator.export_stats().map_or(0, |stats| stats.exported.load(Ordering::Relaxed));
+    let spans = pair
+        .orchestrator
+        .export_stats()
+        .map_or(0, |stats| stats.exported.load(Ordering::Relaxed));
     let sink = pair.stop().await?;
     let after = Counters::read(pool, scenario.counts_statements).await?;
 
@@ -154,15 +198,26 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     .bind(last)
     .fetch_all(pool)
     .await?;
-    ensure!(latencies.len() == scenario.tasks, "{} of {} tasks ended", latencies.len(), scenario.tasks);
+    ensure!(
+        latencies.len() == scenario.tasks,
+        "{} of {} tasks ended",
+        latencies.len(),
+        scenario.tasks
+    );
     let steps = total as f64;
     let by_table: BTreeMap<String, f64> = after
         .row_writes
         .iter()
-        .map(|(table, n)| (table.clone(), (n - before.row_writes.get(table).unwrap_or(&0)) as f64 / steps))
+        .map(|(table, n)| {
+            (
+                table.clone(),
+                (n - before.row_writes.get(table).unwrap_or(&0)) as f64 / steps,
+            )
+        })
         .filter(|(_, n)| *n > 0.005)
         .collect();
-    let difference = |name: &str| Some(after.calls.get(name)? - before.calls.get(name).unwrap_or(&0));
+    let difference =
+        |name: &str| Some(after.calls.get(name)? - before.calls.get(name).unwrap_or(&0));
     let settles = difference("apply");
     Ok(Run {
         seconds,
@@ -174,13 +229,21 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
         spans_per_second: spans as f64 / seconds,
         span_bytes: sink.map_or(0, |sink| sink.bytes()),
         drain_seconds: seconds - worked.as_secs_f64(),
-        statements_per_step: scenario.counts_statements.then(|| (after.statements - before.statements) as f64 / steps),
+        statements_per_step: scenario
+            .counts_statements
+            .then(|| (after.statements - before.statements) as f64 / steps),
         commits_per_step: (after.commits - before.commits) as f64 / steps,
         wal_bytes_per_step: (after.wal - before.wal) as f64 / steps,
         row_writes_per_step: by_table.values().sum(),
         row_writes_by_table: by_table,
-        statements_per_settle: settles.filter(|n| *n > 0).zip(difference("settling")).map(|(n, all)| all as f64 / n as f64),
-        statements_per_claim: difference("claiming").zip(difference("claims")).filter(|(_, n)| *n > 0).map(|(all, n)| all as f64 / n as f64),
+        statements_per_settle: settles
+            .filter(|n| *n > 0)
+            .zip(difference("settling"))
+            .map(|(n, all)| all as f64 / n as f64),
+        statements_per_claim: difference("claiming")
+            .zip(difference("claims"))
+            .filter(|(_, n)| *n > 0)
+            .map(|(all, n)| all as f64 / n as f64),
         settles: settles.map(|n| n.unsigned_abs()),
     })
 }
@@ -200,8 +263,14 @@ impl Counters {
         // A server process hands its counts over when it ends or after a second.
         tokio::time::sleep(Duration::from_millis(1100)).await;
         let mut counters = Self {
-            commits: sqlx::query_scalar("select xact_commit from pg_stat_database where datname = current_database()").fetch_one(pool).await?,
-            wal: sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint").fetch_one(pool).await?,
+            commits: sqlx::query_scalar(
+                "select xact_commit from pg_stat_database where datname = current_database()",
+            )
+            .fetch_one(pool)
+            .await?,
+            wal: sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint")
+                .fetch_one(pool)
+                .await?,
             ..Self::default()
         };
         for row in sqlx::query(
@@ -215,10 +284,18 @@ impl Counters {
         }
         if counts_statements {
             let of = "from pg_stat_statements s join pg_database d on d.oid = s.dbid where d.datname = current_database()";
-            let count = |filter: &str| format!("select coalesce(sum(calls), 0)::bigint {of} {filter}");
-            counters.statements = sqlx::query_scalar(sqlx::AssertSqlSafe(count(""))).fetch_one(pool).await?;
+            let count =
+                |filter: &str| format!("select coalesce(sum(calls), 0)::bigint {of} {filter}");
+            counters.statements = sqlx::query_scalar(sqlx::AssertSqlSafe(count("")))
+                .fetch_one(pool)
+                .await?;
             for (name, filter) in STATEMENTS {
-                counters.calls.insert(name, sqlx::query_scalar(sqlx::AssertSqlSafe(count(filter))).fetch_one(pool).await?);
+                counters.calls.insert(
+                    name,
+                    sqlx::query_scalar(sqlx::AssertSqlSafe(count(filter)))
+                        .fetch_one(pool)
+                        .await?,
+                );
             }
         }
         Ok(counters)
@@ -254,19 +331,29 @@ pub struct Latency {
 /// Submits one task, waits until it is seen complete, submits the next.
 pub async fn latency(pool: &PgPool, scenario: &Scenario) -> Result<Latency> {
     let pair = Pair::start(scenario).await?;
-    sqlx::query("insert into tasker.readers (queue, reader) values ('finished', 'bench')").execute(pool).await?;
+    sqlx::query("insert into tasker.readers (queue, reader) values ('finished', 'bench')")
+        .execute(pool)
+        .await?;
     let mut listener = PgListener::connect(&scenario.url).await?;
     listener.listen("tasker_finished").await?;
     let mut commits = commit_times(pool, Duration::from_millis(500)).await?;
     let mut times = Vec::new();
     for n in 0..scenario.tasks + 20 {
         if n % 50 == 0 {
-            sqlx::query("update tasker.readers set seen_at = clock_timestamp() where queue = 'finished'").execute(pool).await?;
+            sqlx::query(
+                "update tasker.readers set seen_at = clock_timestamp() where queue = 'finished'",
+            )
+            .execute(pool)
+            .await?;
         }
         let started = Instant::now();
-        let task: uuid::Uuid = sqlx::query_scalar("select tasker.submit_task('bench', 'one')").fetch_one(pool).await?;
+        let task: uuid::Uuid = sqlx::query_scalar("select tasker.submit_task('bench', 'one')")
+            .fetch_one(pool)
+            .await?;
         loop {
-            let told = tokio::time::timeout(Duration::from_secs(20), listener.recv()).await.context("a task was not seen complete within 20 s")??;
+            let told = tokio::time::timeout(Duration::from_secs(20), listener.recv())
+                .await
+                .context("a task was not seen complete within 20 s")??;
             if told.payload() == task.to_string() {
                 break;
             }
@@ -278,7 +365,9 @@ pub async fn latency(pool: &PgPool, scenario: &Scenario) -> Result<Latency> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     commits.extend(commit_times(pool, Duration::from_millis(500)).await?);
-    sqlx::query("delete from tasker.readers where queue = 'finished'").execute(pool).await?;
+    sqlx::query("delete from tasker.readers where queue = 'finished'")
+        .execute(pool)
+        .await?;
     pair.stop().await?;
     let commit_p50_ms = median(commits);
     Ok(Latency {

@@ -29,7 +29,12 @@ pub struct Admission {
 impl Admission {
     /// Lets a settle take from the room.
     pub fn with_room<T>(&self, work: impl FnOnce(&mut Room) -> T) -> T {
-        work(&mut self.room.lock().expect("deciding does not panic while it holds the room"))
+        work(
+            &mut self
+                .room
+                .lock()
+                .expect("deciding does not panic while it holds the room"),
+        )
     }
 
     /// A settle committed: where room runs low or steps are held, the estimate is made anew.
@@ -46,7 +51,12 @@ pub async fn refresh(shared: &Shared) -> Result<(), Error> {
     let rows = queue::room(&mut *shared.reads.acquire().await?).await?;
     let mut fresh = Room::default();
     for row in rows {
-        let room = QueueRoom { left: row.room, capacity: row.capacity, handlers: row.handlers.into_iter().collect(), holding: row.holding };
+        let room = QueueRoom {
+            left: row.room,
+            capacity: row.capacity,
+            handlers: row.handlers.into_iter().collect(),
+            holding: row.holding,
+        };
         fresh.set(row.queue.into(), room);
     }
     shared.admission.with_room(|room| *room = fresh);
@@ -59,19 +69,36 @@ pub async fn refresh(shared: &Shared) -> Result<(), Error> {
 pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
     refresh(shared).await?;
     let queues: HashMap<String, QueueRoom> = shared.admission.with_room(|room| {
-        room.queues().filter(|(_, queue)| queue.holding && queue.left > 0).map(|(name, queue)| (name.to_string(), queue.clone())).collect()
+        room.queues()
+            .filter(|(_, queue)| queue.holding && queue.left > 0)
+            .map(|(name, queue)| (name.to_string(), queue.clone()))
+            .collect()
     });
     let mut more = false;
     for (name, room) in queues {
         let handlers: Vec<String> = room.handlers.into_iter().collect();
         let max = i32::try_from(room.left).unwrap_or(PASS).min(PASS);
-        let held = queue::held_steps(&mut *shared.reads.acquire().await.map_err(Error::from)?, &name, &handlers, max).await?;
+        let held = queue::held_steps(
+            &mut *shared.reads.acquire().await.map_err(Error::from)?,
+            &name,
+            &handlers,
+            max,
+        )
+        .await?;
         if held.is_empty() {
             continue;
         }
         // Also when these were the last: the next look clears `holding`, and steps go out at once again.
         more = true;
-        let hints = held.into_iter().map(|(task, step)| Hint { task, look: Look::Admit(step), msg_id: None, due_id: None }).collect();
+        let hints = held
+            .into_iter()
+            .map(|(task, step)| Hint {
+                task,
+                look: Look::Admit(step),
+                msg_id: None,
+                due_id: None,
+            })
+            .collect();
         settle::settle(shared, queue::STEP_RESULTS, hints).await?;
     }
     Ok(more)

@@ -42,15 +42,30 @@ pub struct Shared {
 impl Shared {
     /// With nothing cached yet.
     pub fn new(pool: PgPool, reads: PgPool, instance: Uuid, exporter: Option<Exporter>) -> Self {
-        Self { pool, reads, instance, exporter, admission: Admission::default(), due: Notify::new(), templates: Mutex::default() }
+        Self {
+            pool,
+            reads,
+            instance,
+            exporter,
+            admission: Admission::default(),
+            due: Notify::new(),
+            templates: Mutex::default(),
+        }
     }
 
     /// Templates by id; they never change, so they are read once.
-    async fn templates(&self, conn: &mut PgConnection, ids: &[i32]) -> Result<HashMap<i32, Arc<Loaded>>, TemplateError> {
+    async fn templates(
+        &self,
+        conn: &mut PgConnection,
+        ids: &[i32],
+    ) -> Result<HashMap<i32, Arc<Loaded>>, TemplateError> {
         let mut found = HashMap::new();
         let mut missing = Vec::new();
         {
-            let known = self.templates.lock().expect("no code panics while it holds the template cache");
+            let known = self
+                .templates
+                .lock()
+                .expect("no code panics while it holds the template cache");
             for id in ids {
                 match known.get(id) {
                     Some(template) => drop(found.insert(*id, template.clone())),
@@ -63,7 +78,10 @@ impl Shared {
             missing.dedup();
             for template in templates::load(conn, &missing).await? {
                 let id = template.definition.template_id;
-                self.templates.lock().expect("no code panics while it holds the template cache").insert(id, template.clone());
+                self.templates
+                    .lock()
+                    .expect("no code panics while it holds the template cache")
+                    .insert(id, template.clone());
                 found.insert(id, template);
             }
         }
@@ -147,7 +165,9 @@ impl Error {
     /// Whether doing the same again may succeed; such an error never counts against a message.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
+            Self::Store(error) | Self::Template(TemplateError::Store(error)) => {
+                error.is_transient()
+            }
             Self::Template(_) => false,
         }
     }

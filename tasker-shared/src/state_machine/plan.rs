@@ -65,7 +65,14 @@ pub struct Step {
 
 impl Step {
     /// A step as it is created: nothing has happened to it yet.
-    pub fn new(uuid: Uuid, index: u32, generation: i32, dependencies: i32, priority: i32, at: DateTime<Utc>) -> Self {
+    pub fn new(
+        uuid: Uuid,
+        index: u32,
+        generation: i32,
+        dependencies: i32,
+        priority: i32,
+        at: DateTime<Utc>,
+    ) -> Self {
         Self {
             uuid,
             index,
@@ -184,7 +191,10 @@ impl QueueRoom {
 impl Room {
     /// Everything may be sent.
     pub fn unlimited() -> Self {
-        Self { queues: HashMap::new(), unlimited: true }
+        Self {
+            queues: HashMap::new(),
+            unlimited: true,
+        }
     }
 
     /// Sets what is known of one queue.
@@ -231,7 +241,10 @@ impl Room {
 
 /// One row of the log, but for its times, which the database gives.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "columns of tasker.transitions, explained there")]
+#[expect(
+    missing_docs,
+    reason = "columns of tasker.transitions, explained there"
+)]
 pub struct Move {
     pub entity: Uuid,
     pub version: i32,
@@ -285,7 +298,10 @@ pub struct Wait {
 
 /// A step message to send.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
+#[expect(
+    missing_docs,
+    reason = "the fields of the message, see docs/messages.md"
+)]
 pub struct Send {
     pub priority: i32,
     pub queue: Arc<str>,
@@ -351,11 +367,19 @@ impl Plan {
 }
 
 /// The words of a task's move, for building a [`Move`].
-pub(super) fn task_words(from: TaskState, event: TaskEvent, to: TaskState) -> (&'static str, &'static str, &'static str) {
+pub(super) fn task_words(
+    from: TaskState,
+    event: TaskEvent,
+    to: TaskState,
+) -> (&'static str, &'static str, &'static str) {
     (from.as_str(), event.as_str(), to.as_str())
 }
 
 /// The words of a step's move.
-pub(super) fn step_words(from: StepState, event: StepEvent, to: StepState) -> (&'static str, &'static str, &'static str) {
+pub(super) fn step_words(
+    from: StepState,
+    event: StepEvent,
+    to: StepState,
+) -> (&'static str, &'static str, &'static str) {
     (from.as_str(), event.as_str(), to.as_str())
 }

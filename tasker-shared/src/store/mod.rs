@@ -31,7 +31,9 @@ pub enum Error {
         problem: String,
     },
     /// Compare-and-set found another version than the one that was decided on.
-    #[error("{changed} of {wanted} {table} rows were as they were read; the batch is rolled back and read again")]
+    #[error(
+        "{changed} of {wanted} {table} rows were as they were read; the batch is rolled back and read again"
+    )]
     Conflict {
         /// tasks or steps.
         table: &'static str,
@@ -50,7 +52,9 @@ impl Error {
             Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
                 // Classes: transaction rollback, connection, resources, operator intervention, system.
-                ["40", "08", "53", "57", "58", "55"].iter().any(|class| code.starts_with(class))
+                ["40", "08", "53", "57", "58", "55"]
+                    .iter()
+                    .any(|class| code.starts_with(class))
             }
             Self::Database(
                 sqlx::Error::Io(_)
@@ -65,12 +69,26 @@ impl Error {
         }
     }
 
-    fn bad_row(table: &'static str, column: &'static str, id: impl ToString, problem: impl ToString) -> Self {
-        Self::BadRow { table, column, id: id.to_string(), problem: problem.to_string() }
+    fn bad_row(
+        table: &'static str,
+        column: &'static str,
+        id: impl ToString,
+        problem: impl ToString,
+    ) -> Self {
+        Self::BadRow {
+            table,
+            column,
+            id: id.to_string(),
+            problem: problem.to_string(),
+        }
     }
 }
 
 /// Session settings for connections that run the hot path. Its statements join a few hundred
 /// keys with big tables, and a plan made while a table was still empty must not scan it later.
-pub const HOT_PATH_SETTINGS: &[(&str, &str)] =
-    &[("enable_seqscan", "off"), ("enable_hashjoin", "off"), ("enable_mergejoin", "off"), ("plan_cache_mode", "force_generic_plan")];
+pub const HOT_PATH_SETTINGS: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("plan_cache_mode", "force_generic_plan"),
+];
