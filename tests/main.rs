@@ -9,6 +9,7 @@
 
 mod harness;
 
+mod architecture;
 mod cancel;
 mod database_killed;
 mod export_recovery;

@@ -4,6 +4,7 @@
 //! Read [`state_machine::decide`], then [`trace::tree`]: one says what happens
 //! next, the other says what a trace of it looks like. Neither does I/O.
 
+pub mod client;
 pub mod error;
 pub mod message;
 pub mod migrate;

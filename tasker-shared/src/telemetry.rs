@@ -125,10 +125,19 @@ static STARTED: OnceLock<()> = OnceLock::new();
 /// configuration that cannot be used is logged, and the process goes on
 /// without live spans.
 pub fn init(role: Role, config: &TraceConfig, format: LogFormat) -> Telemetry {
+    init_at(role, config, format, "info")
+}
+
+/// [`init`] with another level for when the environment asks for none, such as `warn` for a
+/// command whose own output says enough.
+pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str) -> Telemetry {
     if STARTED.set(()).is_err() {
         return Telemetry::default();
     }
-    let (filter, complaint) = env_filter(|name| std::env::var(name).ok());
+    let (filter, complaint) = env_filter(|name| {
+        let set = std::env::var(name).ok().filter(|text| !text.trim().is_empty());
+        set.or_else(|| (name == "RUST_LOG").then(|| level.to_owned()))
+    });
     let live = config
         .enabled
         .then(|| LiveExport::start(role, config))

@@ -17,6 +17,8 @@ use tasker_shared::store::tx::{PoolOptions, pool};
 use tasker_shared::template::parse;
 use tasker_shared::{migrate, store};
 
+use crate::output::{self, Format};
+use crate::{Global, run};
 use load::{Run, Scenario};
 
 /// Which graph the tasks have.
@@ -66,23 +68,23 @@ pub struct BenchArgs {
 }
 
 /// Runs the bench against a database server; prints a table, or JSON.
-pub async fn run(mut args: BenchArgs, server_url: &str, json: bool) -> Result<()> {
+pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
+    let database = run::open(global).await?;
+    let server_url = database.url();
     if args.all {
         (args.pairs, args.latency, args.backlog, args.fanout, args.idle) = (5, 200, 50_000, 10_000, 60);
     }
     let name = format!("tasker_bench_{}", std::process::id());
-    let server = pool(server_url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
+    let server = pool(&server_url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
     sqlx::query(sqlx::AssertSqlSafe(format!("create database {name}"))).execute(&server).await.context("creating a database for the bench")?;
-    let url = with_database(server_url, &name)?;
+    let url = with_database(&server_url, &name)?;
     let result = measure(&args, &url).await;
     sqlx::query(sqlx::AssertSqlSafe(format!("drop database {name} with (force)"))).execute(&server).await.context("dropping the bench's database")?;
     let report = result?;
-    if json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", report.table());
+    if global.output == Format::Json {
+        return output::json(&report);
     }
-    Ok(())
+    output::line(report.table().trim_end())
 }
 
 fn with_database(url: &str, name: &str) -> Result<String> {

@@ -11,6 +11,8 @@ use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
 use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
 
+use tracing::instrument;
+
 use super::Shared;
 use super::settle::Work;
 
@@ -35,11 +37,15 @@ pub(super) fn run(shared: &Shared, done: Committed) {
         shared.admission.wake.notify_one();
     }
     for (work, plan) in done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal()) {
-        tracing::debug!(
-            correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid, state = %plan.task.state, "task ended"
-        );
+        ended(work, plan);
     }
     export(shared, done);
+}
+
+/// Says that a task has ended.
+#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid))]
+fn ended(work: &Work, plan: &Plan) {
+    tracing::debug!(namespace = %work.row.namespace, state = %plan.task.state, reason = plan.task.reason, "task ended");
 }
 
 /// Hands the committed transitions to the exporter.
@@ -162,8 +168,8 @@ fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
         parent_task_uuid: row.parent_task_uuid,
         priority: row.task.priority,
         generation: plan.task.generation,
-        generation_began_at: if same { row.generation_began_at } else { began_at },
-        created_at: row.task.created_at,
+        generation_began_at: if same { row.task.generation_began_at } else { began_at },
+        created_at: row.created_at,
         trace_id: row.trace_id,
         remote_span_id: row.remote_span_id,
         trace_flags: row.trace_flags,

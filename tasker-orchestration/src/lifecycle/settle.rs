@@ -128,7 +128,8 @@ async fn load(
     rows: Vec<TaskRow>,
     hints: &[Hint],
 ) -> Result<(Vec<Work>, DateTime<Utc>), Error> {
-    let mut now = rows.iter().map(|row| row.read_at).max().unwrap_or_default();
+    // Times of an entity never go back, even if the database's clock does.
+    let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
     let claimable: Vec<Uuid> = hints.iter().filter(|hint| matches!(hint.look, Look::Lease(_) | Look::Queue(_))).filter_map(|hint| hint.look.step()).collect();
     if !claimable.is_empty() {
         steps::lock_claimable(conn, &claimable).await?;
@@ -140,7 +141,6 @@ async fn load(
     if !retried.is_empty() {
         let (tasks, unfinished) = steps::load_unfinished(conn, &retried).await?;
         with_steps.extend(tasks);
-        loaded.retain(|row| !retried.contains(&row.task_uuid));
         loaded.extend(unfinished);
     }
     now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
@@ -227,21 +227,25 @@ fn decide_all(works: &[Work], hints: &[Hint], room: &mut Room, now: DateTime<Utc
     for hint in hints {
         by_task.entry(hint.task).or_default().push(&hint.look);
     }
-    works
-        .iter()
-        .map(|work| {
-            let looks = by_task.remove(&work.row.task.uuid).unwrap_or_default();
-            let events = looks.into_iter().filter_map(|look| event(work, look)).collect();
-            let snapshot = Snapshot {
-                task: work.row.task.clone(),
-                definition: &work.template.definition,
-                steps: work.steps.values().map(|row| (row.step.index, row.step.clone())).collect(),
-                outcomes: work.steps.values().filter_map(|row| Some((row.step.index, row.outcome.clone()?))).collect(),
-                outputs: work.outputs.clone(),
-            };
-            decide(snapshot, events, room, now)
-        })
-        .collect()
+    works.iter().map(|work| decide_task(work, by_task.remove(&work.row.task.uuid).unwrap_or_default(), room, now)).collect()
+}
+
+/// Decides one task; its log lines bear the task's ids.
+#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %work.row.task.uuid))]
+fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Utc>) -> Plan {
+    let events = looks.into_iter().filter_map(|look| event(work, look)).collect();
+    let snapshot = Snapshot {
+        task: work.row.task.clone(),
+        definition: &work.template.definition,
+        steps: work.steps.values().map(|row| (row.step.index, row.step.clone())).collect(),
+        outcomes: work.steps.values().filter_map(|row| Some((row.step.index, row.outcome.clone()?))).collect(),
+        outputs: work.outputs.clone(),
+    };
+    let plan = decide(snapshot, events, room, now);
+    if plan.ignored > 0 {
+        tracing::debug!(events = plan.ignored, "events that came late, twice or out of order changed nothing");
+    }
+    plan
 }
 
 /// Names the step by its index. A hint about a step that does not exist has nothing to say.
@@ -303,36 +307,45 @@ fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBa
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
+/// By destination queue: each message's priority, body and headers.
+type Outbox<'a> = BTreeMap<&'a str, Vec<(i32, Value, Value)>>;
+
 /// Sends the steps that became ready: one statement per destination queue.
 async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
-    let mut queues: BTreeMap<&str, Vec<(i32, Value, Value)>> = BTreeMap::new();
+    let mut outbox = Outbox::new();
     for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
-        let row = &work.row;
-        let baggage = baggage(row);
-        for sent in &plan.sends {
-            // The attempt's handler.execution is known before it runs: it is what the worker continues.
-            let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
-            let sender = span_id(&row.trace_id, row.task.uuid, 0, 0, SpanKey::Enqueuing, u64::from(sent.task_version.unsigned_abs()));
-            let parent = Traceparent { trace_id: row.trace_id, span_id: handler, flags: row.trace_flags };
-            let mut headers = json!({
-                "traceparent": parent.to_string(),
-                "baggage": baggage,
-                "x-tasker-sender": tasker_shared::trace::otlp::hex(&sender),
-            });
-            if let Some(state) = &row.tracestate {
-                headers["tracestate"] = state.clone().into();
-            }
-            let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
-            queues.entry(&sent.queue).or_default().push((sent.priority, body, headers));
-        }
+        enqueue_steps(work, plan, &mut outbox);
     }
-    for (name, mut messages) in queues {
+    for (name, mut messages) in outbox {
         // A queue is read in the order it was written in, so the urgent are written first.
         messages.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
         let (bodies, headers): (Vec<Value>, Vec<Value>) = messages.into_iter().map(|(_, body, headers)| (body, headers)).unzip();
         queue::send(conn, name, &bodies, &headers).await?;
     }
     Ok(())
+}
+
+/// Writes the messages of one task's steps, with the context that their attempts will continue.
+#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %work.row.task.uuid))]
+fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
+    let row = &work.row;
+    let baggage = baggage(row);
+    for sent in &plan.sends {
+        // The attempt's handler.execution is known before it runs: it is what the worker continues.
+        let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
+        let sender = span_id(&row.trace_id, row.task.uuid, 0, 0, SpanKey::Enqueuing, u64::from(sent.task_version.unsigned_abs()));
+        let parent = Traceparent { trace_id: row.trace_id, span_id: handler, flags: row.trace_flags };
+        let mut headers = json!({
+            "traceparent": parent.to_string(),
+            "baggage": baggage,
+            "x-tasker-sender": tasker_shared::trace::otlp::hex(&sender),
+        });
+        if let Some(state) = &row.tracestate {
+            headers["tracestate"] = state.clone().into();
+        }
+        let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
+        outbox.entry(&sent.queue).or_default().push((sent.priority, body, headers));
+    }
 }
 
 fn baggage(row: &TaskRow) -> String {

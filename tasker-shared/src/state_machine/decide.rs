@@ -28,7 +28,7 @@ pub struct Snapshot<'a> {
     pub task: Task,
     /// Its template.
     pub definition: &'a Definition,
-    /// Steps by index. Of an operator's retry: every failed or cancelled one, its
+    /// Steps by index. Of an operator's retry: every failed, cancelled or pending one, its
     /// `remaining_dependencies` recounted from the edges.
     pub steps: HashMap<u32, Step>,
     /// What the workers reported of the steps the events are about.
@@ -102,6 +102,25 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Its place within one settle. A retry is about the task as it was loaded, so it stands
+    /// before anything that may end the task; what was reported counts before the end does.
+    fn order(&self) -> (u8, u32, i32) {
+        match self {
+            Self::Start { .. } => (0, 0, 0),
+            Self::Retry { .. } => (1, 0, 0),
+            Self::Result { step, attempt } => (2, *step, *attempt),
+            Self::Quarantined { step, attempt, .. } => (3, *step, *attempt),
+            Self::LeaseDue { step } => (4, *step, 0),
+            Self::RetryDue { step } => (5, *step, 0),
+            Self::QueueDue { step, attempt } => (6, *step, *attempt),
+            Self::Admit { step } => (7, *step, 0),
+            Self::TotalDue => (8, 0, 0),
+            Self::Cancel(_) | Self::Terminate(_) => (9, 0, 0),
+        }
+    }
+}
+
 /// Who acts, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operator {
@@ -113,6 +132,9 @@ pub struct Operator {
 
 /// Decides. `now` is the database's time after the locks were taken.
 pub fn decide(snapshot: Snapshot<'_>, events: Vec<Event>, room: &mut Room, now: DateTime<Utc>) -> Plan {
+    let mut events = events;
+    // They came over several queues in no order; now their order cannot matter.
+    events.sort_by_key(Event::order);
     let mut pass = Pass::new(snapshot, room, now);
     for event in events {
         pass.apply(event);
@@ -151,7 +173,16 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, outcomes, outputs } = snapshot;
+        let Snapshot { task, definition, steps, outcomes, mut outputs } = snapshot;
+        // An event may name a step that is complete already (a hint that came twice, or late):
+        // its output is here and nowhere else, and the steps behind it may need it now.
+        for (index, outcome) in &outcomes {
+            if let Outcome::Success(output) = outcome
+                && steps.get(index).is_some_and(|step| step.state == StepState::Complete)
+            {
+                outputs.insert(*index, output.clone());
+            }
+        }
         Self {
             definition,
             room,
@@ -217,12 +248,17 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.fatal = Some(("invalid_input".into(), reason));
             return true;
         }
-        if let Some(total) = self.definition.total {
-            let at = self.plan.task.created_at + total;
-            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
-        }
+        self.limit_total();
         self.create_steps(step_uuids);
         true
+    }
+
+    /// The total timeout counts from the beginning of the generation.
+    fn limit_total(&mut self) {
+        if let Some(total) = self.definition.total {
+            let at = self.plan.task.generation_began_at + total;
+            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
+        }
     }
 
     fn create_steps(&mut self, step_uuids: Vec<Uuid>) {
@@ -314,6 +350,7 @@ impl<'a, 'r> Pass<'a, 'r> {
 
     fn step_gave_up(&mut self, index: u32, kind: &str, message: &str, policy: OnExhausted) {
         self.evaluated = true;
+        self.any_failed = true;
         self.only_lost = false;
         let definition = &self.definition.steps[index as usize];
         match policy {
@@ -323,7 +360,6 @@ impl<'a, 'r> Pass<'a, 'r> {
             }
             OnExhausted::Fail | OnExhausted::Block => {}
         }
-        self.any_failed = true;
         self.plan.task.failed_steps += 1;
         self.plan.task.error_type = Some(kind.to_owned());
         self.plan.task.reason = Some(format!("step {} failed: {message}", definition.name));
@@ -364,6 +400,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.move_step(index, StepEvent::LeaseExpired, StepState::Enqueued, Some(detail));
             // The move itself is the Enqueue of the next attempt.
             self.touch(index).attempt += 1;
+            self.opened(index, StepEvent::LeaseExpired, None);
             self.ready.push(Ready { step: index, event: StepEvent::LeaseExpired, waits: Vec::new() });
         }
         true
@@ -448,7 +485,7 @@ impl<'a, 'r> Pass<'a, 'r> {
 
     fn total_timeout(&mut self) -> bool {
         let Some(total) = self.definition.total.filter(|_| !self.plan.task.state.is_terminal()) else { return false };
-        let at = self.plan.task.created_at + total;
+        let at = self.plan.task.generation_began_at + total;
         if at > self.now {
             self.plan.due.push(Due { kind: "total_timeout", at, step: None });
             return true;
@@ -470,6 +507,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         }
         if from.is_terminal() {
             self.plan.task.generation += 1;
+            self.plan.task.generation_began_at = self.now;
+            self.limit_total();
         }
         self.plan.task.failed_steps = 0;
         self.plan.task.error_type = None;
@@ -486,6 +525,11 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.create_steps(step_uuids);
             return true;
         }
+        // A failure that `continue` passed over is tried again too, so it is no longer done for
+        // the steps that still wait behind it: they take the recount.
+        let pending: Vec<u32> =
+            self.steps.values().filter(|step| step.state == StepState::Pending).map(|step| step.index).collect();
+        self.touched.extend(pending);
         let mut again: Vec<u32> = self.steps.values()
             .filter(|step| matches!(step.state, StepState::Error | StepState::Cancelled))
             .map(|step| step.index)
@@ -530,6 +574,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         let mut sent = 0;
         // In file order, so that a plan does not depend on the order of the results.
         self.ready.sort_by_key(|ready| ready.step);
+        // Hints come twice: a step that is due twice is sent once.
+        self.ready.dedup_by_key(|ready| ready.step);
         for Ready { step: index, event, mut waits } in std::mem::take(&mut self.ready) {
             let held = self.steps[&index].held_by;
             let has_input = held.is_some() || event != StepEvent::Enqueue;
@@ -589,17 +635,8 @@ impl<'a, 'r> Pass<'a, 'r> {
         if let Some(enqueue) = self.plan.moves.iter_mut().rfind(|made| made.entity == uuid) {
             enqueue.task_version = Some(task_version);
         }
-        let step = self.touch(index);
-        step.due_at = None;
-        step.claim_token = None;
-        step.claimed_by = None;
-        step.lease_expires_at = None;
-        step.enqueued_version = Some(step.version);
-        step.enqueued_task_version = Some(task_version);
-        step.enqueued_event = Some(event.as_str());
-        // The database writes the times of the move itself; `None` asks for it.
-        step.enqueued_began_at = None;
-        step.enqueued_at = None;
+        self.opened(index, event, Some(task_version));
+        let step = &self.steps[&index];
         let (attempt, generation, priority) = (step.attempt, step.generation, step.priority);
         if let Some(timeout) = definition.queue_timeout {
             self.plan.due.push(Due { kind: "queue_timeout", at: self.now + timeout, step: Some(uuid) });
@@ -613,6 +650,21 @@ impl<'a, 'r> Pass<'a, 'r> {
             attempt,
             task_version,
         });
+    }
+
+    /// Where the new attempt's Enqueue stands in the log; `task_version` is the task's move that sends it.
+    fn opened(&mut self, index: u32, event: StepEvent, task_version: Option<i32>) {
+        let step = self.touch(index);
+        step.due_at = None;
+        step.claim_token = None;
+        step.claimed_by = None;
+        step.lease_expires_at = None;
+        step.enqueued_version = Some(step.version);
+        step.enqueued_task_version = task_version;
+        step.enqueued_event = Some(event.as_str());
+        // The database writes the times of the move itself; `None` asks for it.
+        step.enqueued_began_at = None;
+        step.enqueued_at = None;
     }
 
     // The task's own moves, once per settle.
@@ -711,6 +763,11 @@ impl<'a, 'r> Pass<'a, 'r> {
         // What was about to be sent is cancelled instead; the move that would have sent it never was.
         for made in &mut self.plan.moves {
             made.task_version = None;
+        }
+        for index in &self.touched {
+            if let Some(step) = self.steps.get_mut(index).filter(|step| step.enqueued_at.is_none()) {
+                step.enqueued_task_version = None;
+            }
         }
         let detail = Detail { reason: Some(reason), error_type: Some(kind), ..Detail::default() };
         self.move_task(event, TaskState::Error, Some(detail));
@@ -815,3 +872,8 @@ fn seed(step: &Step) -> u64 {
     let (high, low) = step.uuid.as_u64_pair();
     high ^ low ^ u64::from(step.attempt.unsigned_abs())
 }
+
+#[cfg(test)]
+pub(crate) mod properties;
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,8 @@ pub mod graph;
 pub mod input;
 pub mod plan;
 pub mod retry;
+#[cfg(test)]
+pub(crate) mod simulation;
 pub mod states;
 
 pub use decide::{Event, Snapshot, decide};

@@ -28,7 +28,7 @@ pub struct Task {
     pub error_type: Option<String>,
     pub reason: Option<String>,
     pub ended_by: Option<&'static str>,
-    pub created_at: DateTime<Utc>,
+    pub generation_began_at: DateTime<Utc>,
     pub last_at: DateTime<Utc>,
 }
 

@@ -248,11 +248,16 @@ pub fn task_move_is_legal(from: TaskState, event: TaskEvent, to: TaskState) -> b
         | E::StepCompleted
         | E::StepFailed => waits && matches!(to, S::EnqueuingSteps | S::EvaluatingResults),
         // Repair; of a finished task it begins the next generation.
-        E::OperatorRetry => (waits || from.is_terminal()) && matches!(to, S::EvaluatingResults | S::EnqueuingSteps),
+        E::OperatorRetry if waits => matches!(to, S::EvaluatingResults | S::EnqueuingSteps),
+        E::OperatorRetry => from.is_terminal() && to == S::EvaluatingResults,
         E::Rerun => from.is_terminal() && to == S::EvaluatingResults,
         E::TotalTimeout => !from.is_terminal() && to == S::Error,
         E::Suspend => !from.is_terminal() && from != S::Suspended && to == S::Suspended,
-        E::Resume => from == S::Suspended && !to.is_terminal() && to != S::Suspended,
+        // Back to a state that rests in the row, or through an evaluation.
+        E::Resume => {
+            let rests = !to.is_terminal() && !to.is_passing() && to != S::Suspended;
+            from == S::Suspended && (rests || to == S::EvaluatingResults)
+        }
         E::Cancel | E::Terminate => !from.is_terminal() && to == S::Cancelled,
         _ => false,
     }
@@ -331,3 +336,6 @@ pub fn step_move_is_legal(from: StepState, event: StepEvent, to: StepState) -> b
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests;

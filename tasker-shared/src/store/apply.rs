@@ -143,6 +143,8 @@ pub async fn apply(
     check("tasks", row.tasks, tasks.uuid.len())?;
     check("steps", row.steps, steps.uuid.len())?;
 
+    // Before the end is written down: a task that ends as it begins cancels its new steps too.
+    insert_steps(conn, batch, began_at, row.at).await?;
     let cancelled = if ending.is_empty() {
         Vec::new()
     } else {
@@ -159,7 +161,6 @@ pub async fn apply(
             })
             .collect()
     };
-    insert_steps(conn, batch, began_at, row.at).await?;
     Ok(Applied { at: row.at, cancelled })
 }
 
@@ -355,3 +356,6 @@ impl<'a> LogColumns<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

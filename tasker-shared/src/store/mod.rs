@@ -3,11 +3,14 @@
 pub mod apply;
 pub mod exports;
 pub mod protocol;
+pub mod requests;
 pub mod steps;
 pub mod tasks;
 pub mod templates;
 pub mod transitions;
 pub mod tx;
+pub mod views;
+pub mod why;
 
 /// What a row held that it must not hold, or what the database answered.
 #[derive(Debug, thiserror::Error)]

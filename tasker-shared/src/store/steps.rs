@@ -163,8 +163,8 @@ pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<O
     Ok(rows.into_iter().max())
 }
 
-/// Every step of these tasks that failed or was cancelled, its `remaining_dependencies`
-/// recounted from the edges; and which of the tasks have steps at all.
+/// Every step of these tasks that failed, was cancelled or is pending, its
+/// `remaining_dependencies` recounted from the edges; and which of the tasks have steps at all.
 pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
     let with_steps = sqlx::query_scalar!(
         r#"select t.task_uuid from unnest($1::uuid[]) t(task_uuid)
@@ -183,7 +183,7 @@ pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Re
               where e.template_id = t.template_id and e.child_index = s.step_index
                 and p.state not in ('complete', 'resolved_manually'))::int as "open_parents!"
            from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
-           where t.task_uuid = any($1) and s.state in ('error', 'cancelled')"#,
+           where t.task_uuid = any($1) and s.state in ('error', 'cancelled', 'pending')"#,
         task_uuids
     )
     .fetch_all(&mut *conn)

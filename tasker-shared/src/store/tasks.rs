@@ -24,7 +24,7 @@ pub struct TaskRow {
     pub remote_span_id: Option<SpanId>,
     pub trace_flags: u8,
     pub tracestate: Option<String>,
-    pub generation_began_at: DateTime<Utc>,
+    pub created_at: DateTime<Utc>,
     /// The database's time when it was locked.
     pub read_at: DateTime<Utc>,
 }
@@ -66,7 +66,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                         Some(_) => Some("terminate"),
                         None => None,
                     },
-                    created_at: row.created_at,
+                    generation_began_at: row.generation_began_at,
                     last_at: row.last_at,
                 },
                 namespace: row.namespace,
@@ -79,7 +79,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
                 trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
                 tracestate: row.tracestate,
-                generation_began_at: row.generation_began_at,
+                created_at: row.created_at,
                 read_at: row.now,
             })
         })

@@ -28,9 +28,9 @@ pub const MAX_BAGGAGE_BYTES: usize = 8192;
 /// The keys of baggage that are passed on unless configured otherwise.
 pub const DEFAULT_BAGGAGE_KEYS: [&str; 3] = ["correlation_id", "task_uuid", "namespace"];
 
-const TRACEPARENT: &str = "traceparent";
-const TRACESTATE: &str = "tracestate";
-const BAGGAGE: &str = "baggage";
+pub(crate) const TRACEPARENT: &str = "traceparent";
+pub(crate) const TRACESTATE: &str = "tracestate";
+pub(crate) const BAGGAGE: &str = "baggage";
 
 /// A valid W3C `traceparent`. `Display` writes it in version 00.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

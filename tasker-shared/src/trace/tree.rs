@@ -117,9 +117,11 @@ impl<'a> Tree<'a> {
     }
 
     fn generation_began(&self, generation: i32, task_rows: &[&Transition]) -> DateTime<Utc> {
+        // Only from a terminal state: the repair of a blocked task stays within its generation.
         let begins = |row: &&&Transition| {
             row.generation == generation
                 && (row.event == TaskEvent::OperatorRetry.as_str() || row.event == TaskEvent::Rerun.as_str())
+                && row.from.parse::<TaskState>().is_ok_and(TaskState::is_terminal)
         };
         if generation == 1 {
             self.log.head.created_at
@@ -188,9 +190,11 @@ impl<'a> Tree<'a> {
             }
             ("steps_in_process", "evaluating_results") => {
                 let mut evaluated = child(names::RESULT_EVALUATION, SpanKey::Evaluation);
+                // A report that the end of the task cancelled in the same settle was never looked at.
                 let reported = rows.iter().filter(|step| {
-                    step.from == StepState::EnqueuedForOrchestration.as_str()
-                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str()
+                    (step.from == StepState::EnqueuedForOrchestration.as_str()
+                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str())
+                        && step.event != StepEvent::Cancel.as_str()
                 });
                 let links: Vec<Link> = reported
                     .map(|step| self.link(self.of_attempt(SpanKey::Submission, step.entity, step.attempt.unwrap_or(0))))
@@ -328,7 +332,7 @@ impl<'a> Tree<'a> {
             }
         }
         // Everything of an attempt goes out with the settle that closes it, inside its times.
-        let (start, settled_at) = (opening.began_at, end);
+        let (start, settled_at) = (opening.began_at.min(end), end);
         for inner in &mut self.spans[first..] {
             inner.start = inner.start.clamp(start, end);
             inner.end = inner.end.clamp(inner.start, end);
@@ -435,7 +439,9 @@ impl Ending {
             "LeaseExpired" => ("lost", Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))),
             "Cancel" => ("cancellation", Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned())))),
             "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
-                ("timeout", Some(("timeout".to_owned(), said().1.unwrap_or_else(|| "it took too long".to_owned()))))
+                let (kind, reason) = said();
+                let kind = kind.unwrap_or_else(|| "timeout".to_owned());
+                ("timeout", Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned()))))
             }
             _ => match failure {
                 Some(failure) if failure.kind == "timeout" => ("timeout", Some((failure.kind.clone(), failure.message.clone()))),
@@ -532,3 +538,6 @@ fn milliseconds(ms: Option<f64>) -> TimeDelta {
     #[expect(clippy::cast_possible_truncation, reason = "clamped on the line above")]
     TimeDelta::microseconds(micros as i64)
 }
+
+#[cfg(test)]
+mod tests;

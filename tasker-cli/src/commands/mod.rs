@@ -1,0 +1,12 @@
+//! One file per noun.
+
+pub mod db;
+pub mod demo;
+pub mod migrate;
+pub mod orchestrator;
+pub mod queue;
+pub mod task;
+pub mod template;
+pub mod trace;
+pub mod up;
+pub mod worker;

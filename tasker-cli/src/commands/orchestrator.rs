@@ -1,0 +1,62 @@
+//! `tasker orchestrator`.
+
+use std::time::Duration;
+
+use tasker_orchestration::{Options, Orchestrator as Running};
+use tasker_shared::telemetry::Role;
+
+use crate::{Global, run};
+
+/// How long the spans of the last batches may take to be acknowledged.
+pub const FLUSH: Duration = Duration::from_secs(10);
+
+/// Run orchestrators: they decide what happens next.
+#[derive(Debug, clap::Subcommand)]
+pub enum Orchestrator {
+    /// Run one until Ctrl-C or SIGTERM; any number may share a database
+    Run(Run),
+}
+
+/// Run one orchestrator until it is told to stop; then it finishes what it has begun.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tasker orchestrator run
+  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 tasker orchestrator run
+  DATABASE_URL=postgresql://localhost/tasker tasker orchestrator run --log-format json")]
+pub struct Run {
+    /// Messages settled in one transaction, at most
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    batch: i32,
+    /// Loops that settle results side by side
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
+    settlers: u16,
+}
+
+impl Orchestrator {
+    /// Runs it.
+    pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        let Self::Run(Run { batch, settlers }) = self;
+        let stop = run::stop_signal()?;
+        let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "info")?;
+        let connected = run::connect(global).await?;
+        if trace.enabled {
+            tracing::info!(endpoint = trace.printable_endpoint(), "traces are exported");
+        }
+        let orchestrator = Running::start(
+            &connected.url,
+            &Options {
+                trace,
+                batch,
+                settlers: settlers.into(),
+            },
+        )
+        .await?;
+        tracing::info!("the orchestrator runs");
+        stop.cancelled().await;
+        tracing::info!("stopping: the batches that have begun are finished");
+        orchestrator.shutdown(FLUSH).await;
+        telemetry.shutdown(FLUSH).await;
+        Ok(())
+    }
+}

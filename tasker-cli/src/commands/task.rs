@@ -1,0 +1,431 @@
+//! `tasker task`.
+
+use std::io::{IsTerminal as _, Read as _};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use chrono::{DateTime, Utc};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use tasker_shared::client::{Client, Submit as Request};
+use tasker_shared::store::views::{self, TaskFilter, TaskView};
+use tasker_shared::store::why::duration;
+use tasker_shared::template::parse_duration;
+use uuid::Uuid;
+
+use super::template::TemplateName;
+use crate::Global;
+use crate::failure::{FAILED, failure};
+use crate::output::{self, Format, Table};
+use crate::run;
+
+/// Submit and follow tasks (a task is one run of a workflow).
+///
+/// A task is named by its uuid, or by its correlation id if no other task has the same.
+#[derive(Debug, clap::Subcommand)]
+#[command(after_help = "\
+Examples:
+  tasker task submit shop/order --input '{\"order_id\": \"4711\"}' --correlation-id ORD-4711 --wait
+  tasker task list --status failed
+  tasker task why ORD-4711
+  tasker task wait ORD-4711 --timeout 30s && echo completed")]
+pub enum Task {
+    /// Ask for a task
+    Submit(Submit),
+    /// List tasks, newest first
+    List(List),
+    /// Show a task, its steps, and what it came to
+    Get {
+        /// Uuid or correlation id
+        task: String,
+    },
+    /// Wait until tasks have ended; fails unless all have completed
+    Wait {
+        /// Uuids or correlation ids
+        #[arg(required = true)]
+        tasks: Vec<String>,
+        /// Give up after this time, with exit code 5
+        #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+        timeout: Option<Duration>,
+    },
+    /// End a task; what is not done will not be done
+    Cancel {
+        /// Uuid or correlation id
+        task: String,
+        /// Why; kept with the task
+        #[arg(long)]
+        reason: Option<String>,
+        /// Drop running handlers instead of asking them to stop
+        #[arg(long)]
+        terminate: bool,
+    },
+    /// Try again what failed or was cancelled, keeping what is done
+    Retry {
+        /// Uuid or correlation id
+        task: String,
+        /// Why; kept with the task
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// Say in one sentence what a task waits for
+    Why {
+        /// Uuid or correlation id
+        task: String,
+    },
+}
+
+/// Ask for a task. With an idempotency key that is known, the first task comes back.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tasker task submit shop/order --input @order.json
+  jq .order event.json | tasker task submit shop/order@1.2.0 --input - --idempotency-key evt-17
+  tasker task submit shop/order --traceparent 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")]
+pub struct Submit {
+    /// NAMESPACE/NAME, or NAMESPACE/NAME@VERSION; the version registered last if none is given
+    template: TemplateName,
+    /// A JSON object, @FILE, or - for stdin
+    #[arg(long, default_value = "{}", value_name = "JSON")]
+    input: String,
+    /// What people will search by; the task's uuid if not given
+    #[arg(long, value_name = "TEXT")]
+    correlation_id: Option<String>,
+    /// Submitting it again returns the first task
+    #[arg(long, value_name = "TEXT")]
+    idempotency_key: Option<String>,
+    /// Higher runs first, from -9999 to 9999
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-9999..=9999))]
+    priority: Option<i32>,
+    /// Not before this time, such as 2030-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME")]
+    run_at: Option<DateTime<Utc>>,
+    /// W3C trace context of the caller: the task's trace continues it
+    #[arg(
+        long,
+        env = "TRACEPARENT",
+        hide_env_values = true,
+        value_name = "VALUE"
+    )]
+    traceparent: Option<String>,
+    /// Goes with the traceparent
+    #[arg(long, env = "TRACESTATE", hide_env_values = true, value_name = "VALUE")]
+    tracestate: Option<String>,
+    /// Wait until it has ended, print it, and fail unless it completed
+    #[arg(long)]
+    wait: bool,
+    /// With --wait: give up after this time, with exit code 5
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION", requires = "wait")]
+    timeout: Option<Duration>,
+}
+
+/// List tasks, newest first.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  tasker task list --namespace shop --status waiting\n  tasker task list --correlation-id ORD-4711 -o json"
+)]
+pub struct List {
+    /// Of this namespace only
+    #[arg(long)]
+    namespace: Option<String>,
+    /// Of this template only
+    #[arg(long, value_name = "NAME")]
+    template: Option<String>,
+    /// With this status only
+    #[arg(long, value_parser = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"])]
+    status: Option<String>,
+    /// With this correlation id only
+    #[arg(long, value_name = "TEXT")]
+    correlation_id: Option<String>,
+    /// Older than this task: the next page
+    #[arg(long, value_name = "UUID")]
+    before: Option<Uuid>,
+    /// How many at most
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    limit: u32,
+}
+
+impl Task {
+    /// Runs it.
+    pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        // Read before anything is started: a bad file should cost nothing.
+        let input = match &self {
+            Self::Submit(submit) => Some(read_input(&submit.input)?),
+            _ => None,
+        };
+        let connected = run::connect(global).await?;
+        let client = &connected.client;
+        match self {
+            Self::Submit(command) => {
+                submit(global, client, command, input.unwrap_or_default()).await
+            }
+            Self::List(List {
+                namespace,
+                template,
+                status,
+                correlation_id,
+                before,
+                limit,
+            }) => {
+                let filter = TaskFilter {
+                    namespace,
+                    template,
+                    status,
+                    correlation_id,
+                    before,
+                    limit,
+                };
+                list(global, &client.list(&filter).await?)
+            }
+            Self::Get { task } => get(global, client, run::find_task(client, &task).await?).await,
+            Self::Wait { tasks, timeout } => {
+                let mut ids = Vec::new();
+                for task in &tasks {
+                    ids.push(run::find_task(client, task).await?);
+                }
+                let ended = wait(client, &ids, timeout).await?;
+                list(global, &ended)?;
+                all_completed(&ended)
+            }
+            Self::Cancel {
+                task,
+                reason,
+                terminate,
+            } => {
+                let id = run::find_task(client, &task).await?;
+                if terminate {
+                    client
+                        .terminate(id, actor().as_deref(), reason.as_deref())
+                        .await?;
+                } else {
+                    client
+                        .cancel(id, actor().as_deref(), reason.as_deref())
+                        .await?;
+                }
+                accepted(
+                    global,
+                    id,
+                    "it ends as soon as an orchestrator reads the request",
+                )
+            }
+            Self::Retry { task, reason } => {
+                let id = run::find_task(client, &task).await?;
+                client
+                    .retry(id, actor().as_deref(), reason.as_deref())
+                    .await?;
+                accepted(
+                    global,
+                    id,
+                    "it goes on as soon as an orchestrator reads the request",
+                )
+            }
+            Self::Why { task } => {
+                let situation = client.why(run::find_task(client, &task).await?).await?;
+                let sentence = situation.sentence();
+                if global.output == Format::Json {
+                    return output::json(
+                        &json!({"task_uuid": situation.task.task_uuid, "why": sentence, "situation": situation}),
+                    );
+                }
+                output::line(sentence)
+            }
+        }
+    }
+}
+
+/// Who is asking, for the audit; the database's user otherwise.
+fn actor() -> Option<String> {
+    std::env::var("USER").ok().filter(|user| !user.is_empty())
+}
+
+fn accepted(global: &Global, task: Uuid, text: &str) -> anyhow::Result<()> {
+    if global.output == Format::Json {
+        return output::json(&json!({"task_uuid": task, "accepted": true}));
+    }
+    output::line(format!("accepted: {text}"))
+}
+
+fn read_input(text: &str) -> anyhow::Result<Value> {
+    let read = match text.strip_prefix('@') {
+        Some(path) => {
+            std::fs::read_to_string(path).with_context(|| format!("input: cannot read {path}"))?
+        }
+        None if text == "-" => {
+            let mut all = String::new();
+            std::io::stdin()
+                .read_to_string(&mut all)
+                .context("input: cannot read stdin")?;
+            all
+        }
+        None => text.to_owned(),
+    };
+    serde_json::from_str(&read).map_err(|error| {
+        failure(
+            2,
+            format!("input: is not JSON: {error}; give an object such as '{{\"a\": 1}}', or @FILE"),
+        )
+    })
+}
+
+async fn submit(
+    global: &Global,
+    client: &Client,
+    command: Submit,
+    input: Value,
+) -> anyhow::Result<()> {
+    let TemplateName {
+        namespace,
+        name,
+        version,
+    } = command.template;
+    let request = Request {
+        namespace,
+        template: name,
+        version,
+        input,
+        correlation_id: command.correlation_id,
+        idempotency_key: command.idempotency_key,
+        priority: command.priority,
+        run_at: command.run_at,
+        traceparent: command.traceparent,
+        tracestate: command.tracestate,
+        baggage: None,
+    };
+    let mut answers = client.submit_many(vec![request]).await?;
+    let submitted = answers
+        .pop()
+        .context("no answer")?
+        .map_err(|refusal| failure(FAILED, refusal))?;
+    if !command.wait {
+        if global.output == Format::Json {
+            return output::json(&submitted);
+        }
+        if !submitted.is_new {
+            eprintln!("the idempotency key is known: this is the first task with it");
+        }
+        return output::line(submitted.task_uuid.to_string());
+    }
+    wait(client, &[submitted.task_uuid], command.timeout).await?;
+    get(global, client, submitted.task_uuid).await?;
+    all_completed(&[client.get(submitted.task_uuid).await?])
+}
+
+async fn wait(
+    client: &Client,
+    tasks: &[Uuid],
+    timeout: Option<Duration>,
+) -> anyhow::Result<Vec<TaskView>> {
+    let bar = progress(tasks.len(), "ended");
+    let ended = client.wait_many(tasks, timeout, |_| bar.inc(1)).await;
+    bar.finish_and_clear();
+    Ok(ended?)
+}
+
+/// A bar on stderr; hidden for a single task, and where nobody would see it.
+pub fn progress(count: usize, what: &str) -> ProgressBar {
+    if count < 2 || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template(&format!("{{bar:40}} {{pos}}/{{len}} {what}, {{elapsed}}"));
+    ProgressBar::new(count as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn all_completed(ended: &[TaskView]) -> anyhow::Result<()> {
+    let others = ended
+        .iter()
+        .filter(|task| task.status != "completed")
+        .count();
+    if others == 0 {
+        return Ok(());
+    }
+    Err(failure(
+        FAILED,
+        format!("{others} of {} did not complete", ended.len()),
+    ))
+}
+
+fn list(global: &Global, tasks: &[TaskView]) -> anyhow::Result<()> {
+    if global.output == Format::Json {
+        return output::json(&tasks);
+    }
+    let mut table = Table::new([
+        "TASK",
+        "TEMPLATE",
+        "STATUS",
+        "CORRELATION ID",
+        "CREATED (UTC)",
+        "TOOK",
+    ]);
+    for task in tasks {
+        table.row([
+            task.task_uuid.to_string(),
+            format!("{}/{}@{}", task.namespace, task.template, task.version),
+            output::status(task.status),
+            output::cell(Some(&task.correlation_id)),
+            output::time(task.created_at),
+            task.finished_at
+                .map_or("-".into(), |end| duration(end - task.created_at)),
+        ]);
+    }
+    table.print("no task matches")
+}
+
+async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
+    let task = client.get(id).await?;
+    let (steps, result) = (client.steps(id).await?, client.result(id).await?);
+    let sentence = client.why(id).await?.sentence();
+    if global.output == Format::Json {
+        let input = views::input(&mut *client.pool().acquire().await?, id).await?;
+        let mut value = serde_json::to_value(&task)?;
+        let more = json!({"why": sentence, "input": input, "result": result, "steps": steps});
+        if let (Value::Object(all), Value::Object(more)) = (&mut value, more) {
+            all.extend(more);
+        }
+        return output::json(&value);
+    }
+    output::line(format!(
+        "{}  {}/{}@{}",
+        task.task_uuid, task.namespace, task.template, task.version
+    ))?;
+    output::line(sentence)?;
+    output::line(format!(
+        "correlation id  {}",
+        output::cell(Some(&task.correlation_id))
+    ))?;
+    output::line(format!("trace id        {}", task.trace_id))?;
+    output::line(format!(
+        "created         {} UTC",
+        output::time(task.created_at)
+    ))?;
+    let mut table = Table::new(["STEP", "STATE", "ATTEMPT", "HANDLER", "WORKER", "ERROR"]);
+    for step in steps {
+        let held = step
+            .held_by
+            .as_deref()
+            .map_or_else(String::new, |held| format!(" (held: {held})"));
+        let error = step
+            .error
+            .map(|error| format!("{}: {}", text(&error["type"]), text(&error["message"])));
+        table.row([
+            step.name,
+            format!("{}{held}", step.state),
+            format!("{}/{}", step.attempt, step.max_attempts),
+            step.handler,
+            output::cell(step.worker.as_deref()),
+            output::clip(&output::cell(error.as_deref()), 80),
+        ]);
+    }
+    table.print("no step")?;
+    for (step, result) in result {
+        output::line(format!(
+            "result of {step}: {}",
+            serde_json::to_string_pretty(&result)?
+        ))?;
+    }
+    Ok(())
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or("?")
+}

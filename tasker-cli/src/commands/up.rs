@@ -1,0 +1,183 @@
+//! `tasker up`: everything in one process, for a laptop.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use chrono::Utc;
+use serde_json::json;
+use tasker_orchestration::{Options, Orchestrator};
+use tasker_shared::client::Client;
+use tasker_shared::store::views::{self, TaskView};
+use tasker_shared::store::why::duration;
+use tasker_shared::telemetry::Role;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::orchestrator::FLUSH;
+use super::worker::BUILTINS;
+use crate::Global;
+use crate::output::{self, Format};
+use crate::run;
+
+/// How often new templates are looked for, so that `template apply` needs no restart.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Run an orchestrator and workers with the built-in handlers in this process, and print every
+/// task that ends, until Ctrl-C.
+///
+/// There is a worker for each queue with a step for a built-in handler, also of templates that
+/// are registered meanwhile. Handlers of your own run in a program of your own beside it.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  tasker up\n  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 tasker up"
+)]
+pub struct Up {
+    /// Attempts that run at once, for each queue
+    #[arg(long, default_value_t = 50)]
+    slots: usize,
+    /// A host that the `http` handler may talk to, as HOST or HOST:PORT; may be repeated
+    #[arg(long = "allow-http-host", value_name = "HOST")]
+    http_hosts: Vec<String>,
+}
+
+impl Up {
+    /// Runs it.
+    pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        let stop = run::stop_signal()?;
+        let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "warn")?;
+        let connected = run::connect(global).await?;
+        let client = &connected.client;
+        eprintln!("database  {}", printable(&connected.url));
+        if trace.enabled {
+            eprintln!("traces    {}", trace.printable_endpoint());
+        } else {
+            eprintln!(
+                "traces    not exported; set OTEL_EXPORTER_OTLP_ENDPOINT, or look with `tasker trace show`"
+            );
+        }
+        let orchestrator = Orchestrator::start(
+            &connected.url,
+            &Options {
+                trace,
+                ..Options::default()
+            },
+        )
+        .await?;
+        let mut watch = client.watch().await?;
+        let mut workers = Workers {
+            up: &self,
+            url: &connected.url,
+            stop: stop.child_token(),
+            known: HashSet::new(),
+            running: JoinSet::new(),
+        };
+        eprintln!("running; Ctrl-C finishes what has begun and ends");
+
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut ended = 0_u64;
+        while !stop.is_cancelled() {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                _ = look.tick() => workers.add_new(client).await?,
+                Some(result) = workers.running.join_next() => result??,
+                task = watch.next() => {
+                    ended += 1;
+                    print(global, &client.get(task?).await?)?;
+                }
+            }
+        }
+        eprintln!("stopping: running handlers finish first");
+        while let Some(result) = workers.running.join_next().await {
+            result??;
+        }
+        watch.end().await;
+        orchestrator.shutdown(FLUSH).await;
+        telemetry.shutdown(FLUSH).await;
+        eprintln!("{ended} task{} ended", if ended == 1 { "" } else { "s" });
+        Ok(())
+    }
+}
+
+struct Workers<'a> {
+    up: &'a Up,
+    url: &'a str,
+    stop: CancellationToken,
+    known: HashSet<(String, String)>,
+    running: JoinSet<Result<(), tasker_worker::Error>>,
+}
+
+impl Workers<'_> {
+    async fn add_new(&mut self, client: &Client) -> anyhow::Result<()> {
+        let wanted = views::queues_of(
+            &mut *client.pool().acquire().await?,
+            &BUILTINS.map(String::from),
+        )
+        .await?;
+        for (namespace, queue) in wanted {
+            if !self.known.insert((namespace.clone(), queue.clone())) {
+                continue;
+            }
+            // `worker_<namespace>` or `worker_<namespace>__<queue>`; neither name holds `__`.
+            let named = queue.split_once("__").map(|(_, name)| name);
+            let worker = tasker_worker::Worker::builder(self.url)
+                .namespace(&namespace)
+                .queue(named)
+                .slots(self.up.slots)
+                .allow_http_hosts(self.up.http_hosts.iter().cloned())
+                .builtins()
+                .build()?;
+            eprintln!("worker    {} for {queue}", worker.name());
+            self.running.spawn(worker.run(self.stop.clone()));
+        }
+        Ok(())
+    }
+}
+
+fn print(global: &Global, task: &TaskView) -> anyhow::Result<()> {
+    let took = task.finished_at.unwrap_or_else(Utc::now) - task.created_at;
+    if global.output == Format::Json {
+        return output::line(json!(task).to_string());
+    }
+    let reason = task.reason.as_deref().map_or_else(String::new, |reason| {
+        format!("  {}", output::clip(&output::cell(Some(reason)), 100))
+    });
+    output::line(format!(
+        "{}  {}  {}/{}  {}  {}{reason}",
+        task.finished_at.unwrap_or(task.last_at).format("%H:%M:%S"),
+        output::status(task.status),
+        task.namespace,
+        task.template,
+        output::cell(Some(&task.correlation_id)),
+        duration(took),
+    ))
+}
+
+/// The URL without its password.
+fn printable(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return url.to_owned();
+    };
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    match authority.rsplit_once('@') {
+        Some((user, host)) => format!(
+            "{scheme}://{}@{host}{path}",
+            user.split(':').next().unwrap_or_default()
+        ),
+        None => url.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_password_is_not_printed() {
+        assert_eq!(
+            super::printable("postgres://me:secret@db:5432/tasker"),
+            "postgres://me@db:5432/tasker"
+        );
+        assert_eq!(
+            super::printable("postgresql:///tasker?host=/run/pg"),
+            "postgresql:///tasker?host=/run/pg"
+        );
+    }
+}

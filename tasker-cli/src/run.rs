@@ -1,0 +1,119 @@
+//! What commands share: the database, the trace configuration, and how a process is told to stop.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use sqlx::{Connection as _, PgConnection};
+use tasker_shared::client::Client;
+use tasker_shared::migrate::migrate;
+use tasker_shared::postgres::Database;
+use tasker_shared::store::tx::{self, PoolOptions};
+use tasker_shared::telemetry::{self, Role, Telemetry};
+use tasker_shared::trace::config::TraceConfig;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::Global;
+use crate::failure::{NOT_FOUND, UNREACHABLE, failure};
+
+/// A migrated database, and a client of it. The managed server runs as long as this lives.
+pub struct Connected {
+    /// For processes that open connections of their own.
+    pub url: String,
+    /// For everything else.
+    pub client: Client,
+    _server: Database,
+}
+
+/// Opens the database that the flags or the environment name, and migrates it.
+pub async fn connect(global: &Global) -> anyhow::Result<Connected> {
+    let server = open(global).await?;
+    let url = server.url();
+    // A pool would try again until its time is up, and then not say why.
+    let first = tokio::time::timeout(Duration::from_secs(10), PgConnection::connect(&url)).await;
+    first
+        .map_err(|_| failure(UNREACHABLE, "the database does not answer within 10 s"))?
+        .context("the database cannot be reached")?
+        .close()
+        .await?;
+    let options = PoolOptions {
+        application_name: "tasker-cli",
+        ..PoolOptions::default()
+    };
+    let pool = tx::pool(&url, &options)
+        .await
+        .context("the database cannot be reached")?;
+    migrate(&pool).await?;
+    Ok(Connected {
+        url,
+        client: Client::from_pool(pool),
+        _server: server,
+    })
+}
+
+/// Opens the database without connecting to it.
+pub async fn open(global: &Global) -> anyhow::Result<Database> {
+    if let Some(url) = global.database_url.clone().filter(|url| !url.is_empty()) {
+        return Ok(Database::External { url });
+    }
+    Ok(tokio::task::spawn_blocking(Database::open).await??)
+}
+
+/// Reads the trace configuration, says what is wrong with it, and starts logging.
+pub fn telemetry(
+    global: &Global,
+    role: Role,
+    default_level: &str,
+) -> anyhow::Result<(TraceConfig, Telemetry)> {
+    let (config, warnings) = TraceConfig::from_env()?;
+    let started = telemetry::init_at(role, &config, global.log_format.into(), default_level);
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok((config, started))
+}
+
+/// Fires on the first SIGINT or SIGTERM; the second ends the process at once.
+pub fn stop_signal() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
+    let stop = CancellationToken::new();
+    let told = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        told.cancel();
+        tokio::select! { _ = interrupt.recv() => std::process::exit(130), _ = terminate.recv() => std::process::exit(143) }
+    });
+    Ok(stop)
+}
+
+/// Finds a task by its uuid or by its correlation id.
+pub async fn find_task(client: &Client, text: &str) -> anyhow::Result<Uuid> {
+    if let Ok(task) = text.parse() {
+        return Ok(task);
+    }
+    let mut conn = client.pool().acquire().await?;
+    match tasker_shared::store::views::by_correlation(&mut conn, text)
+        .await?
+        .as_slice()
+    {
+        [task] => Ok(*task),
+        [] => Err(failure(
+            NOT_FOUND,
+            format!("no task has the uuid or the correlation id {text:?}"),
+        )),
+        several => {
+            let list: Vec<String> = several.iter().map(|task| format!("  {task}")).collect();
+            Err(failure(
+                NOT_FOUND,
+                format!(
+                    "several tasks have the correlation id {text:?}; name one, newest first:\n{}",
+                    list.join("\n")
+                ),
+            ))
+        }
+    }
+}

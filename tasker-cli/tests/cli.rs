@@ -1,0 +1,672 @@
+//! The command as scripts see it: exit codes, JSON, help. Each test has a database of its own.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tasker_shared::postgres::testing::TestDatabase;
+use tasker_shared::store::templates;
+use tasker_shared::template;
+use tasker_tests::receiver::Receiver;
+
+/// One step for each built-in way to end.
+const TEMPLATE: &str = r#"
+namespace: shop
+name: order
+version: "1"
+input_schema: {type: object, required: [order_id]}
+steps:
+  - {name: try, handler: fail, input: "${input}", retry: {initial_interval: 10ms}}
+  - {name: done, handler: echo, depends_on: [try], input: {try: "${steps.try.output}"}}
+"#;
+
+struct Answer {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl Answer {
+    #[track_caller]
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {} {}", self.stdout, self.stderr))
+    }
+
+    #[track_caller]
+    fn exits_with(self, code: i32) -> Self {
+        assert_eq!(
+            self.code, code,
+            "stdout: {}\nstderr: {}",
+            self.stdout, self.stderr
+        );
+        self
+    }
+}
+
+fn command(url: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tasker"));
+    command
+        .args(arguments)
+        .env("DATABASE_URL", url)
+        .env_remove("TRACEPARENT")
+        .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");
+    command
+        .env("USER", "ada")
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null());
+    command
+}
+
+/// A command that needs no database: it fails if it looks for one.
+fn offline(arguments: &[&str]) -> Answer {
+    run(&mut command(
+        "postgresql://nobody@127.0.0.1:1/nothing",
+        arguments,
+    ))
+}
+
+fn run(command: &mut Command) -> Answer {
+    let output = command.output().expect("the command starts");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    Answer {
+        code: output.status.code().expect("no signal"),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
+}
+
+struct Shop {
+    database: TestDatabase,
+    conn: PgConnection,
+}
+
+impl Shop {
+    async fn new() -> Self {
+        let database = TestDatabase::fresh().await;
+        let mut conn = PgConnection::connect(&database.url()).await.unwrap();
+        let checked = template::parse("order.yaml", TEMPLATE).unwrap();
+        templates::register(&mut conn, &checked.template)
+            .await
+            .unwrap();
+        Self { database, conn }
+    }
+
+    fn tasker(&self, arguments: &[&str]) -> Answer {
+        run(&mut command(&self.database.url(), arguments))
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        self.tasker(&[arguments, &["-o", "json"]].concat())
+            .exits_with(0)
+            .json()
+    }
+
+    async fn sql(&mut self, statement: &str) {
+        sqlx::query(AssertSqlSafe(statement.to_owned()))
+            .execute(&mut self.conn)
+            .await
+            .unwrap();
+    }
+}
+
+/// `tasker up`, told to stop when the test is done with it.
+struct Up {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Up {
+    fn start(shop: &Shop) -> Self {
+        let mut child = command(&shop.database.url(), &["up", "-o", "json"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("tasker up");
+        let stderr = BufReader::new(child.stderr.take().expect("piped"));
+        // A pipe that nobody reads would fill up, so it is read to its end.
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                if line.starts_with("worker") {
+                    let _ = ready.send(());
+                }
+            }
+        });
+        is_ready.recv().expect("`tasker up` starts a worker");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        Self { child, lines }
+    }
+
+    fn next_line(&mut self) -> Value {
+        serde_json::from_str(&self.lines.next().expect("a line").unwrap()).unwrap()
+    }
+
+    fn stop(mut self) -> i32 {
+        let id = i32::try_from(self.child.id())
+            .ok()
+            .filter(|id| *id > 1)
+            .and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(
+            id.expect("the id of a child"),
+            rustix::process::Signal::TERM,
+        )
+        .unwrap();
+        self.child
+            .wait()
+            .unwrap()
+            .code()
+            .expect("it ends by itself")
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn help_names_every_noun_and_every_exit_code() {
+    insta::assert_snapshot!(offline(&["--help"]).exits_with(0).stdout);
+}
+
+#[test]
+fn every_verb_has_help_with_examples() {
+    for arguments in [
+        "demo",
+        "up",
+        "orchestrator run",
+        "worker run",
+        "template",
+        "task",
+        "task submit",
+        "task list",
+        "trace show",
+        "queue",
+        "migrate",
+        "db",
+    ] {
+        let words: Vec<&str> = arguments.split(' ').chain(["--help"]).collect();
+        let help = offline(&words).exits_with(0).stdout;
+        assert!(
+            help.contains("Examples:\n  ") || help.contains("Examples:"),
+            "{arguments}: {help}"
+        );
+        assert!(
+            help.lines().all(|line| line.chars().count() <= 125),
+            "{arguments}: {help}"
+        );
+    }
+}
+
+#[test]
+fn a_wrong_command_line_exits_with_2() {
+    for arguments in [
+        &["tusk"][..],
+        &["task"],
+        &["task", "submit", "order"],
+        &["task", "list", "--status", "nice"],
+        &["task", "wait", "x", "--timeout", "30"],
+        &["task", "submit", "shop/order", "--input", "{"],
+        &["trace", "show", "x", "--tree", "--json"],
+    ] {
+        let answer = offline(arguments).exits_with(2);
+        assert!(
+            !answer.stderr.is_empty() && answer.stdout.is_empty(),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn an_unreachable_database_exits_with_4_and_says_why() {
+    let answer = offline(&["task", "list"]).exits_with(4);
+    assert!(
+        answer.stderr.contains("the database cannot be reached")
+            && answer.stderr.contains("refused"),
+        "{}",
+        answer.stderr
+    );
+}
+
+#[test]
+fn lint_names_file_line_and_key_of_every_problem() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("order.yaml");
+    let bad = "namespace: shop\nname: order\nversion: \"1\"\nsteps:\n  - {name: a, handler: noop, depends_on: [b]}\n  - {name: c, handlers: noop}\n";
+    std::fs::write(&path, bad).unwrap();
+    let path = path.to_str().unwrap();
+    let answer = offline(&["template", "lint", path]).exits_with(1);
+    let lines: Vec<&str> = answer.stdout.lines().collect();
+    assert!(
+        lines[0].starts_with(&format!("{path}:5:"))
+            && lines[0].contains("steps[0].depends_on[0]")
+            && lines[0].contains("`b`"),
+        "{lines:?}"
+    );
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.starts_with(&format!("{path}:6:")) && line.contains("handlers")),
+        "{lines:?}"
+    );
+
+    let problems = offline(&["template", "lint", path, "-o", "json"])
+        .exits_with(1)
+        .json();
+    assert_eq!(problems["ok"], false);
+    assert_eq!(problems["problems"].as_array().unwrap().len(), lines.len());
+    let first = &problems["problems"][0];
+    assert_eq!(
+        (&first["file"], &first["line"], &first["key"]),
+        (&json!(path), &json!(5), &json!("steps[0].depends_on[0]"))
+    );
+
+    std::fs::write(path, TEMPLATE).unwrap();
+    let answer = offline(&["template", "lint", path]).exits_with(0);
+    assert!(
+        answer.stdout.ends_with("ok, shop/order 1 with 2 steps\n"),
+        "{}",
+        answer.stdout
+    );
+    assert_eq!(
+        offline(&["template", "lint", path, "-o", "json"])
+            .exits_with(0)
+            .json(),
+        json!({"ok": true, "problems": []})
+    );
+}
+
+#[test]
+fn the_schema_is_printed_without_a_database() {
+    let sql = offline(&["migrate", "--print"]).exits_with(0).stdout;
+    for part in [
+        "create table tasker.tasks",
+        "create function tasker.submit_task",
+    ] {
+        assert!(sql.contains(part), "{part} is missing");
+    }
+}
+
+#[tokio::test]
+async fn a_database_without_a_schema_is_migrated_once() {
+    let database = TestDatabase::empty().await;
+    let migrate = || {
+        run(&mut command(&database.url(), &["migrate", "-o", "json"]))
+            .exits_with(0)
+            .json()
+    };
+    assert!(migrate()["applied"].as_array().unwrap().len() > 3);
+    assert_eq!(migrate()["applied"], json!([]));
+    let listed = run(&mut command(
+        &database.url(),
+        &["task", "list", "-o", "json"],
+    ))
+    .exits_with(0)
+    .json();
+    assert_eq!(listed, json!([]));
+}
+
+#[tokio::test]
+async fn what_does_not_exist_exits_with_3() {
+    let shop = Shop::new().await;
+    let nobody = "00000000-0000-7000-8000-000000000000";
+    for arguments in [
+        &["task", "get", nobody][..],
+        &["task", "why", "ORD-unknown"],
+        &["task", "wait", nobody],
+        &["task", "cancel", nobody],
+        &["trace", "show", nobody],
+        &["template", "show", "shop/nothing"],
+        &["template", "show", "shop/order@9"],
+        &["queue", "quarantine", "requeue", "77"],
+        &["queue", "quarantine", "discard", "77"],
+    ] {
+        shop.tasker(arguments).exits_with(3);
+    }
+}
+
+#[tokio::test]
+async fn a_registered_version_never_changes() {
+    let shop = Shop::new().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("order.yaml");
+    std::fs::write(&path, TEMPLATE).unwrap();
+    let apply = ["template", "apply", path.to_str().unwrap()];
+    assert_eq!(
+        shop.json(&apply),
+        json!([{"namespace": "shop", "name": "order", "version": "1", "is_new": false}])
+    );
+    std::fs::write(&path, TEMPLATE.replace("10ms", "20ms")).unwrap();
+    let refused = shop.tasker(&apply).exits_with(1);
+    assert!(
+        refused.stderr.contains("give this one a new version"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(
+        shop.json(&["template", "list"]).as_array().unwrap().len(),
+        1
+    );
+    assert_eq!(
+        shop.json(&["template", "show", "shop/order"])["name"],
+        "order"
+    );
+}
+
+#[tokio::test]
+async fn a_task_is_submitted_once_for_each_idempotency_key() {
+    let shop = Shop::new().await;
+    let submit = |input: &str| {
+        let arguments = [
+            "task",
+            "submit",
+            "shop/order@1",
+            "--input",
+            input,
+            "--idempotency-key",
+            "k",
+            "--correlation-id",
+            "ORD-1",
+            "-o",
+            "json",
+        ];
+        shop.tasker(&arguments)
+    };
+    let first = submit(r#"{"order_id": 1}"#).exits_with(0).json();
+    assert_eq!(first["is_new"], true);
+    assert_eq!(
+        submit(r#"{"order_id": 1}"#).exits_with(0).json(),
+        json!({"task_uuid": first["task_uuid"], "is_new": false})
+    );
+    assert!(
+        submit(r#"{"order_id": 2}"#)
+            .exits_with(1)
+            .stderr
+            .contains("idempotency_key: was used")
+    );
+    assert!(submit("{}").exits_with(1).stderr.contains("order_id"));
+    let unknown = shop
+        .tasker(&["task", "submit", "shop/nothing"])
+        .exits_with(1);
+    assert!(
+        unknown.stderr.contains("no template nothing"),
+        "{}",
+        unknown.stderr
+    );
+
+    // By its correlation id, and with nobody to run it.
+    let task = shop.json(&["task", "get", "ORD-1"]);
+    assert_eq!(
+        (&task["task_uuid"], &task["status"], &task["input"]),
+        (
+            &first["task_uuid"],
+            &json!("queued"),
+            &json!({"order_id": 1})
+        )
+    );
+    let why = shop.tasker(&["task", "why", "ORD-1"]).exits_with(0).stdout;
+    assert_eq!(
+        why,
+        "queued: no orchestrator is running; start one with `tasker orchestrator run`\n"
+    );
+    assert_eq!(shop.json(&["task", "why", "ORD-1"])["why"], why.trim_end());
+    let late = shop
+        .tasker(&["task", "wait", "ORD-1", "--timeout", "100ms"])
+        .exits_with(5);
+    assert!(
+        late.stderr.contains("1 of 1 tasks have not ended"),
+        "{}",
+        late.stderr
+    );
+}
+
+#[tokio::test]
+async fn a_submitted_trace_context_is_joined() {
+    let shop = Shop::new().await;
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let mut submit = command(
+        &shop.database.url(),
+        &[
+            "task",
+            "submit",
+            "shop/order",
+            "--input",
+            r#"{"order_id": 1}"#,
+        ],
+    );
+    let task = run(submit.env("TRACEPARENT", traceparent))
+        .exits_with(0)
+        .stdout;
+    assert_eq!(
+        shop.json(&["task", "get", task.trim()])["trace_id"],
+        "4bf92f3577b34da6a3ce929d0e0e4736"
+    );
+}
+
+/// The drawing and the OTLP JSON of the task GOOD, which was tried twice.
+fn both_views_show_the_same_spans(shop: &Shop, trace_id: &Value) {
+    let drawn = shop
+        .tasker(&["trace", "show", "GOOD", "--tree"])
+        .exits_with(0)
+        .stdout;
+    for part in [
+        "task.orchestration order 1",
+        "step.execution try attempt 1/3",
+        "✗ FailedOnPurpose",
+        "step.wait retry of try",
+        "handler.execution echo",
+    ] {
+        assert!(drawn.contains(part), "{part} is missing:\n{drawn}");
+    }
+    let otlp = shop.json(&["trace", "show", "GOOD"]);
+    let spans: Vec<&Value> = otlp["resourceSpans"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|r| r["scopeSpans"][0]["spans"].as_array().unwrap())
+        .collect();
+    let roots = spans
+        .iter()
+        .filter(|span| span.get("parentSpanId").is_none())
+        .count();
+    assert_eq!(
+        (roots, spans.iter().all(|span| span["traceId"] == *trace_id)),
+        (1, true)
+    );
+    assert_eq!(
+        drawn
+            .lines()
+            .filter(|line| line.contains("task.")
+                || line.contains("step.")
+                || line.contains("handler.")
+                || line.contains("result."))
+            .count(),
+        spans.len()
+    );
+}
+
+#[tokio::test]
+async fn up_runs_tasks_to_their_end_and_drains() {
+    let shop = Shop::new().await;
+    let mut up = Up::start(&shop);
+    let submit = |input: &str, id: &str| {
+        shop.tasker(&[
+            "task",
+            "submit",
+            "shop/order",
+            "--input",
+            input,
+            "--correlation-id",
+            id,
+            "--wait",
+            "--timeout",
+            "60s",
+            "-o",
+            "json",
+        ])
+    };
+    let good = submit(r#"{"order_id": 1, "times": 1, "then": "ok"}"#, "GOOD")
+        .exits_with(0)
+        .json();
+    assert_eq!(
+        (&good["status"], &good["steps"][0]["attempt"]),
+        (&json!("completed"), &json!(2)),
+        "{good}"
+    );
+    assert_eq!(good["result"]["done"]["try"], "ok", "{good}");
+    let bad = submit(r#"{"order_id": 2, "permanent": true}"#, "BAD").exits_with(1);
+    assert!(
+        bad.stderr.contains("1 of 1 did not complete"),
+        "{}",
+        bad.stderr
+    );
+    let bad = bad.json();
+    assert_eq!(
+        (&bad["status"], &bad["error_type"]),
+        (&json!("failed"), &json!("FailedOnPurpose"))
+    );
+    shop.tasker(&["task", "wait", "GOOD", "BAD"]).exits_with(1);
+    shop.tasker(&["task", "wait", "GOOD"]).exits_with(0);
+    assert!(
+        shop.tasker(&["task", "cancel", "GOOD"])
+            .exits_with(1)
+            .stderr
+            .contains("already ended as complete")
+    );
+
+    let live: Vec<Value> = (0..2)
+        .map(|_| up.next_line()["correlation_id"].clone())
+        .collect();
+    assert_eq!(live, ["GOOD", "BAD"], "each end is printed");
+    assert_eq!(
+        shop.json(&["task", "list", "--status", "failed"])[0]["correlation_id"],
+        "BAD"
+    );
+
+    both_views_show_the_same_spans(&shop, &good["trace_id"]);
+
+    assert_eq!(up.stop(), 0);
+    let workers = shop.json(&["queue", "list"]);
+    let queue = workers
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|queue| queue["queue"] == "worker_shop")
+        .unwrap();
+    assert_eq!(
+        (&queue["workers"], &queue["depth"]),
+        (&json!(0), &json!(0)),
+        "the worker has said goodbye"
+    );
+}
+
+#[tokio::test]
+async fn a_quarantined_message_can_be_looked_at_sent_again_or_deleted() {
+    let mut shop = Shop::new().await;
+    for reason in ["type: is missing", "v: is missing"] {
+        shop.sql(&format!(
+            r#"insert into tasker.quarantine (queue, msg_id, read_ct, failures, reason, message, headers, enqueued_at)
+               values ('task_requests', 1, 2, 3, '{reason}', '{{"order": 17}}', '{{"traceparent": "x"}}', now())"#
+        ))
+        .await;
+    }
+    let listed = shop.json(&["queue", "quarantine", "--limit", "1"]);
+    assert_eq!(
+        (
+            &listed["count"],
+            listed["messages"].as_array().unwrap().len()
+        ),
+        (&json!(2), 1)
+    );
+    let latest = &listed["messages"][0];
+    assert_eq!(
+        (&latest["reason"], &latest["failures"], &latest["message"]),
+        (&json!("v: is missing"), &json!(3), &json!({"order": 17}))
+    );
+    let table = shop.tasker(&["queue", "quarantine"]).exits_with(0).stdout;
+    assert!(
+        table.contains("type: is missing") && table.contains("2 of 2"),
+        "{table}"
+    );
+
+    let id = latest["quarantine_id"].to_string();
+    assert_eq!(
+        shop.json(&["queue", "quarantine", "requeue", &id])["queue"],
+        "task_requests"
+    );
+    shop.tasker(&["queue", "quarantine", "requeue", &id])
+        .exits_with(3);
+    let sent: (Value, Value) = sqlx::query_as("select message, headers from pgmq.q_task_requests")
+        .fetch_one(&mut shop.conn)
+        .await
+        .unwrap();
+    assert_eq!(sent, (json!({"order": 17}), json!({"traceparent": "x"})));
+
+    let other = shop.json(&["queue", "quarantine"])["messages"][0]["quarantine_id"].to_string();
+    shop.tasker(&["queue", "quarantine", "discard", &other])
+        .exits_with(0);
+    assert_eq!(shop.json(&["queue", "quarantine"])["count"], 0);
+}
+
+#[tokio::test]
+async fn the_demo_says_in_json_that_every_order_is_as_expected() {
+    let database = TestDatabase::empty().await;
+    let demo = run(&mut command(&database.url(), &["demo", "-o", "json"]))
+        .exits_with(0)
+        .json();
+    assert_eq!(demo["ok"], true);
+    let orders = demo["orders"].as_array().unwrap();
+    assert_eq!(orders.len(), 24);
+    for order in orders {
+        assert_eq!(
+            (&order["status"], &order["attempts"], &order["problems"]),
+            (&json!("completed"), &json!(10), &json!([]))
+        );
+    }
+    for way in ["SQL, traceparent", "pgmq.send", "Rust client"] {
+        assert!(
+            orders.iter().any(|order| order["submitted_by"] == way),
+            "{way}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_sends_every_span_to_the_collector() {
+    let database = TestDatabase::empty().await;
+    let receiver = Receiver::start().await;
+    let mut demo = command(&database.url(), &["demo", "-o", "json"]);
+    demo.env("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint());
+    let demo = tokio::task::spawn_blocking(move || run(&mut demo))
+        .await
+        .unwrap()
+        .exits_with(0)
+        .json();
+    assert_eq!(receiver.violations(), [""; 0]);
+    let spans = receiver.spans();
+    let in_tree: u64 = demo["orders"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|order| order["spans"].as_u64().unwrap())
+        .sum();
+    assert_eq!(demo["exported_spans"], in_tree);
+    let named = |name: &str| spans.iter().filter(|span| span.span.name == name).count();
+    assert_eq!(named("task.orchestration"), 24);
+    // The user's own spans: one below each attempt to charge, one above each order from SQL.
+    assert_eq!((named("gateway.charge"), named("POST /checkout")), (48, 4));
+    let ids: std::collections::HashSet<&Vec<u8>> =
+        spans.iter().map(|span| &span.span.span_id).collect();
+    let orphans: Vec<&str> = spans
+        .iter()
+        .filter(|span| {
+            !span.span.parent_span_id.is_empty() && !ids.contains(&span.span.parent_span_id)
+        })
+        .map(|span| span.span.name.as_str())
+        .collect();
+    assert_eq!(orphans, [""; 0]);
+}

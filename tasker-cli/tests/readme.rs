@@ -1,0 +1,206 @@
+//! Every command of README.md, run as a reader would, with a local PostgreSQL of its own.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+const README: &str = include_str!("../../README.md");
+const BESIDE: &str = "<!-- runs beside the rest -->";
+
+/// A `sh` block of the README.
+struct Block {
+    text: String,
+    beside: bool,
+}
+
+fn blocks(readme: &str) -> Vec<Block> {
+    let mut found = Vec::new();
+    let mut lines = readme.lines();
+    let mut beside = false;
+    while let Some(line) = lines.next() {
+        if line == "```sh" {
+            let text: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+            found.push(Block {
+                text: text.join("\n"),
+                beside,
+            });
+        }
+        beside = line == BESIDE;
+    }
+    found
+}
+
+/// A home below the system's temporary directory: everybody may enter it, as the account that
+/// the server runs under when tests run as root must.
+struct Home {
+    path: PathBuf,
+}
+
+impl Home {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("tasker-readme-{}", std::process::id()));
+        std::fs::create_dir(&path).expect("a directory of our own");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("its mode");
+        Self { path }
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let _ = shell(&self.path, "tasker db stop --force")
+            .stdout(Stdio::null())
+            .status();
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+/// bash in the root of the repository, with the commands that this build made in its PATH.
+fn shell(home: &Path, script: &str) -> Command {
+    let bin = Path::new(env!("CARGO_BIN_EXE_tasker"))
+        .parent()
+        .expect("a directory");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new("bash");
+    command
+        .args(["-euo", "pipefail", "-c", script])
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    command
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .env("TASKER_HOME", home)
+        .env("NO_COLOR", "1");
+    for unset in ["DATABASE_URL", "TRACEPARENT", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
+        command.env_remove(unset);
+    }
+    command
+}
+
+/// Programs that run until they are told to stop, each in a process group of its own.
+struct Beside(Vec<Child>);
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // A system call and no `kill` command: some of those read a group's number as "everybody".
+            let group = i32::try_from(child.id())
+                .ok()
+                .filter(|id| *id > 1)
+                .and_then(rustix::process::Pid::from_raw);
+            let _ = rustix::process::kill_process_group(
+                group.expect("the id of a child"),
+                rustix::process::Signal::INT,
+            );
+            let _ = child.wait();
+        }
+    }
+}
+
+#[test]
+fn every_command_of_the_readme_does_what_it_says() {
+    let psql = Command::new("psql")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    assert!(
+        psql,
+        "the README uses psql; install it to run this test (Debian, Ubuntu: `apt-get install postgresql-client`)"
+    );
+    let hello = Path::new(env!("CARGO_BIN_EXE_tasker"))
+        .with_file_name("examples")
+        .join("hello");
+    assert!(
+        hello.exists(),
+        "cargo builds the examples of a package together with its tests"
+    );
+
+    // Built already; cargo itself is not what is tested here.
+    let readme = README
+        .replace("cargo run -p tasker-cli -- ", "tasker ")
+        .replace(
+            "cargo run -p tasker-cli --example hello --",
+            &hello.display().to_string(),
+        );
+    let all = blocks(&readme);
+    // Dropped in the opposite order: programs first, then the server and its directory.
+    let home = Home::new();
+    let mut beside = Beside(Vec::new());
+    let mut shown = String::new();
+    for block in &all {
+        if block.text == "cargo test --workspace" {
+            continue;
+        }
+        assert!(
+            !block.text.contains("cargo"),
+            "this command would build something: {}",
+            block.text
+        );
+        let mut command = shell(&home.path, &block.text);
+        if block.beside {
+            let child = command
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .process_group(0)
+                .spawn();
+            beside.0.push(child.expect("bash starts"));
+            continue;
+        }
+        let output = command.output().expect("bash starts");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "{}\n{text}\n{}",
+            block.text,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        shown.push_str(&text);
+    }
+    assert_eq!(
+        (all.len(), beside.0.len()),
+        (8, 2),
+        "every block of commands was found"
+    );
+
+    for part in [
+        "24 of 24 orders complete, 24 as expected",
+        "hello/greeting 1.0.0 registered",
+        "completed  HELLO-1",
+        "trace 4bf92f3577b34da6a3ce929d0e0e4736  correlation_id HELLO-1",
+        "✗ NotAwake: try again in a second",
+        "step.wait retry of greet",
+        "step.execution count attempt 1/3",
+        "\"letters\": 8",
+    ] {
+        assert!(shown.contains(part), "{part} is missing:\n{shown}");
+    }
+}
+
+#[test]
+fn the_handler_in_the_readme_is_the_one_of_the_example() {
+    let example = include_str!("../../examples/hello/main.rs");
+    let handler = README
+        .split("```rust\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .expect("a rust block");
+    // However it is indented.
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(words(example).contains(&words(handler)), "{handler}");
+}
+
+#[test]
+fn files_that_the_readme_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the repository");
+    let links: Vec<&str> = README
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next())
+        .filter(|link| !link.contains("://"))
+        .collect();
+    assert!(links.len() >= 3, "{links:?}");
+    for link in links {
+        assert!(root.join(link).exists(), "{link}");
+    }
+}

@@ -1,0 +1,610 @@
+//! Random graphs, random handlers, random schedules: what must hold whatever happens.
+//!
+//! The rules themselves are checked by the simulated world after every settle; here stands
+//! what happens to it, and what must be true at the end.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use chrono::TimeDelta;
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseResult;
+use serde_json::json;
+
+use super::super::definition::Definition;
+use super::super::plan::{Outcome, Room};
+use super::super::retry::OnExhausted;
+use super::super::simulation::{
+    Claim, LEASE, World, event_step, failure, operator, permanent, room_for, success, template,
+    with, with_input,
+};
+use super::super::states::{StepState, TaskState};
+use super::{Event, decide};
+
+/// What a handler does in one attempt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Behaviour {
+    Succeeds,
+    Fails,
+    AsksForNow,
+    FailsForGood,
+    /// The worker dies.
+    IsLost,
+    /// The worker reports only after its lease has ended.
+    IsLate,
+    /// The worker renews its lease for ever and never reports.
+    Hangs,
+}
+
+/// One step of a random template.
+#[derive(Debug, Clone)]
+pub(crate) struct RandomStep {
+    parents: BTreeSet<usize>,
+    on_exhausted: OnExhausted,
+    max_attempts: u32,
+    has_queue_timeout: bool,
+    /// 0..=5 take the parents' outputs as they come, 6 and 7 read one, 8 reads what no output has.
+    input: u8,
+    behaviours: Vec<Behaviour>,
+}
+
+/// A random template, and what becomes of its tasks.
+#[derive(Debug, Clone)]
+pub(crate) struct Story {
+    steps: Vec<RandomStep>,
+    block_on_failure: bool,
+    has_total: bool,
+    invalid: bool,
+    choices: Vec<u16>,
+}
+
+fn random_step() -> impl Strategy<Value = RandomStep> {
+    let behaviour = prop_oneof![
+        8 => Just(Behaviour::Succeeds),
+        3 => Just(Behaviour::Fails),
+        1 => Just(Behaviour::AsksForNow),
+        1 => Just(Behaviour::FailsForGood),
+        2 => Just(Behaviour::IsLost),
+        1 => Just(Behaviour::IsLate),
+        1 => Just(Behaviour::Hangs),
+    ];
+    let policy = prop_oneof![
+        3 => Just(OnExhausted::Fail), 2 => Just(OnExhausted::Block), 2 => Just(OnExhausted::Continue)];
+    (
+        prop::collection::btree_set(0_usize..40, 0..4),
+        policy,
+        1_u32..4,
+        prop::bool::weighted(0.15),
+        0_u8..40,
+        prop::collection::vec(behaviour, 0..5),
+    )
+        .prop_map(
+            |(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours)| {
+                RandomStep {
+                    parents,
+                    on_exhausted,
+                    max_attempts,
+                    has_queue_timeout,
+                    input,
+                    behaviours,
+                }
+            },
+        )
+}
+
+pub(crate) fn story() -> impl Strategy<Value = Story> {
+    (
+        prop::collection::vec(random_step(), 1..=40),
+        any::<bool>(),
+        prop::bool::weighted(0.1),
+        prop::bool::weighted(0.03),
+        prop::collection::vec(any::<u16>(), 0..250),
+    )
+        .prop_map(
+            |(mut steps, block_on_failure, has_total, invalid, choices)| {
+                for (index, step) in steps.iter_mut().enumerate() {
+                    step.parents.retain(|parent| *parent < index);
+                }
+                Story {
+                    steps,
+                    block_on_failure,
+                    has_total,
+                    invalid,
+                    choices,
+                }
+            },
+        )
+}
+
+impl Story {
+    pub fn definition(&self) -> Definition {
+        let words: Vec<String> = (0..)
+            .zip(&self.steps)
+            .map(|(index, step)| {
+                let parents: Vec<String> = step
+                    .parents
+                    .iter()
+                    .map(|parent| format!("s{parent}"))
+                    .collect();
+                format!("s{index}<{}", parents.join(","))
+            })
+            .collect();
+        let mut definition = template(&words.join(" "));
+        definition.block_on_failure = self.block_on_failure;
+        definition.total = self.has_total.then_some(Duration::from_hours(2));
+        for (index, step) in self.steps.iter().enumerate() {
+            let name = format!("s{index}");
+            definition = with(definition, &name, |defined| {
+                defined.retry.on_exhausted = step.on_exhausted;
+                defined.retry.max_attempts = step.max_attempts;
+                defined.queue_timeout = step.has_queue_timeout.then_some(Duration::from_mins(2));
+            });
+            definition = match (step.input, step.parents.first()) {
+                (6 | 7, Some(parent)) => with_input(
+                    definition,
+                    &name,
+                    &json!({"n": format!("${{steps.s{parent}.output.n}}")}),
+                ),
+                (8, _) => with_input(definition, &name, &json!({"n": "${input.nothing}"})),
+                _ => definition,
+            };
+        }
+        definition
+    }
+
+    /// Cuts a story down, for tests whose cost grows with the square of it.
+    pub fn shorten(&mut self, steps: usize, choices: usize) {
+        self.steps.truncate(steps);
+        self.choices.truncate(choices);
+    }
+
+    /// The same without what no retry can cure.
+    fn curable(mut self) -> Self {
+        (self.has_total, self.invalid) = (false, false);
+        for step in self.steps.iter_mut().filter(|step| step.input == 8) {
+            step.input = 0;
+        }
+        self
+    }
+
+    fn behaviour(&self, step: u32, attempt: i32) -> Behaviour {
+        let behaviours = &self.steps[step as usize].behaviours;
+        let attempt = usize::try_from(attempt).unwrap() - 1;
+        behaviours
+            .get(attempt)
+            .copied()
+            .unwrap_or(Behaviour::Succeeds)
+    }
+}
+
+/// Runs a story: its choices in order, then whatever is left to do until nothing is.
+pub(crate) struct Driver {
+    pub world: World,
+    story: Story,
+    running: Vec<Claim>,
+    /// Claims whose worker is gone or was told to stop, and who may still report.
+    ghosts: Vec<Claim>,
+    /// Operators have had their say; from now on every handler succeeds.
+    healed: bool,
+}
+
+impl Driver {
+    pub fn new(story: &Story) -> Self {
+        Self {
+            world: World::new(story.definition()),
+            story: story.clone(),
+            running: Vec::new(),
+            ghosts: Vec::new(),
+            healed: false,
+        }
+    }
+
+    pub fn run(&mut self) -> TestCaseResult {
+        for choice in self.story.choices.clone() {
+            self.choose(choice % 16, usize::from(choice / 16))?;
+        }
+        self.drain()
+    }
+
+    /// The world goes on by itself until nothing is left to do.
+    pub fn drain(&mut self) -> TestCaseResult {
+        for _ in 0..5000 {
+            if self.world.task.state == TaskState::Pending {
+                self.start(Room::unlimited())?;
+            } else if !self.world.messages.is_empty() {
+                self.claim(0);
+            } else if let Some(place) = self
+                .running
+                .iter()
+                .position(|claim| self.will_report(*claim))
+            {
+                self.finish(place);
+            } else if !self.world.results.is_empty() {
+                let results = std::mem::take(&mut self.world.results);
+                self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
+            } else if self.world.task.held_steps > 0 {
+                self.admit(usize::MAX, Room::unlimited())?;
+            } else if let Some(at) = self.world.due.iter().map(|(_, at, _)| *at).min() {
+                for claim in self.running.clone() {
+                    if self.behaviour(claim) == Behaviour::Hangs {
+                        self.world.heartbeat(claim);
+                    }
+                }
+                self.world.clock = self.world.clock.max(at);
+                self.sweep(usize::MAX)?;
+            } else {
+                let state = self.world.task.state;
+                prop_assert!(
+                    state.is_terminal() || state == TaskState::BlockedByFailures,
+                    "stuck: {:?}",
+                    self.world.task
+                );
+                return Ok(());
+            }
+        }
+        Err(TestCaseError::fail("it goes on for ever"))
+    }
+
+    /// An operator retries what failed, and nothing fails any more.
+    pub fn heal(&mut self) -> TestCaseResult {
+        self.healed = true;
+        let retry = self.world.retry_event();
+        self.settle(vec![retry], Room::unlimited())?;
+        self.drain()
+    }
+
+    fn behaviour(&self, claim: Claim) -> Behaviour {
+        if self.healed {
+            Behaviour::Succeeds
+        } else {
+            self.story.behaviour(claim.step, claim.attempt)
+        }
+    }
+
+    fn will_report(&self, claim: Claim) -> bool {
+        !matches!(
+            self.behaviour(claim),
+            Behaviour::IsLost | Behaviour::IsLate | Behaviour::Hangs
+        )
+    }
+
+    fn choose(&mut self, action: u16, argument: usize) -> TestCaseResult {
+        match action {
+            0 => self.start(self.room(argument))?,
+            1 | 2 if !self.world.messages.is_empty() => {
+                self.claim(argument % self.world.messages.len());
+            }
+            3 | 4 if !self.running.is_empty() => self.finish(argument % self.running.len()),
+            5..=7 => {
+                let count = self.world.results.len().min(1 + argument % 6);
+                let mut events: Vec<Event> =
+                    self.world.results.drain(..count).map(result).collect();
+                // Redelivered hints come along with new ones.
+                let done = self
+                    .world
+                    .steps
+                    .iter()
+                    .filter(|step| step.state == StepState::Complete);
+                let done: Vec<_> = done.map(|step| (step.index, step.attempt)).collect();
+                if !done.is_empty() && argument.is_multiple_of(3) {
+                    events.push(result(done[argument / 3 % done.len()]));
+                }
+                self.settle(events, self.room(argument / 6))?;
+            }
+            8 => self.sweep(1 + argument % 8)?,
+            9 => self.world.pass(
+                [1, 800, 3_000, 12_000, 70_000, 3_000_000].map(Duration::from_millis)[argument % 6],
+            ),
+            10 => self.admit(1 + argument % 4, self.room(argument / 4))?,
+            11 if !self.running.is_empty() => {
+                self.world
+                    .heartbeat(self.running[argument % self.running.len()]);
+            }
+            12 => self.deliver_again(argument),
+            13 if !self.ghosts.is_empty() => {
+                // Whatever it says: if its claim is gone, nothing comes of it.
+                self.world
+                    .report(self.ghosts[argument % self.ghosts.len()], permanent("Late"));
+            }
+            14 => self.nonsense(argument)?,
+            // Operators act seldom, or nothing would ever be finished.
+            15 if argument.is_multiple_of(8) => self.operate(argument / 8)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Anything from no room at all to room for everything.
+    fn room(&self, argument: usize) -> Room {
+        if argument.is_multiple_of(3) {
+            return Room::unlimited();
+        }
+        let handlers: Vec<String> = self
+            .world
+            .definition
+            .steps
+            .iter()
+            .map(|step| step.handler.to_string())
+            .collect();
+        let mut offered: Vec<&str> = handlers.iter().map(String::as_str).collect();
+        if argument.is_multiple_of(5) {
+            offered.remove(argument % offered.len());
+        }
+        room_for(
+            i64::try_from(argument % 4).unwrap(),
+            &offered,
+            self.world.task.held_steps > 0,
+        )
+    }
+
+    fn start(&mut self, room: Room) -> TestCaseResult {
+        let Event::Start { step_uuids, .. } = self.world.start_event() else {
+            unreachable!()
+        };
+        self.settle(
+            vec![Event::Start {
+                step_uuids,
+                invalid: self.invalid(),
+            }],
+            room,
+        )
+    }
+
+    fn invalid(&self) -> Option<String> {
+        self.story
+            .invalid
+            .then(|| "total: must be a number".to_owned())
+    }
+
+    fn claim(&mut self, place: usize) {
+        if let Some(claim) = self.world.claim(place) {
+            self.running.push(claim);
+        }
+    }
+
+    fn finish(&mut self, place: usize) {
+        let claim = self.running.remove(place);
+        self.world.pass(Duration::from_millis(3));
+        let outcome = match self.behaviour(claim) {
+            Behaviour::Succeeds => Outcome::Success(json!({"n": claim.step})),
+            Behaviour::Fails => failure("Flaky"),
+            Behaviour::FailsForGood => permanent("Broken"),
+            Behaviour::AsksForNow => match failure("Busy") {
+                Outcome::Failure(mut failure) => {
+                    failure.retry_after_ms = Some(0.0);
+                    Outcome::Failure(failure)
+                }
+                Outcome::Success(_) => unreachable!(),
+            },
+            Behaviour::IsLost | Behaviour::IsLate => return self.ghosts.push(claim),
+            Behaviour::Hangs => {
+                self.world.heartbeat(claim);
+                return self.running.push(claim);
+            }
+        };
+        self.world.report(claim, outcome);
+        self.ghosts.push(claim);
+    }
+
+    /// Takes due hints, as sweep does, some that lease queries would have put off among them.
+    fn sweep(&mut self, most: usize) -> TestCaseResult {
+        let now = self.world.clock;
+        let mut events = Vec::new();
+        let steps = &self.world.steps;
+        self.world.due.retain(|(kind, at, step)| {
+            if *at > now || events.len() >= most {
+                return true;
+            }
+            events.push(match (*kind, *step) {
+                ("lease", Some(step)) => Event::LeaseDue { step },
+                ("retry", Some(step)) => Event::RetryDue { step },
+                ("queue_timeout", Some(step)) => Event::QueueDue {
+                    step,
+                    attempt: steps[step as usize].attempt,
+                },
+                ("total_timeout", None) => Event::TotalDue,
+                other => panic!("no such hint: {other:?}"),
+            });
+            false
+        });
+        self.settle(
+            events,
+            self.room(usize::from(now.timestamp_subsec_millis().is_multiple_of(7))),
+        )
+    }
+
+    fn admit(&mut self, most: usize, room: Room) -> TestCaseResult {
+        let held = self
+            .world
+            .steps
+            .iter()
+            .filter(|step| step.held_by.is_some())
+            .take(most);
+        let events = held.map(|step| Event::Admit { step: step.index }).collect();
+        self.settle(events, room)
+    }
+
+    /// Messages and hints that come twice.
+    fn deliver_again(&mut self, argument: usize) {
+        let world = &mut self.world;
+        match argument % 3 {
+            0 if !world.messages.is_empty() => world
+                .messages
+                .push(world.messages[argument % world.messages.len()]),
+            1 if !world.results.is_empty() => world
+                .results
+                .push(world.results[argument % world.results.len()]),
+            _ if !world.due.is_empty() => world.due.push(world.due[argument % world.due.len()]),
+            _ => {}
+        }
+    }
+
+    /// Events about any step at any time, late, early or wrong.
+    fn nonsense(&mut self, argument: usize) -> TestCaseResult {
+        if self.world.steps.is_empty() {
+            return Ok(());
+        }
+        let index = (argument / 8) % self.world.steps.len();
+        let step = &self.world.steps[index];
+        let (index, attempt) = (step.index, step.attempt);
+        let events = match argument % 8 {
+            0 => vec![
+                Event::Result {
+                    step: index,
+                    attempt,
+                },
+                Event::Result {
+                    step: index,
+                    attempt: attempt - 1,
+                },
+            ],
+            1 => vec![Event::LeaseDue { step: index }],
+            2 => vec![
+                Event::RetryDue { step: index },
+                Event::RetryDue { step: index },
+            ],
+            3 => vec![Event::QueueDue {
+                step: index,
+                attempt,
+            }],
+            4 => vec![Event::Admit { step: index }, Event::Admit { step: index }],
+            5 => vec![Event::TotalDue],
+            6 => vec![self.world.start_event()],
+            _ if argument.is_multiple_of(3) => {
+                vec![Event::Quarantined {
+                    step: index,
+                    attempt,
+                    reason: "it cannot be read".into(),
+                }]
+            }
+            _ => self
+                .world
+                .results
+                .iter()
+                .copied()
+                .chain([(index, attempt)])
+                .map(result)
+                .collect(),
+        };
+        // A hint that was not taken out of its queue stays there: it comes again.
+        self.settle(events, self.room(argument))
+    }
+
+    fn operate(&mut self, argument: usize) -> TestCaseResult {
+        let event = match argument % 6 {
+            0 => Event::Cancel(operator("carl")),
+            1 => Event::Terminate(operator("tina")),
+            _ => match self.world.retry_event() {
+                Event::Retry {
+                    operator,
+                    step_uuids,
+                    ..
+                } => Event::Retry {
+                    operator,
+                    step_uuids,
+                    invalid: self.invalid(),
+                },
+                _ => unreachable!(),
+            },
+        };
+        let mut events: Vec<Event> = match &event {
+            // Retries come with nothing that names a step: they are another queue's messages.
+            Event::Retry { .. } => Vec::new(),
+            _ => self.world.results.drain(..).map(result).collect(),
+        };
+        events.push(event);
+        self.settle(events, Room::unlimited())
+    }
+
+    fn settle(&mut self, events: Vec<Event>, room: Room) -> TestCaseResult {
+        if events.is_empty() {
+            return Ok(());
+        }
+        self.check_order(&events, &room)?;
+        let before = self.world.task.state;
+        let mut room = room;
+        let plan = self.world.settle(events, &mut room);
+        if before.is_terminal() && !self.world.task.state.is_terminal() {
+            prop_assert!(plan.audit.is_some(), "only an operator begins a generation");
+        }
+        Ok(())
+    }
+
+    /// The events of one settle have no order: the same rows come of them forwards and backwards.
+    fn check_order(&self, events: &[Event], room: &Room) -> TestCaseResult {
+        let now = self.world.clock + TimeDelta::milliseconds(1);
+        let rows = |events: Vec<Event>| {
+            let plan = decide(self.world.snapshot(&events), events, &mut room.clone(), now);
+            (
+                plan.task,
+                plan.steps,
+                plan.new_steps,
+                plan.sends,
+                plan.cancel_open_steps,
+            )
+        };
+        let backwards: Vec<Event> = events.iter().rev().cloned().collect();
+        let mut by_halves = events.to_vec();
+        by_halves.rotate_left(events.len() / 2);
+        prop_assert_eq!(rows(events.to_vec()), rows(backwards));
+        prop_assert_eq!(rows(events.to_vec()), rows(by_halves));
+        Ok(())
+    }
+}
+
+fn result((step, attempt): (u32, i32)) -> Event {
+    Event::Result { step, attempt }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_task_ends_or_waits_for_a_person(story in story()) {
+        let mut driver = Driver::new(&story);
+        driver.run()?;
+        let world = &driver.world;
+        if story.invalid {
+            prop_assert!(matches!(world.task.state, TaskState::Error | TaskState::Cancelled));
+        }
+        for step in &world.steps {
+            // Whoever reported was heard, or somebody else had taken over.
+            prop_assert!(!step.state.is_in_flight(), "{:?}", step);
+            prop_assert!(step.attempt <= 60);
+        }
+    }
+
+    #[test]
+    fn what_an_operator_retries_completes_once_its_cause_is_gone(story in story()) {
+        let story = story.curable();
+        let mut driver = Driver::new(&story);
+        driver.run()?;
+        if driver.world.task.state == TaskState::Complete {
+            return Ok(());
+        }
+        driver.heal()?;
+        let world = &driver.world;
+        prop_assert_eq!(world.task.state, TaskState::Complete, "{:?}", world.task);
+        prop_assert!(world.steps.iter().all(|step| step.state == StepState::Complete), "{:?}", world.steps);
+    }
+}
+
+/// The rarest of the random stories, told on purpose: a step that is lost again and again.
+#[test]
+fn a_step_that_is_lost_too_often_fails() {
+    let mut world = World::started(template("a"));
+    for _ in 0..=super::MAX_LOST {
+        world.claim_step("a");
+        world.pass(LEASE + Duration::from_secs(1));
+        world.due.clear();
+        world.settle(vec![Event::LeaseDue { step: 0 }], &mut Room::unlimited());
+    }
+    assert_eq!(
+        (world.task.state, world.step("a").state),
+        (TaskState::Error, StepState::Error)
+    );
+    assert_eq!(world.step("a").failures, 0, "a loss spends no retry");
+    let finished = World::started(template("a")).finish_step("a", success());
+    assert_eq!(finished.task.state, TaskState::Complete);
+    assert_eq!(event_step(&Event::LeaseDue { step: 0 }), Some(0));
+}

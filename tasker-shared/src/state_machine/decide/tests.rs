@@ -1,0 +1,1318 @@
+//! What each event does, told as a table: the rows before come from the simulated world, the
+//! plan is told in words.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::super::plan::{HeldBy, Outcome, Plan, Room};
+use super::super::retry::OnExhausted;
+use super::super::simulation::{
+    LEASE, World, event_step, failure, is_held, operator, permanent, room_for, success, template,
+    with, with_input,
+};
+use super::super::states::{StepState, TaskState};
+use super::Event;
+
+/// Settles the events and compares what the plan says, line by line; the simulated world
+/// checks every general rule on the way.
+#[track_caller]
+fn check(world: &mut World, events: Vec<Event>, mut room: Room, expected: &str) -> Plan {
+    let taken: Vec<u32> = events.iter().filter_map(event_step).collect();
+    world.results.retain(|(step, _)| !taken.contains(step));
+    world.due.retain(|(_, at, step)| {
+        *at > world.clock || step.is_some_and(|step| !taken.contains(&step))
+    });
+    let plan = world.settle(events, &mut room);
+    let expected: Vec<&str> = expected
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let told = tell(world, &plan);
+    assert_eq!(told.lines().collect::<Vec<_>>(), expected, "\n{told}");
+    plan
+}
+
+fn tell(world: &World, plan: &Plan) -> String {
+    let name = |uuid| {
+        let step = world.steps.iter().find(|step| step.uuid == uuid);
+        step.map_or("task", |step| {
+            &world.definition.steps[step.index as usize].name
+        })
+    };
+    let mut told = String::new();
+    for made in &plan.moves {
+        let by = made
+            .actor
+            .as_ref()
+            .map(|actor| format!(" by {actor}"))
+            .unwrap_or_default();
+        writeln!(
+            told,
+            "{}: {} –{}→ {}{by}",
+            name(made.entity),
+            made.from,
+            made.event,
+            made.to
+        )
+        .unwrap();
+    }
+    for (step, attempt) in &plan.closed {
+        writeln!(told, "close {} {attempt}", name(*step)).unwrap();
+    }
+    for (step, _) in &plan.steps {
+        if let Some(held) = step.held_by {
+            writeln!(told, "hold {}: {}", name(step.uuid), held.as_str()).unwrap();
+        }
+    }
+    for step in plan.new_steps.iter().filter(|step| step.held_by.is_some()) {
+        writeln!(
+            told,
+            "hold {}: {}",
+            name(step.uuid),
+            step.held_by.unwrap().as_str()
+        )
+        .unwrap();
+    }
+    for send in &plan.sends {
+        writeln!(told, "send {} {}", name(send.step), send.attempt).unwrap();
+    }
+    for due in &plan.due {
+        let of = due
+            .step
+            .map(|step| format!(" {}", name(step)))
+            .unwrap_or_default();
+        // The clock ticks while a plan is applied; a person reads whole seconds.
+        let seconds = (due.at
+            - world
+                .settled
+                .last()
+                .map_or(world.clock, |settled| settled.at))
+        .num_milliseconds();
+        writeln!(told, "due {}{of} in {} s", due.kind, (seconds + 500) / 1000).unwrap();
+    }
+    if plan.cancel_open_steps {
+        writeln!(told, "cancel open steps").unwrap();
+    }
+    if let Some((action, actor, _)) = &plan.audit {
+        writeln!(told, "audit {action} by {actor}").unwrap();
+    }
+    if let Some(reason) = plan.task.reason.as_ref().filter(|_| !plan.moves.is_empty()) {
+        let kind = plan.task.error_type.as_deref().unwrap_or("no error");
+        writeln!(told, "because {kind}: {reason}").unwrap();
+    }
+    if plan.ignored > 0 {
+        writeln!(told, "ignored {}", plan.ignored).unwrap();
+    }
+    told
+}
+
+fn output(world: &World, step: &str) -> Value {
+    world.step(step).input.clone().unwrap()
+}
+
+fn all() -> Room {
+    Room::unlimited()
+}
+
+#[test]
+fn start_sends_the_roots() {
+    let mut world = World::new(template("a b c<a,b"));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![start],
+        all(),
+        "
+        task: pending –Start→ initializing
+        a: pending –Enqueue→ enqueued
+        b: pending –Enqueue→ enqueued
+        task: initializing –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1
+        send b 1",
+    );
+    assert_eq!(
+        output(&world, "a"),
+        json!({"input": {"total": 7}, "steps": {}})
+    );
+    assert_eq!(
+        world.step("a").enqueued_task_version,
+        Some(3),
+        "it names the move that sends it"
+    );
+}
+
+#[test]
+fn start_with_less_room_holds_the_rest() {
+    let mut world = World::new(template("a b c"));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![start],
+        room_for(1, &["do.a", "do.b"], false),
+        "
+        task: pending –Start→ initializing
+        a: pending –Enqueue→ enqueued
+        task: initializing –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        hold b: room
+        hold c: worker
+        send a 1",
+    );
+    assert_eq!(world.task.held_steps, 2);
+}
+
+#[test]
+fn start_without_any_worker_waits() {
+    let mut world = World::new(template("a b<a"));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![start],
+        Room::default(),
+        "
+        task: pending –Start→ initializing
+        task: initializing –NoDependenciesReady→ waiting_for_dependencies
+        hold a: worker",
+    );
+    check(
+        &mut world,
+        vec![Event::Admit { step: 0 }],
+        room_for(1, &["do.a"], true),
+        "
+        a: pending –Enqueue→ enqueued
+        task: waiting_for_dependencies –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1",
+    );
+    let wait = &world
+        .log
+        .iter()
+        .find(|row| row.made.event == "Enqueue")
+        .unwrap()
+        .made
+        .detail
+        .as_ref()
+        .unwrap()
+        .waits[0];
+    assert_eq!((&*wait.reason, wait.ordinal), ("worker", 1));
+}
+
+#[test]
+fn start_twice_is_a_start() {
+    let mut world = World::started(template("a"));
+    let start = world.start_event();
+    check(&mut world, vec![start], all(), "ignored 1");
+}
+
+#[test]
+fn start_of_a_template_without_steps_completes() {
+    let mut world = World::new(template(""));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![start],
+        all(),
+        "
+        task: pending –Start→ initializing
+        task: initializing –NoStepsFound→ complete",
+    );
+}
+
+#[test]
+fn start_of_a_limited_task_is_watched() {
+    let mut definition = template("a");
+    definition.total = Some(Duration::from_hours(1));
+    let mut world = World::new(with(definition, "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+    }));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![start],
+        all(),
+        "
+        task: pending –Start→ initializing
+        a: pending –Enqueue→ enqueued
+        task: initializing –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1
+        due total_timeout in 3600 s
+        due queue_timeout a in 60 s",
+    );
+}
+
+#[test]
+fn invalid_input_ends_the_task_before_it_has_steps() {
+    let mut world = World::new(template("a"));
+    let Event::Start { step_uuids, .. } = world.start_event() else {
+        unreachable!()
+    };
+    check(
+        &mut world,
+        vec![Event::Start {
+            step_uuids,
+            invalid: Some("total: must be a number".into()),
+        }],
+        all(),
+        "
+        task: pending –Start→ initializing
+        task: initializing –InvalidInput→ error
+        cancel open steps
+        because invalid_input: total: must be a number",
+    );
+    assert!(world.steps.is_empty());
+}
+
+#[test]
+fn success_hands_the_output_on() {
+    let mut world = World::started(template("a b<a"));
+    let event = world.run_step("a", Outcome::Success(json!({"n": 5})));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        b: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send b 1",
+    );
+    assert_eq!(
+        output(&world, "b"),
+        json!({"input": {"total": 7}, "steps": {"a": {"n": 5}}})
+    );
+}
+
+#[test]
+fn the_last_success_completes_the_task() {
+    let mut world = World::started(template("a"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –AllStepsSuccessful→ complete
+        close a 1",
+    );
+}
+
+#[test]
+fn success_beside_others_goes_on() {
+    let mut world = World::started(template("a b c<a,b"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –StepsStillRunning→ steps_in_process
+        close a 1",
+    );
+}
+
+#[test]
+fn failure_is_retried_with_backoff() {
+    let mut world = World::started(template("a"));
+    let event = world.run_step("a", failure("Flaky"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –ScheduleRetry→ waiting_for_retry
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –RetryScheduled→ waiting_for_retry
+        close a 1
+        due retry a in 1 s",
+    );
+    check(
+        &mut world,
+        vec![Event::RetryDue { step: 0 }],
+        all(),
+        "
+        due retry a in 1 s",
+    );
+    world.pass(Duration::from_secs(1));
+    check(
+        &mut world,
+        vec![Event::RetryDue { step: 0 }],
+        Room::default(),
+        "
+        a: waiting_for_retry –RetryReady→ enqueued
+        task: waiting_for_retry –RetryReady→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2",
+    );
+    let event = world.run_step("a", failure("Flaky"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –ScheduleRetry→ waiting_for_retry
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –RetryScheduled→ waiting_for_retry
+        close a 2
+        due retry a in 2 s",
+    );
+}
+
+#[test]
+fn a_retry_that_is_due_twice_is_sent_once() {
+    let mut world = World::started(template("a"));
+    world.finish_step("a", failure("Flaky"));
+    world.pass(Duration::from_secs(1));
+    check(
+        &mut world,
+        vec![Event::RetryDue { step: 0 }, Event::RetryDue { step: 0 }],
+        all(),
+        "
+        a: waiting_for_retry –RetryReady→ enqueued
+        task: waiting_for_retry –RetryReady→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2",
+    );
+}
+
+#[test]
+fn a_held_step_that_is_admitted_twice_is_sent_once() {
+    let mut world = World::new(template("a"));
+    let start = world.start_event();
+    world.settle(vec![start], &mut Room::default());
+    check(
+        &mut world,
+        vec![Event::Admit { step: 0 }, Event::Admit { step: 0 }],
+        all(),
+        "
+        a: pending –Enqueue→ enqueued
+        task: waiting_for_dependencies –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1",
+    );
+    assert_eq!(world.task.held_steps, 0);
+}
+
+#[test]
+fn a_retry_beside_running_steps_keeps_the_task_running() {
+    let mut world = World::started(template("a b"));
+    world.finish_step("a", failure("Flaky"));
+    world.pass(Duration::from_secs(1));
+    check(
+        &mut world,
+        vec![Event::RetryDue { step: 0 }],
+        all(),
+        "
+        a: waiting_for_retry –RetryReady→ enqueued
+        task: steps_in_process –RetryReady→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2",
+    );
+}
+
+#[test]
+fn permanent_failure_fails_the_task() {
+    let mut world = World::started(template("a b c<a"));
+    let event = world.run_step("a", permanent("Broken"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –Fail→ error
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because Broken: step a failed: it was Broken",
+    );
+    assert_eq!(
+        (world.step("b").state, world.step("c").state),
+        (StepState::Cancelled, StepState::Cancelled)
+    );
+}
+
+#[test]
+fn the_last_attempt_fails_the_task() {
+    let mut world = World::started(with(template("a"), "a", |a| a.retry.max_attempts = 1));
+    let event = world.run_step("a", failure("Flaky"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –Fail→ error
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because Flaky: step a failed: it was Flaky",
+    );
+}
+
+#[test]
+fn permanent_failure_blocks_where_its_policy_says_so() {
+    let definition = with(template("a b<a c"), "a", |a| {
+        a.retry.on_exhausted = OnExhausted::Block;
+    });
+    let mut world = World::started(definition);
+    let event = world.run_step("a", permanent("Broken"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –Fail→ error
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –StepsStillRunning→ steps_in_process
+        close a 1
+        because Broken: step a failed: it was Broken",
+    );
+    let event = world.run_step("c", success());
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        c: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –PermanentFailure→ blocked_by_failures
+        close c 1
+        because Broken: step a failed: it was Broken",
+    );
+}
+
+#[test]
+fn permanent_failure_is_passed_over_where_its_policy_says_so() {
+    let definition = with(template("a b<a"), "a", |a| {
+        a.retry.on_exhausted = OnExhausted::Continue;
+    });
+    let mut world = World::started(definition);
+    let event = world.run_step("a", permanent("Broken"));
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_as_error_for_orchestration –Fail→ error
+        task: steps_in_process –StepFailed→ evaluating_results
+        b: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send b 1",
+    );
+    world.finish_step("b", success());
+    assert_eq!(world.task.state, TaskState::Complete);
+}
+
+#[test]
+fn a_missing_input_path_fails_the_step_before_it_is_sent() {
+    let definition = with_input(
+        template("a b<a c"),
+        "b",
+        &json!({"x": "${steps.a.output.hold}"}),
+    );
+    let mut world = World::started(definition);
+    let event = world.run_step("a", success());
+    let plan = check(&mut world, vec![event], all(), "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        b: pending –Fail→ error
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because missing_input: step b failed: input.x reads ${steps.a.output.hold}, but steps.a.output has no key `hold`");
+    assert_eq!(plan.task.failed_steps, 1);
+    assert_eq!(world.step("c").state, StepState::Cancelled);
+}
+
+#[test]
+fn what_was_about_to_be_sent_beside_a_missing_input_is_cancelled() {
+    let definition = with_input(template("a b"), "b", &json!({"x": "${input.nothing}"}));
+    let mut world = World::new(definition);
+    let start = world.start_event();
+    check(&mut world, vec![start], all(), "
+        task: pending –Start→ initializing
+        a: pending –Enqueue→ enqueued
+        b: pending –Fail→ error
+        task: initializing –InvalidInput→ error
+        cancel open steps
+        because missing_input: step b failed: input.x reads ${input.nothing}, but input has no key `nothing`");
+    let a = world.step("a");
+    assert_eq!(
+        (a.state, a.enqueued_task_version),
+        (StepState::Cancelled, None),
+        "the move that would have sent it never was"
+    );
+    assert!(world.messages.is_empty());
+}
+
+#[test]
+fn a_missing_input_of_a_root_blocks_where_the_template_says_so() {
+    let mut definition = with_input(template("a b<a"), "a", &json!({"x": "${input.nothing}"}));
+    definition.block_on_failure = true;
+    let mut world = World::new(definition);
+    let start = world.start_event();
+    check(&mut world, vec![start], all(), "
+        task: pending –Start→ initializing
+        a: pending –Fail→ error
+        task: initializing –NoDependenciesReady→ waiting_for_dependencies
+        task: waiting_for_dependencies –StepFailed→ evaluating_results
+        task: evaluating_results –PermanentFailure→ blocked_by_failures
+        because missing_input: step a failed: input.x reads ${input.nothing}, but input has no key `nothing`");
+}
+
+#[test]
+fn an_expired_lease_sends_the_step_again() {
+    let mut world = World::started(template("a"));
+    let claim = world.claim_step("a");
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }],
+        Room::default(),
+        "
+        a: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –AttemptLost→ evaluating_results
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send a 2",
+    );
+    let a = world.step("a");
+    assert_eq!(
+        (a.attempt, a.failures, a.losses, a.claim_token),
+        (2, 0, 1, None)
+    );
+    assert!(!world.report(claim, success()), "its report comes too late");
+}
+
+#[test]
+fn a_lost_attempt_beside_a_fatal_failure_leaves_a_row_that_tells_the_log() {
+    let mut world = World::started(template("a b"));
+    world.claim_step("a");
+    let event = world.run_step("b", permanent("Broken"));
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }, event],
+        all(),
+        "
+        b: enqueued_as_error_for_orchestration –Fail→ error
+        a: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close b 1
+        close a 1
+        cancel open steps
+        because Broken: step b failed: it was Broken",
+    );
+    let a = world.step("a");
+    assert_eq!(
+        (a.state, a.attempt, a.enqueued_event),
+        (StepState::Cancelled, 2, Some("LeaseExpired"))
+    );
+    assert_eq!((a.claim_token, a.enqueued_task_version), (None, None));
+}
+
+#[test]
+fn a_renewed_lease_is_looked_at_again() {
+    let mut world = World::started(template("a"));
+    let claim = world.claim_step("a");
+    world.pass(Duration::from_secs(6));
+    assert!(world.heartbeat(claim));
+    world.pass(Duration::from_secs(4));
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }],
+        all(),
+        "
+        due lease a in 6 s",
+    );
+}
+
+#[test]
+fn a_report_that_came_before_the_lease_was_looked_at_wins() {
+    let mut world = World::started(template("a"));
+    let claim = world.claim_step("a");
+    world.pass(LEASE * 2);
+    assert!(world.report(claim, success()));
+    check(
+        &mut world,
+        vec![
+            Event::LeaseDue { step: 0 },
+            Event::Result {
+                step: 0,
+                attempt: 1,
+            },
+        ],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –AllStepsSuccessful→ complete
+        close a 1
+        ignored 1",
+    );
+}
+
+#[test]
+fn a_worker_that_only_renews_is_stopped_after_its_run_time_and_a_lease() {
+    let mut world = World::started(template("a"));
+    let claim = world.claim_step("a");
+    for _ in 0..8 {
+        world.pass(Duration::from_secs(5));
+        world.heartbeat(claim);
+    }
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }],
+        all(),
+        "
+        a: in_progress –RunTimeout→ waiting_for_retry
+        task: steps_in_process –StepFailed→ evaluating_results
+        task: evaluating_results –RetryScheduled→ waiting_for_retry
+        close a 1
+        due retry a in 1 s",
+    );
+    assert!(!world.report(claim, success()));
+}
+
+#[test]
+fn a_run_timeout_of_the_last_attempt_fails_the_step() {
+    let mut world = World::started(with(template("a"), "a", |a| a.retry.max_attempts = 1));
+    let claim = world.claim_step("a");
+    world.pass(Duration::from_secs(41));
+    world.heartbeat(claim);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }],
+        all(),
+        "
+        a: in_progress –RunTimeout→ error
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because timeout: step a failed: it ran longer than 30s and its worker never said so",
+    );
+}
+
+#[test]
+fn a_step_that_nobody_claims_times_out() {
+    let mut world = World::started(with(template("a"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+    }));
+    check(
+        &mut world,
+        vec![Event::QueueDue {
+            step: 0,
+            attempt: 1,
+        }],
+        all(),
+        "
+        due queue_timeout a in 60 s",
+    );
+    world.pass(Duration::from_mins(1));
+    check(
+        &mut world,
+        vec![Event::QueueDue {
+            step: 0,
+            attempt: 1,
+        }],
+        all(),
+        "
+        a: enqueued –QueueTimeout→ error
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because queue_timeout: step a failed: no worker claimed it within 60s",
+    );
+}
+
+#[test]
+fn a_queue_timeout_that_is_passed_over_is_still_a_failure() {
+    let definition = with(template("a b<a c"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+        a.retry.on_exhausted = OnExhausted::Continue;
+    });
+    let mut world = World::started(definition);
+    world.pass(Duration::from_mins(1));
+    check(
+        &mut world,
+        vec![Event::QueueDue {
+            step: 0,
+            attempt: 1,
+        }],
+        all(),
+        "
+        a: enqueued –QueueTimeout→ error
+        task: steps_in_process –StepFailed→ evaluating_results
+        b: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send b 1",
+    );
+}
+
+#[test]
+fn a_claimed_step_does_not_time_out_in_its_queue() {
+    let mut world = World::started(with(template("a"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+    }));
+    world.pass(Duration::from_secs(61));
+    world.claim_step("a");
+    check(
+        &mut world,
+        vec![Event::QueueDue {
+            step: 0,
+            attempt: 1,
+        }],
+        all(),
+        "ignored 1",
+    );
+}
+
+#[test]
+fn a_task_that_takes_too_long_ends() {
+    let mut definition = template("a b<a");
+    definition.total = Some(Duration::from_hours(1));
+    let mut world = World::started(definition);
+    check(
+        &mut world,
+        vec![Event::TotalDue],
+        all(),
+        "
+        due total_timeout in 3600 s",
+    );
+    world.pass(Duration::from_hours(1));
+    check(
+        &mut world,
+        vec![Event::TotalDue],
+        all(),
+        "
+        task: steps_in_process –TotalTimeout→ error
+        cancel open steps
+        because timeout: it took longer than the 3600s its template allows",
+    );
+    check(&mut world, vec![Event::TotalDue], all(), "ignored 1");
+}
+
+#[test]
+fn cancel_ends_the_task_at_once() {
+    let mut world = World::started(template("a b<a"));
+    let claim = world.claim_step("a");
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl"))],
+        all(),
+        "
+        task: steps_in_process –Cancel→ cancelled by carl
+        cancel open steps
+        audit cancel by carl
+        because no error: because",
+    );
+    assert_eq!(world.task.ended_by, Some("cancel"));
+    assert!(!world.heartbeat(claim) && !world.report(claim, success()));
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl"))],
+        all(),
+        "ignored 1",
+    );
+}
+
+#[test]
+fn terminate_ends_the_task_at_once() {
+    let mut world = World::new(template("a"));
+    check(
+        &mut world,
+        vec![Event::Terminate(operator("tina"))],
+        all(),
+        "
+        task: pending –Terminate→ cancelled by tina
+        cancel open steps
+        audit terminate by tina
+        because no error: because",
+    );
+    assert_eq!(world.task.ended_by, Some("terminate"));
+}
+
+#[test]
+fn what_was_reported_counts_before_the_task_is_cancelled() {
+    let mut world = World::started(template("a b<a"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –Cancel→ cancelled by carl
+        close a 1
+        cancel open steps
+        audit cancel by carl
+        because no error: because",
+    );
+    assert_eq!(world.step("b").state, StepState::Cancelled);
+}
+
+#[test]
+fn a_start_that_is_cancelled_at_once_leaves_no_open_step() {
+    let mut world = World::new(template("a b<a"));
+    let start = world.start_event();
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), start],
+        all(),
+        "
+        task: pending –Start→ initializing
+        task: initializing –Cancel→ cancelled by carl
+        cancel open steps
+        audit cancel by carl
+        because no error: because",
+    );
+    assert!(
+        world
+            .steps
+            .iter()
+            .all(|step| step.state == StepState::Cancelled)
+    );
+}
+
+#[test]
+fn an_operator_retries_a_failed_task() {
+    let mut world = World::started(template("a b<a c d<c"));
+    world.finish_step("c", success());
+    world.finish_step("a", permanent("Broken"));
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![retry],
+        all(),
+        "
+        task: error –OperatorRetry→ evaluating_results by olga
+        a: error –OperatorRetry→ pending by olga
+        b: cancelled –OperatorRetry→ pending by olga
+        d: cancelled –OperatorRetry→ pending by olga
+        a: pending –Enqueue→ enqueued
+        d: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2
+        send d 2
+        audit retry by olga",
+    );
+    assert_eq!((world.task.generation, world.step("a").failures), (2, 0));
+    assert_eq!(world.step("c").generation, 1, "what is done stays done");
+    assert_eq!(
+        output(&world, "d"),
+        json!({"input": {"total": 7}, "steps": {"c": {"n": 1}}})
+    );
+}
+
+#[test]
+fn an_operator_retries_a_cancelled_task() {
+    let mut world = World::started(template("a b<a"));
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![retry],
+        Room::default(),
+        "
+        task: cancelled –OperatorRetry→ evaluating_results by olga
+        a: cancelled –OperatorRetry→ pending by olga
+        b: cancelled –OperatorRetry→ pending by olga
+        task: evaluating_results –NoDependenciesReady→ waiting_for_dependencies
+        hold a: worker
+        audit retry by olga",
+    );
+    assert_eq!(world.task.ended_by, None);
+}
+
+#[test]
+fn an_operator_retries_a_blocked_task_within_its_generation() {
+    let definition = with(template("a b<a"), "a", |a| {
+        a.retry.on_exhausted = OnExhausted::Block;
+    });
+    let mut world = World::started(definition);
+    world.finish_step("a", permanent("Broken"));
+    assert_eq!(world.task.state, TaskState::BlockedByFailures);
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![retry],
+        all(),
+        "
+        task: blocked_by_failures –OperatorRetry→ evaluating_results by olga
+        a: error –OperatorRetry→ pending by olga
+        a: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2
+        audit retry by olga",
+    );
+    assert_eq!((world.task.generation, world.task.failed_steps), (1, 0));
+}
+
+#[test]
+fn a_step_behind_a_failure_that_was_passed_over_waits_for_its_retry() {
+    let definition = with(template("a b c<a,b"), "a", |a| {
+        a.retry.on_exhausted = OnExhausted::Continue;
+    });
+    let definition = with(definition, "b", |b| {
+        b.retry.on_exhausted = OnExhausted::Block;
+    });
+    let mut world = World::started(definition);
+    world.finish_step("a", permanent("Broken"));
+    world.finish_step("b", permanent("Broken"));
+    assert_eq!(
+        (world.task.state, world.step("c").remaining_dependencies),
+        (TaskState::BlockedByFailures, 1)
+    );
+    let retry = world.retry_event();
+    world.settle(vec![retry], &mut all());
+    assert_eq!(world.step("c").remaining_dependencies, 2);
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –StepsStillRunning→ steps_in_process
+        close a 2",
+    );
+}
+
+#[test]
+fn an_operator_retries_a_task_that_never_had_steps() {
+    let mut world = World::new(template("a b<a"));
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![retry],
+        all(),
+        "
+        task: cancelled –OperatorRetry→ evaluating_results by olga
+        a: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 1
+        audit retry by olga",
+    );
+    assert_eq!((world.steps.len(), world.task.open_steps), (2, 2));
+}
+
+#[test]
+fn an_operator_retries_a_task_whose_input_is_still_invalid() {
+    let mut world = World::new(template("a"));
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
+    let Event::Retry {
+        operator,
+        step_uuids,
+        ..
+    } = world.retry_event()
+    else {
+        unreachable!()
+    };
+    let retry = Event::Retry {
+        operator,
+        step_uuids,
+        invalid: Some("total: must be a number".into()),
+    };
+    check(
+        &mut world,
+        vec![retry],
+        all(),
+        "
+        task: cancelled –OperatorRetry→ evaluating_results by olga
+        task: evaluating_results –PermanentFailure→ error
+        cancel open steps
+        audit retry by olga
+        because invalid_input: total: must be a number",
+    );
+}
+
+#[test]
+fn an_operator_does_not_retry_what_runs() {
+    let mut world = World::started(template("a"));
+    let retry = world.retry_event();
+    check(&mut world, vec![retry], all(), "ignored 1");
+}
+
+#[test]
+fn a_retry_never_revives_what_the_same_settle_ends() {
+    let mut world = World::started(template("a"));
+    let retry = world.retry_event();
+    check(
+        &mut world,
+        vec![Event::Cancel(operator("carl")), retry],
+        all(),
+        "
+        task: steps_in_process –Cancel→ cancelled by carl
+        cancel open steps
+        audit cancel by carl
+        because no error: because
+        ignored 1",
+    );
+}
+
+#[test]
+fn duplicate_result_changes_nothing() {
+    let mut world = World::started(template("a b"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event.clone(), event.clone()],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –StepsStillRunning→ steps_in_process
+        close a 1
+        ignored 1",
+    );
+    check(&mut world, vec![event], all(), "ignored 1");
+}
+
+#[test]
+fn duplicate_result_still_brings_its_output() {
+    let mut world = World::started(template("a b c<a,b"));
+    let first = world.run_step("a", Outcome::Success(json!({"n": 5})));
+    world.settle(vec![first.clone()], &mut all());
+    world.results.clear();
+    let second = world.run_step("b", Outcome::Success(json!({"n": 6})));
+    check(
+        &mut world,
+        vec![first, second],
+        all(),
+        "
+        b: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        c: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close b 1
+        send c 1
+        ignored 1",
+    );
+    assert_eq!(
+        output(&world, "c"),
+        json!({"input": {"total": 7}, "steps": {"a": {"n": 5}, "b": {"n": 6}}})
+    );
+}
+
+#[test]
+fn result_of_another_attempt_changes_nothing() {
+    let mut world = World::started(template("a"));
+    let claim = world.claim_step("a");
+    world.pass(LEASE);
+    world.settle(vec![Event::LeaseDue { step: 0 }], &mut all());
+    assert!(!world.report(claim, success()));
+    world.run_step("a", success());
+    check(
+        &mut world.clone(),
+        vec![
+            Event::Result {
+                step: 0,
+                attempt: 1,
+            },
+            Event::Result {
+                step: 0,
+                attempt: 3,
+            },
+        ],
+        all(),
+        "ignored 2",
+    );
+    check(
+        &mut world,
+        vec![Event::Result {
+            step: 0,
+            attempt: 2,
+        }],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –AllStepsSuccessful→ complete
+        close a 2",
+    );
+}
+
+#[test]
+fn late_result_changes_nothing() {
+    let mut world = World::started(template("a b"));
+    let event = world.run_step("a", success());
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
+    check(&mut world, vec![event], all(), "ignored 1");
+}
+
+#[test]
+fn a_step_that_finds_no_room_is_held_and_admitted_later() {
+    let mut world = World::started(template("a b<a c<a"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        room_for(1, &["do.b", "do.c"], false),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        b: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        hold c: room
+        send b 1",
+    );
+    check(
+        &mut world,
+        vec![Event::Admit { step: 2 }],
+        room_for(0, &["do.c"], true),
+        "
+        hold c: room",
+    );
+    check(
+        &mut world,
+        vec![Event::Admit { step: 2 }],
+        room_for(1, &["do.c"], true),
+        "
+        c: pending –Enqueue→ enqueued
+        task: steps_in_process –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send c 1",
+    );
+    assert!(!is_held(&world, HeldBy::Room));
+}
+
+#[test]
+fn new_ready_steps_queue_behind_those_that_wait() {
+    let mut world = World::started(template("a b<a"));
+    let event = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![event],
+        room_for(5, &["do.b"], true),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –NoDependenciesReady→ waiting_for_dependencies
+        close a 1
+        hold b: room",
+    );
+    assert!(is_held(&world, HeldBy::Room));
+}
+
+#[test]
+fn a_result_that_cannot_be_read_fails_its_attempt() {
+    let mut world = World::started(template("a"));
+    world.run_step("a", success());
+    let quarantined = |attempt| Event::Quarantined {
+        step: 0,
+        attempt,
+        reason: "not JSON".into(),
+    };
+    check(&mut world, vec![quarantined(2)], all(), "ignored 1");
+    world.results.push((0, 1));
+    check(
+        &mut world,
+        vec![quarantined(1)],
+        all(),
+        "
+        a: enqueued_for_orchestration –Fail→ error
+        task: steps_in_process –AllStepsCompleted→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        close a 1
+        cancel open steps
+        because quarantined: step a failed: not JSON",
+    );
+}
+
+#[test]
+fn fan_out_and_join_settle_in_three_passes() {
+    let names: Vec<String> = (0..50).map(|n| format!("m{n}")).collect();
+    let words = names
+        .iter()
+        .map(|name| format!("{name}<a"))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let mut world = World::started(template(&format!("a {words} z<{}", names.join(","))));
+    let event = world.run_step("a", success());
+    assert_eq!(world.settle(vec![event], &mut all()).sends.len(), 50);
+    let events: Vec<Event> = names
+        .iter()
+        .map(|name| world.run_step(name, success()))
+        .collect();
+    let plan = world.settle(events, &mut all());
+    assert_eq!(plan.closed.len(), 50);
+    let task_moves: Vec<&str> = plan
+        .moves
+        .iter()
+        .filter(|made| made.entity == plan.task.uuid)
+        .map(|made| made.event)
+        .collect();
+    assert_eq!(
+        task_moves,
+        ["StepCompleted", "ReadyStepsFound", "StepsEnqueued"],
+        "it is evaluated once"
+    );
+    assert_eq!(
+        plan.sends
+            .iter()
+            .map(|send| send.attempt)
+            .collect::<Vec<_>>(),
+        [1]
+    );
+    assert_eq!(output(&world, "z")["steps"].as_object().unwrap().len(), 50);
+    assert_eq!(
+        world.finish_step("z", success()).task.state,
+        TaskState::Complete
+    );
+}
+
+#[test]
+fn several_events_settle_in_one_pass() {
+    let mut world = World::started(template("a b c d<a e<b"));
+    let a = world.run_step("a", success());
+    let b = world.run_step("b", failure("Flaky"));
+    world.claim_step("c");
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 2 }, b, a],
+        all(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        b: enqueued_as_error_for_orchestration –ScheduleRetry→ waiting_for_retry
+        c: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –StepFailed→ evaluating_results
+        d: pending –Enqueue→ enqueued
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        close b 1
+        close c 1
+        send c 2
+        send d 1
+        due retry b in 1 s",
+    );
+}

@@ -1,0 +1,132 @@
+//! Plans against real rows: what the simulated world of `state_machine` takes for granted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::json;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::apply;
+use crate::postgres::testing::TestDatabase;
+use crate::state_machine::decide::Operator;
+use crate::state_machine::plan::{Plan, Room};
+use crate::state_machine::{Event, Snapshot, decide};
+use crate::store::steps::load_unfinished;
+use crate::store::tasks;
+use crate::store::templates::{self, Loaded};
+use crate::store::tx::in_tx;
+use crate::template;
+
+const TEMPLATE: &str = r#"
+namespace: shop
+name: order
+version: "1.0.0"
+steps:
+  - {name: a, handler: do.a}
+  - {name: b, handler: do.b}
+  - {name: c, handler: do.c, depends_on: [a, b]}
+"#;
+
+type Failure = Box<dyn std::error::Error>;
+
+async fn submitted(conn: &mut PgConnection) -> Result<(Uuid, Arc<Loaded>), Failure> {
+    let checked = template::parse("order.yaml", TEMPLATE).expect("the template is good");
+    let id = templates::register(conn, &checked.template)
+        .await?
+        .template_id;
+    let request = json!({"namespace": "shop", "template": "order", "input": {}});
+    let task = tasks::submit(conn, &[request]).await?[0]
+        .task_uuid
+        .expect("the request is good");
+    Ok((task, templates::load(conn, &[id]).await?.remove(0)))
+}
+
+/// Decides on the task's row alone and applies the plan.
+async fn settle(
+    conn: &mut PgConnection,
+    task: Uuid,
+    template: &Loaded,
+    events: Vec<Event>,
+) -> Result<Plan, Failure> {
+    let row = tasks::lock(conn, &[task]).await?.remove(0);
+    let snapshot = Snapshot {
+        task: row.task.clone(),
+        definition: &template.definition,
+        steps: HashMap::new(),
+        outcomes: HashMap::new(),
+        outputs: HashMap::new(),
+    };
+    let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
+    apply(conn, &[(&row, &plan)], row.read_at, None).await?;
+    Ok(plan)
+}
+
+fn start() -> Event {
+    Event::Start {
+        step_uuids: (0..3).map(|_| Uuid::new_v4()).collect(),
+        invalid: None,
+    }
+}
+
+#[tokio::test]
+async fn a_task_that_ends_as_it_begins_leaves_no_open_step() {
+    let database = TestDatabase::fresh().await;
+    in_tx(&database.pool().await, async |conn| {
+        let (task, template) = submitted(conn).await?;
+        let operator = Operator {
+            actor: "carl".into(),
+            reason: None,
+        };
+        settle(
+            conn,
+            task,
+            &template,
+            vec![start(), Event::Cancel(operator)],
+        )
+        .await?;
+        let states: Vec<String> =
+            sqlx::query_scalar("select state from tasker.steps where task_uuid = $1")
+                .bind(task)
+                .fetch_all(&mut *conn)
+                .await?;
+        assert_eq!(states, ["cancelled", "cancelled", "cancelled"]);
+        let logged: i64 = sqlx::query_scalar(
+            "select count(*) from tasker.transitions where task_uuid = $1 and event = 'Cancel'",
+        )
+        .bind(task)
+        .fetch_one(&mut *conn)
+        .await?;
+        assert_eq!(logged, 4, "the task's and each step's");
+        Ok::<_, Failure>(())
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn what_a_retry_loads_is_recounted_from_the_edges() {
+    let database = TestDatabase::fresh().await;
+    in_tx(&database.pool().await, async |conn| {
+        let (task, template) = submitted(conn).await?;
+        settle(conn, task, &template, vec![start()]).await?;
+        // As after a failure that `continue` passed over, and one that blocks.
+        sqlx::query("update tasker.steps set state = 'error' where task_uuid = $1 and step_index < 2")
+            .bind(task)
+            .execute(&mut *conn)
+            .await?;
+        sqlx::query("update tasker.steps set remaining_dependencies = 1 where task_uuid = $1 and step_index = 2")
+            .bind(task)
+            .execute(&mut *conn)
+            .await?;
+        let (with_steps, rows) = load_unfinished(conn, &[task]).await?;
+        assert_eq!(with_steps, [task]);
+        let mut counts: Vec<(u32, i32)> =
+            rows.iter().map(|row| (row.step.index, row.step.remaining_dependencies)).collect();
+        counts.sort_unstable();
+        assert_eq!(counts, [(0, 0), (1, 0), (2, 2)]);
+        Ok::<_, Failure>(())
+    })
+    .await
+    .unwrap();
+}

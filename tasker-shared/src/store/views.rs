@@ -1,0 +1,498 @@
+//! What people ask: tasks, steps, attempts, templates, queues, quarantine.
+//!
+//! Read-only, and never part of a decision. One statement each, except where it says so.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::Error;
+use super::tasks::bytes;
+use crate::state_machine::states::TaskState;
+use crate::trace::otlp::hex;
+use crate::trace::span::TraceId;
+
+/// A task as people see it. Times are the database's.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
+pub struct TaskView {
+    pub task_uuid: Uuid,
+    pub namespace: String,
+    pub template: String,
+    pub version: String,
+    /// The public word: queued, running, waiting, suspended, completed, failed or cancelled.
+    pub status: &'static str,
+    pub state: &'static str,
+    pub correlation_id: String,
+    pub idempotency_key: Option<String>,
+    pub priority: i32,
+    pub generation: i32,
+    pub open_steps: i32,
+    pub failed_steps: i32,
+    pub error_type: Option<String>,
+    pub reason: Option<String>,
+    /// 32 hex digits, what a trace backend searches by.
+    pub trace_id: String,
+    pub created_at: DateTime<Utc>,
+    pub run_at: Option<DateTime<Utc>>,
+    pub last_at: DateTime<Utc>,
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+impl TaskView {
+    /// Whether its generation has ended.
+    pub fn is_finished(&self) -> bool {
+        self.finished_at.is_some()
+    }
+}
+
+/// Which tasks to list; the empty filter lists all.
+#[derive(Debug, Clone, Default)]
+pub struct TaskFilter {
+    /// Of this namespace only.
+    pub namespace: Option<String>,
+    /// Of this template only, in any version.
+    pub template: Option<String>,
+    /// With this public status only, such as `failed`.
+    pub status: Option<String>,
+    /// With this correlation id only.
+    pub correlation_id: Option<String>,
+    /// Created before this task: for the next page.
+    pub before: Option<Uuid>,
+    /// How many at most; 0 counts as 50.
+    pub limit: u32,
+}
+
+/// The latest tasks that match, newest first.
+pub async fn tasks(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<TaskView>, Error> {
+    let states: Option<Vec<String>> = filter.status.as_deref().map(|status| {
+        states_of(status)
+            .map(|state| state.as_str().to_owned())
+            .collect()
+    });
+    let limit = if filter.limit == 0 {
+        50
+    } else {
+        i64::from(filter.limit)
+    };
+    let ids = sqlx::query_scalar!(
+        "select t.task_uuid from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+         where ($1::text is null or t.namespace = $1) and ($2::text is null or p.name = $2)
+           and ($3::text[] is null or t.state = any($3)) and ($4::text is null or t.correlation_id = $4)
+           and ($5::uuid is null or t.task_uuid < $5)
+         order by t.task_uuid desc limit $6",
+        filter.namespace,
+        filter.template,
+        states.as_deref(),
+        filter.correlation_id,
+        filter.before,
+        limit
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut found = these(conn, &ids).await?;
+    found.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));
+    Ok(found)
+}
+
+/// The states that people see under one word; none for a word that is no status.
+pub fn states_of(status: &str) -> impl Iterator<Item = TaskState> {
+    TaskState::ALL
+        .iter()
+        .copied()
+        .filter(move |state| state.public_status() == status)
+}
+
+/// These tasks, in any order; unknown ones are not in the answer.
+pub async fn these(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskView>, Error> {
+    let rows = sqlx::query!(
+        "select t.task_uuid, t.namespace, p.name, p.version, t.state, t.correlation_id, t.idempotency_key, t.priority,
+           t.generation, t.open_steps, t.failed_steps, t.error_type, t.reason, t.trace_id, t.created_at, t.run_at,
+           t.last_at, t.finished_at
+         from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+         where t.task_uuid = any($1)",
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            let state: TaskState = row
+                .state
+                .parse()
+                .map_err(|problem| Error::bad_row("tasks", "state", row.task_uuid, problem))?;
+            Ok(TaskView {
+                task_uuid: row.task_uuid,
+                namespace: row.namespace,
+                template: row.name,
+                version: row.version,
+                status: state.public_status(),
+                state: state.as_str(),
+                correlation_id: row.correlation_id,
+                idempotency_key: row.idempotency_key,
+                priority: row.priority,
+                generation: row.generation,
+                open_steps: row.open_steps,
+                failed_steps: row.failed_steps,
+                error_type: row.error_type,
+                reason: row.reason,
+                trace_id: hex(&row.trace_id),
+                created_at: row.created_at,
+                run_at: row.run_at,
+                last_at: row.last_at,
+                finished_at: row.finished_at,
+            })
+        })
+        .collect()
+}
+
+/// Which of these tasks have ended.
+pub async fn finished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select task_uuid from tasker.tasks where task_uuid = any($1) and finished_at is not null",
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The tasks with this correlation id, newest first, at most 20.
+pub async fn by_correlation(
+    conn: &mut PgConnection,
+    correlation_id: &str,
+) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select task_uuid from tasker.tasks where correlation_id = $1 order by task_uuid desc limit 20",
+        correlation_id
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// What a task was given; `None` if there is no such task.
+pub async fn input(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Value>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select input from tasker.tasks where task_uuid = $1",
+        task_uuid
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// What tasks came to: the outputs of the completed steps that no other step depends on, by step name.
+pub async fn results(
+    conn: &mut PgConnection,
+    task_uuids: &[Uuid],
+) -> Result<BTreeMap<Uuid, BTreeMap<String, Value>>, Error> {
+    let rows = sqlx::query!(
+        r#"select t.task_uuid, d.name, coalesce(a.output, 'null') as "output!"
+           from tasker.tasks t
+           join tasker.steps s on s.task_uuid = t.task_uuid and s.state = 'complete'
+           join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+           join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
+           where t.task_uuid = any($1)
+             and not exists (select from tasker.template_edges e
+                             where e.template_id = t.template_id and e.parent_index = s.step_index)"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut results: BTreeMap<Uuid, BTreeMap<String, Value>> = BTreeMap::new();
+    for row in rows {
+        results
+            .entry(row.task_uuid)
+            .or_default()
+            .insert(row.name, row.output);
+    }
+    Ok(results)
+}
+
+/// A step as people see it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(
+    missing_docs,
+    reason = "columns of tasker.steps and tasker.template_steps"
+)]
+pub struct StepView {
+    pub step_uuid: Uuid,
+    pub name: String,
+    pub handler: String,
+    pub queue: String,
+    pub state: String,
+    pub attempt: i32,
+    pub max_attempts: i32,
+    pub held_by: Option<String>,
+    pub due_at: Option<DateTime<Utc>>,
+    /// Who holds it now, or held it last.
+    pub worker: Option<String>,
+    /// What a running handler said last.
+    pub progress: Option<Value>,
+    pub last_at: DateTime<Utc>,
+    /// Of the latest attempt.
+    pub output: Option<Value>,
+    /// Of the latest attempt.
+    pub error: Option<Value>,
+}
+
+/// The steps of a task in template order.
+pub async fn steps(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<StepView>, Error> {
+    Ok(sqlx::query_as!(
+        StepView,
+        r#"select s.step_uuid, d.name, d.handler, d.queue, s.state, s.attempt, d.max_attempts, s.held_by, s.due_at,
+             s.claimed_by as worker, s.progress, s.last_at, a.output as "output?", a.error as "error?"
+           from tasker.tasks t
+           join tasker.steps s on s.task_uuid = t.task_uuid
+           join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+           left join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
+           where t.task_uuid = $1 order by s.step_index"#,
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// One execution of a step, as people see it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of tasker.attempts")]
+pub struct AttemptView {
+    pub task_uuid: Uuid,
+    pub step: String,
+    pub attempt: i32,
+    pub worker: String,
+    pub claimed_at: DateTime<Utc>,
+    pub reported_at: Option<DateTime<Utc>>,
+    pub run_ms: Option<f64>,
+    pub outcome: Option<String>,
+    pub error: Option<Value>,
+}
+
+/// Every attempt of these tasks that a worker claimed, by task, step and attempt.
+pub async fn attempts(
+    conn: &mut PgConnection,
+    task_uuids: &[Uuid],
+) -> Result<Vec<AttemptView>, Error> {
+    Ok(sqlx::query_as!(
+        AttemptView,
+        "select a.task_uuid, d.name as step, a.attempt, a.worker, a.claimed_at, a.reported_at, a.run_ms, a.outcome, a.error
+         from tasker.tasks t
+         join tasker.steps s on s.task_uuid = t.task_uuid
+         join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+         join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid
+         where t.task_uuid = any($1) order by a.task_uuid, s.step_index, a.attempt",
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The span that a task's caller sent, as `(trace id, parent span id)`; the parent is `None` for a trace that began here.
+pub async fn callers(
+    conn: &mut PgConnection,
+    task_uuids: &[Uuid],
+) -> Result<Vec<(Uuid, TraceId, Option<String>)>, Error> {
+    let rows = sqlx::query!(
+        "select task_uuid, trace_id, remote_span_id from tasker.tasks where task_uuid = any($1)",
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            let trace = bytes(&row.trace_id).ok_or_else(|| {
+                Error::bad_row("tasks", "trace_id", row.task_uuid, "needs 16 bytes")
+            })?;
+            Ok((row.task_uuid, trace, row.remote_span_id.as_deref().map(hex)))
+        })
+        .collect()
+}
+
+/// A registered template.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of tasker.templates")]
+pub struct TemplateView {
+    pub namespace: String,
+    pub name: String,
+    pub version: String,
+    pub steps: i64,
+    pub created_at: DateTime<Utc>,
+}
+
+/// The registered templates of one namespace, or of all; of each the latest version stands last.
+pub async fn templates(
+    conn: &mut PgConnection,
+    namespace: Option<&str>,
+) -> Result<Vec<TemplateView>, Error> {
+    Ok(sqlx::query_as!(
+        TemplateView,
+        r#"select t.namespace, t.name, t.version, t.created_at,
+             (select count(*) from tasker.template_steps s where s.template_id = t.template_id) as "steps!"
+           from tasker.templates t where $1::text is null or t.namespace = $1
+           order by t.namespace, t.name, t.template_id"#,
+        namespace
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The definition of a template, `(id, JSON)`: of the given version, else of the latest.
+pub async fn definition(
+    conn: &mut PgConnection,
+    namespace: &str,
+    name: &str,
+    version: Option<&str>,
+) -> Result<Option<(i32, Value)>, Error> {
+    let row = sqlx::query!(
+        "select template_id, definition from tasker.templates
+         where namespace = $1 and name = $2 and ($3::text is null or version = $3)
+         order by template_id desc limit 1",
+        namespace,
+        name,
+        version
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (row.template_id, row.definition)))
+}
+
+/// The id and the input schema of a template, as [`definition`] chooses it.
+pub async fn input_schema(
+    conn: &mut PgConnection,
+    namespace: &str,
+    name: &str,
+    version: Option<&str>,
+) -> Result<Option<(i32, Option<Value>)>, Error> {
+    let row = sqlx::query!(
+        r#"select template_id, definition->'input_schema' as "schema?" from tasker.templates
+           where namespace = $1 and name = $2 and ($3::text is null or version = $3)
+           order by template_id desc limit 1"#,
+        namespace,
+        name,
+        version
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (row.template_id, row.schema)))
+}
+
+/// The `(namespace, queue)` pairs of templates with a step for one of these handlers; the
+/// queue is the PGMQ name, such as `worker_orders__slow`.
+pub async fn queues_of(
+    conn: &mut PgConnection,
+    handlers: &[String],
+) -> Result<Vec<(String, String)>, Error> {
+    let rows = sqlx::query!(
+        "select distinct t.namespace, s.queue from tasker.template_steps s
+         join tasker.templates t on t.template_id = s.template_id
+         where s.handler = any($1) order by 1, 2",
+        handlers
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.namespace, row.queue))
+        .collect())
+}
+
+/// Whether one live worker offers all of these handlers on the queue.
+pub async fn is_offered(
+    conn: &mut PgConnection,
+    queue: &str,
+    handlers: &[String],
+) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from tasker.workers w where $1 = any(w.queues) and w.handlers @> $2
+                            and w.seen_at > clock_timestamp() - interval '30 s') as "yes!""#,
+        queue,
+        handlers
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// One queue, and what stands before and behind it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct QueueView {
+    /// Its PGMQ name.
+    pub queue: String,
+    /// Messages in it, hidden ones included.
+    pub depth: i64,
+    /// Messages that may be read now.
+    pub visible: i64,
+    /// Age of the oldest message in seconds.
+    pub oldest_s: Option<i32>,
+    /// Ready steps that are held back from it.
+    pub held: i64,
+    /// Live workers that read it; always 0 for the queues of orchestrators.
+    pub workers: i64,
+    /// Messages of it in quarantine.
+    pub quarantined: i64,
+}
+
+/// Every queue.
+pub async fn queues(conn: &mut PgConnection) -> Result<Vec<QueueView>, Error> {
+    Ok(sqlx::query_as!(
+        QueueView,
+        r#"select m.queue_name as "queue!", m.queue_length as "depth!", m.queue_visible_length as "visible!",
+             m.oldest_msg_age_sec as oldest_s,
+             (select count(*) from tasker.steps s where s.queue = m.queue_name and s.held_by is not null) as "held!",
+             (select count(*) from tasker.workers w
+              where m.queue_name = any(w.queues) and w.seen_at > clock_timestamp() - interval '30 s') as "workers!",
+             (select count(*) from tasker.quarantine q where q.queue = m.queue_name) as "quarantined!"
+           from pgmq.metrics_all() m order by 1"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// A message that could not become a task or be tied to one.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of tasker.quarantine")]
+pub struct QuarantineView {
+    pub quarantine_id: i64,
+    pub queue: String,
+    pub msg_id: i64,
+    pub reason: String,
+    /// How often it failed the same way.
+    pub failures: i32,
+    pub read_ct: i32,
+    pub message: Option<Value>,
+    pub headers: Option<Value>,
+    pub enqueued_at: DateTime<Utc>,
+    pub quarantined_at: DateTime<Utc>,
+}
+
+/// The latest messages in quarantine, newest first, and how many there are in all.
+pub async fn quarantine(
+    conn: &mut PgConnection,
+    queue: Option<&str>,
+    limit: i64,
+) -> Result<(Vec<QuarantineView>, i64), Error> {
+    let rows = sqlx::query_as!(
+        QuarantineView,
+        "select quarantine_id, queue, msg_id, reason, failures, read_ct, message, headers, enqueued_at, quarantined_at
+         from tasker.quarantine where $1::text is null or queue = $1 order by quarantine_id desc limit $2",
+        queue,
+        limit
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let all = sqlx::query_scalar!(
+        r#"select count(*) as "n!" from tasker.quarantine where $1::text is null or queue = $1"#,
+        queue
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok((rows, all))
+}
+
+/// The database's clock, which decides what "now" is in an open trace.
+pub async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>, Error> {
+    Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#)
+        .fetch_one(conn)
+        .await?)
+}

@@ -1,0 +1,535 @@
+//! One sentence that says what a task waits for, or how it ended.
+//!
+//! [`situation`] reads the rows, [`Situation::sentence`] is pure. Neither decides anything.
+
+use std::fmt::Write as _;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::Serialize;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::Error;
+use super::views::{self, TaskView};
+
+/// What the sentence is made from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Situation {
+    /// The task.
+    pub task: TaskView,
+    /// The database's time of this look.
+    pub now: DateTime<Utc>,
+    /// Whether an orchestrator is connected to this database.
+    pub orchestrator: bool,
+    /// Its open steps in groups that wait for the same thing.
+    pub open: Vec<OpenSteps>,
+}
+
+/// Steps of one state that wait for the same thing.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OpenSteps {
+    /// The state that they share.
+    pub state: String,
+    /// What holds ready steps back: room, worker, limit or paused.
+    pub held_by: Option<String>,
+    /// Their queue.
+    pub queue: String,
+    /// Their handler.
+    pub handler: String,
+    /// How many.
+    pub count: i64,
+    /// Whether a live worker offers the handler on the queue.
+    pub offered: bool,
+    /// The first of them: the earliest due, or the longest in its state.
+    pub name: String,
+    /// Who holds the first one.
+    pub worker: Option<String>,
+    /// When the first one is due.
+    pub due_at: Option<DateTime<Utc>>,
+    /// Since when the first one has been in its state.
+    pub since: DateTime<Utc>,
+    /// Attempts of the first one in this generation that ended in an error.
+    pub failures: i32,
+    /// Attempts that its template allows.
+    pub max_attempts: i32,
+    /// The error of its latest attempt, as `type: message`.
+    pub error: Option<String>,
+}
+
+/// Looks at a task; `None` if there is no such task. Three statements.
+pub async fn situation(
+    conn: &mut PgConnection,
+    task_uuid: Uuid,
+) -> Result<Option<Situation>, Error> {
+    let Some(task) = views::these(conn, &[task_uuid]).await?.pop() else {
+        return Ok(None);
+    };
+    let around = sqlx::query!(
+        r#"select clock_timestamp() as "now!",
+             exists (select from pg_stat_activity where datname = current_database() and application_name = 'tasker-orchestration')
+             or exists (select from tasker.instances where seen_at > clock_timestamp() - interval '30 s') as "orchestrator!""#
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    let open = sqlx::query_as!(
+        OpenSteps,
+        r#"select distinct on (g.place, g.state, g.held_by, g.queue, g.handler)
+             g.state as "state!", g.held_by, g.queue as "queue!", g.handler as "handler!", g.name as "name!", g.worker, g.due_at,
+             g.since as "since!", g.failures as "failures!", g.max_attempts as "max_attempts!", g.count as "count!",
+             exists (select from tasker.workers w where g.queue = any(w.queues) and g.handler = any(w.handlers)
+                       and w.seen_at > clock_timestamp() - interval '30 s') as "offered!",
+             (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
+              where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error
+           from (
+             select s.step_uuid, s.attempt, s.state, s.held_by, d.queue, d.handler, d.name, s.claimed_by as worker,
+               s.due_at, coalesce(s.ready_at, s.last_at) as since, s.failures, d.max_attempts,
+               count(*) over (partition by s.state, s.held_by, d.queue, d.handler) as count,
+               case s.state when 'error' then 0 when 'in_progress' then 1 when 'enqueued' then 2 when 'waiting_for_retry' then 4
+                 when 'pending' then 5 else 3 end as place
+             from tasker.tasks t
+             join tasker.steps s on s.task_uuid = t.task_uuid
+             join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+             where t.task_uuid = $1 and s.state not in ('complete', 'cancelled', 'skipped', 'resolved_manually')
+               and (s.state <> 'pending' or s.held_by is not null)
+           ) g
+           order by g.place, g.state, g.held_by, g.queue, g.handler, coalesce(g.due_at, g.since), g.name
+           limit 1000"#,
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(Some(Situation {
+        task,
+        now: around.now,
+        orchestrator: around.orchestrator,
+        open,
+    }))
+}
+
+impl Situation {
+    /// The public status, a colon, and the reason.
+    pub fn sentence(&self) -> String {
+        format!("{}: {}", self.task.status, self.reason())
+    }
+
+    fn reason(&self) -> String {
+        let task = &self.task;
+        let told = || task.reason.clone().filter(|reason| !reason.is_empty());
+        match task.state {
+            "complete" => format!("every step is done; it took {}", self.took()),
+            "resolved_manually" => told().unwrap_or_else(|| "resolved by hand".into()),
+            "error" => {
+                let kind = task
+                    .error_type
+                    .as_deref()
+                    .map_or_else(String::new, |kind| format!(" ({kind})"));
+                format!(
+                    "{}{kind}",
+                    told().unwrap_or_else(|| "no reason was recorded".into())
+                )
+            }
+            "cancelled" => told().unwrap_or_else(|| "no reason was given".into()),
+            "suspended" => {
+                told().unwrap_or_else(|| "suspended by an operator until it is resumed".into())
+            }
+            "pending" => self.pending(),
+            "blocked_by_failures" => self.blocked(),
+            _ => self.open_steps(),
+        }
+    }
+
+    fn pending(&self) -> String {
+        match self.task.run_at {
+            Some(at) if at > self.now => format!("it starts at {}", self.clock(at)),
+            _ if self.orchestrator => "an orchestrator has not begun it yet".into(),
+            _ => "no orchestrator is running; start one with `tasker orchestrator run`".into(),
+        }
+    }
+
+    fn blocked(&self) -> String {
+        let failed = self.open.iter().find(|group| group.state == "error");
+        let what = failed.map_or_else(
+            || {
+                self.task
+                    .reason
+                    .clone()
+                    .unwrap_or_else(|| "a step failed for good".into())
+            },
+            |group| format!("{} failed for good{}", group.name, with_error(group)),
+        );
+        format!(
+            "{what}; `tasker task retry {}` tries again",
+            self.task.task_uuid
+        )
+    }
+
+    /// What is furthest along, and beside it the count of everything else that is open.
+    fn open_steps(&self) -> String {
+        let waits = self.task.status == "waiting";
+        let retry = || {
+            self.open
+                .iter()
+                .filter(|group| group.state == "waiting_for_retry")
+                .min_by_key(|group| group.due_at)
+        };
+        let group = match self.task.state {
+            "waiting_for_retry" => retry(),
+            _ => None,
+        };
+        let Some(group) = group.or_else(|| {
+            self.open
+                .iter()
+                .find(|group| !waits || group.state != "error")
+        }) else {
+            return if self.orchestrator {
+                "an orchestrator is about to look at it".into()
+            } else {
+                "no orchestrator is running; start one with `tasker orchestrator run`".into()
+            };
+        };
+        let mut text = self.group(group);
+        let shown = if group.state == "pending" || (group.state == "enqueued" && !group.offered) {
+            group.count
+        } else {
+            1
+        };
+        let others: i64 = self.open.iter().map(|group| group.count).sum::<i64>() - shown;
+        if others > 0 {
+            let _ = write!(
+                text,
+                " (and {others} other open step{})",
+                if others == 1 { "" } else { "s" }
+            );
+        }
+        text
+    }
+
+    fn group(&self, group: &OpenSteps) -> String {
+        let OpenSteps {
+            name,
+            queue,
+            handler,
+            max_attempts,
+            ..
+        } = group;
+        let attempt = group.failures + 1;
+        let since = duration(self.now - group.since);
+        let who = if group.count == 1 {
+            format!("{name} needs")
+        } else {
+            format!("{} steps need", group.count)
+        };
+        match (group.state.as_str(), group.held_by.as_deref()) {
+            ("in_progress", _) => {
+                let worker = group.worker.as_deref().unwrap_or("an unknown worker");
+                format!(
+                    "{name} is in progress on worker {worker} since {since}, attempt {attempt} of {max_attempts}"
+                )
+            }
+            ("waiting_for_retry", _) => {
+                let due = group.due_at.unwrap_or(self.now);
+                let at = self.clock(due);
+                let late = if due < self.now && !self.orchestrator {
+                    "; no orchestrator is running"
+                } else {
+                    ""
+                };
+                format!("retry of {name} at {at}, attempt {attempt} of {max_attempts}{late}")
+            }
+            ("enqueued", _) if group.offered => format!(
+                "{name} is in queue {queue} since {since}, attempt {attempt} of {max_attempts}"
+            ),
+            ("enqueued", _) | ("pending", Some("worker")) => {
+                let live = if group.offered {
+                    "one is live now"
+                } else {
+                    "none is live"
+                };
+                format!("{who} a worker that offers handler {handler} on queue {queue}; {live}")
+            }
+            ("pending", Some("room")) => format!(
+                "{who} room in queue {queue}: every slot of its workers is taken since {since}"
+            ),
+            ("pending", Some("limit")) => format!("{who} a limit of queue {queue} to allow more"),
+            ("pending", Some("paused")) => format!("{who} queue {queue}, which is paused"),
+            ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _)
+                if self.orchestrator =>
+            {
+                format!("the result of {name} is being evaluated")
+            }
+            ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) => {
+                format!("the result of {name} waits for an orchestrator; none is running")
+            }
+            ("error", _) => format!("{name} failed for good{}", with_error(group)),
+            (state, _) => format!("{name} is {state} since {since}"),
+        }
+    }
+
+    fn took(&self) -> String {
+        duration(self.task.finished_at.unwrap_or(self.now) - self.task.created_at)
+    }
+
+    /// The time of day in UTC, with the date unless it is today.
+    fn clock(&self, at: DateTime<Utc>) -> String {
+        let format = if at.date_naive() == self.now.date_naive() {
+            "%H:%M:%S UTC"
+        } else {
+            "%Y-%m-%d %H:%M:%S UTC"
+        };
+        at.format(format).to_string()
+    }
+}
+
+fn with_error(group: &OpenSteps) -> String {
+    group
+        .error
+        .as_deref()
+        .map_or_else(String::new, |error| format!(" with {error}"))
+}
+
+/// A duration as people say it, in its two largest units: `0.3 ms`, `1.25 s`, `2 min 5 s`, `1 d 3 h`.
+pub fn duration(length: TimeDelta) -> String {
+    let us = length.num_microseconds().unwrap_or(i64::MAX).max(0);
+    let s = us / 1_000_000;
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "it is rounded to three digits anyway"
+    )]
+    match s {
+        0 if us < 1000 => format!("{us} µs"),
+        0 if us < 10_000 => format!("{:.1} ms", us as f64 / 1e3),
+        0 => format!("{} ms", us / 1000),
+        1..60 if us % 1_000_000 < 5000 => format!("{s} s"),
+        1..60 => format!("{:.2} s", us as f64 / 1e6),
+        60..3600 => format!("{} min {} s", s / 60, s % 60),
+        3600..86_400 => format!("{} h {} min", s / 3600, s % 3600 / 60),
+        _ => format!("{} d {} h", s / 86_400, s % 86_400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+
+    use super::*;
+    use crate::postgres::testing::TestDatabase;
+    use crate::store::{tasks, templates};
+    use crate::template;
+
+    const TEMPLATE: &str = r#"
+namespace: shop
+name: order
+version: "1"
+steps:
+  - {name: reserve, handler: stock.reserve}
+  - {name: charge_card, handler: cards.charge, retry: {max_attempts: 5}}
+  - {name: ship, handler: orders.ship, queue: slow}
+"#;
+
+    struct Shop {
+        conn: PgConnection,
+        task: Uuid,
+        // Dropped last.
+        _database: TestDatabase,
+    }
+
+    impl Shop {
+        /// A task whose three steps are pending; nobody works on it.
+        async fn new() -> Self {
+            use sqlx::Connection as _;
+            let database = TestDatabase::fresh().await;
+            let mut conn = PgConnection::connect(&database.url()).await.unwrap();
+            let checked = template::parse("order.yaml", TEMPLATE).unwrap();
+            templates::register(&mut conn, &checked.template)
+                .await
+                .unwrap();
+            let request = serde_json::json!({"namespace": "shop", "template": "order"});
+            let task = tasks::submit(&mut conn, &[request]).await.unwrap()[0]
+                .task_uuid
+                .unwrap();
+            let mut shop = Self {
+                conn,
+                task,
+                _database: database,
+            };
+            shop.sql(
+                "insert into tasker.steps (step_uuid, task_uuid, step_index, queue, remaining_dependencies, last_at)
+                 select gen_random_uuid(), t.task_uuid, d.step_index, d.queue, 0, clock_timestamp()
+                 from tasker.tasks t join tasker.template_steps d using (template_id)",
+            )
+            .await;
+            shop
+        }
+
+        async fn sql(&mut self, statement: &str) {
+            sqlx::query(AssertSqlSafe(statement.to_owned()))
+                .execute(&mut self.conn)
+                .await
+                .unwrap();
+        }
+
+        async fn task_is(&mut self, set: &str) {
+            self.sql(&format!("update tasker.tasks set {set}")).await;
+        }
+
+        async fn step_is(&mut self, name: &str, set: &str) {
+            self.sql(&format!(
+                "update tasker.steps s set {set} from tasker.template_steps d where d.step_index = s.step_index and d.name = '{name}'"
+            ))
+            .await;
+        }
+
+        async fn sentence(&mut self) -> String {
+            situation(&mut self.conn, self.task)
+                .await
+                .unwrap()
+                .unwrap()
+                .sentence()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_queued_task_says_that_nobody_runs() {
+        let mut shop = Shop::new().await;
+        assert_eq!(
+            shop.sentence().await,
+            "queued: no orchestrator is running; start one with `tasker orchestrator run`"
+        );
+        shop.sql("set application_name = 'tasker-orchestration'")
+            .await;
+        assert_eq!(
+            shop.sentence().await,
+            "queued: an orchestrator has not begun it yet"
+        );
+        shop.task_is("run_at = '2100-01-02 03:04:05Z'").await;
+        assert_eq!(
+            shop.sentence().await,
+            "queued: it starts at 2100-01-02 03:04:05 UTC"
+        );
+        assert!(
+            situation(&mut shop.conn, Uuid::nil())
+                .await
+                .unwrap()
+                .is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_retry_says_which_attempt_comes_when() {
+        let mut shop = Shop::new().await;
+        shop.task_is("state = 'waiting_for_retry'").await;
+        shop.step_is("charge_card", "state = 'waiting_for_retry', attempt = 1, failures = 1, due_at = '2100-01-02 12:03:10Z'").await;
+        assert_eq!(
+            shop.sentence().await,
+            "waiting: retry of charge_card at 2100-01-02 12:03:10 UTC, attempt 2 of 5"
+        );
+        let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
+        seen.now = "2100-01-02T12:00:00Z".parse().unwrap();
+        assert_eq!(
+            seen.sentence(),
+            "waiting: retry of charge_card at 12:03:10 UTC, attempt 2 of 5"
+        );
+        seen.now = "2100-01-02T12:04:00Z".parse().unwrap();
+        assert!(
+            seen.sentence().ends_with("; no orchestrator is running"),
+            "{}",
+            seen.sentence()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_running_step_says_who_has_it_since_when() {
+        let mut shop = Shop::new().await;
+        shop.task_is("state = 'steps_in_process', in_flight_steps = 2")
+            .await;
+        let claimed = "state = 'in_progress', attempt = 1, claim_token = gen_random_uuid(), claimed_by = 'w1', lease_expires_at = now()";
+        shop.step_is("reserve", claimed).await;
+        shop.step_is("charge_card", "state = 'enqueued', attempt = 1")
+            .await;
+        let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
+        seen.now = seen.open[0].since + TimeDelta::seconds(3);
+        assert_eq!(
+            seen.sentence(),
+            "running: reserve is in progress on worker w1 since 3 s, attempt 1 of 3 (and 1 other open step)"
+        );
+    }
+
+    #[tokio::test]
+    async fn steps_without_a_worker_say_which_handler_is_missing() {
+        let mut shop = Shop::new().await;
+        shop.task_is("state = 'waiting_for_dependencies', held_steps = 1")
+            .await;
+        shop.step_is("ship", "held_by = 'worker', ready_at = now()")
+            .await;
+        let wanted = "waiting: ship needs a worker that offers handler orders.ship on queue worker_shop__slow; none is live";
+        assert_eq!(shop.sentence().await, wanted);
+        let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
+        seen.open[0].count = 3;
+        assert_eq!(
+            seen.sentence(),
+            wanted.replace("ship needs", "3 steps need")
+        );
+        shop.sql(
+            "select tasker.worker_hello('w1', 'shop', '{worker_shop__slow}', '{orders.ship}', 1)",
+        )
+        .await;
+        assert!(shop.sentence().await.ends_with("; one is live now"));
+    }
+
+    #[tokio::test]
+    async fn an_end_says_how_it_came() {
+        let mut shop = Shop::new().await;
+        let now = "finished_at = created_at + interval '65 s'";
+        shop.task_is(&format!("state = 'complete', {now}")).await;
+        assert_eq!(
+            shop.sentence().await,
+            "completed: every step is done; it took 1 min 5 s"
+        );
+        shop.task_is("state = 'error', error_type = 'CardDeclined', reason = 'step charge_card failed: no money'").await;
+        assert_eq!(
+            shop.sentence().await,
+            "failed: step charge_card failed: no money (CardDeclined)"
+        );
+        shop.task_is("state = 'cancelled', reason = 'cancel by ada'")
+            .await;
+        assert_eq!(shop.sentence().await, "cancelled: cancel by ada");
+    }
+
+    #[tokio::test]
+    async fn a_blocked_task_says_what_failed_and_what_to_do() {
+        let mut shop = Shop::new().await;
+        shop.task_is("state = 'blocked_by_failures', failed_steps = 1")
+            .await;
+        shop.step_is("charge_card", "state = 'error', attempt = 2")
+            .await;
+        shop.sql(
+            r#"insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, claim_began_at, claimed_at, error)
+               select task_uuid, step_uuid, attempt, 1, gen_random_uuid(), 'w1', now(), now(), '{"type": "CardDeclined", "message": "no money"}'
+               from tasker.steps where state = 'error'"#,
+        )
+        .await;
+        let task = shop.task;
+        let wanted = format!(
+            "waiting: charge_card failed for good with CardDeclined: no money; `tasker task retry {task}` tries again"
+        );
+        assert_eq!(shop.sentence().await, wanted);
+    }
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        for (us, text) in [
+            (0, "0 µs"),
+            (999, "999 µs"),
+            (1_500, "1.5 ms"),
+            (250_000, "250 ms"),
+            (1_250_000, "1.25 s"),
+            (3_000_000, "3 s"),
+            (125_000_000, "2 min 5 s"),
+            (7_500_000_000, "2 h 5 min"),
+            (97_200_000_000, "1 d 3 h"),
+            (-5, "0 µs"),
+        ] {
+            assert_eq!(duration(TimeDelta::microseconds(us)), text);
+        }
+    }
+}
