@@ -163,7 +163,7 @@ pub const SETTINGS: &[Setting] = &[
         Key::SampleRate,
         &["TASKER_TRACING_SAMPLE_RATE"],
         "1.0",
-        "Share of new traces to record, 0 to 1. A caller's decision is honoured.",
+        "Share of the live spans' own traces to record, 0 to 1. A task's tree follows its caller's sampled flag, and is recorded without one.",
     ),
     setting(
         Key::Sampler,
@@ -759,6 +759,28 @@ mod tests {
     use super::*;
 
     type Vars = &'static [(&'static str, &'static str)];
+
+    #[test]
+    fn the_document_lists_every_setting_as_it_is() {
+        let document = include_str!("../../../docs/telemetry.md");
+        for setting in SETTINGS {
+            let variables: Vec<String> = setting
+                .variables
+                .iter()
+                .map(|name| format!("`{name}`"))
+                .collect();
+            let row = format!(
+                "| {} | {} | {} |",
+                variables.join(", "),
+                setting.default.replace('|', "\\|"),
+                setting.about.replace('|', "\\|")
+            );
+            assert!(
+                document.contains(&row),
+                "docs/telemetry.md lacks this row:\n{row}"
+            );
+        }
+    }
 
     fn read(vars: &[(&str, &str)]) -> (TraceConfig, Vec<String>) {
         let (config, warnings) = try_read(vars).unwrap();
