@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use chrono::{DateTime, Utc};
 use serde::Serialize;
+use serde_json::Value;
 use sqlx::PgPool;
 
 /// Limits of this machine, each over about a second.
@@ -43,18 +45,27 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
         .await?;
     let (mut messages, mut spent) = (0_usize, Duration::ZERO);
     while spent < ENOUGH {
-        sqlx::query("select pgmq.send_batch('bench_limit', array_agg(jsonb_build_object('v', 1, 'task', gen_random_uuid(), 'n', n))) from generate_series(1, 5000) n")
-            .execute(&mut *conn)
-            .await?;
+        // Messages of the size of ours, read whole, as any consumer reads them.
+        sqlx::query(
+            "select pgmq.send_batch('bench_limit',
+               array_agg(jsonb_build_object('v', 1, 'task', gen_random_uuid(), 'step', gen_random_uuid(),
+                 'generation', 1, 'attempt', 1, 'handler', 'bench.noop')),
+               array_agg(jsonb_build_object('traceparent', '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01',
+                 'x-tasker-sender', '00f067aa0ba902b7')))
+             from generate_series(1, 5000)",
+        )
+        .execute(&mut *conn)
+        .await?;
         let started = Instant::now();
         loop {
-            let ids: Vec<i64> =
-                sqlx::query_scalar("select msg_id from pgmq.read('bench_limit', 30, 100)")
+            let read: Vec<(i64, i32, DateTime<Utc>, Value, Value)> =
+                sqlx::query_as("select msg_id, read_ct, enqueued_at, message, headers from pgmq.read('bench_limit', 30, 100)")
                     .fetch_all(&mut *conn)
                     .await?;
-            if ids.is_empty() {
+            if read.is_empty() {
                 break;
             }
+            let ids: Vec<i64> = read.iter().map(|message| message.0).collect();
             sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])")
                 .bind(&ids)
                 .execute(&mut *conn)

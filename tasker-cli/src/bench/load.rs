@@ -44,6 +44,7 @@ pub struct Run {
     pub spans: u64,
     pub spans_per_second: f64,
     pub span_bytes: u64,
+    pub export_requests: u64,
     /// Part of `seconds`: waiting for the last acknowledgement after the last task.
     pub drain_seconds: f64,
     pub statements_per_step: Option<f64>,
@@ -75,9 +76,9 @@ impl Pair {
         };
         let trace = match &sink {
             Some(sink) => {
-                let endpoint = sink.endpoint().clone();
+                let endpoint = sink.endpoint();
                 TraceConfig::from_vars(&|name| match name {
-                    "OTEL_EXPORTER_OTLP_ENDPOINT" => Some(endpoint.to_string()),
+                    "OTEL_EXPORTER_OTLP_ENDPOINT" => Some(endpoint.clone()),
                     "OTEL_EXPORTER_OTLP_PROTOCOL" => Some("grpc".to_owned()),
                     _ => None,
                 })?
@@ -131,6 +132,10 @@ impl Pair {
 }
 
 /// Submits all tasks, waits until the last has ended and its spans are acknowledged.
+#[expect(
+    clippy::too_many_lines,
+    reason = "one measurement, in the order it is made"
+)]
 pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     // As a vacuum that happens to run would cost one run and not the other.
     sqlx::query("vacuum (analyze)").execute(pool).await?;
@@ -180,7 +185,7 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     }
     let worked = started.elapsed();
     ensure!(
-        pair.orchestrator.flush(Duration::from_secs(60)).await,
+        pair.orchestrator.flush(Duration::from_mins(1)).await,
         "spans were not acknowledged within 60 s of the last task"
     );
     let seconds = started.elapsed().as_secs_f64();
@@ -227,7 +232,8 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
         p99_ms: percentile(latencies, 0.99),
         spans,
         spans_per_second: spans as f64 / seconds,
-        span_bytes: sink.map_or(0, |sink| sink.bytes()),
+        export_requests: sink.as_ref().map_or(0, Sink::requests),
+        span_bytes: sink.map_or(0, |sink| Sink::bytes(&sink)),
         drain_seconds: seconds - worked.as_secs_f64(),
         statements_per_step: scenario
             .counts_statements
@@ -244,7 +250,7 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
             .zip(difference("claims"))
             .filter(|(_, n)| *n > 0)
             .map(|(all, n)| all as f64 / n as f64),
-        settles: settles.map(|n| n.unsigned_abs()),
+        settles: settles.map(i64::unsigned_abs),
     })
 }
 
@@ -261,7 +267,7 @@ struct Counters {
 impl Counters {
     async fn read(pool: &PgPool, counts_statements: bool) -> Result<Self> {
         // A server process hands its counts over when it ends or after a second.
-        tokio::time::sleep(Duration::from_millis(1100)).await;
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
         let mut counters = Self {
             commits: sqlx::query_scalar(
                 "select xact_commit from pg_stat_database where datname = current_database()",

@@ -26,6 +26,7 @@ pub struct Report {
 
 impl Report {
     /// As text, one figure a line.
+    #[expect(clippy::too_many_lines, reason = "one line a figure")]
     pub fn table(&self) -> String {
         let mut out = String::new();
         let mut line = |name: &str, value: String| {
@@ -82,10 +83,11 @@ impl Report {
                 line(
                     "  spans acknowledged",
                     format!(
-                        "{} ({:.0}/s), {:.1} MB, {:.2} s after the last task",
+                        "{} ({:.0}/s), {:.1} MB in {} requests, {:.2} s after the last task",
                         run.spans,
                         run.spans_per_second,
                         run.span_bytes as f64 / 1e6,
+                        run.export_requests,
                         run.drain_seconds
                     ),
                 );

@@ -70,12 +70,11 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         let answers = tasks::submit(conn, &requests).await?;
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
         for ((message, _), answer) in submits.iter().zip(answers) {
-            match answer.error {
-                Some(reason) => bad.push((message.msg_id, reason)),
-                None => {
-                    done.push(message.msg_id);
-                    created.extend(answer.task_uuid.filter(|_| answer.is_new));
-                }
+            if let Some(reason) = answer.error {
+                bad.push((message.msg_id, reason));
+            } else {
+                done.push(message.msg_id);
+                created.extend(answer.task_uuid.filter(|_| answer.is_new));
             }
         }
         if !bad.is_empty() {

@@ -21,7 +21,7 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     )
     .await?;
     let taken = due.len();
-    let hints: Vec<Hint> = due.into_iter().filter_map(hint).collect();
+    let hints: Vec<Hint> = due.iter().filter_map(hint).collect();
     if !hints.is_empty() {
         // What is deferred stays put off and comes back.
         settle::settle(shared, STEP_RESULTS, hints).await?;
@@ -29,7 +29,7 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     Ok(taken)
 }
 
-fn hint(due: DueHint) -> Option<Hint> {
+fn hint(due: &DueHint) -> Option<Hint> {
     let look = match (due.kind.as_str(), due.step_uuid) {
         ("lease", Some(step)) => Look::Lease(step),
         ("retry", Some(step)) => Look::Retry(step),

@@ -159,6 +159,10 @@ struct Ready {
     waits: Vec<Wait>,
 }
 
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one fact about the pass"
+)]
 struct Pass<'a, 'r> {
     definition: &'a Definition,
     room: &'r mut Room,
@@ -812,25 +816,17 @@ impl<'a, 'r> Pass<'a, 'r> {
             let parent = self.definition.by_name.get(name)?;
             self.outputs.get(parent)
         };
-        match &self.definition.steps[index as usize].input {
-            Some(template) => template
+        if let Some(template) = &self.definition.steps[index as usize].input {
+            return template
                 .resolve(&self.plan.task.input, &outputs)
-                .map_err(|missing| missing.to_string()),
-            None => {
-                let parents = self
-                    .definition
-                    .graph
-                    .parents(index)
-                    .iter()
-                    .filter_map(|parent| {
-                        Some((
-                            &*self.definition.steps[*parent as usize].name,
-                            self.outputs.get(parent)?,
-                        ))
-                    });
-                Ok(default_input(&self.plan.task.input, parents))
-            }
+                .map_err(|missing| missing.to_string());
         }
+        let parents = self.definition.graph.parents(index);
+        let parents = parents.iter().filter_map(|parent| {
+            let name = &*self.definition.steps[*parent as usize].name;
+            Some((name, self.outputs.get(parent)?))
+        });
+        Ok(default_input(&self.plan.task.input, parents))
     }
 
     /// Sends what finds room, holds the rest; answers how many were sent.

@@ -273,8 +273,7 @@ pub fn task_move_is_legal(from: TaskState, event: TaskEvent, to: TaskState) -> b
         | E::StepFailed => waits && matches!(to, S::EnqueuingSteps | S::EvaluatingResults),
         // Repair; of a finished task it begins the next generation.
         E::OperatorRetry if waits => matches!(to, S::EvaluatingResults | S::EnqueuingSteps),
-        E::OperatorRetry => from.is_terminal() && to == S::EvaluatingResults,
-        E::Rerun => from.is_terminal() && to == S::EvaluatingResults,
+        E::OperatorRetry | E::Rerun => from.is_terminal() && to == S::EvaluatingResults,
         E::TotalTimeout => !from.is_terminal() && to == S::Error,
         E::Suspend => !from.is_terminal() && from != S::Suspended && to == S::Suspended,
         // Back to a state that rests in the row, or through an evaluation.

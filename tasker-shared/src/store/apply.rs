@@ -45,6 +45,7 @@ pub struct ExportBatch {
 /// Writes the plans: compare-and-set of every row, one log row per move, all with one time.
 ///
 /// Errors with [`Error::Conflict`] if any row is not as it was read; the caller rolls back.
+#[expect(clippy::too_many_lines, reason = "one line a column of one statement")]
 pub async fn apply(
     conn: &mut PgConnection,
     batch: &[(&TaskRow, &Plan)],

@@ -72,8 +72,8 @@ impl Error {
     fn bad_row(
         table: &'static str,
         column: &'static str,
-        id: impl ToString,
-        problem: impl ToString,
+        id: impl std::fmt::Display,
+        problem: impl std::fmt::Display,
     ) -> Self {
         Self::BadRow {
             table,

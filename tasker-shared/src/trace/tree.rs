@@ -390,6 +390,10 @@ impl<'a> Tree<'a> {
     }
 
     /// One attempt: from its Enqueue to the move that closed it (`None`: it is still open).
+    #[expect(
+        clippy::too_many_lines,
+        reason = "the spans of one attempt, read top down"
+    )]
     fn attempt(
         &mut self,
         info: &StepInfo,
@@ -454,8 +458,8 @@ impl<'a> Tree<'a> {
             moves
         };
         for row in own {
-            let moved = self.step_move(row, id);
-            self.spans.push(moved);
+            let step_span = self.step_move(row, id);
+            self.spans.push(step_span);
         }
 
         let claim = moves
