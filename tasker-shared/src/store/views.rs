@@ -472,15 +472,30 @@ pub async fn quarantine(
     queue: Option<&str>,
     limit: i64,
 ) -> Result<(Vec<QuarantineView>, i64), Error> {
-    let rows = sqlx::query_as!(
-        QuarantineView,
-        "select quarantine_id, queue, msg_id, reason, failures, read_ct, message, headers, enqueued_at, quarantined_at
+    // As text: what nobody could read must not stop anybody from looking at the rest.
+    let rows = sqlx::query!(
+        "select quarantine_id, queue, msg_id, reason, failures, read_ct, message::text as message, headers::text as headers,
+           enqueued_at, quarantined_at
          from tasker.quarantine where $1::text is null or queue = $1 order by quarantine_id desc limit $2",
         queue,
         limit
     )
     .fetch_all(&mut *conn)
-    .await?;
+    .await?
+    .into_iter()
+    .map(|row| QuarantineView {
+        quarantine_id: row.quarantine_id,
+        queue: row.queue,
+        msg_id: row.msg_id,
+        reason: row.reason,
+        failures: row.failures,
+        read_ct: row.read_ct,
+        message: row.message.map(readable),
+        headers: row.headers.map(readable),
+        enqueued_at: row.enqueued_at,
+        quarantined_at: row.quarantined_at,
+    })
+    .collect();
     let all = sqlx::query_scalar!(
         r#"select count(*) as "n!" from tasker.quarantine where $1::text is null or queue = $1"#,
         queue
@@ -488,6 +503,11 @@ pub async fn quarantine(
     .fetch_one(conn)
     .await?;
     Ok((rows, all))
+}
+
+/// JSON as it is; what this program cannot read, as a text.
+fn readable(json: String) -> Value {
+    serde_json::from_str(&json).unwrap_or(Value::String(json))
 }
 
 /// The database's clock, which decides what "now" is in an open trace.
