@@ -4,10 +4,9 @@
 //! it without a statement. What finds no room is held in the database, so a wrong estimate
 //! costs a little delay or a slightly longer queue, never a step.
 
-use std::collections::HashMap;
 use std::sync::Mutex;
 
-use tasker_shared::queue;
+use tasker_shared::queue::{self, RoomRow};
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
 use tasker_shared::store::Error;
 use tokio::sync::Notify;
@@ -45,50 +44,55 @@ impl Admission {
     }
 }
 
-/// Reads the room anew.
+/// Reads the room anew; answers the queues that hold steps back and have room for some.
+///
+/// Whether new steps queue behind held ones stays as it was: that is for [`admit`] to say,
+/// which knows whether the held ones all fit. Else a single held step under load would make
+/// every later one wait behind it for ever.
 #[instrument(level = "debug", skip_all)]
-pub async fn refresh(shared: &Shared) -> Result<(), Error> {
+pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
     let rows = queue::room(&mut *shared.reads.acquire().await?).await?;
-    let mut fresh = Room::default();
-    for row in rows {
-        let room = QueueRoom {
-            left: row.room,
-            capacity: row.capacity,
-            handlers: row.handlers.into_iter().collect(),
-            holding: row.holding,
-        };
-        fresh.set(row.queue.into(), room);
-    }
-    shared.admission.with_room(|room| *room = fresh);
-    Ok(())
+    shared.admission.with_room(|room| {
+        let mut fresh = Room::default();
+        for row in &rows {
+            let held_before = room.queue(&row.queue).is_none_or(|queue| queue.holding);
+            let queue = QueueRoom {
+                left: row.room,
+                capacity: row.capacity,
+                handlers: row.handlers.iter().cloned().collect(),
+                holding: row.holding && held_before,
+            };
+            fresh.set(row.queue.as_str().into(), queue);
+        }
+        *room = fresh;
+    });
+    Ok(rows
+        .into_iter()
+        .filter(|row| row.holding && row.room > 0)
+        .collect())
 }
 
 /// Sends held steps for which there is room now, priority first; answers whether it found any,
 /// so that a next pass may find more.
 #[instrument(level = "debug", skip_all)]
 pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
-    refresh(shared).await?;
-    let queues: HashMap<String, QueueRoom> = shared.admission.with_room(|room| {
-        room.queues()
-            .filter(|(_, queue)| queue.holding && queue.left > 0)
-            .map(|(name, queue)| (name.to_string(), queue.clone()))
-            .collect()
-    });
     let mut more = false;
-    for (name, room) in queues {
-        let handlers: Vec<String> = room.handlers.into_iter().collect();
-        let max = i32::try_from(room.left).unwrap_or(PASS).min(PASS);
+    for row in refresh(shared).await? {
+        let max = i32::try_from(row.room).unwrap_or(PASS).min(PASS);
         let held = queue::held_steps(
             &mut *shared.reads.acquire().await.map_err(Error::from)?,
-            &name,
-            &handlers,
+            &row.queue,
+            &row.handlers,
             max,
         )
         .await?;
+        let all_fit = held.len() < usize::try_from(max).unwrap_or_default();
+        shared
+            .admission
+            .with_room(|room| room.set_holding(&row.queue, !all_fit));
         if held.is_empty() {
             continue;
         }
-        // Also when these were the last: the next look clears `holding`, and steps go out at once again.
         more = true;
         let hints = held
             .into_iter()

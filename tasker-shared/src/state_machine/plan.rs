@@ -231,6 +231,13 @@ impl Room {
         Ok(())
     }
 
+    /// Says whether new ready steps queue behind held ones.
+    pub fn set_holding(&mut self, queue: &str, holding: bool) {
+        if let Some(room) = self.queues.get_mut(queue) {
+            room.holding = holding;
+        }
+    }
+
     /// An attempt ended: its worker has a place again.
     pub fn give_back(&mut self, queue: &str) {
         if let Some(room) = self.queues.get_mut(queue) {
