@@ -273,9 +273,10 @@ begin
         end as error,
         case when jsonb_typeof(r->'start_offset_ms') = 'number' then least(greatest((r->>'start_offset_ms')::numeric, 0), 1e11)::float8 end as start_offset_ms,
         case when jsonb_typeof(r->'run_ms') = 'number' then least(greatest((r->>'run_ms')::numeric, 0), 1e11)::float8 end as run_ms,
-        -- These only describe the attempt: what cannot be kept is left out.
-        case when jsonb_typeof(r->'usage') <> 'null' and tasker.payload_problem(r->'usage', 65536) is null then r->'usage' end as usage,
-        case when jsonb_typeof(r->'milestones') <> 'null' and tasker.payload_problem(r->'milestones', 65536) is null then r->'milestones' end as milestones
+        -- These only describe the attempt: what cannot be kept is left out. (A null on the left of
+        -- `and` would not spare the right.)
+        case when coalesce(jsonb_typeof(r->'usage'), 'null') <> 'null' and tasker.payload_problem(r->'usage', 65536) is null then r->'usage' end as usage,
+        case when coalesce(jsonb_typeof(r->'milestones'), 'null') <> 'null' and tasker.payload_problem(r->'milestones', 65536) is null then r->'milestones' end as milestones
       from unnest(v_accepted, v_places, v_ids) as sent(step_uuid, place, message_id)
       cross join lateral (select p_results->(sent.place - 1) as r) reported
       -- What is short has no problem: 65 levels take 130 brackets.
