@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
 }
 
 /// Every file below a folder with one of these endings.
@@ -16,10 +14,7 @@ fn files(folder: &str, endings: &[&str]) -> Vec<PathBuf> {
         if path.is_dir() {
             let entries = std::fs::read_dir(&path).expect("a folder of the workspace can be read");
             open.extend(entries.map(|entry| entry.expect("an entry").path()));
-        } else if endings
-            .iter()
-            .any(|ending| path.extension().is_some_and(|found| found == *ending))
-        {
+        } else if endings.iter().any(|ending| path.extension().is_some_and(|found| found == *ending)) {
             found.push(path);
         }
     }
@@ -30,12 +25,8 @@ fn files(folder: &str, endings: &[&str]) -> Vec<PathBuf> {
 /// Lines of code: comments say what they like.
 fn code(path: &Path) -> Vec<(usize, String)> {
     let text = std::fs::read_to_string(path).expect("a source file can be read");
-    let lines = (1..)
-        .zip(text.lines())
-        .filter(|(_, line)| !line.trim_start().starts_with("//"));
-    lines
-        .map(|(number, line)| (number, line.to_owned()))
-        .collect()
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//"));
+    lines.map(|(number, line)| (number, line.to_owned())).collect()
 }
 
 /// Fails with each line for which `says` names what is wrong with it.
@@ -45,11 +36,7 @@ fn nowhere(files: &[PathBuf], says: impl Fn(&Path, &str) -> Option<&'static str>
         let name = path.strip_prefix(root()).expect("it is in the workspace");
         for (number, line) in code(path) {
             if let Some(problem) = says(name, &line) {
-                wrong.push(format!(
-                    "{}:{number}: {problem}: {}",
-                    name.display(),
-                    line.trim()
-                ));
+                wrong.push(format!("{}:{number}: {problem}: {}", name.display(), line.trim()));
             }
         }
     }
@@ -57,45 +44,23 @@ fn nowhere(files: &[PathBuf], says: impl Fn(&Path, &str) -> Option<&'static str>
 }
 
 fn is_impure(line: &str) -> Option<&'static str> {
-    const NEVER: [&str; 8] = [
-        "sqlx",
-        "tokio",
-        "tracing",
-        "opentelemetry",
-        "Utc::now",
-        "SystemTime",
-        "Instant",
-        "rand::",
-    ];
-    let ours = line
-        .split("crate::")
-        .skip(1)
-        .any(|rest| !rest.starts_with("state_machine"));
+    const NEVER: [&str; 8] =
+        ["sqlx", "tokio", "tracing", "opentelemetry", "Utc::now", "SystemTime", "Instant", "rand::"];
+    let ours = line.split("crate::").skip(1).any(|rest| !rest.starts_with("state_machine"));
     if ours || line.contains("super::super::super::super::") {
         return Some("the core imports nothing of ours");
     }
-    NEVER
-        .iter()
-        .any(|word| line.contains(word))
-        .then_some("the core does no I/O and reads no clock")
+    NEVER.iter().any(|word| line.contains(word)).then_some("the core does no I/O and reads no clock")
 }
 
 #[test]
 fn the_state_machine_is_pure() {
-    nowhere(
-        &files("tasker-shared/src/state_machine", &["rs"]),
-        |_, line| is_impure(line),
-    );
+    nowhere(&files("tasker-shared/src/state_machine", &["rs"]), |_, line| is_impure(line));
 }
 
 #[test]
 fn the_check_of_the_state_machine_finds_what_it_looks_for() {
-    for bad in [
-        "use crate::store::Error;",
-        "use sqlx::PgPool;",
-        "let now = Utc::now();",
-        "std::time::Instant::now()",
-    ] {
+    for bad in ["use crate::store::Error;", "use sqlx::PgPool;", "let now = Utc::now();", "std::time::Instant::now()"] {
         assert!(is_impure(bad).is_some(), "{bad}");
     }
     assert_eq!(is_impure("use crate::state_machine::plan::Plan;"), None);
@@ -103,13 +68,9 @@ fn the_check_of_the_state_machine_finds_what_it_looks_for() {
 
 #[test]
 fn orchestration_and_worker_never_import_each_other() {
-    nowhere(
-        &files("tasker-orchestration", &["rs", "toml"]),
-        |_, line| {
-            (line.contains("tasker_worker") || line.contains("tasker-worker"))
-                .then_some("they meet in messages")
-        },
-    );
+    nowhere(&files("tasker-orchestration", &["rs", "toml"]), |_, line| {
+        (line.contains("tasker_worker") || line.contains("tasker-worker")).then_some("they meet in messages")
+    });
     nowhere(&files("tasker-worker", &["rs", "toml"]), |_, line| {
         (line.contains("tasker_orchestration") || line.contains("tasker-orchestration"))
             .then_some("they meet in messages")
@@ -119,42 +80,22 @@ fn orchestration_and_worker_never_import_each_other() {
 #[test]
 fn only_tx_begins_transactions() {
     // A migration runs before there is anything to protect, on a connection of its own.
-    let may = [
-        "tasker-shared/src/store/tx.rs",
-        "tasker-shared/src/migrate.rs",
-    ]
-    .map(Path::new);
+    let may = ["tasker-shared/src/store/tx.rs", "tasker-shared/src/migrate.rs"].map(Path::new);
     let begins = |line: &str| {
         let line = line.to_lowercase();
-        [
-            ".begin()",
-            ".begin_with(",
-            "\"begin\"",
-            "\"begin;",
-            "start transaction",
-        ]
-        .iter()
-        .any(|word| line.contains(word))
+        [".begin()", ".begin_with(", "\"begin\"", "\"begin;", "start transaction"]
+            .iter()
+            .any(|word| line.contains(word))
     };
-    let sources: Vec<PathBuf> = [
-        "tasker-shared/src",
-        "tasker-orchestration/src",
-        "tasker-worker/src",
-        "tasker-cli/src",
-    ]
-    .into_iter()
-    .flat_map(|folder| files(folder, &["rs", "sql"]))
-    .collect();
+    let sources: Vec<PathBuf> =
+        ["tasker-shared/src", "tasker-orchestration/src", "tasker-worker/src", "tasker-cli/src"]
+            .into_iter()
+            .flat_map(|folder| files(folder, &["rs", "sql"]))
+            .collect();
     nowhere(&sources, |name, line| {
         (begins(line) && !may.contains(&name)).then_some("only store/tx.rs begins transactions")
     });
     for path in may {
-        assert!(
-            code(&root().join(path))
-                .iter()
-                .any(|(_, line)| begins(line)),
-            "{} begins none",
-            path.display()
-        );
+        assert!(code(&root().join(path)).iter().any(|(_, line)| begins(line)), "{} begins none", path.display());
     }
 }

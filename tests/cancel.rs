@@ -39,22 +39,11 @@ async fn running_handler_is_told_of_cancel_but_not_of_terminate() {
         assert_eq!(heartbeat(&world, &claim).await, (false, !terminate));
         assert_eq!(world.report(&claim, &answer(&claim)).await, (false, true));
         assert_eq!(world.steps(task).await, ["a: cancelled", "b: cancelled"]);
-        assert_eq!(
-            end(&world, task, terminate).await,
-            "the task has already ended as cancelled"
-        );
+        assert_eq!(end(&world, task, terminate).await, "the task has already ended as cancelled");
         world.assert_complete().await;
         assert_tree(
             &world.spans_of(task),
-            &[
-                "step_name",
-                "outcome",
-                "status",
-                "event",
-                "actor",
-                "error.type",
-                "wait.reason",
-            ],
+            &["step_name", "outcome", "status", "event", "actor", "error.type", "wait.reason"],
             &format!(
                 "
                 task.orchestration outcome=cancellation
@@ -76,14 +65,9 @@ async fn running_handler_is_told_of_cancel_but_not_of_terminate() {
             ),
         );
     }
-    let audit = world.words("select action || ' by ' || actor || ': ' || reason from tasker.audit order by audit_id").await;
-    assert_eq!(
-        audit,
-        [
-            "cancel by ann: wrong order",
-            "terminate by ann: wrong order"
-        ]
-    );
+    let audit =
+        world.words("select action || ' by ' || actor || ': ' || reason from tasker.audit order by audit_id").await;
+    assert_eq!(audit, ["cancel by ann: wrong order", "terminate by ann: wrong order"]);
     world.end().await;
 }
 
@@ -94,14 +78,9 @@ async fn queued_step_of_a_cancelled_task_is_never_handed_out() {
     let cancelled = world.submit("one").await;
     let step: Uuid = {
         crate::harness::eventually("its step is enqueued", async || {
-            let query = sqlx::query_scalar(
-                "select step_uuid from tasker.steps where task_uuid = $1 and state = 'enqueued'",
-            );
-            query
-                .bind(cancelled)
-                .fetch_optional(&world.pool)
-                .await
-                .expect("steps")
+            let query =
+                sqlx::query_scalar("select step_uuid from tasker.steps where task_uuid = $1 and state = 'enqueued'");
+            query.bind(cancelled).fetch_optional(&world.pool).await.expect("steps")
         })
         .await
     };
@@ -109,10 +88,7 @@ async fn queued_step_of_a_cancelled_task_is_never_handed_out() {
     world.finish(&[cancelled]).await;
     let other = world.submit("one").await;
     let claim = world.claim().await;
-    assert_eq!(
-        claim.task, other,
-        "the message of the cancelled one was dropped"
-    );
+    assert_eq!(claim.task, other, "the message of the cancelled one was dropped");
     assert_ne!(claim.step, step);
     world.succeed(&claim).await;
     world.finish(&[other]).await;
@@ -124,12 +100,7 @@ async fn queued_step_of_a_cancelled_task_is_never_handed_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn task_that_waits_for_a_retry_is_cancelled_with_its_wait() {
     let world = World::start(Setup::by_hand()).await;
-    world
-        .register(
-            "slow",
-            "steps: [{name: a, handler: flaky, retry: {initial_interval: 1m}}]",
-        )
-        .await;
+    world.register("slow", "steps: [{name: a, handler: flaky, retry: {initial_interval: 1m}}]").await;
     let task = world.submit("slow").await;
     let claim = world.claim().await;
     world.report(&claim, &answer(&claim)).await;
@@ -138,11 +109,6 @@ async fn task_that_waits_for_a_retry_is_cancelled_with_its_wait() {
     assert_eq!(world.finish(&[task]).await, ["cancelled"]);
     world.assert_complete().await;
     let spans = world.spans_of(task);
-    assert!(
-        spans
-            .iter()
-            .any(|span| span.text("wait.reason") == Some("retry")),
-        "the wait is in the trace"
-    );
+    assert!(spans.iter().any(|span| span.text("wait.reason") == Some("retry")), "the wait is in the trace");
     world.end().await;
 }

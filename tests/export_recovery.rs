@@ -18,11 +18,7 @@ async fn work_through(world: &World) {
 }
 
 async fn misbehaving(protocol: &'static str, behaviours: &[Behaviour]) {
-    let world = World::start(Setup {
-        protocol,
-        ..Setup::default()
-    })
-    .await;
+    let world = World::start(Setup { protocol, ..Setup::default() }).await;
     register_mix(&world).await;
     for behaviour in behaviours {
         world.receiver.behave(behaviour.clone());
@@ -30,10 +26,7 @@ async fn misbehaving(protocol: &'static str, behaviours: &[Behaviour]) {
         work_through(&world).await;
         world.receiver.wait_for_requests(seen + 1).await;
         assert!(
-            world
-                .number("select count(*) from tasker.export_batches")
-                .await
-                > 0,
+            world.number("select count(*) from tasker.export_batches").await > 0,
             "{behaviour:?}: nothing is forgotten unacknowledged"
         );
         assert_eq!(world.receiver.spans(), []);
@@ -46,21 +39,13 @@ async fn misbehaving(protocol: &'static str, behaviours: &[Behaviour]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn receiver_that_refuses_or_hangs_up_gets_everything_later_over_grpc() {
     let refuse = Behaviour::Refuse(Code::Unavailable, StatusCode::SERVICE_UNAVAILABLE);
-    misbehaving(
-        "grpc",
-        &[refuse, Behaviour::CloseMidStream, Behaviour::GarbageBytes],
-    )
-    .await;
+    misbehaving("grpc", &[refuse, Behaviour::CloseMidStream, Behaviour::GarbageBytes]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn receiver_that_answers_errors_or_pages_gets_everything_later_over_http() {
     let refuse = Behaviour::Refuse(Code::Internal, StatusCode::INTERNAL_SERVER_ERROR);
-    misbehaving(
-        "http/protobuf",
-        &[refuse, Behaviour::WebPage, Behaviour::CloseMidStream],
-    )
-    .await;
+    misbehaving("http/protobuf", &[refuse, Behaviour::WebPage, Behaviour::CloseMidStream]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,11 +57,7 @@ async fn receiver_that_hangs_holds_up_no_work() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn receiver_that_is_down_at_first_and_again_later_gets_everything() {
-    let mut world = World::start(Setup {
-        orchestrators: 0,
-        ..Setup::default()
-    })
-    .await;
+    let mut world = World::start(Setup { orchestrators: 0, ..Setup::default() }).await;
     register_mix(&world).await;
     world.receiver.down().await;
     world.add_orchestrator().await;
@@ -87,65 +68,37 @@ async fn receiver_that_is_down_at_first_and_again_later_gets_everything() {
     work_through(&world).await;
     world.receiver.up().await;
     world.assert_complete().await;
-    let exported = world.orchestrators[0]
-        .export_stats()
-        .expect("traced")
-        .exported
-        .load(Ordering::Relaxed);
+    let exported = world.orchestrators[0].export_stats().expect("traced").exported.load(Ordering::Relaxed);
     assert!(exported > 0);
     world.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_killed_orchestrator_left_is_adopted_and_the_same() {
-    let mut world = World::start(Setup {
-        orchestrators: 0,
-        ..Setup::default()
-    })
-    .await;
+    let mut world = World::start(Setup { orchestrators: 0, ..Setup::default() }).await;
     register_mix(&world).await;
     world.receiver.behave(Behaviour::Hang);
     let first = world.orchestrator_process().await;
     work_through(&world).await;
     first.kill().await;
-    let left = world
-        .number("select count(*) from tasker.export_batches")
-        .await;
+    let left = world.number("select count(*) from tasker.export_batches").await;
     assert!(left > 0, "it had exported nothing");
     world.receiver.behave(Behaviour::Accept);
     world.add_orchestrator().await;
     world.assert_complete().await;
-    let re_exported = world.orchestrators[0]
-        .export_stats()
-        .expect("traced")
-        .re_exported
-        .load(Ordering::Relaxed);
-    assert_eq!(
-        usize::try_from(re_exported),
-        Ok(world.receiver.spans().len()),
-        "all of them came from the log"
-    );
+    let re_exported = world.orchestrators[0].export_stats().expect("traced").re_exported.load(Ordering::Relaxed);
+    assert_eq!(usize::try_from(re_exported), Ok(world.receiver.spans().len()), "all of them came from the log");
     world.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn orchestrator_that_stops_in_good_order_owes_nothing() {
-    let world = World::start(Setup {
-        orchestrators: 0,
-        ..Setup::default()
-    })
-    .await;
+    let world = World::start(Setup { orchestrators: 0, ..Setup::default() }).await;
     register_mix(&world).await;
     let process = world.orchestrator_process().await;
     work_through(&world).await;
     process.end().await;
-    assert_eq!(
-        world
-            .number("select count(*) from tasker.export_batches")
-            .await,
-        0,
-        "delivered before it ended"
-    );
+    assert_eq!(world.number("select count(*) from tasker.export_batches").await, 0, "delivered before it ended");
     world.assert_complete().await;
     world.end().await;
 }
@@ -157,23 +110,12 @@ async fn export_that_outlives_its_deadline_is_left_to_the_next() {
     world.receiver.behave(Behaviour::Hang);
     work_through(&world).await;
     let impatient = world.orchestrators.pop().expect("one");
-    impatient
-        .shutdown(std::time::Duration::from_millis(100))
-        .await;
-    assert!(
-        world
-            .number("select count(*) from tasker.export_batches")
-            .await
-            > 0
-    );
+    impatient.shutdown(std::time::Duration::from_millis(100)).await;
+    assert!(world.number("select count(*) from tasker.export_batches").await > 0);
     world.receiver.behave(Behaviour::Accept);
     world.add_orchestrator().await;
     eventually("the next one takes over at once", async || {
-        (world
-            .number("select count(*) from tasker.export_batches")
-            .await
-            == 0)
-            .then_some(())
+        (world.number("select count(*) from tasker.export_batches").await == 0).then_some(())
     })
     .await;
     world.assert_complete().await;

@@ -23,10 +23,7 @@ mod sink;
 
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const PROTOCOLS: [Protocol; 2] = [Protocol::Grpc, Protocol::HttpProtobuf];
-const ALL: Accepted = Accepted {
-    rejected_spans: 0,
-    message: None,
-};
+const ALL: Accepted = Accepted { rejected_spans: 0, message: None };
 
 fn config(endpoint: &str, protocol: Protocol) -> TraceConfig {
     let protocol = match protocol {
@@ -90,43 +87,17 @@ async fn acknowledged_spans_have_arrived() {
     for protocol in PROTOCOLS {
         for compression in [Compression::None, Compression::Gzip] {
             let receiver = Receiver::start().await;
-            let config = TraceConfig {
-                compression,
-                ..config(&receiver.endpoint(), protocol)
-            };
+            let config = TraceConfig { compression, ..config(&receiver.endpoint(), protocol) };
             let transport = Transport::connect(&config).unwrap();
-            assert_eq!(
-                transport.send(request(1)).await,
-                Ok(ALL),
-                "{protocol:?} {compression:?}"
-            );
+            assert_eq!(transport.send(request(1)).await, Ok(ALL), "{protocol:?} {compression:?}");
             let spans = receiver.trace([1; 16]);
-            assert_eq!(
-                outline(&spans),
-                ["task.orchestration", "  handler.execution"]
-            );
-            let mut services: Vec<_> = spans
-                .iter()
-                .map(|s| (s.service.as_str(), s.scope.as_str()))
-                .collect();
+            assert_eq!(outline(&spans), ["task.orchestration", "  handler.execution"]);
+            let mut services: Vec<_> = spans.iter().map(|s| (s.service.as_str(), s.scope.as_str())).collect();
             services.sort_unstable();
-            assert_eq!(
-                services,
-                [
-                    ("tasker-orchestration", "tasker"),
-                    ("tasker-worker", "tasker")
-                ]
-            );
-            assert!(
-                spans
-                    .iter()
-                    .all(|s| s.text("correlation_id") == Some("order-4711"))
-            );
+            assert_eq!(services, [("tasker-orchestration", "tasker"), ("tasker-worker", "tasker")]);
+            assert!(spans.iter().all(|s| s.text("correlation_id") == Some("order-4711")));
             assert!(spans.iter().all(|s| s.int("attempt_number") == Some(1)));
-            assert_eq!(
-                receiver.compressed_requests(),
-                u64::from(compression == Compression::Gzip)
-            );
+            assert_eq!(receiver.compressed_requests(), u64::from(compression == Compression::Gzip));
             assert_eq!(receiver.headers()[0]["x-api-key"], "hunter2");
             assert_eq!(receiver.violations(), [""; 0]);
         }
@@ -140,13 +111,7 @@ async fn rejected_spans_are_counted_and_not_an_error() {
         receiver.behave(Behaviour::Partial(1));
         let transport = Transport::connect(&config(&receiver.endpoint(), protocol)).unwrap();
         let accepted = transport.send(request(1)).await.unwrap();
-        assert_eq!(
-            accepted,
-            Accepted {
-                rejected_spans: 1,
-                message: Some("told to reject".into())
-            }
-        );
+        assert_eq!(accepted, Accepted { rejected_spans: 1, message: Some("told to reject".into()) });
         assert_eq!(receiver.spans().len(), 1);
     }
 }
@@ -158,30 +123,19 @@ async fn refusals_say_whether_and_when_to_send_again() {
         let transport = Transport::connect(&config(&receiver.endpoint(), protocol)).unwrap();
         let busy = Behaviour::Refuse(Code::Unavailable, StatusCode::SERVICE_UNAVAILABLE);
         let busy = refused(&receiver, &transport, busy).await;
-        assert_eq!(
-            (busy.kind, busy.retryable),
-            (ErrorKind::Refused, true),
-            "{busy:?}"
-        );
+        assert_eq!((busy.kind, busy.retryable), (ErrorKind::Refused, true), "{busy:?}");
         if protocol == Protocol::HttpProtobuf {
             assert_eq!(busy.retry_after, Some(Duration::from_secs(7)));
         }
         let never = Behaviour::Refuse(Code::Unauthenticated, StatusCode::UNAUTHORIZED);
         let never = refused(&receiver, &transport, never).await;
-        assert_eq!(
-            (never.kind, never.retryable, never.retry_after),
-            (ErrorKind::Refused, false, None),
-            "{never:?}"
-        );
+        assert_eq!((never.kind, never.retryable, never.retry_after), (ErrorKind::Refused, false, None), "{never:?}");
         assert!(never.to_string().contains("told to refuse"), "{never}");
         // A redirect would carry our headers elsewhere.
         let moved = Behaviour::Refuse(Code::Unimplemented, StatusCode::TEMPORARY_REDIRECT);
         assert!(!refused(&receiver, &transport, moved).await.retryable);
         receiver.behave(Behaviour::Accept);
-        let not_otlp = transport
-            .send(Bytes::from_static(b"\x0a\xff\xff\x03no"))
-            .await
-            .unwrap_err();
+        let not_otlp = transport.send(Bytes::from_static(b"\x0a\xff\xff\x03no")).await.unwrap_err();
         assert_eq!(not_otlp.kind, ErrorKind::Refused, "{not_otlp:?}");
         assert_eq!(receiver.spans(), []);
     }
@@ -202,10 +156,7 @@ async fn broken_answers_are_errors_and_the_next_request_arrives() {
                 Behaviour::Hang => Duration::from_millis(200),
                 _ => Duration::from_secs(10),
             };
-            let config = TraceConfig {
-                timeout,
-                ..config(&receiver.endpoint(), protocol)
-            };
+            let config = TraceConfig { timeout, ..config(&receiver.endpoint(), protocol) };
             let transport = Transport::connect(&config).unwrap();
             let error = refused(&receiver, &transport, behaviour.clone()).await;
             let expected = match behaviour {
@@ -213,19 +164,11 @@ async fn broken_answers_are_errors_and_the_next_request_arrives() {
                 Behaviour::Hang => ErrorKind::Timeout,
                 _ => ErrorKind::Connection,
             };
-            assert_eq!(
-                (error.kind, error.retryable),
-                (expected, true),
-                "{protocol:?} {behaviour:?}: {error:?}"
-            );
+            assert_eq!((error.kind, error.retryable), (expected, true), "{protocol:?} {behaviour:?}: {error:?}");
             let printed = format!("{error} {error:?} {transport:?}");
             assert!(!printed.contains("hunter2"), "{printed}");
             receiver.behave(Behaviour::Accept);
-            assert_eq!(
-                transport.send(request(2)).await,
-                Ok(ALL),
-                "{protocol:?} after {behaviour:?}"
-            );
+            assert_eq!(transport.send(request(2)).await, Ok(ALL), "{protocol:?} after {behaviour:?}");
         }
     }
 }
@@ -239,11 +182,7 @@ async fn a_collector_that_was_down_is_found_again() {
         receiver.down().await;
         for _ in 0..2 {
             let error = transport.send(request(2)).await.unwrap_err();
-            assert_eq!(
-                (error.kind, error.retryable),
-                (ErrorKind::Connection, true),
-                "{error:?}"
-            );
+            assert_eq!((error.kind, error.retryable), (ErrorKind::Connection, true), "{error:?}");
         }
         receiver.up().await;
         assert_eq!(transport.send(request(3)).await, Ok(ALL), "{protocol:?}");
@@ -279,10 +218,7 @@ async fn the_sink_acknowledges_what_it_does_not_read() {
         assert_eq!(transport.send(request(1)).await, Ok(ALL), "{protocol:?}");
         assert_eq!(sink.requests() - requests, 2);
         let frames = if protocol == Protocol::Grpc { 10 } else { 0 };
-        assert_eq!(
-            sink.bytes() - bytes,
-            (large.len() + request(1).len() + frames) as u64
-        );
+        assert_eq!(sink.bytes() - bytes, (large.len() + request(1).len() + frames) as u64);
     }
 }
 
@@ -290,12 +226,7 @@ fn user_span(live: &LiveExport, name: &'static str) {
     let parent: Traceparent = PARENT.parse().unwrap();
     let cx = to_otel_context(&parent, None, &Baggage::default());
     assert!(cx.span().span_context().is_remote());
-    live.tracer()
-        .build_with_context(
-            SpanBuilder::from_name(name).with_kind(SpanKind::Client),
-            &cx,
-        )
-        .end();
+    live.tracer().build_with_context(SpanBuilder::from_name(name).with_kind(SpanKind::Client), &cx).end();
 }
 
 #[tokio::test]
@@ -304,32 +235,17 @@ async fn live_spans_leave_the_process_at_shutdown_without_a_second_thread() {
     for protocol in PROTOCOLS {
         for compression in [Compression::None, Compression::Gzip] {
             let receiver = Receiver::start().await;
-            let config = TraceConfig {
-                compression,
-                ..config(&receiver.endpoint(), protocol)
-            };
+            let config = TraceConfig { compression, ..config(&receiver.endpoint(), protocol) };
             let live = LiveExport::start(Role::Worker, &config).unwrap();
             user_span(&live, "charge card");
             let counts = live.shutdown(Duration::from_secs(20)).await;
-            assert_eq!(
-                counts,
-                LiveSpans {
-                    exported: 1,
-                    failed: 0
-                }
-            );
+            assert_eq!(counts, LiveSpans { exported: 1, failed: 0 });
             let spans = receiver.spans();
             assert_eq!(outline(&spans), ["charge card"], "{protocol:?}");
             assert_eq!(spans[0].service, "tasker-worker");
-            assert_eq!(
-                spans[0].span.parent_span_id,
-                [0x00, 0xf0, 0x67, 0xaa, 0x0b, 0xa9, 0x02, 0xb7]
-            );
+            assert_eq!(spans[0].span.parent_span_id, [0x00, 0xf0, 0x67, 0xaa, 0x0b, 0xa9, 0x02, 0xb7]);
             assert_eq!(receiver.headers()[0]["x-api-key"], "hunter2");
-            assert_eq!(
-                receiver.compressed_requests(),
-                u64::from(compression == Compression::Gzip)
-            );
+            assert_eq!(receiver.compressed_requests(), u64::from(compression == Compression::Gzip));
             assert_eq!(receiver.violations(), [""; 0]);
         }
     }
@@ -345,14 +261,7 @@ async fn a_dead_collector_costs_live_spans_and_nothing_else() {
         assert_eq!(live.counts(), LiveSpans::default());
         user_span(&live, "lost");
         let counts = live.shutdown(Duration::from_secs(20)).await;
-        assert_eq!(
-            counts,
-            LiveSpans {
-                exported: 0,
-                failed: 1
-            },
-            "{protocol:?}"
-        );
+        assert_eq!(counts, LiveSpans { exported: 0, failed: 1 }, "{protocol:?}");
     }
 }
 
@@ -375,17 +284,8 @@ async fn child_with_telemetry() {
         .with_context(to_otel_context(&parent, None, &Baggage::default()))
         .instrument(tracing::info_span!(target: "tasker_worker::executor", "execute", correlation_id = "order-4711"))
         .await;
-    assert_eq!(
-        again.shutdown(Duration::from_secs(20)).await,
-        LiveSpans::default()
-    );
-    assert_eq!(
-        telemetry.shutdown(Duration::from_secs(20)).await,
-        LiveSpans {
-            exported: 1,
-            failed: 0
-        }
-    );
+    assert_eq!(again.shutdown(Duration::from_secs(20)).await, LiveSpans::default());
+    assert_eq!(telemetry.shutdown(Duration::from_secs(20)).await, LiveSpans { exported: 1, failed: 0 });
 }
 
 #[tokio::test]
@@ -393,12 +293,7 @@ async fn a_process_exports_the_users_spans_and_logs_with_their_ids() {
     for protocol in ["grpc", "http/protobuf"] {
         let receiver = Receiver::start().await;
         let output = tokio::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "export_wire::child_with_telemetry",
-                "--ignored",
-                "--nocapture",
-            ])
+            .args(["--exact", "export_wire::child_with_telemetry", "--ignored", "--nocapture"])
             .env("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint())
             .env("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
             .env("TASKER_LOG", "info")
@@ -410,20 +305,12 @@ async fn a_process_exports_the_users_spans_and_logs_with_their_ids() {
         let spans = receiver.spans();
         assert_eq!(outline(&spans), ["charge card"], "{protocol}: {lines}");
         let span_id = hex(&spans[0].span.span_id);
-        let lines: Vec<serde_json::Value> = lines
-            .lines()
-            .filter_map(|l| serde_json::from_str(l).ok())
-            .collect();
-        let [line] = lines.as_slice() else {
-            panic!("{lines:?}")
-        };
+        let lines: Vec<serde_json::Value> = lines.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+        let [line] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!(line["message"], "charged");
         assert_eq!(line["trace_id"], PARENT[3..35]);
         assert_eq!(line["span_id"], span_id.as_str());
         assert_eq!(line["correlation_id"], "order-4711");
-        assert_eq!(
-            line["traceparent"],
-            format!("00-{}-{span_id}-01", &PARENT[3..35])
-        );
+        assert_eq!(line["traceparent"], format!("00-{}-{span_id}-01", &PARENT[3..35]));
     }
 }

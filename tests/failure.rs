@@ -5,49 +5,25 @@ use tasker_tests::worker::{Answer, answer};
 
 use crate::harness::{Setup, World, assert_tree};
 
-const KEYS: [&str; 8] = [
-    "step_name",
-    "outcome",
-    "status",
-    "event",
-    "to_state",
-    "error.type",
-    "wait.reason",
-    "results",
-];
+const KEYS: [&str; 8] = ["step_name", "outcome", "status", "event", "to_state", "error.type", "wait.reason", "results"];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn permanent_failure_ends_the_task_and_cancels_its_siblings() {
     let world = World::start(Setup::by_hand()).await;
-    world
-        .register_steps("fan", "b: broken\nc: ok\nd: ok\ne: ok <- b c d")
-        .await;
+    world.register_steps("fan", "b: broken\nc: ok\nd: ok\ne: ok <- b c d").await;
     let task = world.submit("fan").await;
     let mut claims = Vec::new();
     let broken = world.claim_named(&mut claims, "b").await;
     let running = world.claim_named(&mut claims, "c").await;
-    assert_eq!(
-        world.report(&broken, &Answer::Error("Broken", false)).await,
-        (true, false)
-    );
+    assert_eq!(world.report(&broken, &Answer::Error("Broken", false)).await, (true, false));
     assert_eq!(world.finish(&[task]).await, ["error"]);
-    assert_eq!(
-        world.steps(task).await,
-        ["b: error", "c: cancelled", "d: cancelled", "e: cancelled"]
-    );
-    assert_eq!(
-        world.report(&running, &answer(&running)).await,
-        (false, true),
-        "what comes after the end is stale"
-    );
+    assert_eq!(world.steps(task).await, ["b: error", "c: cancelled", "d: cancelled", "e: cancelled"]);
+    assert_eq!(world.report(&running, &answer(&running)).await, (false, true), "what comes after the end is stale");
     world.assert_complete().await;
     let spans = world.spans_of(task);
     // Of d it depends on chance whether it was claimed; the others are certain.
-    let d: Vec<_> = spans
-        .iter()
-        .filter(|span| span.text("step_name") == Some("d"))
-        .map(|span| span.span.span_id.clone())
-        .collect();
+    let d: Vec<_> =
+        spans.iter().filter(|span| span.text("step_name") == Some("d")).map(|span| span.span.span_id.clone()).collect();
     let spans: Vec<_> = spans
         .into_iter()
         .filter(|span| !d.contains(&span.span.span_id) && !d.contains(&span.span.parent_span_id))
@@ -92,27 +68,14 @@ async fn blocking_template_lets_siblings_finish_and_waits_for_a_person() {
     world.register("blocking", steps).await;
     let task = world.submit("blocking").await;
     let mut claims = Vec::new();
-    let (broken, fine) = (
-        world.claim_named(&mut claims, "b").await,
-        world.claim_named(&mut claims, "c").await,
-    );
+    let (broken, fine) = (world.claim_named(&mut claims, "b").await, world.claim_named(&mut claims, "c").await);
     world.report(&broken, &Answer::Error("Broken", false)).await;
     world.until_step(broken.step, &["error"]).await;
-    assert_eq!(
-        world.of_task(task, "state").await.as_deref(),
-        Some("steps_in_process"),
-        "while a sibling runs"
-    );
+    assert_eq!(world.of_task(task, "state").await.as_deref(), Some("steps_in_process"), "while a sibling runs");
     world.succeed(&fine).await;
     assert_eq!(world.finish(&[task]).await, ["blocked_by_failures"]);
-    assert_eq!(
-        world.steps(task).await,
-        ["b: error", "c: complete", "d: pending"]
-    );
-    assert_eq!(
-        world.of_task(task, "reason").await.as_deref(),
-        Some("step b failed: broken said Broken")
-    );
+    assert_eq!(world.steps(task).await, ["b: error", "c: complete", "d: pending"]);
+    assert_eq!(world.of_task(task, "reason").await.as_deref(), Some("step b failed: broken said Broken"));
     world.assert_sound().await;
 
     let answered: String = sqlx::query_scalar("select tasker.retry_task($1, 'fixed it', 'ann')")
@@ -128,11 +91,7 @@ async fn blocking_template_lets_siblings_finish_and_waits_for_a_person() {
     }
     world.until_step(broken.step, &["complete"]).await;
     assert_eq!(world.finish(&[task]).await[..], ["complete"]);
-    assert_eq!(
-        world.of_task(task, "generation").await.as_deref(),
-        Some("1"),
-        "it had not ended"
-    );
+    assert_eq!(world.of_task(task, "generation").await.as_deref(), Some("1"), "it had not ended");
     world.assert_complete().await;
     world.end().await;
 }

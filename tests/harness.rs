@@ -30,16 +30,11 @@ use uuid::Uuid;
 /// The longest that anything may take before a test gives up.
 pub const DEADLINE: Duration = Duration::from_mins(1);
 /// States from which a task does not move by itself.
-const ENDED: &str =
-    "('complete', 'error', 'cancelled', 'resolved_manually', 'blocked_by_failures')";
+const ENDED: &str = "('complete', 'error', 'cancelled', 'resolved_manually', 'blocked_by_failures')";
 
 /// The everyday number, or the stormy one with `TASKER_STORM=1`.
 pub fn storm(everyday: usize, stormy: usize) -> usize {
-    if std::env::var_os("TASKER_STORM").is_some_and(|v| v == "1") {
-        stormy
-    } else {
-        everyday
-    }
+    if std::env::var_os("TASKER_STORM").is_some_and(|v| v == "1") { stormy } else { everyday }
 }
 
 /// What a world has when it begins.
@@ -61,25 +56,14 @@ pub struct Setup {
 impl Default for Setup {
     /// One orchestrator, one worker, over gRPC.
     fn default() -> Self {
-        Self {
-            orchestrators: 1,
-            workers: 1,
-            rust_workers: 0,
-            protocol: "grpc",
-            work: Arc::new(answer),
-            hand: false,
-        }
+        Self { orchestrators: 1, workers: 1, rust_workers: 0, protocol: "grpc", work: Arc::new(answer), hand: false }
     }
 }
 
 impl Setup {
     /// One orchestrator, and no worker but the test itself.
     pub fn by_hand() -> Self {
-        Self {
-            workers: 0,
-            hand: true,
-            ..Self::default()
-        }
+        Self { workers: 0, hand: true, ..Self::default() }
     }
 }
 
@@ -110,10 +94,7 @@ impl World {
 
     /// On a migrated database that the test keeps.
     pub async fn on(url: String, database: Option<TestDatabase>, setup: Setup) -> Self {
-        let options = PoolOptions {
-            acquire_timeout: DEADLINE,
-            ..PoolOptions::default()
-        };
+        let options = PoolOptions { acquire_timeout: DEADLINE, ..PoolOptions::default() };
         let pool = tx::pool(&url, &options).await.expect("a pool");
         let receiver = Receiver::start().await;
         let mut world = Self {
@@ -136,17 +117,11 @@ impl World {
             world.hello("hand", None, &HANDLERS, 100).await;
         }
         for n in 0..setup.workers {
-            let started =
-                Worker::start(&world.url, &format!("worker-{n}"), 8, setup.work.clone()).await;
+            let started = Worker::start(&world.url, &format!("worker-{n}"), 8, setup.work.clone()).await;
             world.workers.push(started.expect("a worker"));
         }
         for n in 0..setup.rust_workers {
-            world.rust_workers.push(RustWorker::start(
-                &world.url,
-                &format!("rust-worker-{n}"),
-                8,
-                |_| false,
-            ));
+            world.rust_workers.push(RustWorker::start(&world.url, &format!("rust-worker-{n}"), 8, |_| false));
         }
         for _ in 0..setup.orchestrators {
             world.add_orchestrator().await;
@@ -156,26 +131,13 @@ impl World {
 
     /// One more orchestrator in this process.
     pub async fn add_orchestrator(&mut self) {
-        let options = Options {
-            trace: trace_config(&self.receiver.endpoint(), self.protocol),
-            ..Options::default()
-        };
-        self.orchestrators.push(
-            Orchestrator::start(&self.url, &options)
-                .await
-                .expect("an orchestrator"),
-        );
+        let options = Options { trace: trace_config(&self.receiver.endpoint(), self.protocol), ..Options::default() };
+        self.orchestrators.push(Orchestrator::start(&self.url, &options).await.expect("an orchestrator"));
     }
 
     /// An orchestrator as a process of its own, once it runs.
     pub async fn orchestrator_process(&self) -> Process {
-        Process::start(&[
-            "orchestrator",
-            &self.url,
-            &self.receiver.endpoint(),
-            self.protocol,
-        ])
-        .await
+        Process::start(&["orchestrator", &self.url, &self.receiver.endpoint(), self.protocol]).await
     }
 
     /// A worker as a process of its own, once it runs; it hangs inside the handler of this step.
@@ -188,12 +150,9 @@ impl World {
     /// Registers a template of the namespace `tests` from the rest of its YAML.
     pub async fn register(&self, name: &str, rest: &str) {
         let yaml = format!("namespace: {NAMESPACE}\nname: {name}\nversion: \"1\"\n{rest}");
-        let checked = template::parse("test.yaml", &yaml)
-            .unwrap_or_else(|problems| panic!("{problems:#?}\n{yaml}"));
+        let checked = template::parse("test.yaml", &yaml).unwrap_or_else(|problems| panic!("{problems:#?}\n{yaml}"));
         let mut conn = self.pool.acquire().await.expect("a connection");
-        templates::register(&mut conn, &checked.template)
-            .await
-            .expect("registered");
+        templates::register(&mut conn, &checked.template).await.expect("registered");
     }
 
     /// Registers a template of steps `name: handler <- parents`, one a line, with quick retries.
@@ -206,12 +165,7 @@ impl World {
                 yaml,
                 "  - {{name: {step}, handler: {}, depends_on: [{}], retry: {{initial_interval: 10ms}}}}",
                 handler.trim(),
-                parents
-                    .trim()
-                    .split(' ')
-                    .filter(|parent| !parent.is_empty())
-                    .collect::<Vec<_>>()
-                    .join(", ")
+                parents.trim().split(' ').filter(|parent| !parent.is_empty()).collect::<Vec<_>>().join(", ")
             );
         }
         self.register(name, &yaml).await;
@@ -219,9 +173,7 @@ impl World {
 
     /// Submits a task of a template with `{}`.
     pub async fn submit(&self, template: &str) -> Uuid {
-        self.submit_with(json!({"template": template}))
-            .await
-            .expect("submitted")
+        self.submit_with(json!({"template": template})).await.expect("submitted")
     }
 
     /// Submits a task; the request has the keys of a `submit` message.
@@ -261,9 +213,7 @@ impl World {
     /// Says hello for a worker.
     pub async fn hello(&self, name: &str, queue: Option<&str>, handlers: &[&str], slots: i32) {
         let mut conn = self.pool.acquire().await.expect("a connection");
-        worker::hello(&mut conn, name, queue, handlers, slots)
-            .await
-            .expect("hello");
+        worker::hello(&mut conn, name, queue, handlers, slots).await.expect("hello");
     }
 
     /// The next claim for the worker `hand`, waiting until there is one.
@@ -275,13 +225,8 @@ impl World {
     pub async fn claim_as(&self, name: &str) -> Claim {
         eventually("a step can be claimed", async || {
             let mut conn = self.pool.acquire().await.expect("a connection");
-            worker::hello(&mut conn, name, None, &HANDLERS, 100)
-                .await
-                .expect("hello");
-            worker::claim(&mut conn, name, None, &HANDLERS, 1)
-                .await
-                .expect("claimed")
-                .pop()
+            worker::hello(&mut conn, name, None, &HANDLERS, 100).await.expect("hello");
+            worker::claim(&mut conn, name, None, &HANDLERS, 1).await.expect("claimed").pop()
         })
         .await
     }
@@ -304,21 +249,13 @@ impl World {
 
     /// Reports these items.
     pub async fn report_raw(&self, results: &[Value]) -> Vec<(bool, bool)> {
-        worker::report(
-            &mut self.pool.acquire().await.expect("a connection"),
-            results,
-        )
-        .await
-        .expect("reported")
+        worker::report(&mut self.pool.acquire().await.expect("a connection"), results).await.expect("reported")
     }
 
     /// Reports success and waits until it is settled.
     pub async fn succeed(&self, claim: &Claim) {
         let output = json!({"step": claim.step_name, "attempt": claim.attempt});
-        assert_eq!(
-            self.report(claim, &Answer::Success(output)).await,
-            (true, false)
-        );
+        assert_eq!(self.report(claim, &Answer::Success(output)).await, (true, false));
         self.until_step(claim.step, &["complete"]).await;
     }
 
@@ -327,12 +264,11 @@ impl World {
     /// Waits until the step is in one of these states.
     pub async fn until_step(&self, step: Uuid, states: &[&str]) {
         eventually(&format!("step {step} is {states:?}"), async || {
-            let state: String =
-                sqlx::query_scalar("select state from tasker.steps where step_uuid = $1")
-                    .bind(step)
-                    .fetch_one(&self.pool)
-                    .await
-                    .expect("a step");
+            let state: String = sqlx::query_scalar("select state from tasker.steps where step_uuid = $1")
+                .bind(step)
+                .fetch_one(&self.pool)
+                .await
+                .expect("a step");
             states.contains(&&*state).then_some(())
         })
         .await;
@@ -378,8 +314,7 @@ impl World {
             .fetch_all(&self.pool)
             .await?;
             if rows.len() == tasks.len() {
-                let states: HashMap<Uuid, String> =
-                    rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+                let states: HashMap<Uuid, String> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
                 return Ok(tasks.iter().map(|task| states[task].clone()).collect());
             }
             let _ = tokio::time::timeout(Duration::from_secs(1), listener.recv()).await;
@@ -398,40 +333,30 @@ impl World {
 
     /// The first column of a query, as text.
     pub async fn words(&self, query: &'static str) -> Vec<String> {
-        sqlx::query_scalar(query)
-            .fetch_all(&self.pool)
-            .await
-            .expect("a query of the harness")
+        sqlx::query_scalar(query).fetch_all(&self.pool).await.expect("a query of the harness")
     }
 
     /// A number.
     pub async fn number(&self, query: &'static str) -> i64 {
-        sqlx::query_scalar(query)
-            .fetch_one(&self.pool)
-            .await
-            .expect("a number")
+        sqlx::query_scalar(query).fetch_one(&self.pool).await.expect("a number")
     }
 
     /// How often something rare was counted.
     pub async fn counter(&self, name: &str) -> i64 {
-        sqlx::query_scalar(
-            "select coalesce(sum(n), 0)::bigint from tasker.counters where name = $1",
-        )
-        .bind(name)
-        .fetch_one(&self.pool)
-        .await
-        .expect("counters")
+        sqlx::query_scalar("select coalesce(sum(n), 0)::bigint from tasker.counters where name = $1")
+            .bind(name)
+            .fetch_one(&self.pool)
+            .await
+            .expect("counters")
     }
 
     /// A column of the task's row as text.
     pub async fn of_task(&self, task: Uuid, column: &str) -> Option<String> {
-        sqlx::query_scalar(AssertSqlSafe(format!(
-            "select {column}::text from tasker.tasks where task_uuid = $1"
-        )))
-        .bind(task)
-        .fetch_one(&self.pool)
-        .await
-        .expect("a task")
+        sqlx::query_scalar(AssertSqlSafe(format!("select {column}::text from tasker.tasks where task_uuid = $1")))
+            .bind(task)
+            .fetch_one(&self.pool)
+            .await
+            .expect("a task")
     }
 
     /// `step name: state` of every step, in file order.
@@ -451,12 +376,10 @@ impl World {
     pub async fn queues_drained(&self) {
         eventually("all queues are empty", async || {
             for queue in self.words("select queue_name::text from pgmq.meta").await {
-                let left: i64 = sqlx::query_scalar(AssertSqlSafe(format!(
-                    "select count(*) from pgmq.q_{queue}"
-                )))
-                .fetch_one(&self.pool)
-                .await
-                .expect("a queue");
+                let left: i64 = sqlx::query_scalar(AssertSqlSafe(format!("select count(*) from pgmq.q_{queue}")))
+                    .fetch_one(&self.pool)
+                    .await
+                    .expect("a queue");
                 if left > 0 {
                     return None;
                 }
@@ -476,39 +399,23 @@ impl World {
 
     /// Nothing is stuck and everything adds up.
     pub async fn assert_sound(&self) {
-        assert_eq!(
-            self.words("select task_uuid || ' ' || state from tasker.stuck_tasks()")
-                .await,
-            [""; 0],
-            "stuck"
-        );
+        assert_eq!(self.words("select task_uuid || ' ' || state from tasker.stuck_tasks()").await, [""; 0], "stuck");
         assert_eq!(self.words(include_str!("consistency.sql")).await, [""; 0]);
     }
 
     /// The receiver has exactly the spans of the log, each at least once and always the same.
     pub async fn assert_spans_arrived(&self) {
         eventually("every export batch is acknowledged", async || {
-            (self
-                .number("select count(*) from tasker.export_batches")
-                .await
-                == 0)
-                .then_some(())
+            (self.number("select count(*) from tasker.export_batches").await == 0).then_some(())
         })
         .await;
         let expected = self.expected_spans().await;
         let mut arrived: BTreeMap<SpanKey, Received> = BTreeMap::new();
         for received in self.receiver.spans() {
-            let known = arrived
-                .entry(key(&received))
-                .or_insert_with(|| received.clone());
-            assert_eq!(
-                *known, received,
-                "a span arrived twice with different contents"
-            );
+            let known = arrived.entry(key(&received)).or_insert_with(|| received.clone());
+            assert_eq!(*known, received, "a span arrived twice with different contents");
         }
-        let names = |these: &BTreeMap<SpanKey, Received>,
-                     but: &BTreeMap<SpanKey, Received>|
-         -> Vec<String> {
+        let names = |these: &BTreeMap<SpanKey, Received>, but: &BTreeMap<SpanKey, Received>| -> Vec<String> {
             these
                 .iter()
                 .filter(|(key, _)| !but.contains_key(*key))
@@ -516,16 +423,8 @@ impl World {
                 .take(20)
                 .collect()
         };
-        assert_eq!(
-            names(&expected, &arrived),
-            [""; 0],
-            "spans of the log that did not arrive"
-        );
-        assert_eq!(
-            names(&arrived, &expected),
-            [""; 0],
-            "spans that arrived and are not in the log"
-        );
+        assert_eq!(names(&expected, &arrived), [""; 0], "spans of the log that did not arrive");
+        assert_eq!(names(&arrived, &expected), [""; 0], "spans that arrived and are not in the log");
         for (key, span) in &expected {
             assert_eq!(arrived[key], *span, "a span differs from what its log says");
         }
@@ -534,11 +433,10 @@ impl World {
         for ((trace, _), span) in arrived {
             traces.entry(trace).or_default().push(span);
         }
-        let open: Vec<Vec<u8>> =
-            sqlx::query_scalar("select trace_id from tasker.tasks where finished_at is null")
-                .fetch_all(&self.pool)
-                .await
-                .expect("tasks");
+        let open: Vec<Vec<u8>> = sqlx::query_scalar("select trace_id from tasker.tasks where finished_at is null")
+            .fetch_all(&self.pool)
+            .await
+            .expect("tasks");
         // Until its task ends, a root has not come.
         for (_, spans) in traces.iter().filter(|(trace, _)| !open.contains(trace)) {
             assert_well_formed(spans);
@@ -547,26 +445,20 @@ impl World {
 
     /// What the log says must have been exported, as it looks on the wire.
     async fn expected_spans(&self) -> BTreeMap<SpanKey, Received> {
-        let tasks: Vec<Uuid> =
-            sqlx::query_scalar("select task_uuid from tasker.tasks where trace_flags & 1 = 1")
-                .fetch_all(&self.pool)
-                .await
-                .expect("tasks");
+        let tasks: Vec<Uuid> = sqlx::query_scalar("select task_uuid from tasker.tasks where trace_flags & 1 = 1")
+            .fetch_all(&self.pool)
+            .await
+            .expect("tasks");
         let mut expected = BTreeMap::new();
-        let logs = transitions::logs(
-            &mut self.pool.acquire().await.expect("a connection"),
-            &tasks,
-        )
-        .await
-        .expect("the log");
+        let logs =
+            transitions::logs(&mut self.pool.acquire().await.expect("a connection"), &tasks).await.expect("the log");
         for log in logs {
             let spans = tree::spans(&log);
             let count = spans.spans.len();
             let mut encoder = Encoder::new(&ServiceNames::default());
             encoder.push(&spans);
             let own: Vec<Received> = decode(&encoder.finish());
-            let own: BTreeMap<SpanKey, Received> =
-                own.into_iter().map(|span| (key(&span), span)).collect();
+            let own: BTreeMap<SpanKey, Received> = own.into_iter().map(|span| (key(&span), span)).collect();
             assert_eq!(own.len(), count, "two spans of a task have one id");
             expected.extend(own);
         }
@@ -576,11 +468,7 @@ impl World {
     /// The spans of a task that arrived.
     pub fn spans_of(&self, task: Uuid) -> Vec<Received> {
         let task = task.to_string();
-        self.receiver
-            .spans()
-            .into_iter()
-            .filter(|span| span.text("task_uuid") == Some(&*task))
-            .collect()
+        self.receiver.spans().into_iter().filter(|span| span.text("task_uuid") == Some(&*task)).collect()
     }
 
     /// Ends everything in good order.
@@ -601,10 +489,7 @@ impl World {
 type SpanKey = (Vec<u8>, Vec<u8>);
 
 fn key(received: &Received) -> SpanKey {
-    (
-        received.span.trace_id.clone(),
-        received.span.span_id.clone(),
-    )
+    (received.span.trace_id.clone(), received.span.span_id.clone())
 }
 
 fn decode(request: &[u8]) -> Vec<Received> {
@@ -649,23 +534,13 @@ pub fn describe(received: &Received, keys: &[&str]) -> String {
     for key in keys {
         let value = match *key {
             "kind" => Some(
-                ["", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER"]
-                    [usize::try_from(span.kind).unwrap_or(0)]
-                .to_owned(),
+                ["", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER"][usize::try_from(span.kind).unwrap_or(0)]
+                    .to_owned(),
             ),
             "service" => Some(received.service.clone()),
-            "status" => span
-                .status
-                .as_ref()
-                .filter(|status| status.code == 2)
-                .map(|_| "ERROR".to_owned()),
+            "status" => span.status.as_ref().filter(|status| status.code == 2).map(|_| "ERROR".to_owned()),
             "links" => (!span.links.is_empty()).then(|| span.links.len().to_string()),
-            _ => span
-                .attributes
-                .iter()
-                .find(|kv| kv.key == *key)
-                .and_then(|kv| kv.value.as_ref())
-                .map(plain),
+            _ => span.attributes.iter().find(|kv| kv.key == *key).and_then(|kv| kv.value.as_ref()).map(plain),
         };
         if let Some(value) = value {
             let _ = write!(line, " {key}={value}");
@@ -676,17 +551,11 @@ pub fn describe(received: &Received, keys: &[&str]) -> String {
 
 /// The tree as an indented outline, siblings in the order of their lines: structure, not time.
 pub fn outline(spans: &[Received], keys: &[&str]) -> String {
-    let ids: BTreeSet<&[u8]> = spans
-        .iter()
-        .map(|received| &*received.span.span_id)
-        .collect();
+    let ids: BTreeSet<&[u8]> = spans.iter().map(|received| &*received.span.span_id).collect();
     let mut children: BTreeMap<&[u8], Vec<&Received>> = BTreeMap::new();
     for received in spans {
         let parent = &*received.span.parent_span_id;
-        children
-            .entry(if ids.contains(parent) { parent } else { &[] })
-            .or_default()
-            .push(received);
+        children.entry(if ids.contains(parent) { parent } else { &[] }).or_default().push(received);
     }
     below(&children, &[], keys).concat()
 }
@@ -709,16 +578,10 @@ fn below(children: &BTreeMap<&[u8], Vec<&Received>>, parent: &[u8], keys: &[&str
 /// The same order for an outline that a person wrote.
 fn sorted(lines: &[&str], depth: usize) -> String {
     let at = |line: &str| line.len() - line.trim_start().len();
-    let starts: Vec<usize> = (0..lines.len())
-        .filter(|n| at(lines[*n]) == depth)
-        .collect();
+    let starts: Vec<usize> = (0..lines.len()).filter(|n| at(lines[*n]) == depth).collect();
     let block = |(n, start): (usize, &usize)| {
         let end = starts.get(n + 1).copied().unwrap_or(lines.len());
-        format!(
-            "{}\n{}",
-            lines[*start],
-            sorted(&lines[start + 1..end], depth + 2)
-        )
+        format!("{}\n{}", lines[*start], sorted(&lines[start + 1..end], depth + 2))
     };
     let mut blocks: Vec<String> = starts.iter().enumerate().map(block).collect();
     blocks.sort();
@@ -728,30 +591,17 @@ fn sorted(lines: &[&str], depth: usize) -> String {
 /// Compares trees, whatever the order of siblings: `expected` is an outline with two spaces a level.
 pub fn assert_tree(spans: &[Received], keys: &[&str], expected: &str) {
     assert_well_formed(spans);
-    let lines: Vec<&str> = expected
-        .lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect();
-    let margin = lines
-        .iter()
-        .map(|line| line.len() - line.trim_start().len())
-        .min()
-        .unwrap_or(0);
+    let lines: Vec<&str> = expected.lines().filter(|line| !line.trim().is_empty()).collect();
+    let margin = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
     let lines: Vec<&str> = lines.iter().map(|line| line[margin..].trim_end()).collect();
     let (arrived, expected) = (outline(spans, keys), sorted(&lines, 0));
-    assert!(
-        arrived == expected,
-        "--- arrived\n{arrived}\n--- expected\n{expected}"
-    );
+    assert!(arrived == expected, "--- arrived\n{arrived}\n--- expected\n{expected}");
 }
 
 /// One root a generation, every other parent there, every child inside its parent's time.
 pub fn assert_well_formed(spans: &[Received]) {
     const IS_REMOTE: u32 = 0x200;
-    let by_id: HashMap<&[u8], &Received> = spans
-        .iter()
-        .map(|received| (&*received.span.span_id, received))
-        .collect();
+    let by_id: HashMap<&[u8], &Received> = spans.iter().map(|received| (&*received.span.span_id, received)).collect();
     assert_eq!(by_id.len(), spans.len(), "a span is there twice");
     let mut generations = BTreeSet::new();
     for received in spans {
@@ -769,23 +619,11 @@ pub fn assert_well_formed(spans: &[Received]) {
                 && span.end_time_unix_nano <= parent.end_time_unix_nano;
             assert!(inside, "outside its parent {}: {}", parent.name, words());
         } else {
-            let is_root = span.name == "task.orchestration"
-                && (span.parent_span_id.is_empty() || span.flags & IS_REMOTE != 0);
-            assert!(
-                is_root,
-                "an orphan, its parent {} never came: {}",
-                hex(&span.parent_span_id),
-                words()
-            );
-            let generation = (
-                received.text("task_uuid").map(str::to_owned),
-                received.int("generation"),
-            );
-            assert!(
-                generations.insert(generation),
-                "two roots of one generation: {}",
-                words()
-            );
+            let is_root =
+                span.name == "task.orchestration" && (span.parent_span_id.is_empty() || span.flags & IS_REMOTE != 0);
+            assert!(is_root, "an orphan, its parent {} never came: {}", hex(&span.parent_span_id), words());
+            let generation = (received.text("task_uuid").map(str::to_owned), received.int("generation"));
+            assert!(generations.insert(generation), "two roots of one generation: {}", words());
         }
         for key in ["correlation_id", "task_uuid", "namespace"] {
             assert!(received.text(key).is_some(), "without {key}: {}", words());
@@ -803,9 +641,7 @@ pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) 
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(DEADLINE, asking)
-        .await
-        .unwrap_or_else(|_| panic!("in vain for {DEADLINE:?}: {what}"))
+    tokio::time::timeout(DEADLINE, asking).await.unwrap_or_else(|_| panic!("in vain for {DEADLINE:?}: {what}"))
 }
 
 // Processes.
@@ -833,9 +669,7 @@ impl Process {
 
     /// The next line it says.
     pub async fn line(&mut self) -> String {
-        let line = tokio::time::timeout(DEADLINE, self.lines.next_line())
-            .await
-            .expect("the process speaks in time");
+        let line = tokio::time::timeout(DEADLINE, self.lines.next_line()).await.expect("the process speaks in time");
         line.expect("its stdout").expect("the process is alive")
     }
 
@@ -847,9 +681,7 @@ impl Process {
     /// Lets it end in good order.
     pub async fn end(mut self) {
         drop(self.child.stdin.take());
-        let ended = tokio::time::timeout(DEADLINE, self.child.wait())
-            .await
-            .expect("the process ends in time");
+        let ended = tokio::time::timeout(DEADLINE, self.child.wait()).await.expect("the process ends in time");
         assert!(ended.expect("waited for").success());
     }
 }

@@ -9,59 +9,34 @@ use crate::harness::{Setup, World, eventually};
 
 async fn until_held(world: &World, task: Uuid) -> String {
     eventually("its step is held", async || {
-        let query = sqlx::query_scalar(
-            "select held_by from tasker.steps where task_uuid = $1 and held_by is not null",
-        );
-        query
-            .bind(task)
-            .fetch_optional(&world.pool)
-            .await
-            .expect("steps")
+        let query = sqlx::query_scalar("select held_by from tasker.steps where task_uuid = $1 and held_by is not null");
+        query.bind(task).fetch_optional(&world.pool).await.expect("steps")
     })
     .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn step_without_a_worker_is_held_until_one_says_hello() {
-    let world = World::start(Setup {
-        workers: 0,
-        ..Setup::default()
-    })
-    .await;
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
     world.register_steps("one", "a: ok").await;
     let task = world.submit("one").await;
     assert_eq!(until_held(&world, task).await, "worker");
-    assert_eq!(
-        world.of_task(task, "state").await.as_deref(),
-        Some("waiting_for_dependencies")
-    );
+    assert_eq!(world.of_task(task, "state").await.as_deref(), Some("waiting_for_dependencies"));
     world.assert_sound().await;
     let claim = world.claim().await;
     world.succeed(&claim).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
     let spans = world.spans_of(task);
-    let waits: Vec<_> = spans
-        .iter()
-        .filter_map(|span| span.text("wait.reason"))
-        .collect();
-    assert!(
-        waits.contains(&"worker") && waits.contains(&"queue") && waits.len() == 2,
-        "{waits:?}"
-    );
+    let waits: Vec<_> = spans.iter().filter_map(|span| span.text("wait.reason")).collect();
+    assert!(waits.contains(&"worker") && waits.contains(&"queue") && waits.len() == 2, "{waits:?}");
     world.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn steps_that_no_worker_offers_hold_up_nobody_else() {
-    let world = World::start(Setup {
-        workers: 0,
-        ..Setup::default()
-    })
-    .await;
-    world
-        .register("strange", "steps: [{name: a, handler: nobody.offers.this}]")
-        .await;
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
+    world.register("strange", "steps: [{name: a, handler: nobody.offers.this}]").await;
     world.register_steps("chain", "a: ok\nb: ok <- a").await;
     let stranger = world.submit("strange").await;
     until_held(&world, stranger).await;
@@ -80,28 +55,18 @@ async fn steps_that_no_worker_offers_hold_up_nobody_else() {
     world.finish(&[second]).await;
     world.assert_complete().await;
     let spans = world.spans_of(second);
-    let waits: Vec<_> = spans
-        .iter()
-        .filter_map(|span| span.text("wait.reason"))
-        .collect();
+    let waits: Vec<_> = spans.iter().filter_map(|span| span.text("wait.reason")).collect();
     assert_eq!(waits, ["queue", "queue"]);
     world.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn small_room_lets_the_urgent_in_first() {
-    let world = World::start(Setup {
-        workers: 0,
-        ..Setup::default()
-    })
-    .await;
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
     world.register_steps("one", "a: ok").await;
     let mut tasks = Vec::new();
     for priority in [0, 5, 1, 9, 3, 7] {
-        let task = world
-            .submit_with(json!({"template": "one", "priority": priority}))
-            .await
-            .expect("submitted");
+        let task = world.submit_with(json!({"template": "one", "priority": priority})).await.expect("submitted");
         until_held(&world, task).await;
         tasks.push(task);
     }
@@ -111,18 +76,10 @@ async fn small_room_lets_the_urgent_in_first() {
         world.hello("hand", None, &HANDLERS, 1).await;
         let claim = eventually("a step is let in", async || {
             let mut conn = world.pool.acquire().await.expect("a connection");
-            tasker_tests::worker::claim(&mut conn, "hand", None, &HANDLERS, 1)
-                .await
-                .expect("claimed")
-                .pop()
+            tasker_tests::worker::claim(&mut conn, "hand", None, &HANDLERS, 1).await.expect("claimed").pop()
         })
         .await;
-        order.push(
-            world
-                .of_task(claim.task, "priority")
-                .await
-                .expect("a priority"),
-        );
+        order.push(world.of_task(claim.task, "priority").await.expect("a priority"));
         world.succeed(&claim).await;
     }
     assert_eq!(order, ["9", "7", "5", "3", "1", "0"]);

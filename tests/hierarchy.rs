@@ -92,14 +92,8 @@ task.orchestration kind=INTERNAL service=tasker-orchestration task_name=diamond 
 ";
 
 async fn diamond(protocol: &'static str) -> Vec<Received> {
-    let world = World::start(Setup {
-        protocol,
-        ..Setup::by_hand()
-    })
-    .await;
-    world
-        .register_steps("diamond", "a: ok\nb: ok <- a\nc: ok <- a\nd: ok <- b c")
-        .await;
+    let world = World::start(Setup { protocol, ..Setup::by_hand() }).await;
+    world.register_steps("diamond", "a: ok\nb: ok <- a\nc: ok <- a\nd: ok <- b c").await;
     let task = world.submit("diamond").await;
     let mut claims = Vec::new();
     for step in ["a", "b", "c", "d"] {
@@ -126,42 +120,25 @@ async fn diamond_is_one_complete_tree_over_http() {
 fn the<'a>(spans: &'a [Received], name: &str, step: &str) -> &'a Received {
     let of_step = |span: &&Received| span.text("step_name") == Some(step);
     let execution = spans.iter().find(of_step).expect("the step's execution");
-    spans
-        .iter()
-        .find(|span| span.span.name == name && span.span.parent_span_id == execution.span.span_id)
-        .expect(name)
+    spans.iter().find(|span| span.span.name == name && span.span.parent_span_id == execution.span.span_id).expect(name)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn links_join_sends_attempts_and_evaluations() {
     let spans = diamond("grpc").await;
     for step in ["a", "b", "c", "d"] {
-        let execution = spans
-            .iter()
-            .find(|span| span.text("step_name") == Some(step))
-            .expect("its execution");
+        let execution = spans.iter().find(|span| span.text("step_name") == Some(step)).expect("its execution");
         let link = &execution.span.links[0];
         assert_eq!(link.trace_id, execution.span.trace_id);
-        let sent = spans
-            .iter()
-            .find(|span| span.span.span_id == link.span_id)
-            .expect("the link's end");
+        let sent = spans.iter().find(|span| span.span.span_id == link.span_id).expect("the link's end");
         assert_eq!(sent.span.name, "step.enqueuing");
         assert!(sent.span.start_time_unix_nano <= execution.span.end_time_unix_nano);
         let submission = the(&spans, "result.submission", step);
         let evaluated = |span: &&Received| {
             span.span.name == "result.evaluation"
-                && span
-                    .span
-                    .links
-                    .iter()
-                    .any(|link| link.span_id == submission.span.span_id)
+                && span.span.links.iter().any(|link| link.span_id == submission.span.span_id)
         };
-        assert_eq!(
-            spans.iter().filter(evaluated).count(),
-            1,
-            "the result of {step} is evaluated once"
-        );
+        assert_eq!(spans.iter().filter(evaluated).count(), 1, "the result of {step} is evaluated once");
     }
 }
 
@@ -172,15 +149,11 @@ async fn claim_carries_the_handlers_own_span_and_the_callers_words() {
     let request = json!({"template": "one", "correlation_id": "order-4711", "input": {"n": 1}});
     let task = world.submit_with(request).await.expect("submitted");
     let claim = world.claim().await;
-    assert_eq!(
-        (&*claim.correlation_id, &claim.input),
-        ("order-4711", &json!({"input": {"n": 1}, "steps": {}}))
-    );
+    assert_eq!((&*claim.correlation_id, &claim.input), ("order-4711", &json!({"input": {"n": 1}, "steps": {}})));
     assert_eq!((claim.attempt, claim.max_attempts), (1, 3));
     let baggage = claim.baggage.clone().expect("baggage");
     assert!(
-        baggage.contains("correlation_id=order-4711")
-            && baggage.contains(&format!("task_uuid={task}")),
+        baggage.contains("correlation_id=order-4711") && baggage.contains(&format!("task_uuid={task}")),
         "{baggage}"
     );
     world.succeed(&claim).await;
@@ -188,26 +161,10 @@ async fn claim_carries_the_handlers_own_span_and_the_callers_words() {
     world.assert_complete().await;
     let spans = world.spans_of(task);
     let handler = the(&spans, "handler.execution", "a");
-    let expected = format!(
-        "00-{}-{}-01",
-        hex(&handler.span.trace_id),
-        hex(&handler.span.span_id)
-    );
+    let expected = format!("00-{}-{}-01", hex(&handler.span.trace_id), hex(&handler.span.span_id));
     assert_eq!(claim.traceparent, Some(expected));
-    assert_eq!(
-        (handler.text("worker"), handler.text("worker_version")),
-        (Some("hand"), Some("1.2.3"))
-    );
-    assert!(
-        spans
-            .iter()
-            .all(|span| span.text("correlation_id") == Some("order-4711"))
-    );
-    assert!(
-        spans
-            .iter()
-            .all(|span| !span.span.name.contains(&*task.to_string())),
-        "no id is part of a name"
-    );
+    assert_eq!((handler.text("worker"), handler.text("worker_version")), (Some("hand"), Some("1.2.3")));
+    assert!(spans.iter().all(|span| span.text("correlation_id") == Some("order-4711")));
+    assert!(spans.iter().all(|span| !span.span.name.contains(&*task.to_string())), "no id is part of a name");
     world.end().await;
 }

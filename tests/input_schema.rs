@@ -14,20 +14,11 @@ steps:
 async fn input_that_breaks_the_schema_ends_the_task_with_the_reason() {
     let world = World::start(Setup::default()).await;
     world.register("strict", TEMPLATE).await;
-    let bad = world
-        .submit_with(json!({"template": "strict", "input": {"order_id": "x"}}))
-        .await
-        .expect("a task");
+    let bad = world.submit_with(json!({"template": "strict", "input": {"order_id": "x"}})).await.expect("a task");
     assert_eq!(world.finish(&[bad]).await, ["error"]);
-    assert_eq!(
-        world.of_task(bad, "error_type").await.as_deref(),
-        Some("invalid_input")
-    );
+    assert_eq!(world.of_task(bad, "error_type").await.as_deref(), Some("invalid_input"));
     let reason = world.of_task(bad, "reason").await.expect("a reason");
-    assert!(
-        reason.contains("order_id") && reason.contains("integer"),
-        "{reason}"
-    );
+    assert!(reason.contains("order_id") && reason.contains("integer"), "{reason}");
     assert_eq!(world.steps(bad).await, [""; 0]);
     world.assert_complete().await;
     assert_tree(
@@ -50,15 +41,9 @@ async fn missing_input_path_fails_its_step_and_says_which() {
         .submit_with(json!({"template": "strict", "input": {"order_id": 1, "a": {"b": 2}}}))
         .await
         .expect("a task");
-    let bad = world
-        .submit_with(json!({"template": "strict", "input": {"order_id": 1}}))
-        .await
-        .expect("a task");
+    let bad = world.submit_with(json!({"template": "strict", "input": {"order_id": 1}})).await.expect("a task");
     assert_eq!(world.finish(&[fine, bad]).await, ["complete", "error"]);
-    assert_eq!(
-        world.of_task(bad, "error_type").await.as_deref(),
-        Some("missing_input")
-    );
+    assert_eq!(world.of_task(bad, "error_type").await.as_deref(), Some("missing_input"));
     let reason = world.of_task(bad, "reason").await.expect("a reason");
     assert!(reason.contains("input.a"), "{reason}");
     assert_eq!(world.steps(bad).await, ["a: error"]);

@@ -28,12 +28,7 @@ fn hint(claim: &worker::Claim) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn result_of_a_lost_claim_is_stale_and_changes_nothing() {
     let world = World::start(Setup::by_hand()).await;
-    world
-        .register(
-            "leased",
-            "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]",
-        )
-        .await;
+    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]").await;
     let task = world.submit("leased").await;
     let lost = world.claim_as("slow").await;
     // Its lease runs out, and the next attempt goes to somebody else.
@@ -47,11 +42,7 @@ async fn result_of_a_lost_claim_is_stale_and_changes_nothing() {
     world.succeed(&next).await;
     world.finish(&[task]).await;
     let before = picture(&world, task).await;
-    assert_eq!(
-        world.report(&next, &answer(&next)).await,
-        (true, false),
-        "the same token again is accepted"
-    );
+    assert_eq!(world.report(&next, &answer(&next)).await, (true, false), "the same token again is accepted");
     assert_eq!(world.report(&lost, &answer(&lost)).await, (false, true));
     assert_eq!(picture(&world, task).await, before);
     world.queues_drained().await;
@@ -61,17 +52,8 @@ async fn result_of_a_lost_claim_is_stale_and_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn report_after_the_lease_but_before_anyone_noticed_still_counts() {
-    let mut world = World::start(Setup {
-        orchestrators: 1,
-        ..Setup::by_hand()
-    })
-    .await;
-    world
-        .register(
-            "leased",
-            "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]",
-        )
-        .await;
+    let mut world = World::start(Setup { orchestrators: 1, ..Setup::by_hand() }).await;
+    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]").await;
     let task = world.submit("leased").await;
     let claim = world.claim().await;
     // Nobody sweeps while no orchestrator runs.
@@ -79,22 +61,13 @@ async fn report_after_the_lease_but_before_anyone_noticed_still_counts() {
         orchestrator.shutdown(crate::harness::DEADLINE).await;
     }
     crate::harness::eventually("the lease has run out", async || {
-        let query = sqlx::query_scalar(
-            "select lease_expires_at < clock_timestamp() from tasker.steps where step_uuid = $1",
-        );
-        let expired: bool = query
-            .bind(claim.step)
-            .fetch_one(&world.pool)
-            .await
-            .expect("a step");
+        let query =
+            sqlx::query_scalar("select lease_expires_at < clock_timestamp() from tasker.steps where step_uuid = $1");
+        let expired: bool = query.bind(claim.step).fetch_one(&world.pool).await.expect("a step");
         expired.then_some(())
     })
     .await;
-    assert_eq!(
-        world.report(&claim, &answer(&claim)).await,
-        (true, false),
-        "expiry is permission, not loss"
-    );
+    assert_eq!(world.report(&claim, &answer(&claim)).await, (true, false), "expiry is permission, not loss");
     world.add_orchestrator().await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
@@ -104,9 +77,7 @@ async fn report_after_the_lease_but_before_anyone_noticed_still_counts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn repeated_and_reordered_hints_are_one_result_each() {
     let mut world = World::start(Setup::by_hand()).await;
-    world
-        .register_steps("fan", "a: ok\nb: ok\nc: ok\nd: ok <- a b c")
-        .await;
+    world.register_steps("fan", "a: ok\nb: ok\nc: ok\nd: ok <- a b c").await;
     let task = world.submit("fan").await;
     let mut claims = Vec::new();
     let mut reported = Vec::new();
@@ -139,10 +110,7 @@ async fn repeated_and_reordered_hints_are_one_result_each() {
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.send("step_results", &hint(&last), None).await;
     world.queues_drained().await;
-    assert_eq!(
-        world.number("select count(*) from tasker.quarantine").await,
-        0
-    );
+    assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
     world.assert_complete().await;
     world.end().await;
 }

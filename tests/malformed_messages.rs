@@ -23,45 +23,25 @@ fn deep(levels: usize) -> String {
 
 /// What is bad on every queue.
 fn anywhere() -> Vec<String> {
-    let mut bad: Vec<String> = [
-        "null",
-        "true",
-        "0",
-        "-1",
-        "1e400",
-        "\"text\"",
-        "\"\"",
-        "[]",
-        "[1, 2]",
-        "{}",
-        "[{\"v\": 1}]",
-    ]
-    .map(str::to_owned)
-    .to_vec();
+    let mut bad: Vec<String> =
+        ["null", "true", "0", "-1", "1e400", "\"text\"", "\"\"", "[]", "[1, 2]", "{}", "[{\"v\": 1}]"]
+            .map(str::to_owned)
+            .to_vec();
     bad.extend(
-        [
-            "0", "2", "1e400", "\"1\"", "null", "true", "[1]", "{}", "-1", "1.5",
-        ]
-        .map(|v| format!("{{\"v\": {v}, \"type\": \"submit\"}}")),
+        ["0", "2", "1e400", "\"1\"", "null", "true", "[1]", "{}", "-1", "1.5"]
+            .map(|v| format!("{{\"v\": {v}, \"type\": \"submit\"}}")),
     );
     bad.push(format!("{{\"v\": 1, \"deep\": {}}}", deep(200)));
     bad.push(deep(2000));
     bad.push(format!("{{\"v\": {}}}", "9".repeat(1000)));
-    bad.push(format!(
-        "{{\"v\": 1, \"big\": \"{}\"}}",
-        "x".repeat(2_000_000)
-    ));
+    bad.push(format!("{{\"v\": 1, \"big\": \"{}\"}}", "x".repeat(2_000_000)));
     bad
 }
 
 fn bad_requests(task: Uuid) -> Vec<String> {
     let submit = |more: Value| {
-        let mut message =
-            json!({"v": 1, "type": "submit", "namespace": "tests", "template": "one"});
-        message
-            .as_object_mut()
-            .expect("an object")
-            .extend(more.as_object().expect("an object").clone());
+        let mut message = json!({"v": 1, "type": "submit", "namespace": "tests", "template": "one"});
+        message.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
         message.to_string()
     };
     let mut bad = vec![
@@ -116,10 +96,7 @@ fn bad_requests(task: Uuid) -> Vec<String> {
 fn bad_results(claim: &Claim) -> Vec<String> {
     let hint = |more: Value| {
         let mut message = json!({"v": 1, "task": claim.task, "step": claim.step, "generation": 1, "attempt": 1, "outcome": "success"});
-        message
-            .as_object_mut()
-            .expect("an object")
-            .extend(more.as_object().expect("an object").clone());
+        message.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
         message.to_string()
     };
     vec![
@@ -160,18 +137,13 @@ fn bad_step_messages(claim: &Claim) -> Vec<String> {
 async fn hundred_kinds_of_bad_messages_cost_only_themselves() {
     let mut world = World::start(Setup::by_hand()).await;
     world.register_steps("one", "a: ok").await;
-    world
-        .register_steps("chain", "a: ok\nb: flaky <- a\nc: ok <- b")
-        .await;
+    world.register_steps("chain", "a: ok\nb: flaky <- a\nc: ok <- b").await;
     let known = world.submit("one").await;
     let claim = world.claim().await;
     let bad: Vec<(&str, String)> = [
         ("task_requests", [anywhere(), bad_requests(known)].concat()),
         ("step_results", [anywhere(), bad_results(&claim)].concat()),
-        (
-            "worker_tests",
-            [anywhere(), bad_step_messages(&claim)].concat(),
-        ),
+        ("worker_tests", [anywhere(), bad_step_messages(&claim)].concat()),
     ]
     .into_iter()
     .flat_map(|(queue, messages)| messages.into_iter().map(move |message| (queue, message)))
@@ -184,13 +156,7 @@ async fn hundred_kinds_of_bad_messages_cost_only_themselves() {
             &world,
             queue,
             message,
-            [
-                None,
-                Some("{}"),
-                Some("7"),
-                Some("{\"traceparent\": 1e400}"),
-                Some("{\"traceparent\": [1]}"),
-            ][n % 5],
+            [None, Some("{}"), Some("7"), Some("{\"traceparent\": 1e400}"), Some("{\"traceparent\": [1]}")][n % 5],
         )
         .await;
         if n % 5 == 0 {
@@ -203,36 +169,24 @@ async fn hundred_kinds_of_bad_messages_cost_only_themselves() {
             .expect("a worker"),
     );
     world.report(&claim, &answer(&claim)).await;
-    assert!(
-        world
-            .finish(&good)
-            .await
-            .iter()
-            .all(|state| state == "complete")
-    );
+    assert!(world.finish(&good).await.iter().all(|state| state == "complete"));
     world.queues_drained().await;
 
     let quarantined = world.words("select queue || ': ' || reason || ' | ' || coalesce(left(message::text, 100), '-') from tasker.quarantine order by quarantine_id").await;
-    assert_eq!(
-        quarantined.len(),
-        bad.len(),
-        "every bad one and nothing else: {quarantined:#?}"
-    );
+    assert_eq!(quarantined.len(), bad.len(), "every bad one and nothing else: {quarantined:#?}");
     for (queue, message) in &bad {
-        let kept: i64 = sqlx::query_scalar("select count(*) from tasker.quarantine where queue = $1 and message = $2::text::jsonb and reason <> ''")
-            .bind(queue)
-            .bind(message)
-            .fetch_one(&world.pool)
-            .await
-            .expect("asked");
+        let kept: i64 = sqlx::query_scalar(
+            "select count(*) from tasker.quarantine where queue = $1 and message = $2::text::jsonb and reason <> ''",
+        )
+        .bind(queue)
+        .bind(message)
+        .fetch_one(&world.pool)
+        .await
+        .expect("asked");
         assert!(kept >= 1, "not kept as it was: {queue} {message:.100}");
     }
     let tasks = world.number("select count(*) from tasker.tasks").await;
-    assert_eq!(
-        usize::try_from(tasks),
-        Ok(good.len()),
-        "no bad message became a task"
-    );
+    assert_eq!(usize::try_from(tasks), Ok(good.len()), "no bad message became a task");
     world.assert_complete().await;
     world.end().await;
 }
@@ -241,7 +195,12 @@ async fn hundred_kinds_of_bad_messages_cost_only_themselves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hundredfold_bad_report_ends_its_own_step_with_a_reason() {
     let world = World::start(Setup::by_hand()).await;
-    world.register("strict", "steps: [{name: a, handler: ok, retry: {max_attempts: 1}}, {name: b, handler: ok, depends_on: [a]}]").await;
+    world
+        .register(
+            "strict",
+            "steps: [{name: a, handler: ok, retry: {max_attempts: 1}}, {name: b, handler: ok, depends_on: [a]}]",
+        )
+        .await;
     let reports = [
         "\"outcome\": \"success\", \"output\": {\"huge\": 1e400}".to_owned(),
         format!("\"outcome\": \"success\", \"output\": {}", deep(100)),
@@ -258,16 +217,12 @@ async fn hundredfold_bad_report_ends_its_own_step_with_a_reason() {
     for report in &reports {
         let task = world.submit("strict").await;
         let claim = world.claim().await;
-        let item = format!(
-            "[{{\"step\": \"{}\", \"token\": \"{}\", {report}}}]",
-            claim.step, claim.token
-        );
-        let accepted: bool =
-            sqlx::query_scalar("select accepted from tasker.report_results($1::text::jsonb)")
-                .bind(&item)
-                .fetch_one(&world.pool)
-                .await
-                .expect("reported");
+        let item = format!("[{{\"step\": \"{}\", \"token\": \"{}\", {report}}}]", claim.step, claim.token);
+        let accepted: bool = sqlx::query_scalar("select accepted from tasker.report_results($1::text::jsonb)")
+            .bind(&item)
+            .fetch_one(&world.pool)
+            .await
+            .expect("reported");
         assert!(accepted, "{report:.80}");
         assert_eq!(world.finish(&[task]).await, ["error"], "{report:.80}");
         let reason = world.of_task(task, "reason").await.expect("a reason");
@@ -277,10 +232,7 @@ async fn hundredfold_bad_report_ends_its_own_step_with_a_reason() {
     let more = [
         "\"start_offset_ms\": 1e400, \"run_ms\": -1e400".to_owned(),
         "\"start_offset_ms\": \"x\", \"run_ms\": {}".to_owned(),
-        format!(
-            "\"usage\": {}, \"milestones\": {{\"huge\": 1e400}}",
-            deep(500)
-        ),
+        format!("\"usage\": {}, \"milestones\": {{\"huge\": 1e400}}", deep(500)),
     ];
     for report in &more {
         let task = world.submit("strict").await;
@@ -299,10 +251,7 @@ async fn hundredfold_bad_report_ends_its_own_step_with_a_reason() {
         assert_eq!(world.finish(&[task]).await, ["complete"], "{report:.80}");
     }
     world.queues_drained().await;
-    assert_eq!(
-        world.number("select count(*) from tasker.quarantine").await,
-        0
-    );
+    assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
     world.assert_complete().await;
     world.end().await;
 }
@@ -314,40 +263,20 @@ async fn bad_submit_by_sql_is_refused_at_once() {
     let refused = |input: String| {
         let pool = world.pool.clone();
         async move {
-            let submitted =
-                sqlx::query("select tasker.submit_task('tests', 'one', input => $1::text::jsonb)")
-                    .bind(input)
-                    .execute(&pool)
-                    .await;
-            submitted
-                .expect_err("refused")
-                .as_database_error()
-                .expect("by the database")
-                .message()
-                .to_owned()
+            let submitted = sqlx::query("select tasker.submit_task('tests', 'one', input => $1::text::jsonb)")
+                .bind(input)
+                .execute(&pool)
+                .await;
+            submitted.expect_err("refused").as_database_error().expect("by the database").message().to_owned()
         }
     };
     let message = refused(format!("{{\"deep\": {}}}", deep(64))).await;
-    assert_eq!(
-        message,
-        "input: nests deeper than 64 levels; flatten it, or store it elsewhere and pass a reference"
-    );
+    assert_eq!(message, "input: nests deeper than 64 levels; flatten it, or store it elsewhere and pass a reference");
     let message = refused("{\"huge\": 1e309}".to_owned()).await;
-    assert_eq!(
-        message,
-        "input: holds a number beyond 1.797e308; write it as text"
-    );
+    assert_eq!(message, "input: holds a number beyond 1.797e308; write it as text");
     let message = refused(format!("{{\"big\": \"{}\"}}", "x".repeat(2_000_000))).await;
     assert!(message.contains("the limit is 1048576"), "{message}");
-    assert_eq!(
-        world
-            .submit_with(json!({"template": "two"}))
-            .await
-            .unwrap_err()
-            .split(' ')
-            .next(),
-        Some("template:")
-    );
+    assert_eq!(world.submit_with(json!({"template": "two"})).await.unwrap_err().split(' ').next(), Some("template:"));
 
     // As deep, as big and as many digits as may be.
     let digits = "9".repeat(2000);
@@ -356,19 +285,14 @@ async fn bad_submit_by_sql_is_refused_at_once() {
         .await
         .expect("submitted");
     let text = format!("{{\"deep\": {}}}", deep(63));
-    let edge: Uuid =
-        sqlx::query_scalar("select tasker.submit_task('tests', 'one', input => $1::text::jsonb)")
-            .bind(text)
-            .fetch_one(&world.pool)
-            .await
-            .expect("submitted");
+    let edge: Uuid = sqlx::query_scalar("select tasker.submit_task('tests', 'one', input => $1::text::jsonb)")
+        .bind(text)
+        .fetch_one(&world.pool)
+        .await
+        .expect("submitted");
     assert_eq!(world.finish(&[fine, edge]).await, ["complete", "complete"]);
     eventually("nothing waits", async || {
-        (world
-            .number("select count(*) from tasker.export_batches")
-            .await
-            == 0)
-            .then_some(())
+        (world.number("select count(*) from tasker.export_batches").await == 0).then_some(())
     })
     .await;
     world.assert_complete().await;

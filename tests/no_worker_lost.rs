@@ -4,12 +4,13 @@ use crate::harness::{Setup, World, assert_tree};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
-    let world = World::start(Setup {
-        workers: 0,
-        ..Setup::default()
-    })
-    .await;
-    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}, {name: b, handler: ok, depends_on: [a]}]").await;
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
+    world
+        .register(
+            "leased",
+            "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}, {name: b, handler: ok, depends_on: [a]}]",
+        )
+        .await;
     let mut doomed = world.worker_process("doomed", "a").await;
     let task = world.submit("leased").await;
     assert_eq!(doomed.line().await, "inside a 1");
@@ -41,7 +42,18 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
         .collect();
     assert_tree(
         &spans,
-        &["step_name", "attempt_number", "outcome", "status", "links", "event", "actor", "worker", "error.type", "wait.reason"],
+        &[
+            "step_name",
+            "attempt_number",
+            "outcome",
+            "status",
+            "links",
+            "event",
+            "actor",
+            "worker",
+            "error.type",
+            "wait.reason",
+        ],
         &format!(
             "
         task.orchestration outcome=success
@@ -72,21 +84,13 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
 #[tokio::test(flavor = "multi_thread")]
 async fn attempt_that_loses_its_worker_again_and_again_fails_its_step() {
     let world = World::start(Setup::by_hand()).await;
-    world
-        .register(
-            "leased",
-            "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]",
-        )
-        .await;
+    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 1s}}]").await;
     let task = world.submit("leased").await;
     for attempt in 1..=11 {
         assert_eq!(world.claim().await.attempt, attempt);
     }
     assert_eq!(world.finish(&[task]).await, ["error"]);
-    assert_eq!(
-        world.of_task(task, "error_type").await.as_deref(),
-        Some("lease_expired")
-    );
+    assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("lease_expired"));
     world.assert_complete().await;
     world.end().await;
 }

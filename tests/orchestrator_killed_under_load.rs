@@ -7,12 +7,7 @@ use crate::two_orchestrators_two_workers::{assert_outcomes, register_mix, submit
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_orchestrators_lose_nothing_and_leave_no_orphan() {
-    let mut world = World::start(Setup {
-        orchestrators: 0,
-        rust_workers: 1,
-        ..Setup::default()
-    })
-    .await;
+    let mut world = World::start(Setup { orchestrators: 0, rust_workers: 1, ..Setup::default() }).await;
     register_mix(&world).await;
     let done = AtomicBool::new(false);
     let kill = async {
@@ -23,20 +18,12 @@ async fn killed_orchestrators_lose_nothing_and_leave_no_orphan() {
         }
         while !done.load(Ordering::Relaxed) {
             // Between two kills some work gets done, however fast or slow the machine is.
-            let before = world
-                .number("select count(*) from tasker.transitions")
-                .await;
+            let before = world.number("select count(*) from tasker.transitions").await;
             let until = tokio::time::Instant::now() + DEADLINE;
-            while world
-                .number("select count(*) from tasker.transitions")
-                .await
-                < before + 100
+            while world.number("select count(*) from tasker.transitions").await < before + 100
                 && !done.load(Ordering::Relaxed)
             {
-                assert!(
-                    tokio::time::Instant::now() < until,
-                    "nothing moves after {killed} kills"
-                );
+                assert!(tokio::time::Instant::now() < until, "nothing moves after {killed} kills");
                 tokio::time::sleep(std::time::Duration::from_millis(5)).await;
             }
             processes.remove(0).kill().await;
@@ -61,9 +48,6 @@ async fn killed_orchestrators_lose_nothing_and_leave_no_orphan() {
     world.add_orchestrator().await;
     world.queues_drained().await;
     world.assert_complete().await;
-    assert_eq!(
-        world.number("select count(*) from tasker.quarantine").await,
-        0
-    );
+    assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
     world.end().await;
 }

@@ -18,13 +18,8 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["orchestrator", url, endpoint, protocol] => {
-            let options = Options {
-                trace: trace_config(endpoint, protocol),
-                ..Options::default()
-            };
-            let orchestrator = Orchestrator::start(url, &options)
-                .await
-                .expect("an orchestrator");
+            let options = Options { trace: trace_config(endpoint, protocol), ..Options::default() };
+            let orchestrator = Orchestrator::start(url, &options).await.expect("an orchestrator");
             until_stdin_closes().await;
             orchestrator.shutdown(Duration::from_secs(20)).await;
         }
@@ -40,9 +35,7 @@ async fn main() {
             until_stdin_closes().await;
             worker.stop().await;
         }
-        _ => panic!(
-            "usage: tasker-test-process orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN"
-        ),
+        _ => panic!("usage: tasker-test-process orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN"),
     }
 }
 

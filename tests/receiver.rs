@@ -16,9 +16,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
-    TraceService, TraceServiceServer,
-};
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
@@ -131,11 +129,7 @@ impl Shared {
     }
 
     fn behaviour(&self) -> Behaviour {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .behaviour
-            .clone()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).behaviour.clone()
     }
 }
 
@@ -145,10 +139,7 @@ impl Receiver {
         let (changed, _) = watch::channel(0);
         let mut receiver = Self {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
-            shared: Arc::new(Shared {
-                state: Mutex::default(),
-                changed,
-            }),
+            shared: Arc::new(Shared { state: Mutex::default(), changed }),
             up: CancellationToken::new(),
             listening: None,
         };
@@ -176,18 +167,10 @@ impl Receiver {
 
     /// Listens again on the same port after [`down`](Self::down).
     pub async fn up(&mut self) {
-        let listener = TcpListener::bind(self.address)
-            .await
-            .expect("the receiver's port is free");
-        self.address = listener
-            .local_addr()
-            .expect("a bound listener has an address");
+        let listener = TcpListener::bind(self.address).await.expect("the receiver's port is free");
+        self.address = listener.local_addr().expect("a bound listener has an address");
         self.up = CancellationToken::new();
-        self.listening = Some(tokio::spawn(listen(
-            listener,
-            Arc::clone(&self.shared),
-            self.up.clone(),
-        )));
+        self.listening = Some(tokio::spawn(listen(listener, Arc::clone(&self.shared), self.up.clone())));
     }
 
     /// All spans accepted so far.
@@ -197,10 +180,7 @@ impl Receiver {
 
     /// The spans of one trace.
     pub fn trace(&self, trace_id: [u8; 16]) -> Vec<Received> {
-        self.spans()
-            .into_iter()
-            .filter(|r| r.span.trace_id == trace_id)
-            .collect()
+        self.spans().into_iter().filter(|r| r.span.trace_id == trace_id).collect()
     }
 
     /// Requests that reached the receiver, whatever became of them.
@@ -226,14 +206,12 @@ impl Receiver {
     /// Waits until `enough` is true of the spans, and returns them. Panics
     /// after 60 s with what had arrived by then.
     pub async fn wait_for(&self, enough: impl Fn(&[Received]) -> bool) -> Vec<Received> {
-        self.wait(|state| enough(&state.spans).then(|| state.spans.clone()))
-            .await
+        self.wait(|state| enough(&state.spans).then(|| state.spans.clone())).await
     }
 
     /// Waits until so many requests have reached the receiver.
     pub async fn wait_for_requests(&self, requests: u64) {
-        self.wait(|state| (state.requests >= requests).then_some(()))
-            .await;
+        self.wait(|state| (state.requests >= requests).then_some(())).await;
     }
 
     async fn wait<T>(&self, done: impl Fn(&State) -> Option<T>) -> T {
@@ -241,20 +219,11 @@ impl Receiver {
         let arrived = async {
             loop {
                 changed.borrow_and_update();
-                let found = done(
-                    &self
-                        .shared
-                        .state
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner),
-                );
+                let found = done(&self.shared.state.lock().unwrap_or_else(PoisonError::into_inner));
                 if let Some(found) = found {
                     return found;
                 }
-                changed
-                    .changed()
-                    .await
-                    .expect("the receiver owns the sender");
+                changed.changed().await.expect("the receiver owns the sender");
             }
         };
         let found = tokio::time::timeout(DEADLINE, arrived).await;
@@ -263,11 +232,7 @@ impl Receiver {
 
     fn summary(&self) -> (u64, Vec<String>, Vec<String>) {
         self.shared.with(|state| {
-            let names = state
-                .spans
-                .iter()
-                .map(|r| format!("{} {}", r.service, r.span.name))
-                .collect();
+            let names = state.spans.iter().map(|r| format!("{} {}", r.service, r.span.name)).collect();
             (state.requests, names, state.violations.clone())
         })
     }
@@ -302,9 +267,7 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>, up: CancellationToke
 async fn serve(mut stream: TcpStream, shared: Arc<Shared>, closed: CancellationToken) {
     if shared.behaviour() == Behaviour::GarbageBytes {
         shared.with(|state| state.requests += 1);
-        let _ = stream
-            .write_all(b"\xde\xad\xbe\xef this is no HTTP\r\n\r\n")
-            .await;
+        let _ = stream.write_all(b"\xde\xad\xbe\xef this is no HTTP\r\n\r\n").await;
         let _ = stream.shutdown().await;
         return;
     }
@@ -313,32 +276,17 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>, closed: CancellationT
         async move { Ok::<_, Infallible>(answer(request, shared, closed).await) }
     });
     // A connection that breaks is part of the tests.
-    let _ = auto::Builder::new(TokioExecutor::new())
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+    let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
 }
 
-async fn answer(
-    request: Request<Incoming>,
-    shared: Arc<Shared>,
-    closed: CancellationToken,
-) -> Response<Body> {
-    let grpc = request
-        .headers()
-        .get(CONTENT_TYPE)
-        .is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
+async fn answer(request: Request<Incoming>, shared: Arc<Shared>, closed: CancellationToken) -> Response<Body> {
+    let grpc = request.headers().get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
     let behaviour = shared.with(|state| {
         state.requests += 1;
         state.headers.push(request.headers().clone());
         state.compressed += u64::from(
-            request
-                .headers()
-                .get(CONTENT_ENCODING)
-                .is_some_and(|v| v == "gzip")
-                || request
-                    .headers()
-                    .get("grpc-encoding")
-                    .is_some_and(|v| v == "gzip"),
+            request.headers().get(CONTENT_ENCODING).is_some_and(|v| v == "gzip")
+                || request.headers().get("grpc-encoding").is_some_and(|v| v == "gzip"),
         );
         state.behaviour.clone()
     });
@@ -355,21 +303,10 @@ async fn answer(
             let _ = request.into_body().collect().await;
             // Field 1 with a length that goes far beyond the message.
             let message: &[u8] = b"\x0a\xff\xff\x03garbage";
-            let frame: Bytes = if grpc {
-                [b"\0\0\0\0\x0b", message].concat().into()
-            } else {
-                message.into()
-            };
-            let content_type = if grpc {
-                "application/grpc"
-            } else {
-                "application/x-protobuf"
-            };
+            let frame: Bytes = if grpc { [b"\0\0\0\0\x0b", message].concat().into() } else { message.into() };
+            let content_type = if grpc { "application/grpc" } else { "application/x-protobuf" };
             let body = Full::new(frame).with_trailers(async {
-                let ok = HeaderMap::from_iter([(
-                    http::HeaderName::from_static("grpc-status"),
-                    "0".parse().ok()?,
-                )]);
+                let ok = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), "0".parse().ok()?)]);
                 Some(Ok(ok))
             });
             response(StatusCode::OK, content_type, Body::new(body))
@@ -381,14 +318,8 @@ async fn answer(
         }
         Behaviour::Refuse(code, _) if grpc => Status::new(code, "told to refuse").into_http(),
         Behaviour::Refuse(_, status) => {
-            let mut response = response(
-                status,
-                "text/plain",
-                Body::new(Full::<Bytes>::from("told to refuse")),
-            );
-            response
-                .headers_mut()
-                .insert(RETRY_AFTER, http::HeaderValue::from_static("7"));
+            let mut response = response(status, "text/plain", Body::new(Full::<Bytes>::from("told to refuse")));
+            response.headers_mut().insert(RETRY_AFTER, http::HeaderValue::from_static("7"));
             response
         }
         Behaviour::Accept | Behaviour::Partial(_) | Behaviour::GarbageBytes if grpc => {
@@ -407,26 +338,19 @@ async fn answer(
 fn response(status: StatusCode, content_type: &'static str, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
     response
 }
 
 async fn over_http(request: Request<Incoming>, collector: Collector) -> Response<Body> {
-    match read_http(request)
-        .await
-        .and_then(|request| collector.take(request))
-    {
+    match read_http(request).await.and_then(|request| collector.take(request)) {
         Ok(answer) => {
             let body = Full::<Bytes>::from(answer.encode_to_vec());
             response(StatusCode::OK, "application/x-protobuf", Body::new(body))
         }
         Err(problem) => {
             let body = Full::<Bytes>::from(problem.clone());
-            collector
-                .shared
-                .with(|state| state.violations.push(problem));
+            collector.shared.with(|state| state.violations.push(problem));
             response(StatusCode::BAD_REQUEST, "text/plain", Body::new(body))
         }
     }
@@ -442,18 +366,12 @@ async fn read_http(request: Request<Incoming>) -> Result<ExportTraceServiceReque
     if content_type.is_none_or(|v| v != "application/x-protobuf") {
         return Err(format!("content-type is {content_type:?}"));
     }
-    let body = body
-        .collect()
-        .await
-        .map_err(|e| format!("body: {e}"))?
-        .to_bytes();
+    let body = body.collect().await.map_err(|e| format!("body: {e}"))?.to_bytes();
     let body = match head.headers.get(CONTENT_ENCODING) {
         None => body.to_vec(),
         Some(encoding) if encoding == "gzip" => {
             let mut plain = Vec::new();
-            flate2::read::GzDecoder::new(body.as_ref())
-                .read_to_end(&mut plain)
-                .map_err(|e| format!("gzip: {e}"))?;
+            flate2::read::GzDecoder::new(body.as_ref()).read_to_end(&mut plain).map_err(|e| format!("gzip: {e}"))?;
             plain
         }
         Some(other) => return Err(format!("content-encoding {other:?}")),
@@ -474,27 +392,19 @@ impl TraceService for Collector {
         &self,
         request: tonic::Request<ExportTraceServiceRequest>,
     ) -> Result<tonic::Response<ExportTraceServiceResponse>, Status> {
-        self.take(request.into_inner())
-            .map(tonic::Response::new)
-            .map_err(|problem| {
-                self.shared
-                    .with(|state| state.violations.push(problem.clone()));
-                Status::invalid_argument(problem)
-            })
+        self.take(request.into_inner()).map(tonic::Response::new).map_err(|problem| {
+            self.shared.with(|state| state.violations.push(problem.clone()));
+            Status::invalid_argument(problem)
+        })
     }
 }
 
 impl Collector {
     /// Keeps the spans of a valid request; of an invalid one it keeps nothing.
-    fn take(
-        &self,
-        request: ExportTraceServiceRequest,
-    ) -> Result<ExportTraceServiceResponse, String> {
+    fn take(&self, request: ExportTraceServiceRequest) -> Result<ExportTraceServiceResponse, String> {
         let mut received = Vec::new();
         for resource_spans in request.resource_spans {
-            let resource = resource_spans
-                .resource
-                .ok_or("ResourceSpans without a resource")?;
+            let resource = resource_spans.resource.ok_or("ResourceSpans without a resource")?;
             unique_keys(&resource.attributes).map_err(|e| format!("resource: {e}"))?;
             let service = resource
                 .attributes
@@ -510,11 +420,7 @@ impl Collector {
                 let scope = scope_spans.scope.map(|s| s.name).unwrap_or_default();
                 for span in scope_spans.spans {
                     check(&span).map_err(|e| format!("span {:?}: {e}", span.name))?;
-                    received.push(Received {
-                        service: service.clone(),
-                        scope: scope.clone(),
-                        span,
-                    });
+                    received.push(Received { service: service.clone(), scope: scope.clone(), span });
                 }
             }
         }
@@ -525,13 +431,10 @@ impl Collector {
             Behaviour::Partial(rejected) => rejected,
             _ => 0,
         };
-        received
-            .truncate(received.len() - usize::try_from(rejected).unwrap_or(0).min(received.len()));
+        received.truncate(received.len() - usize::try_from(rejected).unwrap_or(0).min(received.len()));
         self.shared.with(|state| state.spans.extend(received));
-        let partial_success = (rejected > 0).then(|| ExportTracePartialSuccess {
-            rejected_spans: rejected,
-            error_message: "told to reject".into(),
-        });
+        let partial_success = (rejected > 0)
+            .then(|| ExportTracePartialSuccess { rejected_spans: rejected, error_message: "told to reject".into() });
         Ok(ExportTraceServiceResponse { partial_success })
     }
 }
@@ -540,11 +443,7 @@ impl Collector {
 fn check(span: &Span) -> Result<(), String> {
     let id = |what: &str, id: &[u8], len: usize| {
         let valid = id.len() == len && id.iter().any(|b| *b != 0);
-        if valid {
-            Ok(())
-        } else {
-            Err(format!("{what} {id:?}"))
-        }
+        if valid { Ok(()) } else { Err(format!("{what} {id:?}")) }
     };
     id("trace id", &span.trace_id, 16)?;
     id("span id", &span.span_id, 8)?;
@@ -558,10 +457,7 @@ fn check(span: &Span) -> Result<(), String> {
         return Err(format!("kind {}", span.kind));
     }
     if span.start_time_unix_nano == 0 || span.end_time_unix_nano < span.start_time_unix_nano {
-        return Err(format!(
-            "from {} to {}",
-            span.start_time_unix_nano, span.end_time_unix_nano
-        ));
+        return Err(format!("from {} to {}", span.start_time_unix_nano, span.end_time_unix_nano));
     }
     if span.flags >> 10 != 0 {
         return Err(format!("flags {:#x}", span.flags));
@@ -600,13 +496,8 @@ pub fn outline(spans: &[Received]) -> Vec<String> {
     let ids: HashSet<_> = spans.iter().map(|r| &r.span.span_id).collect();
     let mut children: HashMap<&[u8], Vec<&Span>> = HashMap::new();
     for Received { span, .. } in spans {
-        let parent = if ids.contains(&span.parent_span_id) {
-            span.parent_span_id.as_slice()
-        } else {
-            &[]
-        };
-        let orphan =
-            parent.is_empty() && !span.parent_span_id.is_empty() && span.flags & IS_REMOTE == 0;
+        let parent = if ids.contains(&span.parent_span_id) { span.parent_span_id.as_slice() } else { &[] };
+        let orphan = parent.is_empty() && !span.parent_span_id.is_empty() && span.flags & IS_REMOTE == 0;
         assert!(!orphan, "{} is an orphan", span.name);
         children.entry(parent).or_default().push(span);
     }
@@ -616,21 +507,10 @@ pub fn outline(spans: &[Received]) -> Vec<String> {
     let mut lines = Vec::new();
     let mut open: Vec<(usize, &Span)> = Vec::new();
     let root: &[u8] = &[];
-    open.extend(
-        children
-            .get(root)
-            .into_iter()
-            .flatten()
-            .rev()
-            .map(|s| (0, *s)),
-    );
+    open.extend(children.get(root).into_iter().flatten().rev().map(|s| (0, *s)));
     while let Some((depth, span)) = open.pop() {
         lines.push(format!("{}{}", "  ".repeat(depth), span.name));
-        let below = children
-            .get(span.span_id.as_slice())
-            .into_iter()
-            .flatten()
-            .rev();
+        let below = children.get(span.span_id.as_slice()).into_iter().flatten().rev();
         open.extend(below.map(|s| (depth + 1, *s)));
     }
     lines

@@ -17,13 +17,8 @@ async fn one(setup: Setup) -> World {
 
 async fn by_correlation(world: &World, correlation_id: &'static str) -> Uuid {
     eventually("the message became a task", async || {
-        let query =
-            sqlx::query_scalar("select task_uuid from tasker.tasks where correlation_id = $1");
-        query
-            .bind(correlation_id)
-            .fetch_optional(&world.pool)
-            .await
-            .expect("tasks")
+        let query = sqlx::query_scalar("select task_uuid from tasker.tasks where correlation_id = $1");
+        query.bind(correlation_id).fetch_optional(&world.pool).await.expect("tasks")
     })
     .await
 }
@@ -33,27 +28,17 @@ async fn root(world: &World, task: Uuid) -> (String, String, String) {
     world.finish(&[task]).await;
     world.assert_complete().await;
     let spans = world.spans_of(task);
-    let root = &spans
-        .iter()
-        .find(|span| span.span.name == "task.orchestration")
-        .expect("a root")
-        .span;
-    (
-        hex(&root.trace_id),
-        hex(&root.parent_span_id),
-        root.trace_state.clone(),
-    )
+    let root = &spans.iter().find(|span| span.span.name == "task.orchestration").expect("a root").span;
+    (hex(&root.trace_id), hex(&root.parent_span_id), root.trace_state.clone())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn task_submitted_by_sql_with_a_traceparent_joins_the_callers_trace() {
     let world = one(Setup::default()).await;
-    let request = json!({"template": "one", "traceparent": format!("00-{TRACE}-{PARENT}-01"), "tracestate": "vendor=x"});
+    let request =
+        json!({"template": "one", "traceparent": format!("00-{TRACE}-{PARENT}-01"), "tracestate": "vendor=x"});
     let task = world.submit_with(request).await.expect("submitted");
-    assert_eq!(
-        root(&world, task).await,
-        (TRACE.to_owned(), PARENT.to_owned(), "vendor=x".to_owned())
-    );
+    assert_eq!(root(&world, task).await, (TRACE.to_owned(), PARENT.to_owned(), "vendor=x".to_owned()));
     assert_eq!(world.counter("invalid_traceparent").await, 0);
     world.end().await;
 }
@@ -65,10 +50,7 @@ async fn raw_message_joins_through_its_headers() {
     let headers = json!({"traceparent": format!("00-{TRACE}-{PARENT}-01")});
     world.send("task_requests", &message, Some(headers)).await;
     let task = by_correlation(&world, "raw-1").await;
-    assert_eq!(
-        root(&world, task).await,
-        (TRACE.to_owned(), PARENT.to_owned(), String::new())
-    );
+    assert_eq!(root(&world, task).await, (TRACE.to_owned(), PARENT.to_owned(), String::new()));
     world.end().await;
 }
 
@@ -91,13 +73,7 @@ async fn malformed_traceparent_is_ignored_and_counted() {
         assert_eq!(parent, "", "a root of its own");
     }
     let message = json!({"v": 1, "type": "submit", "namespace": "tests", "template": "one", "correlation_id": "raw-2"});
-    world
-        .send(
-            "task_requests",
-            &message,
-            Some(json!({"traceparent": "00-xyz"})),
-        )
-        .await;
+    world.send("task_requests", &message, Some(json!({"traceparent": "00-xyz"}))).await;
     let task = by_correlation(&world, "raw-2").await;
     root(&world, task).await;
     assert_eq!(world.counter("invalid_traceparent").await, 5);

@@ -10,17 +10,11 @@ async fn failed_attempt_is_a_sibling_and_the_task_succeeds() {
     world.register_steps("one", "a: flaky").await;
     let task = world.submit("one").await;
     let first = world.claim().await;
-    assert_eq!(
-        world.report(&first, &Answer::Error("Hiccup", true)).await,
-        (true, false)
-    );
+    assert_eq!(world.report(&first, &Answer::Error("Hiccup", true)).await, (true, false));
     let second = world.claim().await;
     assert_eq!((second.step, second.attempt), (first.step, 2));
     assert_ne!(second.token, first.token);
-    assert_ne!(
-        second.traceparent, first.traceparent,
-        "each attempt has a span of its own"
-    );
+    assert_ne!(second.traceparent, first.traceparent, "each attempt has a span of its own");
     world.succeed(&second).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
@@ -89,14 +83,8 @@ async fn exhausted_retries_fail_the_task_with_the_last_error() {
         world.report(&claim, &Answer::Error("Hiccup", true)).await;
     }
     assert_eq!(world.finish(&[task]).await, ["error"]);
-    assert_eq!(
-        world.of_task(task, "error_type").await.as_deref(),
-        Some("Hiccup")
-    );
-    assert_eq!(
-        world.of_task(task, "reason").await.as_deref(),
-        Some("step a failed: flaky said Hiccup")
-    );
+    assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("Hiccup"));
+    assert_eq!(world.of_task(task, "reason").await.as_deref(), Some("step a failed: flaky said Hiccup"));
     world.assert_complete().await;
     let spans = world.spans_of(task);
     let outcomes: Vec<_> = spans
@@ -105,13 +93,6 @@ async fn exhausted_retries_fail_the_task_with_the_last_error() {
         .map(|span| span.text("outcome").unwrap_or(""))
         .collect();
     assert_eq!(outcomes.len(), 3);
-    assert_eq!(
-        outcomes
-            .iter()
-            .filter(|outcome| **outcome == "failure")
-            .count(),
-        1,
-        "{outcomes:?}"
-    );
+    assert_eq!(outcomes.iter().filter(|outcome| **outcome == "failure").count(), 1, "{outcomes:?}");
     world.end().await;
 }

@@ -45,10 +45,7 @@ impl RustWorker {
             .expect("a worker of the tests");
         let stop = CancellationToken::new();
         let running = tokio::spawn(worker.run(stop.clone()));
-        Self {
-            running,
-            stop: stop.drop_guard(),
-        }
+        Self { running, stop: stop.drop_guard() }
     }
 
     /// Drains.
@@ -57,9 +54,6 @@ impl RustWorker {
     /// If it did not work until now.
     pub async fn stop(self) {
         drop(self.stop);
-        self.running
-            .await
-            .expect("no panic")
-            .expect("a worker that ran");
+        self.running.await.expect("no panic").expect("a worker that ran");
     }
 }

@@ -67,10 +67,7 @@ pub async fn hello(
     sqlx::query("select tasker.worker_hello($1, $2, array[$3], $4, $5, null, '1.2.3')")
         .bind(worker)
         .bind(NAMESPACE)
-        .bind(queue.map_or_else(
-            || format!("worker_{NAMESPACE}"),
-            |queue| format!("worker_{NAMESPACE}__{queue}"),
-        ))
+        .bind(queue.map_or_else(|| format!("worker_{NAMESPACE}"), |queue| format!("worker_{NAMESPACE}__{queue}")))
         .bind(handlers)
         .bind(slots)
         .execute(conn)
@@ -114,8 +111,7 @@ pub async fn claim(
 
 /// The item of `report_results` that tells this; `None` for silence.
 pub fn result(claim: &Claim, answer: &Answer) -> Option<Value> {
-    let mut result =
-        json!({"step": claim.step, "token": claim.token, "start_offset_ms": 0.1, "run_ms": 0.2});
+    let mut result = json!({"step": claim.step, "token": claim.token, "start_offset_ms": 0.1, "run_ms": 0.2});
     match answer {
         Answer::Success(output) => {
             result["outcome"] = "success".into();
@@ -123,7 +119,8 @@ pub fn result(claim: &Claim, answer: &Answer) -> Option<Value> {
         }
         Answer::Error(kind, retryable) => {
             result["outcome"] = "error".into();
-            result["error"] = json!({"type": kind, "message": format!("{} said {kind}", claim.handler), "retryable": retryable});
+            result["error"] =
+                json!({"type": kind, "message": format!("{} said {kind}", claim.handler), "retryable": retryable});
         }
         Answer::Silence => return None,
     }
@@ -131,17 +128,12 @@ pub fn result(claim: &Claim, answer: &Answer) -> Option<Value> {
 }
 
 /// Reports; answers `(accepted, stale)` for each item, in order.
-pub async fn report(
-    conn: &mut PgConnection,
-    results: &[Value],
-) -> Result<Vec<(bool, bool)>, sqlx::Error> {
+pub async fn report(conn: &mut PgConnection, results: &[Value]) -> Result<Vec<(bool, bool)>, sqlx::Error> {
     let rows = sqlx::query("select accepted, stale from tasker.report_results($1)")
         .bind(Value::Array(results.to_vec()))
         .fetch_all(conn)
         .await?;
-    rows.iter()
-        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
-        .collect()
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
 /// What a worker does with what it claimed.
@@ -160,22 +152,12 @@ impl Worker {
     ///
     /// Errors if the database cannot be reached at the start.
     pub async fn start(url: &str, name: &str, slots: i32, work: Work) -> Result<Self, sqlx::Error> {
-        let options = PoolOptions {
-            max_connections: 1,
-            acquire_timeout: Duration::from_secs(2),
-            ..PoolOptions::default()
-        };
+        let options =
+            PoolOptions { max_connections: 1, acquire_timeout: Duration::from_secs(2), ..PoolOptions::default() };
         let pool = tx::pool(url, &options).await?;
         hello(&mut *pool.acquire().await?, name, None, &HANDLERS, slots).await?;
         let stop = CancellationToken::new();
-        let mut state = State {
-            pool,
-            url: url.to_owned(),
-            name: name.to_owned(),
-            slots,
-            work,
-            unreported: Vec::new(),
-        };
+        let mut state = State { pool, url: url.to_owned(), name: name.to_owned(), slots, work, unreported: Vec::new() };
         let running = tokio::spawn({
             let stop = stop.clone();
             async move {
@@ -232,11 +214,7 @@ impl State {
                 // A hint, and the poll that makes it harmless to miss one.
                 let _ = tokio::time::timeout(Duration::from_millis(200), listener.recv()).await;
             }
-            self.unreported.extend(
-                claims
-                    .iter()
-                    .filter_map(|claim| result(claim, &(self.work)(claim))),
-            );
+            self.unreported.extend(claims.iter().filter_map(|claim| result(claim, &(self.work)(claim))));
         }
         Ok(())
     }

@@ -23,15 +23,11 @@ async fn greet(ctx: StepContext, input: Name) -> Result<Greeting, StepError> {
     if ctx.attempt() == 1 {
         return Err(StepError::retry("NotAwake", "try again in a second"));
     }
-    Ok(Greeting {
-        text: format!("Hello, {}!", input.name),
-    })
+    Ok(Greeting { text: format!("Hello, {}!", input.name) })
 }
 
 async fn count(_ctx: StepContext, input: Greeting) -> Result<Count, StepError> {
-    Ok(Count {
-        letters: input.text.chars().filter(|c| c.is_alphabetic()).count(),
-    })
+    Ok(Count { letters: input.text.chars().filter(|c| c.is_alphabetic()).count() })
 }
 
 #[tokio::main]
@@ -43,11 +39,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         let _ = tokio::signal::ctrl_c().await;
         told.cancel();
     });
-    let worker = Worker::builder(url)
-        .namespace("hello")
-        .handler("hello.greet", greet)
-        .handler("hello.count", count)
-        .build()?;
+    let worker =
+        Worker::builder(url).namespace("hello").handler("hello.greet", greet).handler("hello.count", count).build()?;
     worker.run(stop).await?;
     Ok(())
 }

@@ -22,11 +22,7 @@ pub struct Failure {
 
 /// An error with this exit code.
 pub fn failure(code: u8, message: impl Into<String>) -> anyhow::Error {
-    Failure {
-        code,
-        message: message.into(),
-    }
-    .into()
+    Failure { code, message: message.into() }.into()
 }
 
 /// The exit code of any error: the first cause that has one decides.
@@ -62,11 +58,8 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         // Classes: no connection, wrong password, no such database.
         sqlx::Error::Database(error) => {
             let code = error.code().unwrap_or_default();
-            (code.starts_with("08")
-                || code.starts_with("28")
-                || code == "3D000"
-                || code.starts_with("57P"))
-            .then_some(UNREACHABLE)
+            (code.starts_with("08") || code.starts_with("28") || code == "3D000" || code.starts_with("57P"))
+                .then_some(UNREACHABLE)
         }
         _ => None,
     }
@@ -80,18 +73,10 @@ mod tests {
 
     #[test]
     fn a_cause_decides_the_code_however_deep_it_lies() {
-        let wrapped = |error: ClientError| {
-            exit_code(&Err::<(), _>(error).context("while submitting").unwrap_err())
-        };
+        let wrapped = |error: ClientError| exit_code(&Err::<(), _>(error).context("while submitting").unwrap_err());
         assert_eq!(wrapped(ClientError::NotFound(uuid::Uuid::nil())), NOT_FOUND);
-        assert_eq!(
-            wrapped(ClientError::Connect(sqlx::Error::PoolTimedOut)),
-            UNREACHABLE
-        );
-        assert_eq!(
-            wrapped(ClientError::from(sqlx::Error::PoolTimedOut)),
-            UNREACHABLE
-        );
+        assert_eq!(wrapped(ClientError::Connect(sqlx::Error::PoolTimedOut)), UNREACHABLE);
+        assert_eq!(wrapped(ClientError::from(sqlx::Error::PoolTimedOut)), UNREACHABLE);
         assert_eq!(wrapped(ClientError::from(sqlx::Error::RowNotFound)), FAILED);
         assert_eq!(exit_code(&failure(TIMEOUT, "late")), TIMEOUT);
         assert_eq!(exit_code(&anyhow::anyhow!("something else")), FAILED);

@@ -31,9 +31,7 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 
 /// Whether an error is only that the reader of our output has left.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Rows with a heading, columns as wide as they need to be.
@@ -45,9 +43,7 @@ impl Table {
     /// With these column headings.
     pub fn new<const N: usize>(heading: [&str; N]) -> Self {
         let bold = Style::new().bold();
-        Self {
-            rows: vec![heading.map(|text| bold.apply_to(text).to_string()).to_vec()],
-        }
+        Self { rows: vec![heading.map(|text| bold.apply_to(text).to_string()).to_vec()] }
     }
 
     /// Adds a row.
@@ -60,12 +56,7 @@ impl Table {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let widths: Vec<usize> = (0..columns)
             .map(|at| {
-                self.rows
-                    .iter()
-                    .filter_map(|row| row.get(at))
-                    .map(|cell| measure_text_width(cell))
-                    .max()
-                    .unwrap_or(0)
+                self.rows.iter().filter_map(|row| row.get(at)).map(|cell| measure_text_width(cell)).max().unwrap_or(0)
             })
             .collect();
         let mut lines = Vec::new();
@@ -73,10 +64,7 @@ impl Table {
             let mut text = String::new();
             for (cell, width) in row.iter().zip(&widths) {
                 text.push_str(cell);
-                text.extend(std::iter::repeat_n(
-                    ' ',
-                    width - measure_text_width(cell) + 2,
-                ));
+                text.extend(std::iter::repeat_n(' ', width - measure_text_width(cell) + 2));
             }
             lines.push(text.trim_end().to_owned());
         }
@@ -110,14 +98,7 @@ pub fn time(at: DateTime<Utc>) -> String {
 
 /// Nothing shows as a dash; line breaks and other control characters as spaces.
 pub fn cell(text: Option<&str>) -> String {
-    text.map_or_else(
-        || "-".into(),
-        |text| {
-            text.chars()
-                .map(|c| if c.is_control() { ' ' } else { c })
-                .collect()
-        },
-    )
+    text.map_or_else(|| "-".into(), |text| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }
 
 /// At most `width` characters.
@@ -125,10 +106,7 @@ pub fn clip(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
     }
-    text.chars()
-        .take(width.saturating_sub(1))
-        .chain(['…'])
-        .collect()
+    text.chars().take(width.saturating_sub(1)).chain(['…']).collect()
 }
 
 #[cfg(test)]

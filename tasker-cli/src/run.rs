@@ -36,19 +36,10 @@ pub async fn connect(global: &Global) -> anyhow::Result<Connected> {
         .context("the database cannot be reached")?
         .close()
         .await?;
-    let options = PoolOptions {
-        application_name: "tasker-cli",
-        ..PoolOptions::default()
-    };
-    let pool = tx::pool(&url, &options)
-        .await
-        .context("the database cannot be reached")?;
+    let options = PoolOptions { application_name: "tasker-cli", ..PoolOptions::default() };
+    let pool = tx::pool(&url, &options).await.context("the database cannot be reached")?;
     migrate(&pool).await?;
-    Ok(Connected {
-        url,
-        client: Client::from_pool(pool),
-        _server: server,
-    })
+    Ok(Connected { url, client: Client::from_pool(pool), _server: server })
 }
 
 /// Opens the database without connecting to it.
@@ -60,11 +51,7 @@ pub async fn open(global: &Global) -> anyhow::Result<Database> {
 }
 
 /// Reads the trace configuration, says what is wrong with it, and starts logging.
-pub fn telemetry(
-    global: &Global,
-    role: Role,
-    default_level: &str,
-) -> anyhow::Result<(TraceConfig, Telemetry)> {
+pub fn telemetry(global: &Global, role: Role, default_level: &str) -> anyhow::Result<(TraceConfig, Telemetry)> {
     let (config, warnings) = TraceConfig::from_env()?;
     let started = telemetry::init_at(role, &config, global.log_format.into(), default_level);
     for warning in warnings {
@@ -76,10 +63,7 @@ pub fn telemetry(
 /// Fires on the first SIGINT or SIGTERM; the second ends the process at once.
 pub fn stop_signal() -> anyhow::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (mut interrupt, mut terminate) = (
-        signal(SignalKind::interrupt())?,
-        signal(SignalKind::terminate())?,
-    );
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let stop = CancellationToken::new();
     let told = stop.clone();
     tokio::spawn(async move {
@@ -96,23 +80,14 @@ pub async fn find_task(client: &Client, text: &str) -> anyhow::Result<Uuid> {
         return Ok(task);
     }
     let mut conn = client.pool().acquire().await?;
-    match tasker_shared::store::views::by_correlation(&mut conn, text)
-        .await?
-        .as_slice()
-    {
+    match tasker_shared::store::views::by_correlation(&mut conn, text).await?.as_slice() {
         [task] => Ok(*task),
-        [] => Err(failure(
-            NOT_FOUND,
-            format!("no task has the uuid or the correlation id {text:?}"),
-        )),
+        [] => Err(failure(NOT_FOUND, format!("no task has the uuid or the correlation id {text:?}"))),
         several => {
             let list: Vec<String> = several.iter().map(|task| format!("  {task}")).collect();
             Err(failure(
                 NOT_FOUND,
-                format!(
-                    "several tasks have the correlation id {text:?}; name one, newest first:\n{}",
-                    list.join("\n")
-                ),
+                format!("several tasks have the correlation id {text:?}; name one, newest first:\n{}", list.join("\n")),
             ))
         }
     }

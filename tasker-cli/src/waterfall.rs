@@ -45,18 +45,11 @@ struct Row<'a> {
 impl<'a> Waterfall<'a> {
     /// Lays the spans out; those left out are counted.
     pub fn new(spans: &'a TaskSpans, detail: Detail) -> Self {
-        let shown: Vec<&Span> = spans
-            .spans
-            .iter()
-            .filter(|span| detail == Detail::Every || is_main(span))
-            .collect();
+        let shown: Vec<&Span> = spans.spans.iter().filter(|span| detail == Detail::Every || is_main(span)).collect();
         let ids: HashSet<SpanId> = shown.iter().map(|span| span.id).collect();
         let mut children: HashMap<Option<SpanId>, Vec<&Span>> = HashMap::new();
         for span in &shown {
-            children
-                .entry(span.parent.filter(|parent| ids.contains(parent)))
-                .or_default()
-                .push(span);
+            children.entry(span.parent.filter(|parent| ids.contains(parent))).or_default().push(span);
         }
         for siblings in children.values_mut() {
             // Stable: spans that begin together keep the order of the tree.
@@ -65,81 +58,44 @@ impl<'a> Waterfall<'a> {
         let mut rows = Vec::with_capacity(shown.len());
         let roots = children.get(&None).cloned().unwrap_or_default();
         for root in roots {
-            let below = if children.contains_key(&Some(root.id)) {
-                "│ "
-            } else {
-                "  "
-            };
-            rows.push(Row {
-                span: root,
-                lead: String::new(),
-                below: below.into(),
-            });
+            let below = if children.contains_key(&Some(root.id)) { "│ " } else { "  " };
+            rows.push(Row { span: root, lead: String::new(), below: below.into() });
             add_children(&children, root.id, "", &mut rows);
         }
         let steps = spans
             .spans
             .iter()
-            .filter_map(|span| {
-                Some((
-                    attribute(span, names::STEP_UUID)?,
-                    attribute(span, names::STEP_NAME)?,
-                ))
-            })
+            .filter_map(|span| Some((attribute(span, names::STEP_UUID)?, attribute(span, names::STEP_NAME)?)))
             .collect();
         let axis = Axis::new(shown.iter().flat_map(|span| [span.start, span.end]));
-        Self {
-            spans,
-            hidden: spans.spans.len() - shown.len(),
-            rows,
-            axis,
-            steps,
-        }
+        Self { spans, hidden: spans.spans.len() - shown.len(), rows, axis, steps }
     }
 
     /// The drawing, `width` columns wide, without a final line break.
     pub fn text(&self, width: usize) -> String {
-        let labels: Vec<String> = self
-            .rows
-            .iter()
-            .map(|row| format!("{}{}", row.lead, self.label(row.span)))
-            .collect();
-        let longest = labels
-            .iter()
-            .map(|label| measure_text_width(label))
-            .max()
-            .unwrap_or(0);
+        let labels: Vec<String> = self.rows.iter().map(|row| format!("{}{}", row.lead, self.label(row.span))).collect();
+        let longest = labels.iter().map(|label| measure_text_width(label)).max().unwrap_or(0);
         let name_width = longest.min(width * 9 / 20).max(20);
         let bar_width = width.saturating_sub(name_width + 2 + 10).max(10);
         let mut lines = vec![self.heading(), self.scale(name_width, bar_width)];
         for (row, label) in self.rows.iter().zip(labels) {
             lines.push(self.row(row.span, &clip(&label, name_width), name_width, bar_width));
             if let Some(error) = &row.span.error {
-                let kind = attribute(row.span, names::ERROR_TYPE)
-                    .map_or_else(String::new, |kind| format!("{kind}: "));
-                let message: String = error
-                    .chars()
-                    .map(|c| if c.is_control() { ' ' } else { c })
-                    .collect();
+                let kind = attribute(row.span, names::ERROR_TYPE).map_or_else(String::new, |kind| format!("{kind}: "));
+                let message: String = error.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
                 let message = message.strip_prefix(&kind).unwrap_or(&message).to_owned();
                 let room = width.saturating_sub(measure_text_width(&row.below));
                 lines.push(format!(
                     "{}{}",
                     row.below,
-                    Style::new()
-                        .red()
-                        .apply_to(clip(&format!("✗ {kind}{message}"), room))
+                    Style::new().red().apply_to(clip(&format!("✗ {kind}{message}"), room))
                 ));
             }
         }
         if self.hidden > 0 {
             let dim = Style::new().dim();
             lines.push(
-                dim.apply_to(format!(
-                    "{} more (state transitions and the like) with --tree",
-                    self.hidden
-                ))
-                .to_string(),
+                dim.apply_to(format!("{} more (state transitions and the like) with --tree", self.hidden)).to_string(),
             );
         }
         lines.join("\n")
@@ -154,17 +110,8 @@ impl<'a> Waterfall<'a> {
             })
         };
         let count = self.spans.spans.len();
-        let failed = self
-            .spans
-            .spans
-            .iter()
-            .filter(|span| span.error.is_some())
-            .count();
-        let errors = if failed == 0 {
-            String::new()
-        } else {
-            format!(", {failed} with an error")
-        };
+        let failed = self.spans.spans.iter().filter(|span| span.error.is_some()).count();
+        let errors = if failed == 0 { String::new() } else { format!(", {failed} with an error") };
         format!(
             "trace {}  {} {}  {count} spans{errors}",
             hex(&self.spans.trace_id),
@@ -186,19 +133,10 @@ impl<'a> Waterfall<'a> {
         if let Some(last) = cells.last_mut() {
             *last = '┤';
         }
-        let note = if self.axis.shortened().next().is_some() {
-            "(╌ is shortened)"
-        } else {
-            ""
-        };
+        let note = if self.axis.shortened().next().is_some() { "(╌ is shortened)" } else { "" };
         let axis: String = cells.into_iter().collect();
         let dim = Style::new().dim();
-        format!(
-            "{}  {} {}",
-            pad(note, name_width),
-            dim.apply_to(axis),
-            dim.apply_to(duration(self.axis.length()))
-        )
+        format!("{}  {} {}", pad(note, name_width), dim.apply_to(axis), dim.apply_to(duration(self.axis.length())))
     }
 
     fn row(&self, span: &Span, label: &str, name_width: usize, bar_width: usize) -> String {
@@ -212,11 +150,7 @@ impl<'a> Waterfall<'a> {
         };
         let mut cells = vec![' '; bar_width];
         cells[from..to].fill(fill);
-        for (gap_from, gap_to) in self
-            .axis
-            .shortened()
-            .filter(|(a, b)| *a >= span.start && *b <= span.end)
-        {
+        for (gap_from, gap_to) in self.axis.shortened().filter(|(a, b)| *a >= span.start && *b <= span.end) {
             let (gap_from, gap_to) = self.axis.cells(gap_from, gap_to, bar_width);
             cells[gap_from..gap_to].fill('╌');
         }
@@ -239,40 +173,21 @@ impl<'a> Waterfall<'a> {
     fn label(&self, span: &Span) -> String {
         let get = |key| attribute(span, key).unwrap_or("?");
         let number = |key| integer(span, key).unwrap_or_default();
-        let step = attribute(span, names::STEP_UUID)
-            .and_then(|step| self.steps.get(step))
-            .copied();
+        let step = attribute(span, names::STEP_UUID).and_then(|step| self.steps.get(step)).copied();
         let detail = match span.name {
             names::TASK_ORCHESTRATION => {
                 let generation = number(names::GENERATION);
-                let again = if generation > 1 {
-                    format!(" generation {generation}")
-                } else {
-                    String::new()
-                };
-                format!(
-                    "{} {}{again}",
-                    get(names::TASK_NAME),
-                    get(names::TEMPLATE_VERSION)
-                )
+                let again = if generation > 1 { format!(" generation {generation}") } else { String::new() };
+                format!("{} {}{again}", get(names::TASK_NAME), get(names::TEMPLATE_VERSION))
             }
             // Where it came from stands in the line before.
             names::TASK_STATE_TRANSITION => format!("→ {}", get(names::TO_STATE)),
             names::STEP_STATE_TRANSITION => {
                 let outside = span.parent.is_some_and(|parent| {
-                    self.spans
-                        .spans
-                        .iter()
-                        .any(|span| span.id == parent && span.name == names::TASK_ORCHESTRATION)
+                    self.spans.spans.iter().any(|span| span.id == parent && span.name == names::TASK_ORCHESTRATION)
                 });
-                let whose = if outside {
-                    step.unwrap_or("a step")
-                } else {
-                    ""
-                };
-                format!("{whose} → {}", get(names::TO_STATE))
-                    .trim_start()
-                    .to_owned()
+                let whose = if outside { step.unwrap_or("a step") } else { "" };
+                format!("{whose} → {}", get(names::TO_STATE)).trim_start().to_owned()
             }
             names::STEP_EXECUTION => {
                 format!(
@@ -283,16 +198,11 @@ impl<'a> Waterfall<'a> {
                 )
             }
             names::STEP_WAIT if get(names::WAIT_REASON) == "queue" => "queue".to_owned(),
-            names::STEP_WAIT => format!(
-                "{} of {}",
-                get(names::WAIT_REASON),
-                step.unwrap_or("a step")
-            ),
+            names::STEP_WAIT => format!("{} of {}", get(names::WAIT_REASON), step.unwrap_or("a step")),
             names::HANDLER_EXECUTION => get(names::HANDLER_NAME).to_owned(),
             names::STEP_DISCOVERY => format!("{} ready", number(names::READY_STEPS)),
             names::STEP_ENQUEUING => {
-                let queue =
-                    attribute(span, names::MESSAGING_DESTINATION).unwrap_or("several queues");
+                let queue = attribute(span, names::MESSAGING_DESTINATION).unwrap_or("several queues");
                 format!("{} → {queue}", number(names::MESSAGING_BATCH_COUNT))
             }
             names::RESULT_EVALUATION => format!("{} result(s)", number(names::RESULTS)),
@@ -322,16 +232,8 @@ fn add_children<'a>(
     for (place, span) in below.iter().enumerate() {
         let last = place + 1 == below.len();
         let past = format!("{lead}{}", if last { "  " } else { "│ " });
-        let below = if children.contains_key(&Some(span.id)) {
-            format!("{past}│ ")
-        } else {
-            format!("{past}  ")
-        };
-        rows.push(Row {
-            span,
-            lead: format!("{lead}{}", if last { "└ " } else { "├ " }),
-            below,
-        });
+        let below = if children.contains_key(&Some(span.id)) { format!("{past}│ ") } else { format!("{past}  ") };
+        rows.push(Row { span, lead: format!("{lead}{}", if last { "└ " } else { "├ " }), below });
         add_children(children, span.id, &past, rows);
     }
 }
@@ -349,23 +251,14 @@ impl Axis {
         let mut times: Vec<_> = times.collect();
         times.sort_unstable();
         times.dedup();
-        let lengths: Vec<f64> = times
-            .windows(2)
-            .map(|pair| seconds(pair[1] - pair[0]))
-            .collect();
+        let lengths: Vec<f64> = times.windows(2).map(|pair| seconds(pair[1] - pair[0])).collect();
         let all: f64 = lengths.iter().sum();
         // With few marks there is nothing that a long stretch could crowd out.
         let is_long = |length: f64| lengths.len() > 4 && length > all * 2.0 * LONGEST_GAP;
         let short: f64 = lengths.iter().filter(|length| !is_long(**length)).sum();
         let weights: Vec<f64> = lengths
             .iter()
-            .map(|length| {
-                if is_long(*length) {
-                    short.max(1e-9) * LONGEST_GAP / (1.0 - LONGEST_GAP)
-                } else {
-                    *length
-                }
-            })
+            .map(|length| if is_long(*length) { short.max(1e-9) * LONGEST_GAP / (1.0 - LONGEST_GAP) } else { *length })
             .collect();
         let total: f64 = weights.iter().sum::<f64>().max(1e-9);
         let mut marks = Vec::with_capacity(times.len());
@@ -412,38 +305,27 @@ impl Axis {
     }
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "a bar has fewer columns than a float has digits"
-)]
+#[expect(clippy::cast_precision_loss, reason = "a bar has fewer columns than a float has digits")]
 fn seconds(length: TimeDelta) -> f64 {
     length.num_microseconds().unwrap_or(i64::MAX) as f64 / 1e6
 }
 
 fn attribute<'s>(span: &'s Span, key: &str) -> Option<&'s str> {
-    span.attributes
-        .iter()
-        .find(|(name, _)| *name == key)
-        .and_then(|(_, value)| match value {
-            Value::Str(text) => Some(text.as_ref()),
-            _ => None,
-        })
+    span.attributes.iter().find(|(name, _)| *name == key).and_then(|(_, value)| match value {
+        Value::Str(text) => Some(text.as_ref()),
+        _ => None,
+    })
 }
 
 fn integer(span: &Span, key: &str) -> Option<i64> {
-    span.attributes
-        .iter()
-        .find(|(name, _)| *name == key)
-        .and_then(|(_, value)| match value {
-            Value::Int(number) => Some(*number),
-            _ => None,
-        })
+    span.attributes.iter().find(|(name, _)| *name == key).and_then(|(_, value)| match value {
+        Value::Int(number) => Some(*number),
+        _ => None,
+    })
 }
 
 fn attribute_is_true(span: &Span, key: &str) -> bool {
-    span.attributes
-        .iter()
-        .any(|(name, value)| *name == key && *value == Value::Bool(true))
+    span.attributes.iter().any(|(name, value)| *name == key && *value == Value::Bool(true))
 }
 
 #[cfg(test)]
@@ -504,30 +386,15 @@ mod tests {
 
     fn retried(wait_ms: i64) -> TaskSpans {
         let again = 100 + wait_ms;
-        let mut root = span(
-            1,
-            Some(9),
-            names::TASK_ORCHESTRATION,
-            0,
-            again + 100,
-            vec![(names::TASK_NAME, "order".into())],
-        );
-        root.attributes
-            .push((names::TEMPLATE_VERSION, "1.0.0".into()));
+        let mut root =
+            span(1, Some(9), names::TASK_ORCHESTRATION, 0, again + 100, vec![(names::TASK_NAME, "order".into())]);
+        root.attributes.push((names::TEMPLATE_VERSION, "1.0.0".into()));
         root.parent_is_remote = true;
         let mut failed = execution(2, "charge", 1, 10, 100);
         failed.error = Some("the gateway timed out".into());
-        failed
-            .attributes
-            .push((names::ERROR_TYPE, "GatewayTimeout".into()));
-        let wait = vec![
-            (names::STEP_UUID, "s1".into()),
-            (names::WAIT_REASON, "retry".into()),
-        ];
-        let moved = vec![
-            (names::FROM_STATE, "pending".into()),
-            (names::TO_STATE, "initializing".into()),
-        ];
+        failed.attributes.push((names::ERROR_TYPE, "GatewayTimeout".into()));
+        let wait = vec![(names::STEP_UUID, "s1".into()), (names::WAIT_REASON, "retry".into())];
+        let moved = vec![(names::FROM_STATE, "pending".into()), (names::TO_STATE, "initializing".into())];
         task(vec![
             root,
             span(6, Some(1), names::TASK_STATE_TRANSITION, 0, 5, moved),
@@ -567,11 +434,7 @@ mod tests {
     fn every_span_stands_in_the_tree() {
         let spans = retried(100);
         let drawn = draw(&spans, Detail::Every);
-        for name in [
-            names::TASK_STATE_TRANSITION,
-            names::STEP_WAIT,
-            names::HANDLER_EXECUTION,
-        ] {
+        for name in [names::TASK_STATE_TRANSITION, names::STEP_WAIT, names::HANDLER_EXECUTION] {
             assert!(drawn.contains(name), "{drawn}");
         }
         assert!(!drawn.contains("--tree"), "{drawn}");
@@ -580,14 +443,9 @@ mod tests {
     #[test]
     fn what_is_in_progress_is_marked() {
         let mut spans = retried(100);
-        spans.spans[4]
-            .attributes
-            .push((names::IN_PROGRESS, true.into()));
+        spans.spans[4].attributes.push((names::IN_PROGRESS, true.into()));
         let drawn = draw(&spans, Detail::Main);
-        let line = drawn
-            .lines()
-            .find(|line| line.contains("charge attempt 2/3"))
-            .unwrap();
+        let line = drawn.lines().find(|line| line.contains("charge attempt 2/3")).unwrap();
         assert!(line.contains('▶') && line.ends_with("100 ms …"), "{line}");
     }
 
@@ -596,16 +454,8 @@ mod tests {
         let mut spans = retried(100);
         spans.spans[2].error = Some("x".repeat(500));
         for width in [60, 80, 200] {
-            for line in
-                console::strip_ansi_codes(&Waterfall::new(&spans, Detail::Every).text(width))
-                    .lines()
-                    .skip(1)
-            {
-                assert!(
-                    measure_text_width(line) <= width + 4,
-                    "{} > {width}: {line}",
-                    measure_text_width(line)
-                );
+            for line in console::strip_ansi_codes(&Waterfall::new(&spans, Detail::Every).text(width)).lines().skip(1) {
+                assert!(measure_text_width(line) <= width + 4, "{} > {width}: {line}", measure_text_width(line));
             }
         }
     }

@@ -30,17 +30,12 @@ struct Answer {
 impl Answer {
     #[track_caller]
     fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout)
-            .unwrap_or_else(|error| panic!("{error}: {} {}", self.stdout, self.stderr))
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {} {}", self.stdout, self.stderr))
     }
 
     #[track_caller]
     fn exits_with(self, code: i32) -> Self {
-        assert_eq!(
-            self.code, code,
-            "stdout: {}\nstderr: {}",
-            self.stdout, self.stderr
-        );
+        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self
     }
 }
@@ -52,29 +47,19 @@ fn command(url: &str, arguments: &[&str]) -> Command {
         .env("DATABASE_URL", url)
         .env_remove("TRACEPARENT")
         .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");
-    command
-        .env("USER", "ada")
-        .env("NO_COLOR", "1")
-        .stdin(Stdio::null());
+    command.env("USER", "ada").env("NO_COLOR", "1").stdin(Stdio::null());
     command
 }
 
 /// A command that needs no database: it fails if it looks for one.
 fn offline(arguments: &[&str]) -> Answer {
-    run(&mut command(
-        "postgresql://nobody@127.0.0.1:1/nothing",
-        arguments,
-    ))
+    run(&mut command("postgresql://nobody@127.0.0.1:1/nothing", arguments))
 }
 
 fn run(command: &mut Command) -> Answer {
     let output = command.output().expect("the command starts");
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Answer {
-        code: output.status.code().expect("no signal"),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
-    }
+    Answer { code: output.status.code().expect("no signal"), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 struct Shop {
@@ -87,9 +72,7 @@ impl Shop {
         let database = TestDatabase::fresh().await;
         let mut conn = PgConnection::connect(&database.url()).await.unwrap();
         let checked = template::parse("order.yaml", TEMPLATE).unwrap();
-        templates::register(&mut conn, &checked.template)
-            .await
-            .unwrap();
+        templates::register(&mut conn, &checked.template).await.unwrap();
         Self { database, conn }
     }
 
@@ -98,16 +81,11 @@ impl Shop {
     }
 
     fn json(&self, arguments: &[&str]) -> Value {
-        self.tasker(&[arguments, &["-o", "json"]].concat())
-            .exits_with(0)
-            .json()
+        self.tasker(&[arguments, &["-o", "json"]].concat()).exits_with(0).json()
     }
 
     async fn sql(&mut self, statement: &str) {
-        sqlx::query(AssertSqlSafe(statement.to_owned()))
-            .execute(&mut self.conn)
-            .await
-            .unwrap();
+        sqlx::query(AssertSqlSafe(statement.to_owned())).execute(&mut self.conn).await.unwrap();
     }
 }
 
@@ -144,20 +122,9 @@ impl Up {
     }
 
     fn stop(mut self) -> i32 {
-        let id = i32::try_from(self.child.id())
-            .ok()
-            .filter(|id| *id > 1)
-            .and_then(rustix::process::Pid::from_raw);
-        rustix::process::kill_process(
-            id.expect("the id of a child"),
-            rustix::process::Signal::TERM,
-        )
-        .unwrap();
-        self.child
-            .wait()
-            .unwrap()
-            .code()
-            .expect("it ends by itself")
+        let id = i32::try_from(self.child.id()).ok().filter(|id| *id > 1).and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(id.expect("the id of a child"), rustix::process::Signal::TERM).unwrap();
+        self.child.wait().unwrap().code().expect("it ends by itself")
     }
 }
 
@@ -191,14 +158,8 @@ fn every_verb_has_help_with_examples() {
     ] {
         let words: Vec<&str> = arguments.split(' ').chain(["--help"]).collect();
         let help = offline(&words).exits_with(0).stdout;
-        assert!(
-            help.contains("Examples:\n  ") || help.contains("Examples:"),
-            "{arguments}: {help}"
-        );
-        assert!(
-            help.lines().all(|line| line.chars().count() <= 125),
-            "{arguments}: {help}"
-        );
+        assert!(help.contains("Examples:\n  ") || help.contains("Examples:"), "{arguments}: {help}");
+        assert!(help.lines().all(|line| line.chars().count() <= 125), "{arguments}: {help}");
     }
 }
 
@@ -214,10 +175,7 @@ fn a_wrong_command_line_exits_with_2() {
         &["trace", "show", "x", "--tree", "--json"],
     ] {
         let answer = offline(arguments).exits_with(2);
-        assert!(
-            !answer.stderr.is_empty() && answer.stdout.is_empty(),
-            "{arguments:?}"
-        );
+        assert!(!answer.stderr.is_empty() && answer.stdout.is_empty(), "{arguments:?}");
     }
 }
 
@@ -225,8 +183,7 @@ fn a_wrong_command_line_exits_with_2() {
 fn an_unreachable_database_exits_with_4_and_says_why() {
     let answer = offline(&["task", "list"]).exits_with(4);
     assert!(
-        answer.stderr.contains("the database cannot be reached")
-            && answer.stderr.contains("refused"),
+        answer.stderr.contains("the database cannot be reached") && answer.stderr.contains("refused"),
         "{}",
         answer.stderr
     );
@@ -247,16 +204,9 @@ fn lint_names_file_line_and_key_of_every_problem() {
             && lines[0].contains("`b`"),
         "{lines:?}"
     );
-    assert!(
-        lines
-            .iter()
-            .any(|line| line.starts_with(&format!("{path}:6:")) && line.contains("handlers")),
-        "{lines:?}"
-    );
+    assert!(lines.iter().any(|line| line.starts_with(&format!("{path}:6:")) && line.contains("handlers")), "{lines:?}");
 
-    let problems = offline(&["template", "lint", path, "-o", "json"])
-        .exits_with(1)
-        .json();
+    let problems = offline(&["template", "lint", path, "-o", "json"]).exits_with(1).json();
     assert_eq!(problems["ok"], false);
     assert_eq!(problems["problems"].as_array().unwrap().len(), lines.len());
     let first = &problems["problems"][0];
@@ -267,15 +217,9 @@ fn lint_names_file_line_and_key_of_every_problem() {
 
     std::fs::write(path, TEMPLATE).unwrap();
     let answer = offline(&["template", "lint", path]).exits_with(0);
-    assert!(
-        answer.stdout.ends_with("ok, shop/order 1 with 2 steps\n"),
-        "{}",
-        answer.stdout
-    );
+    assert!(answer.stdout.ends_with("ok, shop/order 1 with 2 steps\n"), "{}", answer.stdout);
     assert_eq!(
-        offline(&["template", "lint", path, "-o", "json"])
-            .exits_with(0)
-            .json(),
+        offline(&["template", "lint", path, "-o", "json"]).exits_with(0).json(),
         json!({"ok": true, "problems": []})
     );
 }
@@ -283,10 +227,7 @@ fn lint_names_file_line_and_key_of_every_problem() {
 #[test]
 fn the_schema_is_printed_without_a_database() {
     let sql = offline(&["migrate", "--print"]).exits_with(0).stdout;
-    for part in [
-        "create table tasker.tasks",
-        "create function tasker.submit_task",
-    ] {
+    for part in ["create table tasker.tasks", "create function tasker.submit_task"] {
         assert!(sql.contains(part), "{part} is missing");
     }
 }
@@ -294,19 +235,10 @@ fn the_schema_is_printed_without_a_database() {
 #[tokio::test]
 async fn a_database_without_a_schema_is_migrated_once() {
     let database = TestDatabase::empty().await;
-    let migrate = || {
-        run(&mut command(&database.url(), &["migrate", "-o", "json"]))
-            .exits_with(0)
-            .json()
-    };
+    let migrate = || run(&mut command(&database.url(), &["migrate", "-o", "json"])).exits_with(0).json();
     assert!(migrate()["applied"].as_array().unwrap().len() > 3);
     assert_eq!(migrate()["applied"], json!([]));
-    let listed = run(&mut command(
-        &database.url(),
-        &["task", "list", "-o", "json"],
-    ))
-    .exits_with(0)
-    .json();
+    let listed = run(&mut command(&database.url(), &["task", "list", "-o", "json"])).exits_with(0).json();
     assert_eq!(listed, json!([]));
 }
 
@@ -336,25 +268,12 @@ async fn a_registered_version_never_changes() {
     let path = directory.path().join("order.yaml");
     std::fs::write(&path, TEMPLATE).unwrap();
     let apply = ["template", "apply", path.to_str().unwrap()];
-    assert_eq!(
-        shop.json(&apply),
-        json!([{"namespace": "shop", "name": "order", "version": "1", "is_new": false}])
-    );
+    assert_eq!(shop.json(&apply), json!([{"namespace": "shop", "name": "order", "version": "1", "is_new": false}]));
     std::fs::write(&path, TEMPLATE.replace("10ms", "20ms")).unwrap();
     let refused = shop.tasker(&apply).exits_with(1);
-    assert!(
-        refused.stderr.contains("give this one a new version"),
-        "{}",
-        refused.stderr
-    );
-    assert_eq!(
-        shop.json(&["template", "list"]).as_array().unwrap().len(),
-        1
-    );
-    assert_eq!(
-        shop.json(&["template", "show", "shop/order"])["name"],
-        "order"
-    );
+    assert!(refused.stderr.contains("give this one a new version"), "{}", refused.stderr);
+    assert_eq!(shop.json(&["template", "list"]).as_array().unwrap().len(), 1);
+    assert_eq!(shop.json(&["template", "show", "shop/order"])["name"], "order");
 }
 
 #[tokio::test]
@@ -382,77 +301,36 @@ async fn a_task_is_submitted_once_for_each_idempotency_key() {
         submit(r#"{"order_id": 1}"#).exits_with(0).json(),
         json!({"task_uuid": first["task_uuid"], "is_new": false})
     );
-    assert!(
-        submit(r#"{"order_id": 2}"#)
-            .exits_with(1)
-            .stderr
-            .contains("idempotency_key: was used")
-    );
+    assert!(submit(r#"{"order_id": 2}"#).exits_with(1).stderr.contains("idempotency_key: was used"));
     assert!(submit("{}").exits_with(1).stderr.contains("order_id"));
-    let unknown = shop
-        .tasker(&["task", "submit", "shop/nothing"])
-        .exits_with(1);
-    assert!(
-        unknown.stderr.contains("no template nothing"),
-        "{}",
-        unknown.stderr
-    );
+    let unknown = shop.tasker(&["task", "submit", "shop/nothing"]).exits_with(1);
+    assert!(unknown.stderr.contains("no template nothing"), "{}", unknown.stderr);
 
     // By its correlation id, and with nobody to run it.
     let task = shop.json(&["task", "get", "ORD-1"]);
     assert_eq!(
         (&task["task_uuid"], &task["status"], &task["input"]),
-        (
-            &first["task_uuid"],
-            &json!("queued"),
-            &json!({"order_id": 1})
-        )
+        (&first["task_uuid"], &json!("queued"), &json!({"order_id": 1}))
     );
     let why = shop.tasker(&["task", "why", "ORD-1"]).exits_with(0).stdout;
-    assert_eq!(
-        why,
-        "queued: no orchestrator is running; start one with `tasker orchestrator run`\n"
-    );
+    assert_eq!(why, "queued: no orchestrator is running; start one with `tasker orchestrator run`\n");
     assert_eq!(shop.json(&["task", "why", "ORD-1"])["why"], why.trim_end());
-    let late = shop
-        .tasker(&["task", "wait", "ORD-1", "--timeout", "100ms"])
-        .exits_with(5);
-    assert!(
-        late.stderr.contains("1 of 1 tasks have not ended"),
-        "{}",
-        late.stderr
-    );
+    let late = shop.tasker(&["task", "wait", "ORD-1", "--timeout", "100ms"]).exits_with(5);
+    assert!(late.stderr.contains("1 of 1 tasks have not ended"), "{}", late.stderr);
 }
 
 #[tokio::test]
 async fn a_submitted_trace_context_is_joined() {
     let shop = Shop::new().await;
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    let mut submit = command(
-        &shop.database.url(),
-        &[
-            "task",
-            "submit",
-            "shop/order",
-            "--input",
-            r#"{"order_id": 1}"#,
-        ],
-    );
-    let task = run(submit.env("TRACEPARENT", traceparent))
-        .exits_with(0)
-        .stdout;
-    assert_eq!(
-        shop.json(&["task", "get", task.trim()])["trace_id"],
-        "4bf92f3577b34da6a3ce929d0e0e4736"
-    );
+    let mut submit = command(&shop.database.url(), &["task", "submit", "shop/order", "--input", r#"{"order_id": 1}"#]);
+    let task = run(submit.env("TRACEPARENT", traceparent)).exits_with(0).stdout;
+    assert_eq!(shop.json(&["task", "get", task.trim()])["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
 }
 
 /// The drawing and the OTLP JSON of the task GOOD, which was tried twice.
 fn both_views_show_the_same_spans(shop: &Shop, trace_id: &Value) {
-    let drawn = shop
-        .tasker(&["trace", "show", "GOOD", "--tree"])
-        .exits_with(0)
-        .stdout;
+    let drawn = shop.tasker(&["trace", "show", "GOOD", "--tree"]).exits_with(0).stdout;
     for part in [
         "task.orchestration order 1",
         "step.execution try attempt 1/3",
@@ -469,14 +347,8 @@ fn both_views_show_the_same_spans(shop: &Shop, trace_id: &Value) {
         .iter()
         .flat_map(|r| r["scopeSpans"][0]["spans"].as_array().unwrap())
         .collect();
-    let roots = spans
-        .iter()
-        .filter(|span| span.get("parentSpanId").is_none())
-        .count();
-    assert_eq!(
-        (roots, spans.iter().all(|span| span["traceId"] == *trace_id)),
-        (1, true)
-    );
+    let roots = spans.iter().filter(|span| span.get("parentSpanId").is_none()).count();
+    assert_eq!((roots, spans.iter().all(|span| span["traceId"] == *trace_id)), (1, true));
     assert_eq!(
         drawn
             .lines()
@@ -509,59 +381,27 @@ async fn up_runs_tasks_to_their_end_and_drains() {
             "json",
         ])
     };
-    let good = submit(r#"{"order_id": 1, "times": 1, "then": "ok"}"#, "GOOD")
-        .exits_with(0)
-        .json();
-    assert_eq!(
-        (&good["status"], &good["steps"][0]["attempt"]),
-        (&json!("completed"), &json!(2)),
-        "{good}"
-    );
+    let good = submit(r#"{"order_id": 1, "times": 1, "then": "ok"}"#, "GOOD").exits_with(0).json();
+    assert_eq!((&good["status"], &good["steps"][0]["attempt"]), (&json!("completed"), &json!(2)), "{good}");
     assert_eq!(good["result"]["done"]["try"], "ok", "{good}");
     let bad = submit(r#"{"order_id": 2, "permanent": true}"#, "BAD").exits_with(1);
-    assert!(
-        bad.stderr.contains("1 of 1 did not complete"),
-        "{}",
-        bad.stderr
-    );
+    assert!(bad.stderr.contains("1 of 1 did not complete"), "{}", bad.stderr);
     let bad = bad.json();
-    assert_eq!(
-        (&bad["status"], &bad["error_type"]),
-        (&json!("failed"), &json!("FailedOnPurpose"))
-    );
+    assert_eq!((&bad["status"], &bad["error_type"]), (&json!("failed"), &json!("FailedOnPurpose")));
     shop.tasker(&["task", "wait", "GOOD", "BAD"]).exits_with(1);
     shop.tasker(&["task", "wait", "GOOD"]).exits_with(0);
-    assert!(
-        shop.tasker(&["task", "cancel", "GOOD"])
-            .exits_with(1)
-            .stderr
-            .contains("already ended as complete")
-    );
+    assert!(shop.tasker(&["task", "cancel", "GOOD"]).exits_with(1).stderr.contains("already ended as complete"));
 
-    let live: Vec<Value> = (0..2)
-        .map(|_| up.next_line()["correlation_id"].clone())
-        .collect();
+    let live: Vec<Value> = (0..2).map(|_| up.next_line()["correlation_id"].clone()).collect();
     assert_eq!(live, ["GOOD", "BAD"], "each end is printed");
-    assert_eq!(
-        shop.json(&["task", "list", "--status", "failed"])[0]["correlation_id"],
-        "BAD"
-    );
+    assert_eq!(shop.json(&["task", "list", "--status", "failed"])[0]["correlation_id"], "BAD");
 
     both_views_show_the_same_spans(&shop, &good["trace_id"]);
 
     assert_eq!(up.stop(), 0);
     let workers = shop.json(&["queue", "list"]);
-    let queue = workers
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|queue| queue["queue"] == "worker_shop")
-        .unwrap();
-    assert_eq!(
-        (&queue["workers"], &queue["depth"]),
-        (&json!(0), &json!(0)),
-        "the worker has said goodbye"
-    );
+    let queue = workers.as_array().unwrap().iter().find(|queue| queue["queue"] == "worker_shop").unwrap();
+    assert_eq!((&queue["workers"], &queue["depth"]), (&json!(0), &json!(0)), "the worker has said goodbye");
 }
 
 #[tokio::test]
@@ -575,49 +415,31 @@ async fn a_quarantined_message_can_be_looked_at_sent_again_or_deleted() {
         .await;
     }
     let listed = shop.json(&["queue", "quarantine", "--limit", "1"]);
-    assert_eq!(
-        (
-            &listed["count"],
-            listed["messages"].as_array().unwrap().len()
-        ),
-        (&json!(2), 1)
-    );
+    assert_eq!((&listed["count"], listed["messages"].as_array().unwrap().len()), (&json!(2), 1));
     let latest = &listed["messages"][0];
     assert_eq!(
         (&latest["reason"], &latest["failures"], &latest["message"]),
         (&json!("v: is missing"), &json!(3), &json!({"order": 17}))
     );
     let table = shop.tasker(&["queue", "quarantine"]).exits_with(0).stdout;
-    assert!(
-        table.contains("type: is missing") && table.contains("2 of 2"),
-        "{table}"
-    );
+    assert!(table.contains("type: is missing") && table.contains("2 of 2"), "{table}");
 
     let id = latest["quarantine_id"].to_string();
-    assert_eq!(
-        shop.json(&["queue", "quarantine", "requeue", &id])["queue"],
-        "task_requests"
-    );
-    shop.tasker(&["queue", "quarantine", "requeue", &id])
-        .exits_with(3);
-    let sent: (Value, Value) = sqlx::query_as("select message, headers from pgmq.q_task_requests")
-        .fetch_one(&mut shop.conn)
-        .await
-        .unwrap();
+    assert_eq!(shop.json(&["queue", "quarantine", "requeue", &id])["queue"], "task_requests");
+    shop.tasker(&["queue", "quarantine", "requeue", &id]).exits_with(3);
+    let sent: (Value, Value) =
+        sqlx::query_as("select message, headers from pgmq.q_task_requests").fetch_one(&mut shop.conn).await.unwrap();
     assert_eq!(sent, (json!({"order": 17}), json!({"traceparent": "x"})));
 
     let other = shop.json(&["queue", "quarantine"])["messages"][0]["quarantine_id"].to_string();
-    shop.tasker(&["queue", "quarantine", "discard", &other])
-        .exits_with(0);
+    shop.tasker(&["queue", "quarantine", "discard", &other]).exits_with(0);
     assert_eq!(shop.json(&["queue", "quarantine"])["count"], 0);
 }
 
 #[tokio::test]
 async fn the_demo_says_in_json_that_every_order_is_as_expected() {
     let database = TestDatabase::empty().await;
-    let demo = run(&mut command(&database.url(), &["demo", "-o", "json"]))
-        .exits_with(0)
-        .json();
+    let demo = run(&mut command(&database.url(), &["demo", "-o", "json"])).exits_with(0).json();
     assert_eq!(demo["ok"], true);
     let orders = demo["orders"].as_array().unwrap();
     assert_eq!(orders.len(), 24);
@@ -628,10 +450,7 @@ async fn the_demo_says_in_json_that_every_order_is_as_expected() {
         );
     }
     for way in ["SQL, traceparent", "pgmq.send", "Rust client"] {
-        assert!(
-            orders.iter().any(|order| order["submitted_by"] == way),
-            "{way}"
-        );
+        assert!(orders.iter().any(|order| order["submitted_by"] == way), "{way}");
     }
 }
 
@@ -641,31 +460,19 @@ async fn the_demo_sends_every_span_to_the_collector() {
     let receiver = Receiver::start().await;
     let mut demo = command(&database.url(), &["demo", "-o", "json"]);
     demo.env("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint());
-    let demo = tokio::task::spawn_blocking(move || run(&mut demo))
-        .await
-        .unwrap()
-        .exits_with(0)
-        .json();
+    let demo = tokio::task::spawn_blocking(move || run(&mut demo)).await.unwrap().exits_with(0).json();
     assert_eq!(receiver.violations(), [""; 0]);
     let spans = receiver.spans();
-    let in_tree: u64 = demo["orders"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|order| order["spans"].as_u64().unwrap())
-        .sum();
+    let in_tree: u64 = demo["orders"].as_array().unwrap().iter().map(|order| order["spans"].as_u64().unwrap()).sum();
     assert_eq!(demo["exported_spans"], in_tree);
     let named = |name: &str| spans.iter().filter(|span| span.span.name == name).count();
     assert_eq!(named("task.orchestration"), 24);
     // The user's own spans: one below each attempt to charge, one above each order from SQL.
     assert_eq!((named("gateway.charge"), named("POST /checkout")), (48, 4));
-    let ids: std::collections::HashSet<&Vec<u8>> =
-        spans.iter().map(|span| &span.span.span_id).collect();
+    let ids: std::collections::HashSet<&Vec<u8>> = spans.iter().map(|span| &span.span.span_id).collect();
     let orphans: Vec<&str> = spans
         .iter()
-        .filter(|span| {
-            !span.span.parent_span_id.is_empty() && !ids.contains(&span.span.parent_span_id)
-        })
+        .filter(|span| !span.span.parent_span_id.is_empty() && !ids.contains(&span.span.parent_span_id))
         .map(|span| span.span.name.as_str())
         .collect();
     assert_eq!(orphans, [""; 0]);

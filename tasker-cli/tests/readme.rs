@@ -21,10 +21,7 @@ fn blocks(readme: &str) -> Vec<Block> {
     while let Some(line) = lines.next() {
         if line == "```sh" {
             let text: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
-            found.push(Block {
-                text: text.join("\n"),
-                beside,
-            });
+            found.push(Block { text: text.join("\n"), beside });
         }
         beside = line == BESIDE;
     }
@@ -48,27 +45,18 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        let _ = shell(&self.path, "tasker db stop --force")
-            .stdout(Stdio::null())
-            .status();
+        let _ = shell(&self.path, "tasker db stop --force").stdout(Stdio::null()).status();
         let _ = std::fs::remove_dir_all(&self.path);
     }
 }
 
 /// bash in the root of the repository, with the commands that this build made in its PATH.
 fn shell(home: &Path, script: &str) -> Command {
-    let bin = Path::new(env!("CARGO_BIN_EXE_tasker"))
-        .parent()
-        .expect("a directory");
+    let bin = Path::new(env!("CARGO_BIN_EXE_tasker")).parent().expect("a directory");
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("bash");
-    command
-        .args(["-euo", "pipefail", "-c", script])
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    command
-        .env("PATH", format!("{}:{path}", bin.display()))
-        .env("TASKER_HOME", home)
-        .env("NO_COLOR", "1");
+    command.args(["-euo", "pipefail", "-c", script]).current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    command.env("PATH", format!("{}:{path}", bin.display())).env("TASKER_HOME", home).env("NO_COLOR", "1");
     for unset in ["DATABASE_URL", "TRACEPARENT", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
         command.env_remove(unset);
     }
@@ -82,14 +70,9 @@ impl Drop for Beside {
     fn drop(&mut self) {
         for child in &mut self.0 {
             // A system call and no `kill` command: some of those read a group's number as "everybody".
-            let group = i32::try_from(child.id())
-                .ok()
-                .filter(|id| *id > 1)
-                .and_then(rustix::process::Pid::from_raw);
-            let _ = rustix::process::kill_process_group(
-                group.expect("the id of a child"),
-                rustix::process::Signal::INT,
-            );
+            let group = i32::try_from(child.id()).ok().filter(|id| *id > 1).and_then(rustix::process::Pid::from_raw);
+            let _ =
+                rustix::process::kill_process_group(group.expect("the id of a child"), rustix::process::Signal::INT);
             let _ = child.wait();
         }
     }
@@ -97,30 +80,19 @@ impl Drop for Beside {
 
 #[test]
 fn every_command_of_the_readme_does_what_it_says() {
-    let psql = Command::new("psql")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
+    let psql =
+        Command::new("psql").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success());
     assert!(
         psql,
         "the README uses psql; install it to run this test (Debian, Ubuntu: `apt-get install postgresql-client`)"
     );
-    let hello = Path::new(env!("CARGO_BIN_EXE_tasker"))
-        .with_file_name("examples")
-        .join("hello");
-    assert!(
-        hello.exists(),
-        "cargo builds the examples of a package together with its tests"
-    );
+    let hello = Path::new(env!("CARGO_BIN_EXE_tasker")).with_file_name("examples").join("hello");
+    assert!(hello.exists(), "cargo builds the examples of a package together with its tests");
 
     // Built already; cargo itself is not what is tested here.
     let readme = README
         .replace("cargo run -p tasker-cli -- ", "tasker ")
-        .replace(
-            "cargo run -p tasker-cli --example hello --",
-            &hello.display().to_string(),
-        );
+        .replace("cargo run -p tasker-cli --example hello --", &hello.display().to_string());
     let all = blocks(&readme);
     // Dropped in the opposite order: programs first, then the server and its directory.
     let home = Home::new();
@@ -130,36 +102,19 @@ fn every_command_of_the_readme_does_what_it_says() {
         if block.text == "cargo test --workspace" {
             continue;
         }
-        assert!(
-            !block.text.contains("cargo"),
-            "this command would build something: {}",
-            block.text
-        );
+        assert!(!block.text.contains("cargo"), "this command would build something: {}", block.text);
         let mut command = shell(&home.path, &block.text);
         if block.beside {
-            let child = command
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .process_group(0)
-                .spawn();
+            let child = command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn();
             beside.0.push(child.expect("bash starts"));
             continue;
         }
         let output = command.output().expect("bash starts");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(
-            output.status.success(),
-            "{}\n{text}\n{}",
-            block.text,
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}\n{text}\n{}", block.text, String::from_utf8_lossy(&output.stderr));
         shown.push_str(&text);
     }
-    assert_eq!(
-        (all.len(), beside.0.len()),
-        (8, 2),
-        "every block of commands was found"
-    );
+    assert_eq!((all.len(), beside.0.len()), (8, 2), "every block of commands was found");
 
     for part in [
         "24 of 24 orders complete, 24 as expected",
@@ -178,11 +133,7 @@ fn every_command_of_the_readme_does_what_it_says() {
 #[test]
 fn the_handler_in_the_readme_is_the_one_of_the_example() {
     let example = include_str!("../../examples/hello/main.rs");
-    let handler = README
-        .split("```rust\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .expect("a rust block");
+    let handler = README.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a rust block");
     // However it is indented.
     let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(words(example).contains(&words(handler)), "{handler}");
@@ -190,9 +141,7 @@ fn the_handler_in_the_readme_is_the_one_of_the_example() {
 
 #[test]
 fn files_that_the_readme_names_exist() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the repository");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the repository");
     let links: Vec<&str> = README
         .split("](")
         .skip(1)

@@ -33,11 +33,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            trace: TraceConfig::default(),
-            batch: 500,
-            settlers: 2,
-        }
+        Self { trace: TraceConfig::default(), batch: 500, settlers: 2 }
     }
 }
 
@@ -77,25 +73,10 @@ impl Orchestrator {
     pub async fn start(url: &str, options: &Options) -> Result<Self, Error> {
         let settlers = options.settlers.max(1);
         let connections = u32::try_from(settlers).unwrap_or(1);
-        let pool = tx::pool(
-            url,
-            &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS),
-        )
-        .await?;
-        let read_settings: Vec<(&str, &str)> = HOT_PATH_SETTINGS
-            .iter()
-            .copied()
-            .chain([("synchronous_commit", "off")])
-            .collect();
-        let reads = tx::pool(
-            url,
-            &pool_options(
-                "tasker-orchestration reads",
-                connections + 4,
-                &read_settings,
-            ),
-        )
-        .await?;
+        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS)).await?;
+        let read_settings: Vec<(&str, &str)> =
+            HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
+        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 4, &read_settings)).await?;
         let instance = Uuid::new_v4();
         let exporter = if options.trace.enabled {
             Some(Exporter::start(&options.trace, pool.clone(), instance).await?)
@@ -109,35 +90,14 @@ impl Orchestrator {
         let wakes = Arc::new(Wakes::default());
         let mut loops = JoinSet::new();
         let listener = PgListener::connect(url).await?;
-        loops.spawn(listen(
-            listener,
-            url.to_owned(),
-            shared.clone(),
-            wakes.clone(),
-            stop.clone(),
-        ));
-        loops.spawn(read_requests(
-            shared.clone(),
-            wakes.clone(),
-            options.batch,
-            stop.clone(),
-        ));
+        loops.spawn(listen(listener, url.to_owned(), shared.clone(), wakes.clone(), stop.clone()));
+        loops.spawn(read_requests(shared.clone(), wakes.clone(), options.batch, stop.clone()));
         for settler in 0..settlers {
-            loops.spawn(read_results(
-                shared.clone(),
-                wakes.clone(),
-                options.batch,
-                settler,
-                stop.clone(),
-            ));
+            loops.spawn(read_results(shared.clone(), wakes.clone(), options.batch, settler, stop.clone()));
         }
         loops.spawn(run_sweep(shared.clone(), stop.clone()));
         loops.spawn(run_admission(shared.clone(), stop.clone()));
-        Ok(Self {
-            shared,
-            stop,
-            loops,
-        })
+        Ok(Self { shared, stop, loops })
     }
 
     /// What was delivered to the receiver of traces; `None` when tracing is off.
@@ -170,11 +130,7 @@ impl Orchestrator {
     }
 }
 
-fn pool_options<'a>(
-    name: &'a str,
-    connections: u32,
-    settings: &'a [(&'a str, &'a str)],
-) -> PoolOptions<'a> {
+fn pool_options<'a>(name: &'a str, connections: u32, settings: &'a [(&'a str, &'a str)]) -> PoolOptions<'a> {
     PoolOptions {
         max_connections: connections,
         acquire_timeout: Duration::from_secs(30),
@@ -274,9 +230,7 @@ impl Pause {
 
 async fn register(shared: &Shared, queue: &str, reader: &str, stop: &CancellationToken) {
     while !stop.is_cancelled() {
-        let registered =
-            async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }
-                .await;
+        let registered = async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await;
         match registered {
             Ok(()) => return,
             Err(error) => {
@@ -287,12 +241,7 @@ async fn register(shared: &Shared, queue: &str, reader: &str, stop: &Cancellatio
     }
 }
 
-async fn read_requests(
-    shared: Arc<Shared>,
-    wakes: Arc<Wakes>,
-    batch: i32,
-    stop: CancellationToken,
-) {
+async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
     let name = reader(shared.instance, 0);
     register(&shared, TASK_REQUESTS, &name, &stop).await;
     let mut pause = Pause::new();
@@ -316,13 +265,7 @@ async fn read_requests(
     }
 }
 
-async fn read_results(
-    shared: Arc<Shared>,
-    wakes: Arc<Wakes>,
-    batch: i32,
-    settler: usize,
-    stop: CancellationToken,
-) {
+async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
     let name = reader(shared.instance, settler + 1);
     register(&shared, STEP_RESULTS, &name, &stop).await;
     let mut pause = Pause::new();
@@ -385,9 +328,7 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 partitions_checked = Some(Instant::now());
             }
             let next = queue::next_due_ms(&mut conn).await?;
-            let next = next.map_or(LONGEST_PAUSE, |ms| {
-                Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1)
-            });
+            let next = next.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
             Ok::<_, crate::lifecycle::Error>(next.min(LONGEST_PAUSE))
         };
         let pause = match turn.await {

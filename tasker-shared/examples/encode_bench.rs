@@ -32,10 +32,7 @@ fn main() {
         let per_span = began.elapsed().as_nanos() as f64 / (TASKS * SPANS_PER_TASK) as f64;
         best = best.min(per_span);
     }
-    println!(
-        "{best:.0} ns/span, {} bytes/span, best of 10",
-        bytes as u64 / (TASKS * SPANS_PER_TASK)
-    );
+    println!("{best:.0} ns/span, {} bytes/span, best of 10", bytes as u64 / (TASKS * SPANS_PER_TASK));
 }
 
 /// Roughly the spans of a linear task of five steps.
@@ -48,31 +45,17 @@ fn task(n: u64) -> TaskSpans {
             parent_is_remote: false,
             name: "step.state_transition",
             kind: Kind::Internal,
-            service: if i % 5 == 0 {
-                Service::Worker
-            } else {
-                Service::Orchestration
-            },
+            service: if i % 5 == 0 { Service::Worker } else { Service::Orchestration },
             start: at,
             end: at + TimeDelta::microseconds(900),
             attributes: vec![
-                (
-                    "step_uuid",
-                    Value::from("0199a7c2-3b1e-7c4d-9f00-1234567890ab".to_owned()),
-                ),
+                ("step_uuid", Value::from("0199a7c2-3b1e-7c4d-9f00-1234567890ab".to_owned())),
                 ("from_state", Value::from("enqueued")),
                 ("to_state", Value::from("in_progress")),
                 ("event", Value::from("Claim")),
                 ("attempt_number", Value::Int(1)),
             ],
-            links: if i % 7 == 0 {
-                vec![Link {
-                    trace_id: [1; 16],
-                    span_id: [2; 8],
-                }]
-            } else {
-                vec![]
-            },
+            links: if i % 7 == 0 { vec![Link { trace_id: [1; 16], span_id: [2; 8] }] } else { vec![] },
             events: vec![],
             error: None,
             settled_at: at,
@@ -84,10 +67,7 @@ fn task(n: u64) -> TaskSpans {
         tracestate: None,
         common: vec![
             ("correlation_id", Value::from(format!("order-{n}"))),
-            (
-                "task_uuid",
-                Value::from(format!("0199a7c2-3b1e-7c4d-9f00-{n:012}")),
-            ),
+            ("task_uuid", Value::from(format!("0199a7c2-3b1e-7c4d-9f00-{n:012}"))),
             ("namespace", Value::from("fulfillment")),
         ],
         spans,

@@ -69,12 +69,7 @@ pub struct Submit {
 impl Submit {
     /// A task of the template's latest version with this input.
     pub fn new(namespace: impl Into<String>, template: impl Into<String>, input: Value) -> Self {
-        Self {
-            namespace: namespace.into(),
-            template: template.into(),
-            input,
-            ..Self::default()
-        }
+        Self { namespace: namespace.into(), template: template.into(), input, ..Self::default() }
     }
 
     fn add_current_context(&mut self) {
@@ -144,23 +139,14 @@ pub struct Client {
 impl Client {
     /// Opens connections of its own (4 at most); the schema must be migrated.
     pub async fn connect(url: &str) -> Result<Self, ClientError> {
-        let options = PoolOptions {
-            max_connections: 4,
-            application_name: "tasker-client",
-            ..PoolOptions::default()
-        };
-        let pool = tx::pool(url, &options)
-            .await
-            .map_err(ClientError::Connect)?;
+        let options = PoolOptions { max_connections: 4, application_name: "tasker-client", ..PoolOptions::default() };
+        let pool = tx::pool(url, &options).await.map_err(ClientError::Connect)?;
         Ok(Self::from_pool(pool))
     }
 
     /// Uses the caller's connections. [`wait`](Self::wait) holds one of them while it waits.
     pub fn from_pool(pool: PgPool) -> Self {
-        Self {
-            pool,
-            schemas: Arc::default(),
-        }
+        Self { pool, schemas: Arc::default() }
     }
 
     /// The connections, for statements of the caller's own.
@@ -174,41 +160,24 @@ impl Client {
     /// says what is wrong with the request.
     pub async fn submit(&self, request: Submit) -> Result<Uuid, ClientError> {
         let mut answers = self.submit_many(vec![request]).await?;
-        let answer = answers
-            .pop()
-            .ok_or_else(|| ClientError::Refused("the database gave no answer".into()))?;
-        answer
-            .map(|submitted| submitted.task_uuid)
-            .map_err(ClientError::Refused)
+        let answer = answers.pop().ok_or_else(|| ClientError::Refused("the database gave no answer".into()))?;
+        answer.map(|submitted| submitted.task_uuid).map_err(ClientError::Refused)
     }
 
     /// Submits many tasks in one statement; one answer each, in order. A bad request costs only itself.
-    pub async fn submit_many(
-        &self,
-        mut batch: Vec<Submit>,
-    ) -> Result<Vec<Result<Submitted, String>>, ClientError> {
+    pub async fn submit_many(&self, mut batch: Vec<Submit>) -> Result<Vec<Result<Submitted, String>>, ClientError> {
         let mut conn = self.pool.acquire().await?;
         let mut answers: Vec<Result<Submitted, String>> = Vec::with_capacity(batch.len());
         let (mut bodies, mut places) = (Vec::new(), Vec::new());
         let mut known = HashMap::new();
         for (place, request) in batch.iter_mut().enumerate() {
-            let key = (
-                request.namespace.clone(),
-                request.template.clone(),
-                request.version.clone(),
-            );
+            let key = (request.namespace.clone(), request.template.clone(), request.version.clone());
             let schema = match known.get(&key) {
                 Some(schema) => Option::clone(schema),
-                None => known
-                    .entry(key)
-                    .or_insert(self.schema(&mut conn, request).await?)
-                    .clone(),
+                None => known.entry(key).or_insert(self.schema(&mut conn, request).await?).clone(),
             };
             answers.push(Err("the database gave no answer".into()));
-            match schema
-                .as_deref()
-                .map_or(Ok(()), |schema| schema.check(&request.input))
-            {
+            match schema.as_deref().map_or(Ok(()), |schema| schema.check(&request.input)) {
                 Ok(()) => {
                     request.add_current_context();
                     places.push(place);
@@ -223,15 +192,9 @@ impl Client {
         if bodies.is_empty() {
             return Ok(answers);
         }
-        for (place, row) in places
-            .into_iter()
-            .zip(tasks::submit(&mut conn, &bodies).await?)
-        {
+        for (place, row) in places.into_iter().zip(tasks::submit(&mut conn, &bodies).await?) {
             answers[place] = match (row.task_uuid, row.error) {
-                (Some(task_uuid), None) => Ok(Submitted {
-                    task_uuid,
-                    is_new: row.is_new,
-                }),
+                (Some(task_uuid), None) => Ok(Submitted { task_uuid, is_new: row.is_new }),
                 (_, error) => Err(error.unwrap_or_else(|| "the database gave no task".into())),
             };
         }
@@ -245,70 +208,37 @@ impl Client {
         conn: &mut sqlx::PgConnection,
         request: &Submit,
     ) -> Result<Option<Arc<InputSchema>>, ClientError> {
-        let found = views::input_schema(
-            conn,
-            &request.namespace,
-            &request.template,
-            request.version.as_deref(),
-        )
-        .await?;
+        let found =
+            views::input_schema(conn, &request.namespace, &request.template, request.version.as_deref()).await?;
         let Some((template_id, schema)) = found else {
             return Ok(None);
         };
         let mut schemas = self.schemas.lock().unwrap_or_else(PoisonError::into_inner);
-        let compile = || {
-            schema
-                .as_ref()
-                .and_then(|schema| InputSchema::compile(schema).ok())
-                .map(Arc::new)
-        };
+        let compile = || schema.as_ref().and_then(|schema| InputSchema::compile(schema).ok()).map(Arc::new);
         Ok(schemas.entry(template_id).or_insert_with(compile).clone())
     }
 
     /// Asks for the task to end; its running handlers are told to stop. An orchestrator decides a moment later.
-    pub async fn cancel(
-        &self,
-        task: Uuid,
-        actor: Option<&str>,
-        reason: Option<&str>,
-    ) -> Result<(), ClientError> {
+    pub async fn cancel(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
-        accepted(
-            task,
-            requests::cancel(&mut conn, task, false, actor, reason).await?,
-        )
+        accepted(task, requests::cancel(&mut conn, task, false, actor, reason).await?)
     }
 
     /// Asks for the task to end; its running handlers are dropped.
-    pub async fn terminate(
-        &self,
-        task: Uuid,
-        actor: Option<&str>,
-        reason: Option<&str>,
-    ) -> Result<(), ClientError> {
+    pub async fn terminate(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
-        accepted(
-            task,
-            requests::cancel(&mut conn, task, true, actor, reason).await?,
-        )
+        accepted(task, requests::cancel(&mut conn, task, true, actor, reason).await?)
     }
 
     /// Asks for what failed or was cancelled to be tried again, keeping what is done.
-    pub async fn retry(
-        &self,
-        task: Uuid,
-        actor: Option<&str>,
-        reason: Option<&str>,
-    ) -> Result<(), ClientError> {
+    pub async fn retry(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
         accepted(task, requests::retry(&mut conn, task, actor, reason).await?)
     }
 
     /// The task as it is now.
     pub async fn get(&self, task: Uuid) -> Result<TaskView, ClientError> {
-        let found = views::these(&mut *self.pool.acquire().await?, &[task])
-            .await?
-            .pop();
+        let found = views::these(&mut *self.pool.acquire().await?, &[task]).await?.pop();
         found.ok_or(ClientError::NotFound(task))
     }
 
@@ -329,39 +259,24 @@ impl Client {
 
     /// What the task came to: the outputs of its last steps, by step name.
     pub async fn result(&self, task: Uuid) -> Result<BTreeMap<String, Value>, ClientError> {
-        Ok(views::results(&mut *self.pool.acquire().await?, &[task])
-            .await?
-            .remove(&task)
-            .unwrap_or_default())
+        Ok(views::results(&mut *self.pool.acquire().await?, &[task]).await?.remove(&task).unwrap_or_default())
     }
 
     /// What the task waits for; [`Situation::sentence`] says it in one sentence.
     pub async fn why(&self, task: Uuid) -> Result<Situation, ClientError> {
-        why::situation(&mut *self.pool.acquire().await?, task)
-            .await?
-            .ok_or(ClientError::NotFound(task))
+        why::situation(&mut *self.pool.acquire().await?, task).await?.ok_or(ClientError::NotFound(task))
     }
 
     /// The committed log of the task, which its trace is a function of, and the database's time after it was read.
     pub async fn log(&self, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), ClientError> {
         let mut conn = self.pool.acquire().await?;
-        let log = transitions::logs(&mut conn, &[task])
-            .await?
-            .pop()
-            .ok_or(ClientError::NotFound(task))?;
+        let log = transitions::logs(&mut conn, &[task]).await?.pop().ok_or(ClientError::NotFound(task))?;
         Ok((log, views::now(&mut conn).await?))
     }
 
     /// Waits until the task has ended, in whatever way.
-    pub async fn wait(
-        &self,
-        task: Uuid,
-        timeout: Option<Duration>,
-    ) -> Result<TaskView, ClientError> {
-        self.wait_many(&[task], timeout, |_| {})
-            .await?
-            .pop()
-            .ok_or(ClientError::NotFound(task))
+    pub async fn wait(&self, task: Uuid, timeout: Option<Duration>) -> Result<TaskView, ClientError> {
+        self.wait_many(&[task], timeout, |_| {}).await?.pop().ok_or(ClientError::NotFound(task))
     }
 
     /// Waits until all of the tasks have ended, and calls `on_end` as each does. The answer has
@@ -372,10 +287,8 @@ impl Client {
         timeout: Option<Duration>,
         mut on_end: impl FnMut(Uuid),
     ) -> Result<Vec<TaskView>, ClientError> {
-        let existing: HashSet<Uuid> = tasks::existing(&mut *self.pool.acquire().await?, tasks)
-            .await?
-            .into_iter()
-            .collect();
+        let existing: HashSet<Uuid> =
+            tasks::existing(&mut *self.pool.acquire().await?, tasks).await?.into_iter().collect();
         if let Some(&unknown) = tasks.iter().find(|task| !existing.contains(task)) {
             return Err(ClientError::NotFound(unknown));
         }
@@ -388,11 +301,7 @@ impl Client {
         let mut poll_at = began;
         while !open.is_empty() {
             if end.is_some_and(|end| Instant::now() >= end) {
-                return Err(ClientError::Timeout {
-                    open: open.len(),
-                    all: waited_for,
-                    waited: began.elapsed(),
-                });
+                return Err(ClientError::Timeout { open: open.len(), all: waited_for, waited: began.elapsed() });
             }
             if Instant::now() >= poll_at {
                 let ids: Vec<Uuid> = open.iter().copied().collect();
@@ -417,10 +326,7 @@ impl Client {
         for task in views::these(&mut *self.pool.acquire().await?, tasks).await? {
             ended.insert(task.task_uuid, task);
         }
-        Ok(tasks
-            .iter()
-            .filter_map(|task| ended.get(task).cloned())
-            .collect())
+        Ok(tasks.iter().filter_map(|task| ended.get(task).cloned()).collect())
     }
 
     /// Hears of every task that ends from now on. A hint: a lost connection loses what ended meanwhile.
@@ -429,12 +335,7 @@ impl Client {
         requests::await_finished(&mut *self.pool.acquire().await?, &reader).await?;
         let mut listener = PgListener::connect_with(&self.pool).await?;
         listener.listen(FINISHED).await?;
-        Ok(Watch {
-            pool: self.pool.clone(),
-            listener,
-            reader,
-            renew_at: Instant::now() + RENEW_EVERY,
-        })
+        Ok(Watch { pool: self.pool.clone(), listener, reader, renew_at: Instant::now() + RENEW_EVERY })
     }
 }
 
@@ -508,9 +409,7 @@ steps: [{name: only, handler: noop}]
         let client = Client::connect(&database.url()).await.unwrap();
         let checked = template::parse("order.yaml", TEMPLATE).unwrap();
         let mut conn = client.pool.acquire().await.unwrap();
-        templates::register(&mut conn, &checked.template)
-            .await
-            .unwrap();
+        templates::register(&mut conn, &checked.template).await.unwrap();
         client
     }
 
@@ -529,20 +428,10 @@ steps: [{name: only, handler: noop}]
             order("2"),
         ];
         let answers = client.submit_many(requests).await.unwrap();
+        assert!(answers[0].as_ref().is_ok_and(|submitted| submitted.is_new), "{answers:?}");
+        assert!(answers[1].as_ref().is_err_and(|problem| problem.contains("order_id")), "{answers:?}");
         assert!(
-            answers[0].as_ref().is_ok_and(|submitted| submitted.is_new),
-            "{answers:?}"
-        );
-        assert!(
-            answers[1]
-                .as_ref()
-                .is_err_and(|problem| problem.contains("order_id")),
-            "{answers:?}"
-        );
-        assert!(
-            answers[2]
-                .as_ref()
-                .is_err_and(|problem| problem.starts_with("template: no template nothing")),
+            answers[2].as_ref().is_err_and(|problem| problem.starts_with("template: no template nothing")),
             "{answers:?}"
         );
         assert_ne!(answers[0], answers[3]);
@@ -553,17 +442,11 @@ steps: [{name: only, handler: noop}]
     async fn the_same_idempotency_key_brings_the_first_task_back() {
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
-        let keyed = |id| Submit {
-            idempotency_key: Some("k".into()),
-            ..order(id)
-        };
+        let keyed = |id| Submit { idempotency_key: Some("k".into()), ..order(id) };
         let first = client.submit(keyed("1")).await.unwrap();
         assert_eq!(client.submit(keyed("1")).await.unwrap(), first);
         let conflict = client.submit(keyed("2")).await.unwrap_err();
-        assert!(
-            matches!(&conflict, ClientError::Refused(why) if why.starts_with("idempotency_key:")),
-            "{conflict}"
-        );
+        assert!(matches!(&conflict, ClientError::Refused(why) if why.starts_with("idempotency_key:")), "{conflict}");
     }
 
     #[tokio::test]
@@ -571,84 +454,24 @@ steps: [{name: only, handler: noop}]
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
         let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-        let task = client
-            .submit(Submit {
-                traceparent: Some(traceparent.into()),
-                ..order("1")
-            })
-            .await
-            .unwrap();
-        assert_eq!(
-            client.get(task).await.unwrap().trace_id,
-            "4bf92f3577b34da6a3ce929d0e0e4736"
-        );
+        let task = client.submit(Submit { traceparent: Some(traceparent.into()), ..order("1") }).await.unwrap();
+        assert_eq!(client.get(task).await.unwrap().trace_id, "4bf92f3577b34da6a3ce929d0e0e4736");
     }
 
     #[tokio::test]
     async fn a_task_is_filtered_by_what_people_see() {
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
-        let task = client
-            .submit(Submit {
-                correlation_id: Some("ORD-1".into()),
-                ..order("1")
-            })
-            .await
-            .unwrap();
+        let task = client.submit(Submit { correlation_id: Some("ORD-1".into()), ..order("1") }).await.unwrap();
         client.submit(order("2")).await.unwrap();
         let found = async |filter: TaskFilter| {
-            client
-                .list(&filter)
-                .await
-                .unwrap()
-                .iter()
-                .map(|task| task.task_uuid)
-                .collect::<Vec<_>>()
+            client.list(&filter).await.unwrap().iter().map(|task| task.task_uuid).collect::<Vec<_>>()
         };
-        assert_eq!(
-            found(TaskFilter {
-                correlation_id: Some("ORD-1".into()),
-                ..TaskFilter::default()
-            })
-            .await,
-            [task]
-        );
-        assert_eq!(
-            found(TaskFilter {
-                status: Some("queued".into()),
-                ..TaskFilter::default()
-            })
-            .await
-            .len(),
-            2
-        );
-        assert_eq!(
-            found(TaskFilter {
-                status: Some("failed".into()),
-                ..TaskFilter::default()
-            })
-            .await
-            .len(),
-            0
-        );
-        assert_eq!(
-            found(TaskFilter {
-                namespace: Some("other".into()),
-                ..TaskFilter::default()
-            })
-            .await
-            .len(),
-            0
-        );
-        assert_eq!(
-            found(TaskFilter {
-                limit: 1,
-                ..TaskFilter::default()
-            })
-            .await
-            .len(),
-            1
-        );
+        assert_eq!(found(TaskFilter { correlation_id: Some("ORD-1".into()), ..TaskFilter::default() }).await, [task]);
+        assert_eq!(found(TaskFilter { status: Some("queued".into()), ..TaskFilter::default() }).await.len(), 2);
+        assert_eq!(found(TaskFilter { status: Some("failed".into()), ..TaskFilter::default() }).await.len(), 0);
+        assert_eq!(found(TaskFilter { namespace: Some("other".into()), ..TaskFilter::default() }).await.len(), 0);
+        assert_eq!(found(TaskFilter { limit: 1, ..TaskFilter::default() }).await.len(), 1);
     }
 
     /// Ends a task as settle does: the row, and a word to whoever waits.
@@ -664,25 +487,9 @@ steps: [{name: only, handler: noop}]
     async fn waiting_ends_with_the_task_and_not_before() {
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
-        let tasks = [
-            client.submit(order("1")).await.unwrap(),
-            client.submit(order("2")).await.unwrap(),
-        ];
-        let early = client
-            .wait(tasks[0], Some(Duration::ZERO))
-            .await
-            .unwrap_err();
-        assert!(
-            matches!(
-                early,
-                ClientError::Timeout {
-                    open: 1,
-                    all: 1,
-                    ..
-                }
-            ),
-            "{early}"
-        );
+        let tasks = [client.submit(order("1")).await.unwrap(), client.submit(order("2")).await.unwrap()];
+        let early = client.wait(tasks[0], Some(Duration::ZERO)).await.unwrap_err();
+        assert!(matches!(early, ClientError::Timeout { open: 1, all: 1, .. }), "{early}");
 
         end(&client, tasks[0]).await;
         let (heard, mut ends) = tokio::sync::mpsc::unbounded_channel();
@@ -702,21 +509,16 @@ steps: [{name: only, handler: noop}]
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
         let readers = async || {
-            let count: i64 =
-                sqlx::query_scalar("select count(*) from tasker.readers where queue = 'finished'")
-                    .fetch_one(client.pool())
-                    .await
-                    .unwrap();
+            let count: i64 = sqlx::query_scalar("select count(*) from tasker.readers where queue = 'finished'")
+                .fetch_one(client.pool())
+                .await
+                .unwrap();
             count
         };
         let mut watch = client.watch().await.unwrap();
         assert_eq!(readers().await, 1);
         let task = Uuid::new_v4();
-        sqlx::query("select pg_notify('tasker_finished', $1::text)")
-            .bind(task)
-            .execute(client.pool())
-            .await
-            .unwrap();
+        sqlx::query("select pg_notify('tasker_finished', $1::text)").bind(task).execute(client.pool()).await.unwrap();
         assert_eq!(watch.next().await.unwrap(), task);
         watch.end().await;
         assert_eq!(readers().await, 0);
@@ -730,14 +532,9 @@ steps: [{name: only, handler: noop}]
         assert!(
             matches!(client.cancel(unknown, None, None).await, Err(ClientError::NotFound(task)) if task == unknown)
         );
-        assert!(
-            matches!(client.wait(unknown, None).await, Err(ClientError::NotFound(task)) if task == unknown)
-        );
+        assert!(matches!(client.wait(unknown, None).await, Err(ClientError::NotFound(task)) if task == unknown));
         let task = client.submit(order("1")).await.unwrap();
-        client
-            .cancel(task, Some("ada"), Some("changed my mind"))
-            .await
-            .unwrap();
+        client.cancel(task, Some("ada"), Some("changed my mind")).await.unwrap();
         assert!(
             matches!(client.retry(task, None, None).await, Err(ClientError::Refused(why)) if why.contains("is pending"))
         );

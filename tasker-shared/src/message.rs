@@ -48,9 +48,7 @@ impl Request {
             "submit" => {
                 let mut request = object.clone();
                 for key in ["traceparent", "tracestate", "baggage"] {
-                    if let Some(value) = headers
-                        .and_then(|headers| headers.get(key))
-                        .filter(|value| value.is_string())
+                    if let Some(value) = headers.and_then(|headers| headers.get(key)).filter(|value| value.is_string())
                     {
                         request.entry(key).or_insert_with(|| value.clone());
                     }
@@ -61,10 +59,7 @@ impl Request {
             "cancel" => Ok(Self::Cancel(uuid(object, "task")?, operator(object))),
             "terminate" => Ok(Self::Terminate(uuid(object, "task")?, operator(object))),
             "retry" => Ok(Self::Retry(uuid(object, "task")?, operator(object))),
-            other => Err(format!(
-                "type: {:?} is not known; use submit, cancel, terminate or retry",
-                clip(other)
-            )),
+            other => Err(format!("type: {:?} is not known; use submit, cancel, terminate or retry", clip(other))),
         }
     }
 }
@@ -73,16 +68,11 @@ impl ResultHint {
     /// Reads a result's hint. Errors as [`Request::parse`] does.
     pub fn parse(message: &Value) -> Result<Self, String> {
         let object = versioned(message)?;
-        let attempt = object
-            .get("attempt")
-            .and_then(Value::as_i64)
-            .and_then(|n| i32::try_from(n).ok());
+        let attempt = object.get("attempt").and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok());
         Ok(Self {
             task: uuid(object, "task")?,
             step: uuid(object, "step")?,
-            attempt: attempt
-                .filter(|n| *n > 0)
-                .ok_or("attempt: must be a positive whole number")?,
+            attempt: attempt.filter(|n| *n > 0).ok_or("attempt: must be a positive whole number")?,
         })
     }
 }
@@ -93,9 +83,7 @@ pub fn step_message(task: Uuid, step: Uuid, generation: i32, attempt: i32, handl
 }
 
 fn versioned(message: &Value) -> Result<&Map<String, Value>, String> {
-    let object = message
-        .as_object()
-        .ok_or("message: must be a JSON object")?;
+    let object = message.as_object().ok_or("message: must be a JSON object")?;
     match object.get("v") {
         Some(v) if v == 1 => Ok(object),
         Some(_) => Err("v: only version 1 is understood".into()),
@@ -113,15 +101,9 @@ fn uuid(object: &Map<String, Value>, key: &str) -> Result<Uuid, String> {
 
 fn operator(object: &Map<String, Value>) -> Operator {
     let text = |key: &str, limit: usize| {
-        object
-            .get(key)
-            .and_then(Value::as_str)
-            .map(|text| text.chars().take(limit).collect::<String>())
+        object.get(key).and_then(Value::as_str).map(|text| text.chars().take(limit).collect::<String>())
     };
-    Operator {
-        actor: text("actor", 100).unwrap_or_else(|| "unknown".into()),
-        reason: text("reason", 1000),
-    }
+    Operator { actor: text("actor", 100).unwrap_or_else(|| "unknown".into()), reason: text("reason", 1000) }
 }
 
 fn clip(text: &str) -> String {

@@ -112,52 +112,31 @@ async fn run_on(own: &PgPool, files: &Migrator) -> Result<Report, Error> {
     if let Some(pgmq) = found.clone().filter(Pgmq::is_current)
         && due(&mut conn, files).await?.is_empty()
     {
-        return Ok(Report {
-            applied: Vec::new(),
-            pgmq,
-        });
+        return Ok(Report { applied: Vec::new(), pgmq });
     }
 
-    sqlx::query("select pg_advisory_lock($1)")
-        .bind(LOCK)
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut *conn).await?;
     let pgmq = install_pgmq(own, &mut conn).await?;
     conn.execute(BOOKKEEPING).await?;
     let mut applied = Vec::new();
     for file in due(&mut conn, files).await? {
         let name = name(file);
-        apply(&mut conn, file).await.map_err(|source| Error::File {
-            name: name.clone(),
-            source,
-        })?;
+        apply(&mut conn, file).await.map_err(|source| Error::File { name: name.clone(), source })?;
         applied.push(name);
     }
-    sqlx::query("select pg_advisory_unlock($1)")
-        .bind(LOCK)
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK).execute(&mut *conn).await?;
     Ok(Report { applied, pgmq })
 }
 
 /// The files that this database has not seen, in order.
-async fn due<'f>(
-    conn: &mut PgConnection,
-    files: &'f Migrator,
-) -> Result<Vec<&'f Migration>, Error> {
-    let known: bool = sqlx::query_scalar("select to_regclass('tasker.migrations') is not null")
-        .fetch_one(&mut *conn)
-        .await?;
+async fn due<'f>(conn: &mut PgConnection, files: &'f Migrator) -> Result<Vec<&'f Migration>, Error> {
+    let known: bool =
+        sqlx::query_scalar("select to_regclass('tasker.migrations') is not null").fetch_one(&mut *conn).await?;
     let mut seen: BTreeMap<i64, (String, Vec<u8>)> = BTreeMap::new();
     if known {
         let rows: Vec<(i64, String, Vec<u8>)> =
-            sqlx::query_as("select version, name, checksum from tasker.migrations")
-                .fetch_all(&mut *conn)
-                .await?;
-        seen.extend(
-            rows.into_iter()
-                .map(|(version, name, sum)| (version, (name, sum))),
-        );
+            sqlx::query_as("select version, name, checksum from tasker.migrations").fetch_all(&mut *conn).await?;
+        seen.extend(rows.into_iter().map(|(version, name, sum)| (version, (name, sum))));
     }
     let mut due = Vec::new();
     for file in files.iter() {
@@ -187,11 +166,7 @@ async fn apply(conn: &mut PgConnection, file: &Migration) -> Result<(), sqlx::Er
 
 /// The file's name, as far as sqlx keeps it.
 fn name(file: &Migration) -> String {
-    format!(
-        "{:04}_{}.sql",
-        file.version,
-        file.description.replace(' ', "_")
-    )
+    format!("{:04}_{}.sql", file.version, file.description.replace(' ', "_"))
 }
 
 impl Pgmq {
@@ -204,17 +179,14 @@ impl Pgmq {
 }
 
 async fn pgmq_installed(conn: &mut PgConnection) -> Result<Option<Pgmq>, Error> {
-    let extension: Option<String> =
-        sqlx::query_scalar("select extversion from pg_extension where extname = 'pgmq'")
-            .fetch_optional(&mut *conn)
-            .await?;
+    let extension: Option<String> = sqlx::query_scalar("select extversion from pg_extension where extname = 'pgmq'")
+        .fetch_optional(&mut *conn)
+        .await?;
     if let Some(version) = extension {
         return Ok(Some(Pgmq::Extension(version)));
     }
     let by_crate: bool =
-        sqlx::query_scalar("select to_regclass('pgmq.__pgmq_migrations') is not null")
-            .fetch_one(&mut *conn)
-            .await?;
+        sqlx::query_scalar("select to_regclass('pgmq.__pgmq_migrations') is not null").fetch_one(&mut *conn).await?;
     if !by_crate {
         return Ok(None);
     }
@@ -232,11 +204,10 @@ async fn pgmq_installed(conn: &mut PgConnection) -> Result<Option<Pgmq>, Error> 
 async fn install_pgmq(own: &PgPool, conn: &mut PgConnection) -> Result<Pgmq, Error> {
     let mut found = pgmq_installed(conn).await?;
     if found.is_none() {
-        let offered: bool = sqlx::query_scalar(
-            "select exists (select from pg_available_extensions where name = 'pgmq')",
-        )
-        .fetch_one(&mut *conn)
-        .await?;
+        let offered: bool =
+            sqlx::query_scalar("select exists (select from pg_available_extensions where name = 'pgmq')")
+                .fetch_one(&mut *conn)
+                .await?;
         if offered {
             match conn.execute("create extension pgmq").await {
                 Ok(_) => found = pgmq_installed(conn).await?,
@@ -251,9 +222,7 @@ async fn install_pgmq(own: &PgPool, conn: &mut PgConnection) -> Result<Pgmq, Err
         return Ok(pgmq);
     }
     pgmq::install::install_sql_from_embedded(own).await?;
-    Ok(pgmq_installed(conn)
-        .await?
-        .unwrap_or_else(|| Pgmq::Sql(PGMQ_VERSION.to_owned())))
+    Ok(pgmq_installed(conn).await?.unwrap_or_else(|| Pgmq::Sql(PGMQ_VERSION.to_owned())))
 }
 
 /// All of our SQL as one script for psql, with the bookkeeping that makes
@@ -329,10 +298,7 @@ mod tests {
                 let url = database.url();
                 tokio::spawn(async move {
                     // A pool each, as in eight processes.
-                    let pool = PgPoolOptions::new()
-                        .max_connections(1)
-                        .connect(&url)
-                        .await?;
+                    let pool = PgPoolOptions::new().max_connections(1).connect(&url).await?;
                     migrate(&pool).await
                 })
             })
@@ -340,21 +306,14 @@ mod tests {
         let mut applied = Vec::new();
         for task in tasks {
             let report = task.await.expect("no panic").expect("migrated");
-            assert_eq!(
-                report.pgmq,
-                Pgmq::Sql(PGMQ_VERSION.to_owned()),
-                "update PGMQ_VERSION"
-            );
+            assert_eq!(report.pgmq, Pgmq::Sql(PGMQ_VERSION.to_owned()), "update PGMQ_VERSION");
             applied.extend(report.applied);
         }
         let expected: Vec<String> = FILES.iter().map(name).collect();
         assert_eq!(applied, expected);
 
         let pool = database.pool().await;
-        assert_eq!(
-            migrate(&pool).await.expect("nothing to do").applied,
-            Vec::<String>::new()
-        );
+        assert_eq!(migrate(&pool).await.expect("nothing to do").applied, Vec::<String>::new());
         let left: i64 = sqlx::query_scalar(
             "select count(*) from pg_locks where locktype = 'advisory' \
              and database = (select oid from pg_database where datname = current_database())",
@@ -363,10 +322,7 @@ mod tests {
         .await
         .expect("locks");
         assert_eq!(left, 0);
-        sqlx::query("select pgmq.create('q'), pgmq.send('q', '{}')")
-            .execute(&pool)
-            .await
-            .expect("PGMQ works");
+        sqlx::query("select pgmq.create('q'), pgmq.send('q', '{}')").execute(&pool).await.expect("PGMQ works");
     }
 
     #[tokio::test]
@@ -379,48 +335,24 @@ mod tests {
         assert_eq!(report.applied, ["0001_one_thing.sql"]);
 
         let broken = (2, "two", "create table c(); create table c()");
-        let error = run(&pool, &files(&[one, broken]))
-            .await
-            .expect_err("fails")
-            .to_string();
-        assert!(
-            error.contains("0002_two.sql") && error.contains("\"c\""),
-            "{error}"
-        );
-        let report = run(&pool, &files(&[one, two]))
-            .await
-            .expect("nothing of it remained");
+        let error = run(&pool, &files(&[one, broken])).await.expect_err("fails").to_string();
+        assert!(error.contains("0002_two.sql") && error.contains("\"c\""), "{error}");
+        let report = run(&pool, &files(&[one, two])).await.expect("nothing of it remained");
         assert_eq!(report.applied, ["0002_two.sql"]);
 
         let tampered = (1, "one thing", "create table a()");
-        let error = run(&pool, &files(&[tampered, two]))
-            .await
-            .expect_err("changed");
-        assert!(
-            matches!(&error, Error::Changed { name } if name == "0001_one_thing.sql"),
-            "{error}"
-        );
+        let error = run(&pool, &files(&[tampered, two])).await.expect_err("changed");
+        assert!(matches!(&error, Error::Changed { name } if name == "0001_one_thing.sql"), "{error}");
         let error = run(&pool, &files(&[one])).await.expect_err("older program");
-        assert!(
-            matches!(&error, Error::Unknown { name } if name == "0002_two.sql"),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::Unknown { name } if name == "0002_two.sql"), "{error}");
     }
 
     #[tokio::test]
     async fn printed_script_leaves_nothing_to_do() {
         let database = TestDatabase::empty().await;
         let pool = database.pool().await;
-        pgmq::install::install_sql_from_embedded(&pool)
-            .await
-            .expect("PGMQ");
-        sqlx::raw_sql(AssertSqlSafe(print()))
-            .execute(&pool)
-            .await
-            .expect("the script runs");
-        assert_eq!(
-            migrate(&pool).await.expect("migrated").applied,
-            Vec::<String>::new()
-        );
+        pgmq::install::install_sql_from_embedded(&pool).await.expect("PGMQ");
+        sqlx::raw_sql(AssertSqlSafe(print())).execute(&pool).await.expect("the script runs");
+        assert_eq!(migrate(&pool).await.expect("migrated").applied, Vec::<String>::new());
     }
 }

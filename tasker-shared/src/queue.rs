@@ -40,9 +40,7 @@ pub async fn register(conn: &mut PgConnection, queue: &str, reader: &str) -> Res
 
 /// Forgets a reader.
 pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Error> {
-    sqlx::query!("delete from tasker.readers where reader = $1", reader)
-        .execute(conn)
-        .await?;
+    sqlx::query!("delete from tasker.readers where reader = $1", reader).execute(conn).await?;
     Ok(())
 }
 
@@ -76,20 +74,13 @@ pub async fn receive(
             body: row.message.map_or(Ok(Value::Null), |text| {
                 serde_json::from_str(&text).map_err(|error| format!("message: {error}"))
             }),
-            headers: row
-                .headers
-                .and_then(|text| serde_json::from_str(&text).ok()),
+            headers: row.headers.and_then(|text| serde_json::from_str(&text).ok()),
         })
         .collect())
 }
 
 /// Sends messages with their headers, and wakes a sleeping reader of the queue.
-pub async fn send(
-    conn: &mut PgConnection,
-    queue: &str,
-    bodies: &[Value],
-    headers: &[Value],
-) -> Result<(), Error> {
+pub async fn send(conn: &mut PgConnection, queue: &str, bodies: &[Value], headers: &[Value]) -> Result<(), Error> {
     sqlx::query!(
         r#"with sent as materialized (select pgmq.send_batch($1, $2::jsonb[], $3::jsonb[]) as id)
            select count(*) as "sent!", (select tasker.wake($1))::text as woken from sent"#,
@@ -103,12 +94,7 @@ pub async fn send(
 }
 
 /// Deletes messages and due hints that a settle has dealt with: one statement for both.
-pub async fn delete(
-    conn: &mut PgConnection,
-    queue: &str,
-    msg_ids: &[i64],
-    due_ids: &[i64],
-) -> Result<(), Error> {
+pub async fn delete(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], due_ids: &[i64]) -> Result<(), Error> {
     sqlx::query!(
         r#"with due as (delete from tasker.due where due_id = any($3))
            select count(*) as "deleted!" from pgmq.delete($1, $2::bigint[])"#,
@@ -123,12 +109,7 @@ pub async fn delete(
 
 /// Puts messages back for a moment: their task is settled by somebody else right now. The
 /// jitter keeps two orchestrators from meeting at the same task again and again.
-pub async fn put_back(
-    conn: &mut PgConnection,
-    queue: &str,
-    msg_ids: &[i64],
-    delay_ms: i32,
-) -> Result<(), Error> {
+pub async fn put_back(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], delay_ms: i32) -> Result<(), Error> {
     sqlx::query!(
         r#"select count(*) as "n!" from pgmq.set_vt($1, $2::bigint[], clock_timestamp() + make_interval(secs => $3::int / 1000.0))"#,
         queue,
@@ -141,12 +122,7 @@ pub async fn put_back(
 }
 
 /// Notes a deterministic failure of one message and answers how many there were.
-pub async fn note_failure(
-    conn: &mut PgConnection,
-    queue: &str,
-    msg_id: i64,
-    reason: &str,
-) -> Result<i32, Error> {
+pub async fn note_failure(conn: &mut PgConnection, queue: &str, msg_id: i64, reason: &str) -> Result<i32, Error> {
     Ok(sqlx::query_scalar!(
         "insert into tasker.message_failures as f (queue, msg_id, failures, reason) values ($1, $2, 1, $3)
          on conflict (queue, msg_id) do update set failures = f.failures + 1, reason = excluded.reason, last_at = clock_timestamp()
@@ -160,21 +136,12 @@ pub async fn note_failure(
 }
 
 /// Moves messages to the quarantine, each with its reason and as it is.
-pub async fn quarantine(
-    conn: &mut PgConnection,
-    queue: &str,
-    bad: &[(i64, String)],
-) -> Result<(), Error> {
+pub async fn quarantine(conn: &mut PgConnection, queue: &str, bad: &[(i64, String)]) -> Result<(), Error> {
     let ids: Vec<i64> = bad.iter().map(|(msg_id, _)| *msg_id).collect();
     let reasons: Vec<&str> = bad.iter().map(|(_, reason)| reason.as_str()).collect();
-    sqlx::query!(
-        "select tasker.quarantine_messages($1, $2, $3)::text as done",
-        queue,
-        &ids,
-        &reasons as &[&str]
-    )
-    .fetch_one(conn)
-    .await?;
+    sqlx::query!("select tasker.quarantine_messages($1, $2, $3)::text as done", queue, &ids, &reasons as &[&str])
+        .fetch_one(conn)
+        .await?;
     Ok(())
 }
 
@@ -198,12 +165,7 @@ pub async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<DueHint>,
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| DueHint {
-            due_id: row.due_id,
-            kind: row.kind,
-            task_uuid: row.task_uuid,
-            step_uuid: row.step_uuid,
-        })
+        .map(|row| DueHint { due_id: row.due_id, kind: row.kind, task_uuid: row.task_uuid, step_uuid: row.step_uuid })
         .collect())
 }
 
@@ -261,39 +223,25 @@ pub async fn held_steps(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| (row.task_uuid, row.step_uuid))
-        .collect())
+    Ok(rows.into_iter().map(|row| (row.task_uuid, row.step_uuid)).collect())
 }
 
 /// Tells workers that steps they hold were cancelled; reaches them when the transaction commits.
 pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Result<(), Error> {
-    sqlx::query!(
-        "select pg_notify('tasker', 'cancel:' || w)::text as told from unnest($1::text[]) w",
-        workers
-    )
-    .fetch_all(conn)
-    .await?;
+    sqlx::query!("select pg_notify('tasker', 'cancel:' || w)::text as told from unnest($1::text[]) w", workers)
+        .fetch_all(conn)
+        .await?;
     Ok(())
 }
 
 /// Counts something rare.
 pub async fn count(conn: &mut PgConnection, name: &str, n: i64) -> Result<(), Error> {
-    sqlx::query!(
-        "insert into tasker.counters (name, n) values ($1, $2)",
-        name,
-        n
-    )
-    .execute(conn)
-    .await?;
+    sqlx::query!("insert into tasker.counters (name, n) values ($1, $2)", name, n).execute(conn).await?;
     Ok(())
 }
 
 /// Makes the partitions of the coming weeks.
 pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<(), Error> {
-    sqlx::query!(r#"select tasker.ensure_partitions() as "made!""#)
-        .fetch_one(conn)
-        .await?;
+    sqlx::query!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;
     Ok(())
 }

@@ -21,8 +21,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData,
-    SpanExporter,
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData, SpanExporter,
 };
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -71,13 +70,7 @@ pub enum Error {
 
 /// Crates whose spans and events stay out of the user's trace. Our own spans
 /// lend their fields to log lines; the tree says in our name what happened.
-const OWN: [&str; 5] = [
-    "tasker",
-    "tasker_shared",
-    "tasker_orchestration",
-    "tasker_worker",
-    "tasker_cli",
-];
+const OWN: [&str; 5] = ["tasker", "tasker_shared", "tasker_orchestration", "tasker_worker", "tasker_cli"];
 const PLUMBING: [&str; 24] = [
     "sqlx",
     "sqlx_core",
@@ -135,25 +128,16 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
         return Telemetry::default();
     }
     let (filter, complaint) = env_filter(|name| {
-        let set = std::env::var(name)
-            .ok()
-            .filter(|text| !text.trim().is_empty());
+        let set = std::env::var(name).ok().filter(|text| !text.trim().is_empty());
         set.or_else(|| (name == "RUST_LOG").then(|| level.to_owned()))
     });
-    let live = config
-        .enabled
-        .then(|| LiveExport::start(role, config))
-        .transpose();
+    let live = config.enabled.then(|| LiveExport::start(role, config)).transpose();
     let (live, failure) = match live {
         Ok(live) => (live, None),
         Err(e) => (None, Some(e)),
     };
     let tracer = live.as_ref().map(|live| (live.tracer(), config.detail));
-    let lines = LogLines {
-        format,
-        ansi: use_ansi(format),
-        writer: std::io::stderr,
-    };
+    let lines = LogLines { format, ansi: use_ansi(format), writer: std::io::stderr };
     if tracing::subscriber::set_global_default(subscriber(lines, filter, tracer)).is_err() {
         return Telemetry::default();
     }
@@ -175,10 +159,7 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
 impl Telemetry {
     /// Live spans exported and lost so far; zeros with tracing off.
     pub fn live_spans(&self) -> LiveSpans {
-        self.live
-            .as_ref()
-            .map(LiveExport::counts)
-            .unwrap_or_default()
+        self.live.as_ref().map(LiveExport::counts).unwrap_or_default()
     }
 
     /// Exports what is queued, for at most `deadline`, stops the export, and
@@ -226,30 +207,18 @@ impl LiveExport {
             }
             Protocol::HttpProtobuf => (http_exporter(config)?, None),
         };
-        let exporter = Counted {
-            inner: exporter,
-            counts: Arc::clone(&counts),
-            endpoint: config.printable_endpoint(),
-        };
+        let exporter = Counted { inner: exporter, counts: Arc::clone(&counts), endpoint: config.printable_endpoint() };
         let batches = BatchConfigBuilder::default()
             .with_max_queue_size(config.live.max_queue)
             .with_max_export_batch_size(config.live.batch)
             .with_scheduled_delay(config.live.delay)
             .build();
         let provider = SdkTracerProvider::builder()
-            .with_span_processor(
-                BatchSpanProcessor::builder(exporter)
-                    .with_batch_config(batches)
-                    .build(),
-            )
+            .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
             .with_sampler(sampler(config))
             .with_resource(resource(role, config))
             .build();
-        Ok(Self {
-            provider,
-            runtime,
-            counts,
-        })
+        Ok(Self { provider, runtime, counts })
     }
 
     /// A tracer whose spans go out with this pipeline.
@@ -336,8 +305,7 @@ fn sampler(config: &TraceConfig) -> Sampler {
 }
 
 fn propagator(config: &TraceConfig) -> TextMapCompositePropagator {
-    let mut parts: Vec<Box<dyn opentelemetry::propagation::TextMapPropagator + Send + Sync>> =
-        Vec::new();
+    let mut parts: Vec<Box<dyn opentelemetry::propagation::TextMapPropagator + Send + Sync>> = Vec::new();
     if config.propagators.trace_context {
         parts.push(Box::new(TraceContextPropagator::new()));
     }
@@ -349,23 +317,13 @@ fn propagator(config: &TraceConfig) -> TextMapCompositePropagator {
 
 /// Of live spans only; the tree's resource is derived.
 fn resource(role: Role, config: &TraceConfig) -> Resource {
-    let given = |key: &str| {
-        config
-            .resource_attributes
-            .iter()
-            .find(|(k, _)| k == key)
-            .map(|(_, v)| v.clone())
-    };
+    let given = |key: &str| config.resource_attributes.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
     let by_role = || match role {
         Role::Orchestrator => config.service_names.orchestration.clone(),
         Role::Worker => config.service_names.worker.clone(),
         Role::Cli => "tasker-cli".to_owned(),
     };
-    let service = config
-        .service_name
-        .clone()
-        .or_else(|| given("service.name"))
-        .unwrap_or_else(by_role);
+    let service = config.service_name.clone().or_else(|| given("service.name")).unwrap_or_else(by_role);
     let mut attributes = vec![
         KeyValue::new("service.name", service),
         KeyValue::new("telemetry.sdk.language", "rust"),
@@ -377,9 +335,7 @@ fn resource(role: Role, config: &TraceConfig) -> Resource {
             attributes.push(KeyValue::new(key.clone(), value.clone()));
         }
     }
-    Resource::builder_empty()
-        .with_attributes(attributes)
-        .build()
+    Resource::builder_empty().with_attributes(attributes).build()
 }
 
 #[derive(Debug, Default)]
@@ -402,11 +358,7 @@ impl<E: SpanExporter> SpanExporter for Counted<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let spans = batch.len() as u64;
         let result = self.inner.export(batch).await;
-        let counter = if result.is_ok() {
-            &self.counts.exported
-        } else {
-            &self.counts.failed
-        };
+        let counter = if result.is_ok() { &self.counts.exported } else { &self.counts.failed };
         counter.fetch_add(spans, Ordering::Relaxed);
         let failing = self.counts.failing.swap(result.is_err(), Ordering::Relaxed);
         match &result {
@@ -415,11 +367,7 @@ impl<E: SpanExporter> SpanExporter for Counted<E> {
             }
             Ok(()) if failing => {
                 let lost = self.counts.failed.load(Ordering::Relaxed);
-                tracing::info!(
-                    endpoint = self.endpoint,
-                    lost,
-                    "the collector takes live spans again"
-                );
+                tracing::info!(endpoint = self.endpoint, lost, "the collector takes live spans again");
             }
             _ => {}
         }
@@ -458,15 +406,11 @@ where
             .with_level(false)
             .with_tracked_inactivity(false)
             .with_filter(
-                FilterFn::new(move |meta| {
-                    *meta.level() <= Level::INFO && is_live(meta.target(), detail)
-                })
-                .with_max_level_hint(LevelFilter::INFO),
+                FilterFn::new(move |meta| *meta.level() <= Level::INFO && is_live(meta.target(), detail))
+                    .with_max_level_hint(LevelFilter::INFO),
             )
     });
-    Registry::default()
-        .with(lines.with_filter(LogFilter(filter)))
-        .with(spans)
+    Registry::default().with(lines.with_filter(LogFilter(filter))).with(spans)
 }
 
 fn is_live(target: &str, detail: Detail) -> bool {
@@ -481,22 +425,17 @@ fn crate_of(target: &str) -> &str {
 /// The filter of log lines, and what was wrong with the one asked for.
 fn env_filter(lookup: impl Fn(&str) -> Option<String>) -> (EnvFilter, Option<String>) {
     // The SDK logs each lost batch; we say once that the collector is gone.
-    let quiet = |text: &str| {
-        format!("opentelemetry_sdk=off,opentelemetry-otlp=off,opentelemetry_otlp=off,{text}")
-    };
-    let asked = ["TASKER_LOG", "RUST_LOG"].into_iter().find_map(|name| {
-        lookup(name)
-            .filter(|text| !text.trim().is_empty())
-            .map(|text| (name, text))
-    });
+    let quiet = |text: &str| format!("opentelemetry_sdk=off,opentelemetry-otlp=off,opentelemetry_otlp=off,{text}");
+    let asked = ["TASKER_LOG", "RUST_LOG"]
+        .into_iter()
+        .find_map(|name| lookup(name).filter(|text| !text.trim().is_empty()).map(|text| (name, text)));
     let Some((name, text)) = asked else {
         return (EnvFilter::new(quiet("info")), None);
     };
     match EnvFilter::try_new(quiet(&text)) {
         Ok(filter) => (filter, None),
         Err(e) => {
-            let complaint =
-                format!("{name}={text} is ignored ({e}); use for example info,my_crate=debug");
+            let complaint = format!("{name}={text} is ignored ({e}); use for example info,my_crate=debug");
             (EnvFilter::new(quiet("info")), Some(complaint))
         }
     }
@@ -524,11 +463,7 @@ impl<S: Subscriber + for<'l> LookupSpan<'l>> Filter<S> for LogFilter {
 
     fn callsite_enabled(&self, meta: &'static Metadata<'static>) -> Interest {
         let interest = Filter::<S>::callsite_enabled(&self.0, meta);
-        if Self::keeps(meta) {
-            Interest::always()
-        } else {
-            interest
-        }
+        if Self::keeps(meta) { Interest::always() } else { interest }
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
@@ -597,9 +532,7 @@ impl Fields {
     }
 
     fn iter(&self) -> impl Iterator<Item = (&'static str, &str, Shape)> {
-        self.fields
-            .iter()
-            .map(|(name, at, shape)| (*name, &self.text[at.clone()], *shape))
+        self.fields.iter().map(|(name, at, shape)| (*name, &self.text[at.clone()], *shape))
     }
 }
 
@@ -621,11 +554,7 @@ impl Visit for Fields {
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        let shape = if value.is_finite() {
-            Shape::Bare
-        } else {
-            Shape::Text
-        };
+        let shape = if value.is_finite() { Shape::Bare } else { Shape::Text };
         self.push(field.name(), shape, format_args!("{value}"));
     }
 
@@ -694,10 +623,7 @@ const MESSAGE: &str = "message";
 impl Line {
     fn new(format: LogFormat, ansi: bool, meta: &Metadata<'_>, own: &Fields) -> Self {
         let at = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
-        let message = own
-            .iter()
-            .find(|(name, ..)| *name == MESSAGE)
-            .map_or("", |(_, text, _)| text);
+        let message = own.iter().find(|(name, ..)| *name == MESSAGE).map_or("", |(_, text, _)| text);
         let mut text = String::with_capacity(256);
         match format {
             LogFormat::Json => {
@@ -711,26 +637,13 @@ impl Line {
                 push_json(&mut text, message);
             }
             LogFormat::Pretty => {
-                let (on, off) = if ansi {
-                    (color(*meta.level()), "\x1b[0m")
-                } else {
-                    ("", "")
-                };
+                let (on, off) = if ansi { (color(*meta.level()), "\x1b[0m") } else { ("", "") };
                 // Writing to a String cannot fail.
-                let _ = write!(
-                    text,
-                    "{at} {on}{:>5}{off} {}: ",
-                    meta.level().as_str(),
-                    meta.target()
-                );
+                let _ = write!(text, "{at} {on}{:>5}{off} {}: ", meta.level().as_str(), meta.target());
                 push_printable(&mut text, message);
             }
         }
-        let mut line = Self {
-            format,
-            text,
-            seen: vec![MESSAGE],
-        };
+        let mut line = Self { format, text, seen: vec![MESSAGE] };
         for (name, value, shape) in own.iter() {
             line.field(name, value, shape);
         }
@@ -855,20 +768,11 @@ mod tests {
                 .with_simple_exporter(spans.clone())
                 .with_sampler(sampler(&TraceConfig::default()))
                 .build();
-            let writer = LogLines {
-                format,
-                ansi: false,
-                writer: lines.clone(),
-            };
+            let writer = LogLines { format, ansi: false, writer: lines.clone() };
             let tracer = detail.map(|detail| (provider.tracer("test"), detail));
             let subscriber = subscriber(writer, EnvFilter::new(filter), tracer);
             let current = tracing::subscriber::set_default(subscriber);
-            Self {
-                lines,
-                spans,
-                provider,
-                _current: current,
-            }
+            Self { lines, spans, provider, _current: current }
         }
 
         fn text(&self) -> String {
@@ -909,26 +813,21 @@ mod tests {
     async fn handled(traceparent: &str) {
         let handler = async {
             async {
-                tracing::info_span!(target: "shop::payments", "charge", card = "visa").in_scope(
-                    || {
-                        tracing::info_span!(target: "sqlx::query", "query").in_scope(|| {
-                            tracing::info_span!(target: "shop::payments", "inner").in_scope(|| {
-                                tracing::info!(target: "shop::payments", amount = 12, "charged");
-                                tracing::info!(target: "tasker_worker", "noise");
-                            });
+                tracing::info_span!(target: "shop::payments", "charge", card = "visa").in_scope(|| {
+                    tracing::info_span!(target: "sqlx::query", "query").in_scope(|| {
+                        tracing::info_span!(target: "shop::payments", "inner").in_scope(|| {
+                            tracing::info!(target: "shop::payments", amount = 12, "charged");
+                            tracing::info!(target: "tasker_worker", "noise");
                         });
-                    },
-                );
+                    });
+                });
                 tokio::task::yield_now().await;
             }
             .instrument(tracing::info_span!(target: "tasker_worker::executor", "inside"))
             .await;
             tracing::info!(target: "shop::payments", "done");
         };
-        handler
-            .with_context(handler_context(traceparent))
-            .instrument(executor_span())
-            .await;
+        handler.with_context(handler_context(traceparent)).instrument(executor_span()).await;
     }
 
     #[tokio::test]
@@ -938,32 +837,16 @@ mod tests {
         let spans = bench.spans();
         let names: Vec<_> = spans.iter().map(|s| s.name.as_ref()).collect();
         assert_eq!(names, ["inner", "charge"]);
-        let [inner, charge] = spans.as_slice() else {
-            unreachable!()
-        };
-        assert_eq!(
-            charge.span_context.trace_id().to_string(),
-            "4bf92f3577b34da6a3ce929d0e0e4736"
-        );
+        let [inner, charge] = spans.as_slice() else { unreachable!() };
+        assert_eq!(charge.span_context.trace_id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_eq!(charge.parent_span_id.to_string(), "00f067aa0ba902b7");
         assert!(charge.parent_span_is_remote);
         assert_eq!(inner.parent_span_id, charge.span_context.span_id());
-        assert_eq!(
-            inner.span_context.trace_id(),
-            charge.span_context.trace_id()
-        );
+        assert_eq!(inner.span_context.trace_id(), charge.span_context.trace_id());
         let events: Vec<_> = inner.events.iter().map(|e| e.name.as_ref()).collect();
         assert_eq!(events, ["charged"]);
         let keys: Vec<_> = charge.attributes.iter().map(|a| a.key.as_str()).collect();
-        assert_eq!(
-            keys,
-            [
-                "code.file.path",
-                "code.module.name",
-                "code.line.number",
-                "card"
-            ]
-        );
+        assert_eq!(keys, ["code.file.path", "code.module.name", "code.line.number", "card"]);
     }
 
     #[tokio::test]
@@ -972,29 +855,21 @@ mod tests {
         handled(&PARENT.replace("-01", "-00")).await;
         assert_eq!(bench.spans(), []);
         // Lines of an unsampled task bear its ids all the same.
-        assert_eq!(
-            bench.json()[0]["trace_id"],
-            "4bf92f3577b34da6a3ce929d0e0e4736"
-        );
+        assert_eq!(bench.json()[0]["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
     }
 
     #[tokio::test]
     async fn full_detail_exports_our_spans_but_no_plumbing() {
         let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Full));
         handled(PARENT).await;
-        let names: Vec<_> = bench
-            .spans()
-            .into_iter()
-            .map(|s| s.name.into_owned())
-            .collect();
+        let names: Vec<_> = bench.spans().into_iter().map(|s| s.name.into_owned()).collect();
         assert_eq!(names, ["inner", "charge", "inside", "execute"]);
     }
 
     #[tokio::test]
     async fn json_lines_carry_the_ids_at_the_top() {
         let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Tree));
-        executor_span()
-            .in_scope(|| tracing::info!(target: "tasker_worker", attempt = 2, "claimed"));
+        executor_span().in_scope(|| tracing::info!(target: "tasker_worker", attempt = 2, "claimed"));
         handled(PARENT).await;
         let lines = bench.json();
         let spans = bench.spans();
@@ -1006,18 +881,12 @@ mod tests {
         let charged = lines.iter().find(|l| l["message"] == "charged").unwrap();
         assert_eq!(charged["amount"], 12);
         assert_eq!(charged["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
-        assert_eq!(
-            charged["span_id"],
-            spans[0].span_context.span_id().to_string()
-        );
+        assert_eq!(charged["span_id"], spans[0].span_context.span_id().to_string());
         let done = lines.iter().find(|l| l["message"] == "done").unwrap();
         assert_eq!(done["span_id"], "00f067aa0ba902b7");
         for line in &lines {
             assert_eq!(line["correlation_id"], "order-4711", "{line}");
-            assert_eq!(
-                line["task_uuid"], "00000000-0000-0000-0000-000000000007",
-                "{line}"
-            );
+            assert_eq!(line["task_uuid"], "00000000-0000-0000-0000-000000000007", "{line}");
         }
     }
 
@@ -1043,16 +912,11 @@ mod tests {
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!text.contains('\x1b'), "{text}");
         assert!(
-            text.contains(
-                "  INFO tasker_worker: said \"x\\n2026 ERROR forged \\u{1b}[31m\" who=\"a b\""
-            ),
+            text.contains("  INFO tasker_worker: said \"x\\n2026 ERROR forged \\u{1b}[31m\" who=\"a b\""),
             "{text}"
         );
         assert!(text.contains(" correlation_id=order-4711 "), "{text}");
-        assert!(
-            text.contains(" task_uuid=00000000-0000-0000-0000-000000000007 "),
-            "{text}"
-        );
+        assert!(text.contains(" task_uuid=00000000-0000-0000-0000-000000000007 "), "{text}");
         assert!(text.contains(" trace_id=\"from the field\" "), "{text}");
     }
 
@@ -1075,15 +939,11 @@ mod tests {
         outer.record("late", 1);
         outer.record("late", 2);
         let inner = tracing::info_span!(target: "tasker_worker", parent: &outer, "inner", step = "inner", level = 3);
-        inner
-            .in_scope(|| tracing::info!(target: "tasker_worker", nan = f64::NAN, ok = true, "now"));
+        inner.in_scope(|| tracing::info!(target: "tasker_worker", nan = f64::NAN, ok = true, "now"));
         let line = &bench.json()[0];
         assert_eq!(line["step"], "inner");
         assert_eq!(line["late"], 2);
-        assert_eq!(
-            (&line["level"], &line["field.level"]),
-            (&"INFO".into(), &3.into())
-        );
+        assert_eq!((&line["level"], &line["field.level"]), (&"INFO".into(), &3.into()));
         assert_eq!((&line["nan"], &line["ok"]), (&"NaN".into(), &true.into()));
     }
 
@@ -1094,9 +954,7 @@ mod tests {
     impl SpanExporter for Moody {
         async fn export(&self, _: Vec<SpanData>) -> OTelSdkResult {
             if self.0.load(Ordering::Relaxed) {
-                return Err(opentelemetry_sdk::error::OTelSdkError::InternalFailure(
-                    "gone".into(),
-                ));
+                return Err(opentelemetry_sdk::error::OTelSdkError::InternalFailure("gone".into()));
             }
             Ok(())
         }
@@ -1105,15 +963,8 @@ mod tests {
     #[tokio::test]
     async fn a_collector_that_is_gone_is_one_line_and_its_return_another() {
         let bench = Bench::start(LogFormat::Json, "info", None);
-        let (counts, fails) = (
-            Arc::new(Counts::default()),
-            Arc::new(AtomicBool::new(false)),
-        );
-        let exporter = Counted {
-            inner: Moody(fails.clone()),
-            counts: counts.clone(),
-            endpoint: "http://c".into(),
-        };
+        let (counts, fails) = (Arc::new(Counts::default()), Arc::new(AtomicBool::new(false)));
+        let exporter = Counted { inner: Moody(fails.clone()), counts: counts.clone(), endpoint: "http://c".into() };
         for failing in [false, true, true, true, false, false, true] {
             fails.store(failing, Ordering::Relaxed);
             assert_eq!(exporter.export(Vec::new()).await.is_err(), failing);
@@ -1127,35 +978,17 @@ mod tests {
     #[test]
     fn the_log_filter_comes_from_the_environment_and_a_bad_one_is_told() {
         let read = |vars: &'static [(&str, &str)]| {
-            let (filter, complaint) = env_filter(|name| {
-                vars.iter()
-                    .find(|(n, _)| *n == name)
-                    .map(|(_, v)| (*v).to_owned())
-            });
+            let (filter, complaint) =
+                env_filter(|name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()));
             (filter.to_string(), complaint)
         };
         let (default, none) = read(&[]);
-        assert!(
-            default.contains("info") && default.contains("opentelemetry_sdk=off"),
-            "{default}"
-        );
+        assert!(default.contains("info") && default.contains("opentelemetry_sdk=off"), "{default}");
         assert_eq!(none, None);
-        assert!(
-            read(&[("RUST_LOG", "debug"), ("TASKER_LOG", "error")])
-                .0
-                .contains("error")
-        );
-        assert!(
-            read(&[("RUST_LOG", "debug"), ("TASKER_LOG", " ")])
-                .0
-                .contains("debug")
-        );
+        assert!(read(&[("RUST_LOG", "debug"), ("TASKER_LOG", "error")]).0.contains("error"));
+        assert!(read(&[("RUST_LOG", "debug"), ("TASKER_LOG", " ")]).0.contains("debug"));
         let (fallback, complaint) = read(&[("TASKER_LOG", "x=y=z")]);
         assert!(fallback.contains("info"), "{fallback}");
-        assert!(
-            complaint
-                .unwrap()
-                .starts_with("TASKER_LOG=x=y=z is ignored")
-        );
+        assert!(complaint.unwrap().starts_with("TASKER_LOG=x=y=z is ignored"));
     }
 }

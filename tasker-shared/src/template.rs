@@ -84,11 +84,7 @@ pub enum OnFailure {
 #[serde(deny_unknown_fields)]
 pub struct TaskTimeouts {
     /// From submission to the end of the task; none by default.
-    #[serde(
-        default,
-        skip_serializing_if = "Option::is_none",
-        with = "milliseconds::optional"
-    )]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "milliseconds::optional")]
     pub total: Option<Duration>,
 }
 
@@ -161,20 +157,14 @@ pub struct StepDefinition {
 #[serde(deny_unknown_fields, default)]
 pub struct StepTimeouts {
     /// How long an attempt may wait for a worker; none by default.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        with = "milliseconds::optional"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", with = "milliseconds::optional")]
     pub queue: Option<Duration>,
     /// How long one attempt's handler may run; 30 s by default.
     #[serde(with = "milliseconds")]
     pub run: Duration,
     /// From the step's first readiness to its end, retries included; none by
     /// default.
-    #[serde(
-        skip_serializing_if = "Option::is_none",
-        with = "milliseconds::optional"
-    )]
+    #[serde(skip_serializing_if = "Option::is_none", with = "milliseconds::optional")]
     pub total: Option<Duration>,
     /// The lease of a claim, at least 1 s: how long a silent worker keeps the
     /// attempt; 10 s by default.
@@ -184,12 +174,7 @@ pub struct StepTimeouts {
 
 impl Default for StepTimeouts {
     fn default() -> Self {
-        Self {
-            queue: None,
-            run: Duration::from_secs(30),
-            total: None,
-            heartbeat: Duration::from_secs(10),
-        }
+        Self { queue: None, run: Duration::from_secs(30), total: None, heartbeat: Duration::from_secs(10) }
     }
 }
 
@@ -283,10 +268,7 @@ pub fn to_json(template: &Template) -> Value {
 impl Template {
     /// The steps as a DAG.
     pub fn graph(&self) -> Result<Graph, Error> {
-        let steps = self
-            .steps
-            .iter()
-            .map(|step| (step.name.as_str(), step.depends_on.as_slice()));
+        let steps = self.steps.iter().map(|step| (step.name.as_str(), step.depends_on.as_slice()));
         Ok(Graph::new(steps)?)
     }
 }
@@ -295,10 +277,7 @@ impl StepDefinition {
     /// The parsed `input:`; `None` without one.
     pub fn input_template(&self) -> Result<Option<InputTemplate>, Error> {
         let parsed = self.input.as_ref().map(InputTemplate::parse).transpose();
-        parsed.map_err(|mut errors| Error::ReadStoredInput {
-            step: self.name.clone(),
-            error: errors.swap_remove(0),
-        })
+        parsed.map_err(|mut errors| Error::ReadStoredInput { step: self.name.clone(), error: errors.swap_remove(0) })
     }
 }
 

@@ -73,11 +73,7 @@ impl Claimer {
                         self.complain(&error, missing);
                     }
                     failures += 1;
-                    if missing {
-                        MISSING_POLL
-                    } else {
-                        backoff(failures - 1)
-                    }
+                    if missing { MISSING_POLL } else { backoff(failures - 1) }
                 }
             };
             drop(slots);
@@ -98,45 +94,28 @@ impl Claimer {
     async fn claim(&self, line: &mut Line, max: usize) -> Result<Vec<Claim>, Error> {
         let max = i32::try_from(max).unwrap_or(i32::MAX);
         let (namespace, queue) = (&*self.executor.namespace, self.queue.as_deref());
-        protocol::claim_steps(
-            line.get().await?,
-            namespace,
-            queue,
-            &self.worker,
-            &self.handlers,
-            max,
-            self.lease,
-        )
-        .await
+        protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max, self.lease).await
     }
 
     fn start(&self, claims: Vec<Claim>, slots: &mut OwnedSemaphorePermit) {
         let received = Instant::now();
         let stops = self.executor.held.insert(&claims, received);
         for (claim, stop) in claims.into_iter().zip(stops) {
-            let slot = slots
-                .split(1)
-                .expect("no more claims come than were asked for");
-            self.attempts
-                .spawn(Arc::clone(&self.executor).run(claim, stop, received, slot));
+            let slot = slots.split(1).expect("no more claims come than were asked for");
+            self.attempts.spawn(Arc::clone(&self.executor).run(claim, stop, received, slot));
         }
     }
 
     /// All free slots, at least one.
     async fn free_slots(&self, more: bool) -> OwnedSemaphorePermit {
-        let mut slots = Arc::clone(&self.slots)
-            .acquire_owned()
-            .await
-            .expect("never closed");
+        let mut slots = Arc::clone(&self.slots).acquire_owned().await.expect("never closed");
         // With every slot in use and more to do, the first slot to become free would fetch one
         // step alone; a moment later there are others, and one statement serves them all.
         if more && self.slots.available_permits() < self.slot_count / 4 {
             tokio::time::sleep(PACE).await;
         }
         let others = self.slots.available_permits().min(MAX_BATCH - 1);
-        if let Ok(others) =
-            Arc::clone(&self.slots).try_acquire_many_owned(u32::try_from(others).unwrap_or(0))
-        {
+        if let Ok(others) = Arc::clone(&self.slots).try_acquire_many_owned(u32::try_from(others).unwrap_or(0)) {
             slots.merge(others);
         }
         slots
@@ -172,10 +151,7 @@ mod tests {
     #[test]
     fn polling_backs_off_from_ten_milliseconds_to_five_seconds() {
         for (empty, whole) in [(0, 10), (1, 20), (5, 320), (9, 5_000), (1_000_000, 5_000)] {
-            let (least, most) = (
-                Duration::from_millis(whole * 3 / 4),
-                Duration::from_millis(whole),
-            );
+            let (least, most) = (Duration::from_millis(whole * 3 / 4), Duration::from_millis(whole));
             let delay = poll_delay(empty);
             assert!(least <= delay && delay <= most, "{empty}: {delay:?}");
         }

@@ -37,14 +37,7 @@ impl StepContext {
         held: Arc<Held>,
         pool: PgPool,
     ) -> Self {
-        Self(Arc::new(Inner {
-            claim,
-            namespace,
-            deadline,
-            stop,
-            held,
-            pool,
-        }))
+        Self(Arc::new(Inner { claim, namespace, deadline, stop, held, pool }))
     }
 
     /// The task.
@@ -114,20 +107,17 @@ impl StepContext {
     /// not reached, permanent if no step of that name has completed
     /// (`no_parent_output`) or its output does not fit `T` (`invalid_parent_output`).
     pub async fn parent_output<T: DeserializeOwned>(&self, name: &str) -> Result<T, StepError> {
-        let output = self
-            .read_output(name)
-            .await
-            .map_err(|error| StepError::retry("database", error.to_string()))?;
+        let output = self.read_output(name).await.map_err(|error| StepError::retry("database", error.to_string()))?;
         let output = output.ok_or_else(|| {
-            StepError::fail("no_parent_output", format!("no step {name:?} of this task has completed; name one that this step depends on"))
+            StepError::fail(
+                "no_parent_output",
+                format!("no step {name:?} of this task has completed; name one that this step depends on"),
+            )
         })?;
         serde_path_to_error::deserialize(output).map_err(|error| {
             StepError::fail(
                 "invalid_parent_output",
-                format!(
-                    "the output of step {name:?} does not fit at {}",
-                    error.path()
-                ),
+                format!("the output of step {name:?} does not fit at {}", error.path()),
             )
         })
     }
@@ -138,10 +128,7 @@ impl StepContext {
         loop {
             let mut conn = self.0.pool.acquire().await?;
             match protocol::step_output(&mut conn, self.0.claim.task, name).await {
-                Err(error)
-                    if error.is_transient()
-                        && dead < self.0.pool.options().get_max_connections() =>
-                {
+                Err(error) if error.is_transient() && dead < self.0.pool.options().get_max_connections() => {
                     dead += 1;
                     conn.close_on_drop();
                 }

@@ -62,20 +62,12 @@ impl Executor {
         received: Instant,
         slot: OwnedSemaphorePermit,
     ) {
-        let mut unreported = Unreported {
-            held: &self.held,
-            claim: Some(claim.token),
-        };
+        let mut unreported = Unreported { held: &self.held, claim: Some(claim.token) };
         let (step_uuid, token) = (claim.step, claim.token);
         let input = claim.input.take().unwrap_or(Value::Null);
-        let incoming = Incoming::parse(
-            claim.traceparent.as_deref(),
-            claim.tracestate.as_deref(),
-            claim.baggage.as_deref(),
-        );
-        let timeout = claim
-            .deadline
-            .and_then(|deadline| (deadline - claim.claimed_at).to_std().ok());
+        let incoming =
+            Incoming::parse(claim.traceparent.as_deref(), claim.tracestate.as_deref(), claim.baggage.as_deref());
+        let timeout = claim.deadline.and_then(|deadline| (deadline - claim.claimed_at).to_std().ok());
 
         let started = Instant::now();
         let deadline = timeout.and_then(|timeout| started.checked_add(timeout));
@@ -132,13 +124,9 @@ async fn execute(
     cancel_grace: Duration,
 ) -> Option<Output> {
     let Some(handler) = handler else {
-        return Some(Err(StepError::fail(
-            "unknown_handler",
-            "this worker has no handler of that name",
-        )));
+        return Some(Err(StepError::fail("unknown_handler", "this worker has no handler of that name")));
     };
-    let mut running =
-        pin!(AssertUnwindSafe(async move { handler.call(ctx, input).await }).catch_unwind());
+    let mut running = pin!(AssertUnwindSafe(async move { handler.call(ctx, input).await }).catch_unwind());
     let timer = async {
         match timeout {
             Some(timeout) => tokio::time::sleep(timeout).await,
@@ -173,26 +161,18 @@ async fn execute(
 fn outcome(output: Output) -> Outcome {
     let (kind, message, retryable, after) = match output {
         Ok(output) => return Outcome::Success { output },
-        Err(StepError::Retry {
-            kind,
-            message,
-            after,
-        }) => (kind, message, true, after),
+        Err(StepError::Retry { kind, message, after }) => (kind, message, true, after),
         Err(StepError::Fail { kind, message }) => (kind, message, false, None),
-        Err(StepError::Cancel) => (
-            "cancelled".into(),
-            "the handler stopped as if cancelled, but nobody had asked it to".into(),
-            false,
-            None,
-        ),
+        Err(StepError::Cancel) => {
+            ("cancelled".into(), "the handler stopped as if cancelled, but nobody had asked it to".into(), false, None)
+        }
     };
     Outcome::Error {
         error: ReportedError {
             kind: clip(kind, MAX_KIND_BYTES),
             message: clip(message, MAX_MESSAGE_BYTES),
             retryable,
-            retry_after_ms: after
-                .map(|after| u64::try_from(after.min(LONGEST_DELAY).as_millis()).unwrap_or(0)),
+            retry_after_ms: after.map(|after| u64::try_from(after.min(LONGEST_DELAY).as_millis()).unwrap_or(0)),
         },
     }
 }

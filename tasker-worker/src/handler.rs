@@ -44,32 +44,17 @@ pub enum StepError {
 impl StepError {
     /// A retryable error with the template's delay.
     pub fn retry(kind: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Retry {
-            kind: kind.into(),
-            message: message.into(),
-            after: None,
-        }
+        Self::Retry { kind: kind.into(), message: message.into(), after: None }
     }
 
     /// A retryable error with a delay of its own.
-    pub fn retry_after(
-        kind: impl Into<String>,
-        message: impl Into<String>,
-        after: Duration,
-    ) -> Self {
-        Self::Retry {
-            kind: kind.into(),
-            message: message.into(),
-            after: Some(after),
-        }
+    pub fn retry_after(kind: impl Into<String>, message: impl Into<String>, after: Duration) -> Self {
+        Self::Retry { kind: kind.into(), message: message.into(), after: Some(after) }
     }
 
     /// A permanent error.
     pub fn fail(kind: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Fail {
-            kind: kind.into(),
-            message: message.into(),
-        }
+        Self::Fail { kind: kind.into(), message: message.into() }
     }
 }
 
@@ -92,11 +77,7 @@ impl<E: std::error::Error> From<E> for StepError {
 
 /// `core::num::error::ParseIntError` -> `ParseIntError`, without type parameters.
 fn short_type_name(full: &str) -> &str {
-    let path = full
-        .trim_start_matches(['&', '('])
-        .split('<')
-        .next()
-        .unwrap_or(full);
+    let path = full.trim_start_matches(['&', '(']).split('<').next().unwrap_or(full);
     path.rsplit("::").next().unwrap_or(path)
 }
 
@@ -115,10 +96,7 @@ pub(crate) struct Typed<F, I> {
 
 impl<F, I> Typed<F, I> {
     pub(crate) fn new(function: F) -> Self {
-        Self {
-            function,
-            input: PhantomData,
-        }
+        Self { function, input: PhantomData }
     }
 }
 
@@ -144,17 +122,10 @@ fn parse_input<I: DeserializeOwned>(input: &Value) -> Result<I, StepError> {
         // Again, slower, now that it is known to matter where it goes wrong.
         serde_path_to_error::deserialize(input).map_err(|error| {
             let path = error.path().to_string();
-            let place = if path == "." {
-                "input".to_owned()
-            } else {
-                format!("input.{path}")
-            };
+            let place = if path == "." { "input".to_owned() } else { format!("input.{path}") };
             StepError::fail(
                 "invalid_input",
-                format!(
-                    "{place}: {}",
-                    problem(&error.into_inner().to_string(), input, &path)
-                ),
+                format!("{place}: {}", problem(&error.into_inner().to_string(), input, &path)),
             )
         })
     })
@@ -162,40 +133,27 @@ fn parse_input<I: DeserializeOwned>(input: &Value) -> Result<I, StepError> {
 
 /// What serde says without the value it says it of: a value may be a secret.
 fn problem(serde_says: &str, input: &Value, path: &str) -> String {
-    if ["missing field", "unknown field", "duplicate field"]
-        .iter()
-        .any(|start| serde_says.starts_with(start))
-    {
+    if ["missing field", "unknown field", "duplicate field"].iter().any(|start| serde_says.starts_with(start)) {
         return serde_says.to_owned();
     }
-    let known = [
-        "invalid type: ",
-        "invalid value: ",
-        "invalid length ",
-        "unknown variant ",
-    ];
+    let known = ["invalid type: ", "invalid value: ", "invalid length ", "unknown variant "];
     let expected = known
         .iter()
         .any(|start| serde_says.starts_with(start))
         .then(|| serde_says.rsplit_once(", expected "))
         .flatten()
         .map_or("what the handler's type accepts", |(_, expected)| expected);
-    format!(
-        "is {}; the handler needs {expected}",
-        shape(at(input, path))
-    )
+    format!("is {}; the handler needs {expected}", shape(at(input, path)))
 }
 
 fn at<'v>(input: &'v Value, path: &str) -> Option<&'v Value> {
     if path == "." {
         return Some(input);
     }
-    path.split(['.', '[', ']'])
-        .filter(|part| !part.is_empty())
-        .try_fold(input, |value, part| match value {
-            Value::Array(items) => items.get(part.parse::<usize>().ok()?),
-            other => other.get(part),
-        })
+    path.split(['.', '[', ']']).filter(|part| !part.is_empty()).try_fold(input, |value, part| match value {
+        Value::Array(items) => items.get(part.parse::<usize>().ok()?),
+        other => other.get(part),
+    })
 }
 
 fn shape(value: Option<&Value>) -> &'static str {
@@ -215,12 +173,8 @@ const MAX_OUTPUT_BYTES: usize = 64 << 20;
 const MAX_OUTPUT_DEPTH: usize = 64;
 
 fn write_output<O: Serialize>(output: &O) -> Output {
-    let text = serde_json::value::to_raw_value(output).map_err(|error| {
-        StepError::fail(
-            "invalid_output",
-            format!("the output cannot be written as JSON: {error}"),
-        )
-    })?;
+    let text = serde_json::value::to_raw_value(output)
+        .map_err(|error| StepError::fail("invalid_output", format!("the output cannot be written as JSON: {error}")))?;
     match refusal(text.get()) {
         None => Ok(text),
         Some((kind, problem)) => Err(StepError::fail(kind, problem)),
@@ -232,10 +186,7 @@ fn refusal(json: &str) -> Option<(&'static str, String)> {
     if json.len() > MAX_OUTPUT_BYTES {
         return Some((
             "output_too_large",
-            format!(
-                "the output has {} bytes; store it elsewhere and return a reference",
-                json.len()
-            ),
+            format!("the output has {} bytes; store it elsewhere and return a reference", json.len()),
         ));
     }
     let (mut depth, mut deepest, mut in_string) = (0_usize, 0, false);
@@ -245,7 +196,10 @@ fn refusal(json: &str) -> Option<(&'static str, String)> {
             b'"' => in_string = !in_string,
             b'\\' => {
                 if json[at..].starts_with("\\u0000") {
-                    return Some(("invalid_output", "the output has a NUL character in a string, which PostgreSQL cannot store; remove it".into()));
+                    return Some((
+                        "invalid_output",
+                        "the output has a NUL character in a string, which PostgreSQL cannot store; remove it".into(),
+                    ));
                 }
                 bytes.next();
             }
@@ -257,8 +211,12 @@ fn refusal(json: &str) -> Option<(&'static str, String)> {
             _ => {}
         }
     }
-    (deepest > MAX_OUTPUT_DEPTH)
-        .then(|| ("invalid_output", format!("the output is nested {deepest} deep, the limit is {MAX_OUTPUT_DEPTH}; make it flatter")))
+    (deepest > MAX_OUTPUT_DEPTH).then(|| {
+        (
+            "invalid_output",
+            format!("the output is nested {deepest} deep, the limit is {MAX_OUTPUT_DEPTH}; make it flatter"),
+        )
+    })
 }
 
 #[cfg(test)]
@@ -290,10 +248,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(refused(json!({})), "input: missing field `lines`");
-        assert_eq!(
-            refused(json!({"lines": [{"amount": 1}, {}]})),
-            "input.lines[1]: missing field `amount`"
-        );
+        assert_eq!(refused(json!({"lines": [{"amount": 1}, {}]})), "input.lines[1]: missing field `amount`");
         assert_eq!(
             refused(json!({"lines": [{"amount": "4111, expected 1111"}]})),
             "input.lines[0].amount: is a string; the handler needs u32"
@@ -302,10 +257,7 @@ mod tests {
             refused(json!({"lines": [{"amount": -5}]})),
             "input.lines[0].amount: is a number; the handler needs u32"
         );
-        assert_eq!(
-            refused(json!(null)),
-            "input: is null; the handler needs struct Order"
-        );
+        assert_eq!(refused(json!(null)), "input: is null; the handler needs struct Order");
         assert!(parse_input::<Order>(&json!({"lines": [{"amount": 1}]})).is_ok());
     }
 
@@ -316,16 +268,10 @@ mod tests {
         struct BankAway<T: std::fmt::Debug>(T, #[source] std::num::ParseIntError);
 
         let cause = "x".parse::<i32>().unwrap_err();
-        assert_eq!(
-            StepError::from(cause.clone()),
-            StepError::retry("ParseIntError", "invalid digit found in string")
-        );
+        assert_eq!(StepError::from(cause.clone()), StepError::retry("ParseIntError", "invalid digit found in string"));
         assert_eq!(
             StepError::from(BankAway(std::collections::HashMap::<u8, u8>::new(), cause)),
-            StepError::retry(
-                "BankAway",
-                "the bank is away: invalid digit found in string"
-            )
+            StepError::retry("BankAway", "the bank is away: invalid digit found in string")
         );
         assert_eq!(short_type_name("dyn std::error::Error"), "Error");
         assert_eq!(short_type_name("&std::io::Error"), "Error");
@@ -339,20 +285,11 @@ mod tests {
             Err(other) => panic!("{other:?}"),
         };
         assert_eq!(kind(json!({"a": "\\u0000 as text, \"{[{[\""})), None);
-        assert_eq!(
-            kind(json!({"a": "nul \0"})).as_deref(),
-            Some("invalid_output")
-        );
-        assert_eq!(
-            kind(json!({"nul \0": 1})).as_deref(),
-            Some("invalid_output")
-        );
+        assert_eq!(kind(json!({"a": "nul \0"})).as_deref(), Some("invalid_output"));
+        assert_eq!(kind(json!({"nul \0": 1})).as_deref(), Some("invalid_output"));
         let nested = |depth: usize| (0..depth).fold(json!(1), |inner, _| json!([inner]));
         assert_eq!(kind(nested(64)), None);
         assert_eq!(kind(nested(65)).as_deref(), Some("invalid_output"));
-        assert_eq!(
-            kind(json!("x".repeat(MAX_OUTPUT_BYTES))).as_deref(),
-            Some("output_too_large")
-        );
+        assert_eq!(kind(json!("x".repeat(MAX_OUTPUT_BYTES))).as_deref(), Some("output_too_large"));
     }
 }

@@ -64,20 +64,10 @@ impl Held {
         let mut held = self.lock();
         let mut stops = Vec::with_capacity(claims.len());
         for claim in claims {
-            let every = (Duration::from_millis(u64::try_from(claim.lease_ms).unwrap_or(0)) / 3)
-                .max(SHORTEST);
+            let every = (Duration::from_millis(u64::try_from(claim.lease_ms).unwrap_or(0)) / 3).max(SHORTEST);
             let (stop, due) = (Stop::default(), received + every);
             stops.push(stop.clone());
-            held.by_token.insert(
-                claim.token,
-                HeldClaim {
-                    step: claim.step,
-                    every,
-                    due,
-                    progress: None,
-                    stop,
-                },
-            );
+            held.by_token.insert(claim.token, HeldClaim { step: claim.step, every, due, progress: None, stop });
             if held.looks_at.is_none_or(|looks_at| due < looks_at) {
                 held.looks_at = Some(due);
                 self.earlier.notify_one();
@@ -117,11 +107,7 @@ impl Held {
             .by_token
             .iter_mut()
             .filter(|(_, claim)| all || claim.due <= now + claim.every / 4)
-            .map(|(token, claim)| Beat {
-                step: claim.step,
-                token: *token,
-                progress: claim.progress.take(),
-            })
+            .map(|(token, claim)| Beat { step: claim.step, token: *token, progress: claim.progress.take() })
             .collect()
     }
 
@@ -204,11 +190,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: C
 }
 
 #[tracing::instrument(skip_all, fields(claims = beats.len()))]
-async fn send(
-    line: &mut Line,
-    beats: &[Beat],
-    lease: Duration,
-) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
+async fn send(line: &mut Line, beats: &[Beat], lease: Duration) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
     let conn = line.get().await?;
     protocol::heartbeat(conn, beats, lease).await
 }

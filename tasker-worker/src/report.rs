@@ -44,13 +44,7 @@ impl Results {
     pub(crate) fn new() -> (Self, Inbox) {
         // Bounded by what may be claimed while results wait.
         let (sender, receiver) = mpsc::unbounded_channel();
-        (
-            Self {
-                sender,
-                waiting: watch::Sender::default(),
-            },
-            Arc::new(Mutex::new(receiver)),
-        )
+        (Self { sender, waiting: watch::Sender::default() }, Arc::new(Mutex::new(receiver)))
     }
 
     pub(crate) fn push(&self, report: Report) {
@@ -64,8 +58,7 @@ impl Results {
 
     /// Waits until so few results wait that more work may be taken.
     pub(crate) async fn room(&self) {
-        let few =
-            |waiting: &Waiting| waiting.results < MAX_WAITING && waiting.bytes < MAX_WAITING_BYTES;
+        let few = |waiting: &Waiting| waiting.results < MAX_WAITING && waiting.bytes < MAX_WAITING_BYTES;
         // The sender is `self`, so it cannot be gone.
         let _ = self.waiting.subscribe().wait_for(few).await;
     }
@@ -141,11 +134,7 @@ impl Reporter {
                         tracing::info!("results are reported again");
                         failures = 0;
                     }
-                    for (report, _) in part
-                        .iter()
-                        .zip(&accepted)
-                        .filter(|(_, accepted)| !**accepted)
-                    {
+                    for (report, _) in part.iter().zip(&accepted).filter(|(_, accepted)| !**accepted) {
                         tracing::info!(step_uuid = %report.step, "a result came too late: its claim is another's, or its task has ended");
                     }
                     self.answered(&part);
@@ -196,9 +185,9 @@ async fn send(line: &mut Line, reports: &[Report]) -> Result<Vec<bool>, Error> {
 /// exceptions (such as JSON that `jsonb` cannot hold) and exceeded limits.
 fn is_of_the_content(error: &Error) -> bool {
     match error {
-        Error::Database(sqlx::Error::Database(error)) => error
-            .code()
-            .is_some_and(|code| code.starts_with("22") || code.starts_with("54")),
+        Error::Database(sqlx::Error::Database(error)) => {
+            error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+        }
         Error::Database(sqlx::Error::Encode(_)) => true,
         _ => false,
     }
@@ -210,9 +199,7 @@ fn refused(report: &Report, error: &Error) -> Option<Report> {
         return None;
     };
     let code = match error {
-        Error::Database(sqlx::Error::Database(error)) => {
-            error.code().unwrap_or_default().into_owned()
-        }
+        Error::Database(sqlx::Error::Database(error)) => error.code().unwrap_or_default().into_owned(),
         _ => String::new(),
     };
     let error = ReportedError {
@@ -221,8 +208,5 @@ fn refused(report: &Report, error: &Error) -> Option<Report> {
         retryable: false,
         retry_after_ms: None,
     };
-    Some(Report {
-        outcome: Outcome::Error { error },
-        ..report.clone()
-    })
+    Some(Report { outcome: Outcome::Error { error }, ..report.clone() })
 }

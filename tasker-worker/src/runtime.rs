@@ -186,19 +186,12 @@ impl Builder {
             return Err(Error::Slots);
         }
         if self.builtins {
-            self.registry
-                .insert("noop".into(), Typed::new(handlers::noop));
-            self.registry
-                .insert("echo".into(), Typed::new(handlers::echo));
-            self.registry
-                .insert("sleep".into(), Typed::new(handlers::sleep));
-            self.registry
-                .insert("fail".into(), Typed::new(handlers::fail));
+            self.registry.insert("noop".into(), Typed::new(handlers::noop));
+            self.registry.insert("echo".into(), Typed::new(handlers::echo));
+            self.registry.insert("sleep".into(), Typed::new(handlers::sleep));
+            self.registry.insert("fail".into(), Typed::new(handlers::fail));
             let http = Http::new(self.http_hosts);
-            self.registry.insert(
-                "http".into(),
-                Typed::new(move |ctx, request| http.clone().call(ctx, request)),
-            );
+            self.registry.insert("http".into(), Typed::new(move |ctx, request| http.clone().call(ctx, request)));
         }
         if let Some(name) = self.registry.duplicate {
             return Err(Error::DuplicateHandler(name));
@@ -276,11 +269,8 @@ impl Worker {
     }
 
     fn start(self, pools: &Pools, stop: CancellationToken) -> Running {
-        let queues: Vec<String> = self
-            .queues
-            .iter()
-            .map(|queue| physical_queue(&self.namespace, queue.as_deref()))
-            .collect();
+        let queues: Vec<String> =
+            self.queues.iter().map(|queue| physical_queue(&self.namespace, queue.as_deref())).collect();
         let wakes: Vec<Arc<Notify>> = queues.iter().map(|_| Arc::default()).collect();
         let handlers = self.registry.names();
         let (results, inbox) = Results::new();
@@ -307,11 +297,8 @@ impl Worker {
             changed: Notify::new(),
             known: CancellationToken::new(),
         });
-        let (all_ran, all_reported, give_up) = (
-            CancellationToken::new(),
-            CancellationToken::new(),
-            CancellationToken::new(),
-        );
+        let (all_ran, all_reported, give_up) =
+            (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
         let attempts = TaskTracker::new();
 
         let mut intake = JoinSet::new();
@@ -339,12 +326,7 @@ impl Worker {
         }
         let mut upkeep = JoinSet::new();
         upkeep.spawn(presence.listen(pools.session.clone(), all_reported.clone()));
-        upkeep.spawn(held::beat(
-            held,
-            pools.claims.clone(),
-            self.lease,
-            all_reported.clone(),
-        ));
+        upkeep.spawn(held::beat(held, pools.claims.clone(), self.lease, all_reported.clone()));
         let mut reporters = JoinSet::new();
         for _ in 0..REPORTERS {
             let reporter = Reporter {
@@ -355,12 +337,7 @@ impl Worker {
             };
             reporters.spawn(reporter.run(pools.reports.clone()));
         }
-        tracing::info!(
-            worker = self.name,
-            namespace = &*executor.namespace,
-            slots = self.slots,
-            "the worker runs"
-        );
+        tracing::info!(worker = self.name, namespace = &*executor.namespace, slots = self.slots, "the worker runs");
         Running {
             worker: self.name,
             executor,
@@ -391,12 +368,8 @@ struct Pools {
 impl Pools {
     async fn open(url: &str, queues: usize) -> Result<Self, sqlx::Error> {
         let pool = async |max_connections, settings: &[(&str, &str)]| {
-            let options = PoolOptions {
-                max_connections,
-                application_name: "tasker-worker",
-                settings,
-                ..PoolOptions::default()
-            };
+            let options =
+                PoolOptions { max_connections, application_name: "tasker-worker", settings, ..PoolOptions::default() };
             tx::pool(url, &options).await
         };
         let mut asynchronous = HOT_PATH_SETTINGS.to_vec();
@@ -444,10 +417,7 @@ impl Running {
             Some(ended) = self.reporters.join_next() => ended,
             Some(ended) = self.upkeep.join_next() => ended,
         };
-        Err(Error::Stopped(ended.map_or_else(
-            |error| error.to_string(),
-            |()| "a loop ended early".into(),
-        )))
+        Err(Error::Stopped(ended.map_or_else(|error| error.to_string(), |()| "a loop ended early".into())))
     }
 
     async fn drain(&mut self) {
@@ -516,11 +486,7 @@ impl Presence {
         let mut line = Line::new(pool);
         let mut failures = 0;
         // The lock comes before the hello that names it. Behind a pooler there may be no lock.
-        let _ = timeout(
-            Duration::from_secs(2),
-            stop.run_until_cancelled(self.changed.notified()),
-        )
-        .await;
+        let _ = timeout(Duration::from_secs(2), stop.run_until_cancelled(self.changed.notified())).await;
         while !stop.is_cancelled() {
             let wait = match self.hello(&mut line).await {
                 Ok(()) => {
@@ -676,29 +642,13 @@ fn check_name(what: &'static str, name: &str) -> Result<(), Error> {
     let words = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let good = name.len() <= 40
         && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name
-            .split('_')
-            .all(|word| !word.is_empty() && word.chars().all(words));
-    if good {
-        Ok(())
-    } else {
-        Err(Error::Name {
-            what,
-            name: name.to_owned(),
-        })
-    }
+        && name.split('_').all(|word| !word.is_empty() && word.chars().all(words));
+    if good { Ok(()) } else { Err(Error::Name { what, name: name.to_owned() }) }
 }
 
 fn default_name() -> String {
-    let host = rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned();
-    format!(
-        "{host}-{}-{:04x}",
-        std::process::id(),
-        rand::random::<u16>()
-    )
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    format!("{host}-{}-{:04x}", std::process::id(), rand::random::<u16>())
 }
 
 #[cfg(test)]
@@ -709,39 +659,18 @@ mod tests {
 
     #[test]
     fn a_worker_that_could_never_work_is_not_built() {
-        let build = |change: fn(Builder) -> Builder| {
-            change(Worker::builder("postgresql:///x").builtins())
-                .build()
-                .map(drop)
-        };
+        let build =
+            |change: fn(Builder) -> Builder| change(Worker::builder("postgresql:///x").builtins()).build().map(drop);
         assert!(build(|b| b).is_ok());
-        assert!(matches!(
-            build(|b| b.namespace("a__b")),
-            Err(Error::Name {
-                what: "namespace",
-                ..
-            })
-        ));
-        assert!(matches!(
-            build(|b| b.namespace("")),
-            Err(Error::Name { .. })
-        ));
-        assert!(matches!(
-            build(|b| b.queue(Some("Slow"))),
-            Err(Error::Name { what: "queue", .. })
-        ));
-        assert!(matches!(
-            build(|b| b.queue(Some("slow_"))),
-            Err(Error::Name { .. })
-        ));
+        assert!(matches!(build(|b| b.namespace("a__b")), Err(Error::Name { what: "namespace", .. })));
+        assert!(matches!(build(|b| b.namespace("")), Err(Error::Name { .. })));
+        assert!(matches!(build(|b| b.queue(Some("Slow"))), Err(Error::Name { what: "queue", .. })));
+        assert!(matches!(build(|b| b.queue(Some("slow_"))), Err(Error::Name { .. })));
         assert!(matches!(build(|b| b.slots(0)), Err(Error::Slots)));
         assert!(
             matches!(build(|b| b.handler("echo", handlers::echo)), Err(Error::DuplicateHandler(name)) if name == "echo")
         );
-        assert!(matches!(
-            Worker::builder("postgresql:///x").build(),
-            Err(Error::NoHandlers)
-        ));
+        assert!(matches!(Worker::builder("postgresql:///x").build(), Err(Error::NoHandlers)));
     }
 
     #[tokio::test]
@@ -761,19 +690,8 @@ mod tests {
             changed: Notify::new(),
             known: CancellationToken::new(),
         };
-        let woken = || {
-            wakes
-                .iter()
-                .map(|wake| wake.notified().now_or_never().is_some())
-                .collect::<Vec<_>>()
-        };
-        for other in [
-            "worker_shops",
-            "step_results",
-            "admit",
-            "cancel:w2",
-            "cancel:w1",
-        ] {
+        let woken = || wakes.iter().map(|wake| wake.notified().now_or_never().is_some()).collect::<Vec<_>>();
+        for other in ["worker_shops", "step_results", "admit", "cancel:w2", "cancel:w1"] {
             presence.told(other);
         }
         assert_eq!(woken(), [false, false]);
@@ -786,10 +704,7 @@ mod tests {
     #[test]
     fn two_workers_of_one_process_have_different_names() {
         let name = default_name();
-        assert!(
-            name.contains(&format!("-{}-", std::process::id())),
-            "{name}"
-        );
+        assert!(name.contains(&format!("-{}-", std::process::id())), "{name}");
         assert!((0..8).any(|_| default_name() != name));
     }
 }

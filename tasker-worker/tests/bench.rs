@@ -46,14 +46,7 @@ pub struct Step<'a> {
 }
 
 pub fn step(handler: &str, input: Value) -> Step<'_> {
-    Step {
-        handler,
-        input,
-        queue: "worker_shop",
-        attempt: 1,
-        run_ms: Some(30_000),
-        lease_ms: 10_000,
-    }
+    Step { handler, input, queue: "worker_shop", attempt: 1, run_ms: Some(30_000), lease_ms: 10_000 }
 }
 
 /// What an attempt left behind.
@@ -74,11 +67,7 @@ impl Bench {
         let db = TestDatabase::fresh().await;
         let pool = db.pool().await;
         pool.execute(TELL).await.expect("the bench");
-        Self {
-            pool,
-            db,
-            _place: place,
-        }
+        Self { pool, db, _place: place }
     }
 
     /// Enqueues steps of a new task, each with its message; the steps' names are `s0`, `s1`, ….
@@ -149,62 +138,45 @@ impl Bench {
     }
 
     pub fn worker(&self) -> Builder {
-        Worker::builder(self.db.url())
-            .namespace("shop")
-            .version("7.1")
+        Worker::builder(self.db.url()).namespace("shop").version("7.1")
     }
 
     /// Waits until the query says true; it is asked again whenever something happened.
     pub async fn until(&self, query: &str) {
-        let mut signals = PgListener::connect_with(&self.pool)
-            .await
-            .expect("a listener");
+        let mut signals = PgListener::connect_with(&self.pool).await.expect("a listener");
         signals.listen("test").await.expect("listening");
         let waiting = async {
-            while !sqlx::query_scalar::<_, bool>(AssertSqlSafe(query))
-                .fetch_one(&self.pool)
-                .await
-                .expect(query)
-            {
+            while !sqlx::query_scalar::<_, bool>(AssertSqlSafe(query)).fetch_one(&self.pool).await.expect(query) {
                 signals.recv().await.expect("a signal");
             }
         };
         if tokio::time::timeout(PATIENCE, waiting).await.is_err() {
-            let steps: Vec<(String, Option<String>)> =
-                sqlx::query_as("select state, claimed_by from tasker.steps")
-                    .fetch_all(&self.pool)
-                    .await
-                    .expect("steps");
+            let steps: Vec<(String, Option<String>)> = sqlx::query_as("select state, claimed_by from tasker.steps")
+                .fetch_all(&self.pool)
+                .await
+                .expect("steps");
             panic!("never came true: {query}; steps: {steps:?}");
         }
     }
 
     pub async fn reported(&self, step: Uuid) -> Attempt {
-        self.until(&format!(
-            "select state like 'enqueued_%' from tasker.steps where step_uuid = '{step}'"
-        ))
-        .await;
+        self.until(&format!("select state like 'enqueued_%' from tasker.steps where step_uuid = '{step}'")).await;
         self.attempt(step).await
     }
 
     pub async fn attempt(&self, step: Uuid) -> Attempt {
-        sqlx::query_as(
-            "select * from tasker.attempts where step_uuid = $1 order by attempt desc limit 1",
-        )
-        .bind(step)
-        .fetch_one(&self.pool)
-        .await
-        .expect("an attempt")
+        sqlx::query_as("select * from tasker.attempts where step_uuid = $1 order by attempt desc limit 1")
+            .bind(step)
+            .fetch_one(&self.pool)
+            .await
+            .expect("an attempt")
     }
 
     pub async fn ask<T>(&self, query: &'static str) -> T
     where
         T: Send + Unpin + for<'r> sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
     {
-        sqlx::query_scalar(query)
-            .fetch_one(&self.pool)
-            .await
-            .expect(query)
+        sqlx::query_scalar(query).fetch_one(&self.pool).await.expect(query)
     }
 
     /// What an orchestrator does to a task that is cancelled or terminated.
@@ -241,17 +213,12 @@ impl Running {
     /// Drains it.
     pub async fn drained(self) {
         self.stop.cancel();
-        let ended = tokio::time::timeout(PATIENCE, self.ended)
-            .await
-            .expect("the drain ends");
+        let ended = tokio::time::timeout(PATIENCE, self.ended).await.expect("the drain ends");
         ended.expect("no panic").expect("no error");
     }
 }
 
 /// Waits for what a handler tells.
 pub async fn told<T>(receiver: &mut tokio::sync::mpsc::UnboundedReceiver<T>) -> T {
-    tokio::time::timeout(PATIENCE, receiver.recv())
-        .await
-        .expect("told in time")
-        .expect("a sender")
+    tokio::time::timeout(PATIENCE, receiver.recv()).await.expect("told in time").expect("a sender")
 }

@@ -19,9 +19,7 @@ fn exporter() -> &'static InMemorySpanExporter {
     static EXPORTER: OnceLock<InMemorySpanExporter> = OnceLock::new();
     EXPORTER.get_or_init(|| {
         let exporter = InMemorySpanExporter::default();
-        let provider = SdkTracerProvider::builder()
-            .with_simple_exporter(exporter.clone())
-            .build();
+        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
         let spans = tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("test"))
             .with_filter(filter_fn(|meta| meta.target().starts_with("worker::spans")));
@@ -49,9 +47,7 @@ async fn user_code(ctx: StepContext, _: Value) -> Result<HashMap<String, String>
 async fn spans_of_a_handler_are_children_of_its_attempt() {
     let exporter = exporter();
     let bench = Bench::new().await;
-    let (_, steps) = bench
-        .enqueue(&vec![step("user_code", json!(null)); 5])
-        .await;
+    let (_, steps) = bench.enqueue(&vec![step("user_code", json!(null)); 5]).await;
     let worker = start(bench.worker().handler("user_code", user_code));
     let mut outputs = Vec::new();
     for uuid in &steps {
@@ -60,36 +56,17 @@ async fn spans_of_a_handler_are_children_of_its_attempt() {
     worker.drained().await;
 
     let all = exporter.get_finished_spans().expect("spans");
-    let trace_id = u128::from_str_radix(TRACE_ID, 16)
-        .expect("hex")
-        .to_be_bytes();
+    let trace_id = u128::from_str_radix(TRACE_ID, 16).expect("hex").to_be_bytes();
     for (uuid, headers) in steps.iter().zip(outputs) {
         let mark = uuid.to_string();
         let find = |name: &str| -> &SpanData {
-            let has_mark = |span: &&SpanData| {
-                span.attributes
-                    .iter()
-                    .any(|pair| pair.value.as_str() == mark)
-            };
-            all.iter()
-                .filter(|span| span.name == name)
-                .find(has_mark)
-                .expect(name)
+            let has_mark = |span: &&SpanData| span.attributes.iter().any(|pair| pair.value.as_str() == mark);
+            all.iter().filter(|span| span.name == name).find(has_mark).expect(name)
         };
         let (outer, inner) = (find("outer"), find("inner"));
-        let attempt = tasker_shared::trace::ids::span_id(
-            &trace_id,
-            *uuid,
-            0,
-            1,
-            tasker_shared::trace::ids::SpanKey::Handler,
-            0,
-        );
-        assert_eq!(
-            outer.parent_span_id.to_bytes(),
-            attempt,
-            "below handler.execution"
-        );
+        let attempt =
+            tasker_shared::trace::ids::span_id(&trace_id, *uuid, 0, 1, tasker_shared::trace::ids::SpanKey::Handler, 0);
+        assert_eq!(outer.parent_span_id.to_bytes(), attempt, "below handler.execution");
         assert!(outer.parent_span_is_remote);
         assert_eq!(outer.span_context.trace_id().to_bytes(), trace_id);
         assert_eq!(inner.parent_span_id, outer.span_context.span_id());

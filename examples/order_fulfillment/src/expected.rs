@@ -27,11 +27,7 @@ pub fn expected(order: &Order) -> Option<Closed> {
         (order.billing_country != order.shipping_country, 25),
         (order.customer.first_order, 15),
     ];
-    let score: u32 = risks
-        .iter()
-        .filter(|(applies, _)| *applies)
-        .map(|(_, points)| points)
-        .sum();
+    let score: u32 = risks.iter().filter(|(applies, _)| *applies).map(|(_, points)| points).sum();
     if score >= 75 {
         return None;
     }
@@ -69,8 +65,8 @@ pub fn expected(order: &Order) -> Option<Closed> {
         "US" | "CA" => "EWR1",
         _ => "FRA1",
     };
-    let tracking = (order.shipping_method != ShippingMethod::Pickup)
-        .then(|| format!("{warehouse}-{digits}-{:02}", grams % 97));
+    let tracking =
+        (order.shipping_method != ShippingMethod::Pickup).then(|| format!("{warehouse}-{digits}-{:02}", grams % 97));
     let points = match order.customer.tier {
         _ if review => 0,
         Tier::Basic => net / 100,
@@ -80,12 +76,7 @@ pub fn expected(order: &Order) -> Option<Closed> {
 
     Some(Closed {
         order_id: order.order_id.clone(),
-        status: if review {
-            "completed_after_review"
-        } else {
-            "completed"
-        }
-        .to_owned(),
+        status: if review { "completed_after_review" } else { "completed" }.to_owned(),
         currency: order.currency.clone(),
         subtotal_cents: subtotal,
         discount_cents: discount,

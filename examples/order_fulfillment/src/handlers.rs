@@ -23,19 +23,11 @@ pub struct Failure {
 
 impl Failure {
     fn fail(error_type: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            retryable: false,
-            error_type,
-            message: message.into(),
-        }
+        Self { retryable: false, error_type, message: message.into() }
     }
 
     fn retry(error_type: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            retryable: true,
-            error_type,
-            message: message.into(),
-        }
+        Self { retryable: true, error_type, message: message.into() }
     }
 }
 
@@ -64,10 +56,7 @@ pub fn call(handler: &str, input: Value, attempt: u32) -> Result<Value, Failure>
         "notifications.receipt" => typed(input, send_receipt),
         "loyalty.award" => typed(input, award),
         "orders.close" => typed(input, close),
-        other => Err(Failure::fail(
-            "UnknownHandler",
-            format!("no handler is named {other}"),
-        )),
+        other => Err(Failure::fail("UnknownHandler", format!("no handler is named {other}"))),
     }
 }
 
@@ -75,8 +64,7 @@ fn typed<I: DeserializeOwned, O: Serialize>(
     input: Value,
     handler: impl FnOnce(&I) -> Result<O, Failure>,
 ) -> Result<Value, Failure> {
-    let input = serde_json::from_value(input)
-        .map_err(|error| Failure::fail("BadInput", error.to_string()))?;
+    let input = serde_json::from_value(input).map_err(|error| Failure::fail("BadInput", error.to_string()))?;
     let output = handler(&input)?;
     serde_json::to_value(output).map_err(|error| Failure::fail("BadOutput", error.to_string()))
 }
@@ -96,18 +84,8 @@ enum Zone {
     World,
 }
 
-const fn country_row(
-    code: &'static str,
-    tax_basis_points: u64,
-    zone: Zone,
-    warehouse: &'static str,
-) -> Country {
-    Country {
-        code,
-        tax_basis_points,
-        zone,
-        warehouse,
-    }
+const fn country_row(code: &'static str, tax_basis_points: u64, zone: Zone, warehouse: &'static str) -> Country {
+    Country { code, tax_basis_points, zone, warehouse }
 }
 
 const COUNTRIES: [Country; 9] = [
@@ -175,17 +153,9 @@ pub fn validate(order: &Order) -> Result<Validated, Failure> {
     if let Some(coupon) = &order.coupon
         && !COUPONS.contains(&coupon.as_str())
     {
-        return Err(Failure::fail(
-            "UnknownCoupon",
-            format!("there is no coupon {coupon}"),
-        ));
+        return Err(Failure::fail("UnknownCoupon", format!("there is no coupon {coupon}")));
     }
-    let mut validated = Validated {
-        lines: Vec::new(),
-        subtotal_cents: 0,
-        units: 0,
-        weight_grams: 0,
-    };
+    let mut validated = Validated { lines: Vec::new(), subtotal_cents: 0, units: 0, weight_grams: 0 };
     let mut seen = HashSet::new();
     for item in &order.items {
         if !(1..=999).contains(&item.quantity) {
@@ -193,21 +163,14 @@ pub fn validate(order: &Order) -> Result<Validated, Failure> {
             return Err(Failure::fail("BadQuantity", message));
         }
         if !seen.insert(&item.sku) {
-            return Err(Failure::fail(
-                "BadItems",
-                format!("{} is listed twice", item.sku),
-            ));
+            return Err(Failure::fail("BadItems", format!("{} is listed twice", item.sku)));
         }
         let line_cents = item.quantity * item.unit_price_cents;
         validated.subtotal_cents += line_cents;
         validated.units += item.quantity;
         validated.weight_grams += item.quantity * item.weight_grams;
         let (sku, quantity) = (item.sku.clone(), item.quantity);
-        validated.lines.push(Line {
-            sku,
-            quantity,
-            line_cents,
-        });
+        validated.lines.push(Line { sku, quantity, line_cents });
     }
     Ok(validated)
 }
@@ -234,10 +197,7 @@ pub struct Reserved {
 
 /// Holds the goods in the warehouse that serves the country.
 pub fn reserve(input: &Reserve) -> Result<Reserved, Failure> {
-    let sum = (1..)
-        .zip(&input.lines)
-        .map(|(place, line)| place * line.quantity)
-        .sum();
+    let sum = (1..).zip(&input.lines).map(|(place, line)| place * line.quantity).sum();
     Ok(Reserved {
         hold_id: format!("hold-{}-{}", input.order_id, check_digits(sum)),
         warehouse: country(&input.country)?.warehouse.to_owned(),
@@ -295,10 +255,7 @@ pub fn check_fraud(input: &FraudCheck) -> Result<FraudChecked, Failure> {
     }
     let decision = match score {
         75.. => {
-            return Err(Failure::fail(
-                "FraudSuspected",
-                format!("the score is {score}"),
-            ));
+            return Err(Failure::fail("FraudSuspected", format!("the score is {score}")));
         }
         50.. => Decision::Review,
         _ => Decision::Approve,
@@ -355,21 +312,10 @@ pub fn quote(input: &Quote) -> Result<Quoted, Failure> {
     let tax_cents = (net_cents * country.tax_basis_points + 5000) / 10_000;
     let shipping_cents = match coupon {
         Some("FREESHIP") => 0,
-        _ => shipping(
-            input.shipping_method,
-            country.zone,
-            input.weight_grams,
-            net_cents,
-        ),
+        _ => shipping(input.shipping_method, country.zone, input.weight_grams, net_cents),
     };
     let total_cents = net_cents + tax_cents + shipping_cents;
-    Ok(Quoted {
-        discount_cents,
-        net_cents,
-        tax_cents,
-        shipping_cents,
-        total_cents,
-    })
+    Ok(Quoted { discount_cents, net_cents, tax_cents, shipping_cents, total_cents })
 }
 
 fn shipping(method: ShippingMethod, zone: Zone, weight_grams: u64, net_cents: u64) -> u64 {
@@ -416,10 +362,7 @@ pub struct Charged {
 /// Takes the money. The first attempt fails, as if the gateway had timed out.
 pub fn charge(input: &Charge, attempt: u32) -> Result<Charged, Failure> {
     if attempt <= 1 {
-        return Err(Failure::retry(
-            "GatewayTimeout",
-            "the payment gateway did not answer",
-        ));
+        return Err(Failure::retry("GatewayTimeout", "the payment gateway did not answer"));
     }
     let digits = check_digits(input.amount_cents);
     Ok(Charged {
@@ -460,10 +403,7 @@ pub fn ship(input: &Ship) -> Result<Shipped, Failure> {
             Some(format!("{}-{number}-{digits}", input.warehouse))
         }
     };
-    Ok(Shipped {
-        tracking,
-        parcels: input.weight_grams.div_ceil(20_000).max(1),
-    })
+    Ok(Shipped { tracking, parcels: input.weight_grams.div_ceil(20_000).max(1) })
 }
 
 /// Input of `send_receipt`.
@@ -494,9 +434,7 @@ pub struct ReceiptSent {
 
 /// Sends the receipt.
 pub fn send_receipt(input: &Receipt) -> Result<ReceiptSent, Failure> {
-    let (Some(first), Some((_, domain))) =
-        (input.email.chars().next(), input.email.split_once('@'))
-    else {
+    let (Some(first), Some((_, domain))) = (input.email.chars().next(), input.email.split_once('@')) else {
         return Err(Failure::fail("BadAddress", "the e-mail address has no @"));
     };
     let (whole, cents) = (input.amount_cents / 100, input.amount_cents % 100);
@@ -540,10 +478,7 @@ pub fn award(input: &Award) -> Result<Awarded, Failure> {
         Decision::Approve => input.net_cents * percent / 10_000,
         Decision::Review => 0,
     };
-    Ok(Awarded {
-        earned,
-        balance: input.points + earned,
-    })
+    Ok(Awarded { earned, balance: input.points + earned })
 }
 
 /// Input of `close`.

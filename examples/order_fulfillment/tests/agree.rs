@@ -19,10 +19,7 @@ fn run(checked: &Checked, order: &Order) -> Result<HashMap<String, (Value, u32)>
     let mut done: HashMap<String, (Value, u32)> = HashMap::new();
     for &step in checked.graph.topological_order() {
         let step = &checked.template.steps[step as usize];
-        let references = step
-            .input_template()
-            .unwrap()
-            .expect("every step has an input");
+        let references = step.input_template().unwrap().expect("every step has an input");
         let resolved = references
             .resolve(&input, &|name| done.get(name).map(|(output, _)| output))
             .unwrap_or_else(|missing| panic!("{}: {missing}", step.name));
@@ -52,12 +49,7 @@ fn every_order_comes_to_what_is_expected() {
     assert!(all.len() >= 20);
     for order in &all {
         let outputs = run(&checked, order).unwrap_or_else(|failure| panic!("{failure:?}"));
-        assert_eq!(
-            Some(result(&outputs)),
-            expected(order),
-            "{}",
-            order.order_id
-        );
+        assert_eq!(Some(result(&outputs)), expected(order), "{}", order.order_id);
         for (step, (_, attempts)) in &outputs {
             assert_eq!(*attempts, if step == "charge" { 2 } else { 1 }, "{step}");
         }
@@ -91,12 +83,7 @@ fn first_order_comes_to_what_a_person_computes() {
 #[test]
 fn template_uses_every_handler_and_no_other() {
     let checked = template();
-    let used: BTreeSet<&str> = checked
-        .template
-        .steps
-        .iter()
-        .map(|step| step.handler.as_str())
-        .collect();
+    let used: BTreeSet<&str> = checked.template.steps.iter().map(|step| step.handler.as_str()).collect();
     assert_eq!(used, handlers::NAMES.into_iter().collect());
     assert!(checked.graph.len() >= 8);
 }
@@ -118,35 +105,20 @@ fn orders_satisfy_the_schema_and_differ() {
 fn orders_reach_every_rule() {
     let all = orders();
     let results: Vec<Closed> = all.iter().map(|order| expected(order).unwrap()).collect();
-    let coupons: BTreeSet<_> = all
-        .iter()
-        .filter_map(|order| order.coupon.as_deref())
-        .collect();
+    let coupons: BTreeSet<_> = all.iter().filter_map(|order| order.coupon.as_deref()).collect();
     assert_eq!(coupons.len(), 4);
     let countries: BTreeSet<_> = all.iter().map(|order| &order.shipping_country).collect();
     assert_eq!(countries.len(), 9);
-    for method in [
-        ShippingMethod::Standard,
-        ShippingMethod::Express,
-        ShippingMethod::Pickup,
-    ] {
+    for method in [ShippingMethod::Standard, ShippingMethod::Express, ShippingMethod::Pickup] {
         assert!(all.iter().any(|order| order.shipping_method == method));
     }
     for tier in [Tier::Basic, Tier::Silver, Tier::Gold] {
         assert!(all.iter().any(|order| order.customer.tier == tier));
     }
-    assert!(
-        results
-            .iter()
-            .any(|closed| closed.status == "completed_after_review")
-    );
+    assert!(results.iter().any(|closed| closed.status == "completed_after_review"));
     assert!(results.iter().any(|closed| closed.tracking.is_none()));
     assert!(results.iter().any(|closed| closed.parcels > 1));
-    assert!(
-        results
-            .iter()
-            .any(|closed| closed.shipping_cents == 0 && closed.tracking.is_some())
-    );
+    assert!(results.iter().any(|closed| closed.shipping_cents == 0 && closed.tracking.is_some()));
 }
 
 #[test]
@@ -187,10 +159,7 @@ fn charge_gives_the_same_payment_on_every_later_attempt() {
     let input = serde_json::json!({"order_id": "ORD-1", "amount_cents": 100, "currency": "EUR",
                                    "decision": "approve", "statement": "x"});
     let first = handlers::call("payments.charge", input.clone(), 1).unwrap_err();
-    assert_eq!(
-        (first.error_type, first.retryable),
-        ("GatewayTimeout", true)
-    );
+    assert_eq!((first.error_type, first.retryable), ("GatewayTimeout", true));
     let second = handlers::call("payments.charge", input.clone(), 2);
     assert_eq!(second, handlers::call("payments.charge", input, 3));
     assert!(second.is_ok());

@@ -35,14 +35,16 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
     let started = Instant::now();
     let mut rows = 0;
     while started.elapsed() < ENOUGH {
-        sqlx::query("insert into bench_rows (at, body) select clock_timestamp(), '{\"a\": 1}' from generate_series(1, 100)").execute(&mut *conn).await?;
+        sqlx::query(
+            "insert into bench_rows (at, body) select clock_timestamp(), '{\"a\": 1}' from generate_series(1, 100)",
+        )
+        .execute(&mut *conn)
+        .await?;
         rows += 100;
     }
     let batched_rows_per_second = f64::from(rows) / started.elapsed().as_secs_f64();
 
-    sqlx::query("select pgmq.create('bench_limit')")
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query("select pgmq.create('bench_limit')").execute(&mut *conn).await?;
     let (mut messages, mut spent) = (0_usize, Duration::ZERO);
     while spent < ENOUGH {
         // Messages of the size of ours, read whole, as any consumer reads them.
@@ -58,25 +60,21 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
         .await?;
         let started = Instant::now();
         loop {
-            let read: Vec<(i64, i32, DateTime<Utc>, Value, Value)> =
-                sqlx::query_as("select msg_id, read_ct, enqueued_at, message, headers from pgmq.read('bench_limit', 30, 100)")
-                    .fetch_all(&mut *conn)
-                    .await?;
+            let read: Vec<(i64, i32, DateTime<Utc>, Value, Value)> = sqlx::query_as(
+                "select msg_id, read_ct, enqueued_at, message, headers from pgmq.read('bench_limit', 30, 100)",
+            )
+            .fetch_all(&mut *conn)
+            .await?;
             if read.is_empty() {
                 break;
             }
             let ids: Vec<i64> = read.iter().map(|message| message.0).collect();
-            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])")
-                .bind(&ids)
-                .execute(&mut *conn)
-                .await?;
+            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])").bind(&ids).execute(&mut *conn).await?;
             messages += ids.len();
         }
         spent += started.elapsed();
     }
-    sqlx::query("select pgmq.drop_queue('bench_limit')")
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query("select pgmq.drop_queue('bench_limit')").execute(&mut *conn).await?;
     Ok(Limits {
         commits_per_second,
         commit_ms: median(commits),

@@ -69,11 +69,7 @@ struct Pair {
 
 impl Pair {
     async fn start(scenario: &Scenario) -> Result<Self> {
-        let sink = if scenario.traced {
-            Some(Sink::start().await?)
-        } else {
-            None
-        };
+        let sink = if scenario.traced { Some(Sink::start().await?) } else { None };
         let trace = match &sink {
             Some(sink) => {
                 let endpoint = sink.endpoint();
@@ -86,14 +82,7 @@ impl Pair {
             }
             None => TraceConfig::default(),
         };
-        let orchestrator = Orchestrator::start(
-            &scenario.url,
-            &Options {
-                trace,
-                ..Options::default()
-            },
-        )
-        .await?;
+        let orchestrator = Orchestrator::start(&scenario.url, &Options { trace, ..Options::default() }).await?;
         let ran = Arc::new(AtomicUsize::new(0));
         let count = ran.clone();
         let noop = move |_: StepContext, _: Value| {
@@ -114,13 +103,7 @@ impl Pair {
                 }
             }
         });
-        Ok(Self {
-            orchestrator,
-            worker: running,
-            stop,
-            ran,
-            sink,
-        })
+        Ok(Self { orchestrator, worker: running, stop, ran, sink })
     }
 
     async fn stop(self) -> Result<Option<Sink>> {
@@ -132,34 +115,23 @@ impl Pair {
 }
 
 /// Submits all tasks, waits until the last has ended and its spans are acknowledged.
-#[expect(
-    clippy::too_many_lines,
-    reason = "one measurement, in the order it is made"
-)]
+#[expect(clippy::too_many_lines, reason = "one measurement, in the order it is made")]
 pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     // As a vacuum that happens to run would cost one run and not the other.
     sqlx::query("vacuum (analyze)").execute(pool).await?;
     sqlx::query("checkpoint").execute(pool).await.ok();
     let before = Counters::read(pool, scenario.counts_statements).await?;
     let pair = Pair::start(scenario).await?;
-    let last: uuid::Uuid = sqlx::query_scalar("select tasker.uuid7()")
-        .fetch_one(pool)
-        .await?;
+    let last: uuid::Uuid = sqlx::query_scalar("select tasker.uuid7()").fetch_one(pool).await?;
 
     let started = Instant::now();
     let mut conn = pool.acquire().await?;
     for first in (0..scenario.tasks).step_by(200) {
         let requests: Vec<Value> = (first..scenario.tasks.min(first + 200))
-            .map(
-                |n| json!({"namespace": "bench", "template": scenario.template, "input": {"n": n}}),
-            )
+            .map(|n| json!({"namespace": "bench", "template": scenario.template, "input": {"n": n}}))
             .collect();
         let answers = store::tasks::submit(&mut conn, &requests).await?;
-        ensure!(
-            answers.iter().all(|answer| answer.error.is_none()),
-            "submit was refused: {:?}",
-            answers[0].error
-        );
+        ensure!(answers.iter().all(|answer| answer.error.is_none()), "submit was refused: {:?}", answers[0].error);
     }
     let total = scenario.tasks * scenario.steps_per_task;
     while pair.ran.load(Ordering::Relaxed) < total {
@@ -172,12 +144,11 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     }
     // Every handler has run; the last results are on their way.
     loop {
-        let open: bool = sqlx::query_scalar(
-            "select exists (select from tasker.tasks where finished_at is null and task_uuid > $1)",
-        )
-        .bind(last)
-        .fetch_one(&mut *conn)
-        .await?;
+        let open: bool =
+            sqlx::query_scalar("select exists (select from tasker.tasks where finished_at is null and task_uuid > $1)")
+                .bind(last)
+                .fetch_one(&mut *conn)
+                .await?;
         if !open {
             break;
         }
@@ -190,10 +161,7 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     );
     let seconds = started.elapsed().as_secs_f64();
     drop(conn);
-    let spans = pair
-        .orchestrator
-        .export_stats()
-        .map_or(0, |stats| stats.exported.load(Ordering::Relaxed));
+    let spans = pair.orchestrator.export_stats().map_or(0, |stats| stats.exported.load(Ordering::Relaxed));
     let sink = pair.stop().await?;
     let after = Counters::read(pool, scenario.counts_statements).await?;
 
@@ -203,26 +171,15 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     .bind(last)
     .fetch_all(pool)
     .await?;
-    ensure!(
-        latencies.len() == scenario.tasks,
-        "{} of {} tasks ended",
-        latencies.len(),
-        scenario.tasks
-    );
+    ensure!(latencies.len() == scenario.tasks, "{} of {} tasks ended", latencies.len(), scenario.tasks);
     let steps = total as f64;
     let by_table: BTreeMap<String, f64> = after
         .row_writes
         .iter()
-        .map(|(table, n)| {
-            (
-                table.clone(),
-                (n - before.row_writes.get(table).unwrap_or(&0)) as f64 / steps,
-            )
-        })
+        .map(|(table, n)| (table.clone(), (n - before.row_writes.get(table).unwrap_or(&0)) as f64 / steps))
         .filter(|(_, n)| *n > 0.005)
         .collect();
-    let difference =
-        |name: &str| Some(after.calls.get(name)? - before.calls.get(name).unwrap_or(&0));
+    let difference = |name: &str| Some(after.calls.get(name)? - before.calls.get(name).unwrap_or(&0));
     let settles = difference("apply");
     Ok(Run {
         seconds,
@@ -235,9 +192,7 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
         export_requests: sink.as_ref().map_or(0, Sink::requests),
         span_bytes: sink.map_or(0, |sink| Sink::bytes(&sink)),
         drain_seconds: seconds - worked.as_secs_f64(),
-        statements_per_step: scenario
-            .counts_statements
-            .then(|| (after.statements - before.statements) as f64 / steps),
+        statements_per_step: scenario.counts_statements.then(|| (after.statements - before.statements) as f64 / steps),
         commits_per_step: (after.commits - before.commits) as f64 / steps,
         wal_bytes_per_step: (after.wal - before.wal) as f64 / steps,
         row_writes_per_step: by_table.values().sum(),
@@ -269,14 +224,10 @@ impl Counters {
         // A server process hands its counts over when it ends or after a second.
         tokio::time::sleep(Duration::from_millis(1_100)).await;
         let mut counters = Self {
-            commits: sqlx::query_scalar(
-                "select xact_commit from pg_stat_database where datname = current_database()",
-            )
-            .fetch_one(pool)
-            .await?,
-            wal: sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint")
+            commits: sqlx::query_scalar("select xact_commit from pg_stat_database where datname = current_database()")
                 .fetch_one(pool)
                 .await?,
+            wal: sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint").fetch_one(pool).await?,
             ..Self::default()
         };
         for row in sqlx::query(
@@ -289,19 +240,14 @@ impl Counters {
             counters.row_writes.insert(row.get("name"), row.get("n"));
         }
         if counts_statements {
-            let of = "from pg_stat_statements s join pg_database d on d.oid = s.dbid where d.datname = current_database()";
-            let count =
-                |filter: &str| format!("select coalesce(sum(calls), 0)::bigint {of} {filter}");
-            counters.statements = sqlx::query_scalar(sqlx::AssertSqlSafe(count("")))
-                .fetch_one(pool)
-                .await?;
+            let of =
+                "from pg_stat_statements s join pg_database d on d.oid = s.dbid where d.datname = current_database()";
+            let count = |filter: &str| format!("select coalesce(sum(calls), 0)::bigint {of} {filter}");
+            counters.statements = sqlx::query_scalar(sqlx::AssertSqlSafe(count(""))).fetch_one(pool).await?;
             for (name, filter) in STATEMENTS {
-                counters.calls.insert(
-                    name,
-                    sqlx::query_scalar(sqlx::AssertSqlSafe(count(filter)))
-                        .fetch_one(pool)
-                        .await?,
-                );
+                counters
+                    .calls
+                    .insert(name, sqlx::query_scalar(sqlx::AssertSqlSafe(count(filter))).fetch_one(pool).await?);
             }
         }
         Ok(counters)
@@ -337,25 +283,19 @@ pub struct Latency {
 /// Submits one task, waits until it is seen complete, submits the next.
 pub async fn latency(pool: &PgPool, scenario: &Scenario) -> Result<Latency> {
     let pair = Pair::start(scenario).await?;
-    sqlx::query("insert into tasker.readers (queue, reader) values ('finished', 'bench')")
-        .execute(pool)
-        .await?;
+    sqlx::query("insert into tasker.readers (queue, reader) values ('finished', 'bench')").execute(pool).await?;
     let mut listener = PgListener::connect(&scenario.url).await?;
     listener.listen("tasker_finished").await?;
     let mut commits = commit_times(pool, Duration::from_millis(500)).await?;
     let mut times = Vec::new();
     for n in 0..scenario.tasks + 20 {
         if n % 50 == 0 {
-            sqlx::query(
-                "update tasker.readers set seen_at = clock_timestamp() where queue = 'finished'",
-            )
-            .execute(pool)
-            .await?;
+            sqlx::query("update tasker.readers set seen_at = clock_timestamp() where queue = 'finished'")
+                .execute(pool)
+                .await?;
         }
         let started = Instant::now();
-        let task: uuid::Uuid = sqlx::query_scalar("select tasker.submit_task('bench', 'one')")
-            .fetch_one(pool)
-            .await?;
+        let task: uuid::Uuid = sqlx::query_scalar("select tasker.submit_task('bench', 'one')").fetch_one(pool).await?;
         loop {
             let told = tokio::time::timeout(Duration::from_secs(20), listener.recv())
                 .await
@@ -371,9 +311,7 @@ pub async fn latency(pool: &PgPool, scenario: &Scenario) -> Result<Latency> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     commits.extend(commit_times(pool, Duration::from_millis(500)).await?);
-    sqlx::query("delete from tasker.readers where queue = 'finished'")
-        .execute(pool)
-        .await?;
+    sqlx::query("delete from tasker.readers where queue = 'finished'").execute(pool).await?;
     pair.stop().await?;
     let commit_p50_ms = median(commits);
     Ok(Latency {

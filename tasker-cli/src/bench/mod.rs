@@ -80,35 +80,20 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
     let database = run::open(global).await?;
     let server_url = database.url();
     if args.all {
-        (
-            args.pairs,
-            args.latency,
-            args.backlog,
-            args.fanout,
-            args.idle,
-        ) = (5, 200, 50_000, 10_000, 60);
+        (args.pairs, args.latency, args.backlog, args.fanout, args.idle) = (5, 200, 50_000, 10_000, 60);
     }
     let name = format!("tasker_bench_{}", std::process::id());
-    let server = pool(
-        &server_url,
-        &PoolOptions {
-            application_name: "tasker-bench",
-            ..PoolOptions::default()
-        },
-    )
-    .await?;
+    let server = pool(&server_url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
     sqlx::query(sqlx::AssertSqlSafe(format!("create database {name}")))
         .execute(&server)
         .await
         .context("creating a database for the bench")?;
     let url = with_database(&server_url, &name)?;
     let result = measure(&args, &url).await;
-    sqlx::query(sqlx::AssertSqlSafe(format!(
-        "drop database {name} with (force)"
-    )))
-    .execute(&server)
-    .await
-    .context("dropping the bench's database")?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("drop database {name} with (force)")))
+        .execute(&server)
+        .await
+        .context("dropping the bench's database")?;
     let report = result?;
     if global.output == Format::Json {
         return output::json(&report);
@@ -117,37 +102,18 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
 }
 
 fn with_database(url: &str, name: &str) -> Result<String> {
-    let (head, query) = url
-        .split_once('?')
-        .map_or((url, None), |(head, query)| (head, Some(query)));
-    let (base, _) = head
-        .rsplit_once('/')
-        .context("the database URL names no database")?;
-    Ok(query.map_or_else(
-        || format!("{base}/{name}"),
-        |query| format!("{base}/{name}?{query}"),
-    ))
+    let (head, query) = url.split_once('?').map_or((url, None), |(head, query)| (head, Some(query)));
+    let (base, _) = head.rsplit_once('/').context("the database URL names no database")?;
+    Ok(query.map_or_else(|| format!("{base}/{name}"), |query| format!("{base}/{name}?{query}")))
 }
 
 async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
-    let pool = pool(
-        url,
-        &PoolOptions {
-            application_name: "tasker-bench",
-            ..PoolOptions::default()
-        },
-    )
-    .await?;
+    let pool = pool(url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
     migrate::migrate(&pool).await?;
     // Where the server does not preload it, statements are simply not counted.
-    let counts_statements = sqlx::query("create extension if not exists pg_stat_statements")
-        .execute(&pool)
-        .await
-        .is_ok()
-        && sqlx::query("select count(*) from pg_stat_statements")
-            .execute(&pool)
-            .await
-            .is_ok();
+    let counts_statements =
+        sqlx::query("create extension if not exists pg_stat_statements").execute(&pool).await.is_ok()
+            && sqlx::query("select count(*) from pg_stat_statements").execute(&pool).await.is_ok();
     let fan = args.fanout.max(1);
     register(&pool, "linear_5", &chain(5)).await?;
     register(&pool, "one", &chain(1)).await?;
@@ -178,11 +144,7 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         Shape::Fanout20 => ("fanout_20", 22),
     };
     progress("warming up");
-    load::run(
-        &pool,
-        &scenario(args.tasks.min(500), template, steps, false),
-    )
-    .await?;
+    load::run(&pool, &scenario(args.tasks.min(500), template, steps, false)).await?;
     progress("tracing off");
     report.template = template.to_owned();
     report.untraced = Some(load::run(&pool, &scenario(args.tasks, template, steps, false)).await?);
@@ -196,36 +158,28 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     }
     if args.latency > 0 {
         progress("one-step tasks on the idle system");
-        report.latency =
-            Some(load::latency(&pool, &scenario(args.latency, "one", 1, false)).await?);
+        report.latency = Some(load::latency(&pool, &scenario(args.latency, "one", 1, false)).await?);
     }
     if args.fanout > 0 {
         progress("narrow and wide fan-outs");
         let narrow_tasks = args.fanout.div_ceil(20);
         for _ in 0..3 {
-            let narrow: Run =
-                load::run(&pool, &scenario(narrow_tasks, "fanout_20", 22, false)).await?;
+            let narrow: Run = load::run(&pool, &scenario(narrow_tasks, "fanout_20", 22, false)).await?;
             let wide: Run = load::run(&pool, &scenario(1, "fanout_wide", fan + 2, false)).await?;
             report.fanouts.push((narrow, wide));
         }
     }
     if args.idle > 0 {
         progress("idle");
-        report.idle_statements_per_second = load::idle(
-            &pool,
-            &scenario(0, "one", 1, false),
-            Duration::from_secs(args.idle),
-        )
-        .await?;
+        report.idle_statements_per_second =
+            load::idle(&pool, &scenario(0, "one", 1, false), Duration::from_secs(args.idle)).await?;
     }
     if args.backlog > 0 {
         progress("filling the tables with finished tasks");
-        let before: Vec<Run> =
-            repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        let before: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
         load::run(&pool, &scenario(args.backlog, "one", 1, false)).await?;
         progress("the same load again");
-        let after: Vec<Run> =
-            repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        let after: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
         report.backlog = Some((args.backlog, before, after));
     }
     report.load_average_after = load_average();
@@ -274,13 +228,7 @@ fn fan_out(n: usize) -> String {
 }
 
 fn load_average() -> String {
-    std::fs::read_to_string("/proc/loadavg").ok().map_or_else(
-        || "unknown".to_owned(),
-        |text| {
-            text.split_whitespace()
-                .take(3)
-                .collect::<Vec<_>>()
-                .join(" ")
-        },
-    )
+    std::fs::read_to_string("/proc/loadavg")
+        .ok()
+        .map_or_else(|| "unknown".to_owned(), |text| text.split_whitespace().take(3).collect::<Vec<_>>().join(" "))
 }

@@ -34,46 +34,25 @@ impl Report {
         };
         line(
             "cores, load average before and after",
-            format!(
-                "{}, {} … {}",
-                self.cores, self.load_average, self.load_average_after
-            ),
+            format!("{}, {} … {}", self.cores, self.load_average, self.load_average_after),
         );
         let limits = &self.limits;
         line(
             "limit: one-row commits, one client",
-            format!(
-                "{:.0}/s ({:.2} ms)",
-                limits.commits_per_second, limits.commit_ms
-            ),
+            format!("{:.0}/s ({:.2} ms)", limits.commits_per_second, limits.commit_ms),
         );
-        line(
-            "limit: rows inserted 100 at a time",
-            format!("{:.0}/s", limits.batched_rows_per_second),
-        );
-        line(
-            "limit: PGMQ read + delete, 100 at a time",
-            format!("{:.0} messages/s", limits.pgmq_messages_per_second),
-        );
-        for (name, run) in [
-            ("tracing off", &self.untraced),
-            ("every span exported", &self.traced),
-        ] {
+        line("limit: rows inserted 100 at a time", format!("{:.0}/s", limits.batched_rows_per_second));
+        line("limit: PGMQ read + delete, 100 at a time", format!("{:.0} messages/s", limits.pgmq_messages_per_second));
+        for (name, run) in [("tracing off", &self.untraced), ("every span exported", &self.traced)] {
             let Some(run) = run else { continue };
             line("", String::new());
             line(
                 &format!("{}, {name}", self.template),
-                format!(
-                    "{:.0} tasks/s, {:.0} steps/s",
-                    run.tasks_per_second, run.steps_per_second
-                ),
+                format!("{:.0} tasks/s, {:.0} steps/s", run.tasks_per_second, run.steps_per_second),
             );
             line(
                 "  steps/s over PGMQ messages/s (bar: 1/6 = 0.167)",
-                format!(
-                    "{:.3}",
-                    run.steps_per_second / limits.pgmq_messages_per_second
-                ),
+                format!("{:.3}", run.steps_per_second / limits.pgmq_messages_per_second),
             );
             line(
                 "  submit → complete, all submitted at once",
@@ -93,60 +72,28 @@ impl Report {
                 );
             }
             if let Some(statements) = run.statements_per_step {
-                line(
-                    "  client statements, commits per step",
-                    format!("{statements:.3}, {:.3}", run.commits_per_step),
-                );
+                line("  client statements, commits per step", format!("{statements:.3}, {:.3}", run.commits_per_step));
             }
             if let (Some(settle), Some(settles)) = (run.statements_per_settle, run.settles) {
-                line(
-                    "  client statements per settled batch (bar: 10)",
-                    format!("{settle:.1} over {settles} batches"),
-                );
+                line("  client statements per settled batch (bar: 10)", format!("{settle:.1} over {settles} batches"));
             }
             if let Some(claim) = run.statements_per_claim {
-                line(
-                    "  client statements per claimed batch (bar: 4)",
-                    format!("{claim:.1}"),
-                );
+                line("  client statements per claimed batch (bar: 4)", format!("{claim:.1}"));
             }
-            line(
-                "  WAL per step",
-                format!("{:.0} bytes", run.wal_bytes_per_step),
-            );
-            line(
-                "  row writes per step (bar: 24)",
-                format!("{:.1}", run.row_writes_per_step),
-            );
+            line("  WAL per step", format!("{:.0} bytes", run.wal_bytes_per_step));
+            line("  row writes per step (bar: 24)", format!("{:.1}", run.row_writes_per_step));
             for (table, n) in &run.row_writes_by_table {
                 line(&format!("    {table}"), format!("{n:.2}"));
             }
         }
         if !self.pairs.is_empty() {
-            let ratios: Vec<f64> = self
-                .pairs
-                .iter()
-                .map(|(off, on)| on.steps_per_second / off.steps_per_second)
-                .collect();
-            let all = ratios
-                .iter()
-                .map(|ratio| format!("{ratio:.2}"))
-                .collect::<Vec<_>>()
-                .join(" ");
+            let ratios: Vec<f64> =
+                self.pairs.iter().map(|(off, on)| on.steps_per_second / off.steps_per_second).collect();
+            let all = ratios.iter().map(|ratio| format!("{ratio:.2}")).collect::<Vec<_>>().join(" ");
             line("", String::new());
-            line(
-                "traced over untraced, median of pairs (bar: 0.80)",
-                format!("{:.2} ({all})", median(ratios)),
-            );
-            let off: Vec<f64> = self
-                .pairs
-                .iter()
-                .map(|(off, _)| off.steps_per_second)
-                .collect();
-            line(
-                "  steps/s, tracing off, median",
-                format!("{:.0}", median(off)),
-            );
+            line("traced over untraced, median of pairs (bar: 0.80)", format!("{:.2} ({all})", median(ratios)));
+            let off: Vec<f64> = self.pairs.iter().map(|(off, _)| off.steps_per_second).collect();
+            line("  steps/s, tracing off, median", format!("{:.0}", median(off)));
         }
         if let Some(latency) = &self.latency {
             line("", String::new());
@@ -156,18 +103,12 @@ impl Report {
             );
             line(
                 "  bar: 4 commits + 3 ms",
-                format!(
-                    "{:.2} ms (commit {:.2} ms)",
-                    latency.bound_ms, latency.commit_p50_ms
-                ),
+                format!("{:.2} ms (commit {:.2} ms)", latency.bound_ms, latency.commit_p50_ms),
             );
         }
         if !self.fanouts.is_empty() {
-            let ratios: Vec<f64> = self
-                .fanouts
-                .iter()
-                .map(|(narrow, wide)| narrow.steps_per_second / wide.steps_per_second)
-                .collect();
+            let ratios: Vec<f64> =
+                self.fanouts.iter().map(|(narrow, wide)| narrow.steps_per_second / wide.steps_per_second).collect();
             let (narrow, wide) = &self.fanouts[0];
             line("", String::new());
             line(
@@ -176,27 +117,18 @@ impl Report {
             );
             line(
                 "  steps/s of the first",
-                format!(
-                    "narrow {:.0}, wide {:.0}",
-                    narrow.steps_per_second, wide.steps_per_second
-                ),
+                format!("narrow {:.0}, wide {:.0}", narrow.steps_per_second, wide.steps_per_second),
             );
         }
         if let Some(idle) = self.idle_statements_per_second {
             line("idle: statements per second (bar: 2)", format!("{idle:.2}"));
         }
         if let Some((tasks, before, after)) = &self.backlog {
-            let speed =
-                |runs: &[Run]| median(runs.iter().map(|run| run.steps_per_second).collect());
+            let speed = |runs: &[Run]| median(runs.iter().map(|run| run.steps_per_second).collect());
             line("", String::new());
             line(
                 &format!("with {tasks} finished tasks, over before (bar: 0.90)"),
-                format!(
-                    "{:.2} ({:.0} over {:.0} steps/s)",
-                    speed(after) / speed(before),
-                    speed(after),
-                    speed(before)
-                ),
+                format!("{:.2} ({:.0} over {:.0} steps/s)", speed(after) / speed(before), speed(after), speed(before)),
             );
         }
         out

@@ -18,8 +18,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 const WINDOW_BYTES: u32 = 16 << 20;
 /// First bytes of every HTTP/2 connection, and of no HTTP/1 request.
 const HTTP2: &[u8] = b"PRI ";
-const HTTP1_ANSWER: &[u8] =
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: 0\r\n\r\n";
+const HTTP1_ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: 0\r\n\r\n";
 /// An empty `ExportTraceServiceResponse` as a gRPC frame: not compressed, length 0.
 const GRPC_ANSWER: &[u8] = &[0; 5];
 
@@ -52,11 +51,7 @@ impl Sink {
         let counts = Arc::new(Counts::default());
         let stop = CancellationToken::new();
         tokio::spawn(listen(listener, Arc::clone(&counts), stop.clone()));
-        Ok(Self {
-            address,
-            counts,
-            _stop: stop.drop_guard(),
-        })
+        Ok(Self { address, counts, _stop: stop.drop_guard() })
     }
 
     /// `http://127.0.0.1:<port>`, for gRPC and as the base for HTTP.
@@ -104,11 +99,7 @@ async fn serve(stream: TcpStream, counts: &Arc<Counts>) -> io::Result<()> {
             _ => tokio::task::yield_now().await,
         }
     }
-    if first == HTTP2 {
-        grpc(stream, counts).await.map_err(io::Error::other)
-    } else {
-        http1(stream, counts).await
-    }
+    if first == HTTP2 { grpc(stream, counts).await.map_err(io::Error::other) } else { http1(stream, counts).await }
 }
 
 async fn grpc(stream: TcpStream, counts: &Arc<Counts>) -> Result<(), h2::Error> {
@@ -141,8 +132,7 @@ async fn acknowledge(
         body.flow_control().release_capacity(len)?;
     }
     let mut head = Response::new(());
-    head.headers_mut()
-        .insert("content-type", HeaderValue::from_static("application/grpc"));
+    head.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
     let mut answer = respond.send_response(head, false)?;
     answer.send_data(GRPC_ANSWER, false)?;
     let mut trailers = HeaderMap::new();
@@ -172,8 +162,7 @@ async fn http1(stream: TcpStream, counts: &Counts) -> io::Result<()> {
                 length = value.trim().parse().map_err(io::Error::other)?;
             }
         }
-        let read =
-            tokio::io::copy_buf(&mut (&mut stream).take(length), &mut tokio::io::sink()).await?;
+        let read = tokio::io::copy_buf(&mut (&mut stream).take(length), &mut tokio::io::sink()).await?;
         if read < length {
             return Ok(());
         }

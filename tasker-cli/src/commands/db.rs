@@ -12,9 +12,7 @@ use crate::output::{self, Format};
 
 /// Control the managed local PostgreSQL.
 #[derive(Debug, clap::Subcommand)]
-#[command(
-    after_help = "Examples:\n  psql \"$(tasker db url)\"\n  tasker db status -o json\n  tasker db reset --yes"
-)]
+#[command(after_help = "Examples:\n  psql \"$(tasker db url)\"\n  tasker db status -o json\n  tasker db reset --yes")]
 pub enum Db {
     /// Start it, with the schema, and leave it running until `tasker db stop`
     Start,
@@ -54,11 +52,7 @@ impl Db {
         match self {
             Self::Start => {
                 let url = start(options).await?;
-                print(
-                    global,
-                    &json!({"running": true, "url": url}),
-                    &format!("running until `tasker db stop`: {url}"),
-                )
+                print(global, &json!({"running": true, "url": url}), &format!("running until `tasker db stop`: {url}"))
             }
             Self::Url => {
                 let url = start(options).await?;
@@ -69,10 +63,7 @@ impl Db {
                 let (word, text) = match stopped {
                     Stopped::NotRunning => ("not_running", "it did not run"),
                     Stopped::Now => ("stopped", "stopped"),
-                    Stopped::AfterLastUser => (
-                        "after_last_user",
-                        "in use; it stops a few seconds after its last user",
-                    ),
+                    Stopped::AfterLastUser => ("after_last_user", "in use; it stops a few seconds after its last user"),
                 };
                 print(global, &json!({"result": word}), text)
             }
@@ -84,30 +75,17 @@ impl Db {
                 });
                 let text = match status.pid {
                     Some(pid) => {
-                        let until = if status.kept {
-                            "until `tasker db stop`"
-                        } else {
-                            "as long as a process uses it"
-                        };
-                        format!(
-                            "running (pid {pid}) {until}\nurl  {}\nlog  {}",
-                            status.url,
-                            status.log.display()
-                        )
+                        let until = if status.kept { "until `tasker db stop`" } else { "as long as a process uses it" };
+                        format!("running (pid {pid}) {until}\nurl  {}\nlog  {}", status.url, status.log.display())
                     }
-                    None if status.data.is_some() => {
-                        "not running; any command that needs it starts it".into()
-                    }
-                    None => {
-                        "not created yet; any command that needs it creates and starts it".into()
-                    }
+                    None if status.data.is_some() => "not running; any command that needs it starts it".into(),
+                    None => "not created yet; any command that needs it creates and starts it".into(),
                 };
                 print(global, &value, &text)
             }
-            Self::Reset { yes: false } => Err(failure(
-                2,
-                "this deletes every task in the local database; repeat with --yes",
-            )),
+            Self::Reset { yes: false } => {
+                Err(failure(2, "this deletes every task in the local database; repeat with --yes"))
+            }
             Self::Reset { yes: true } => {
                 blocking(move || Local::reset(&options)).await?;
                 print(
@@ -123,9 +101,7 @@ impl Db {
 /// Starts the server to stay and migrates it, so that psql finds `tasker.submit_task` at once.
 async fn start(options: Options) -> anyhow::Result<String> {
     let url = blocking(move || Local::start_detached(&options)).await?;
-    let pool = tx::pool(&url, &PoolOptions::default())
-        .await
-        .context("the database cannot be reached")?;
+    let pool = tx::pool(&url, &PoolOptions::default()).await.context("the database cannot be reached")?;
     migrate(&pool).await?;
     pool.close().await;
     Ok(url)

@@ -43,15 +43,7 @@ impl Orchestrator {
         if trace.enabled {
             tracing::info!(endpoint = trace.printable_endpoint(), "traces are exported");
         }
-        let orchestrator = Running::start(
-            &connected.url,
-            &Options {
-                trace,
-                batch,
-                settlers: settlers.into(),
-            },
-        )
-        .await?;
+        let orchestrator = Running::start(&connected.url, &Options { trace, batch, settlers: settlers.into() }).await?;
         tracing::info!("the orchestrator runs");
         stop.cancelled().await;
         tracing::info!("stopping: the batches that have begun are finished");

@@ -61,29 +61,25 @@ impl Queue {
         let mut conn = connected.client.pool().acquire().await?;
         match self {
             Self::List => list(global, &mut conn).await,
-            Self::Quarantine(Quarantine {
-                verb: Some(Verb::Requeue { id }),
-                ..
-            }) => match requests::requeue(&mut conn, id).await? {
-                Some(queue) if global.output == Format::Json => {
-                    output::json(&json!({"requeued": id, "queue": queue}))
+            Self::Quarantine(Quarantine { verb: Some(Verb::Requeue { id }), .. }) => {
+                match requests::requeue(&mut conn, id).await? {
+                    Some(queue) if global.output == Format::Json => {
+                        output::json(&json!({"requeued": id, "queue": queue}))
+                    }
+                    Some(queue) => output::line(format!("message {id} is in queue {queue} again")),
+                    None => Err(unknown(id)),
                 }
-                Some(queue) => output::line(format!("message {id} is in queue {queue} again")),
-                None => Err(unknown(id)),
-            },
-            Self::Quarantine(Quarantine {
-                verb: Some(Verb::Discard { id }),
-                ..
-            }) => match requests::discard(&mut conn, id).await? {
-                true if global.output == Format::Json => output::json(&json!({"discarded": id})),
-                true => output::line(format!("message {id} is deleted")),
-                false => Err(unknown(id)),
-            },
-            Self::Quarantine(Quarantine {
-                verb: None,
-                queue,
-                limit,
-            }) => list_quarantine(global, &mut conn, queue.as_deref(), limit).await,
+            }
+            Self::Quarantine(Quarantine { verb: Some(Verb::Discard { id }), .. }) => {
+                match requests::discard(&mut conn, id).await? {
+                    true if global.output == Format::Json => output::json(&json!({"discarded": id})),
+                    true => output::line(format!("message {id} is deleted")),
+                    false => Err(unknown(id)),
+                }
+            }
+            Self::Quarantine(Quarantine { verb: None, queue, limit }) => {
+                list_quarantine(global, &mut conn, queue.as_deref(), limit).await
+            }
         }
     }
 }
@@ -93,34 +89,16 @@ async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::json(&queues);
     }
-    let mut table = Table::new([
-        "QUEUE",
-        "DEPTH",
-        "VISIBLE",
-        "OLDEST",
-        "HELD",
-        "WORKERS",
-        "QUARANTINED",
-    ]);
+    let mut table = Table::new(["QUEUE", "DEPTH", "VISIBLE", "OLDEST", "HELD", "WORKERS", "QUARANTINED"]);
     for queue in queues {
         let of_workers = queue.queue.starts_with("worker_");
         table.row([
             queue.queue,
             queue.depth.to_string(),
             queue.visible.to_string(),
-            queue.oldest_s.map_or("-".into(), |seconds| {
-                duration(TimeDelta::seconds(seconds.into()))
-            }),
-            if of_workers {
-                queue.held.to_string()
-            } else {
-                "-".into()
-            },
-            if of_workers {
-                queue.workers.to_string()
-            } else {
-                "-".into()
-            },
+            queue.oldest_s.map_or("-".into(), |seconds| duration(TimeDelta::seconds(seconds.into()))),
+            if of_workers { queue.held.to_string() } else { "-".into() },
+            if of_workers { queue.workers.to_string() } else { "-".into() },
             queue.quarantined.to_string(),
         ]);
     }
@@ -137,19 +115,10 @@ async fn list_quarantine(
     if global.output == Format::Json {
         return output::json(&json!({"count": count, "messages": messages}));
     }
-    let mut table = Table::new([
-        "ID",
-        "QUEUE",
-        "SINCE (UTC)",
-        "FAILURES",
-        "REASON",
-        "MESSAGE",
-    ]);
+    let mut table = Table::new(["ID", "QUEUE", "SINCE (UTC)", "FAILURES", "REASON", "MESSAGE"]);
     let shown = messages.len();
     for message in messages {
-        let original = message
-            .message
-            .map(|original| output::clip(&original.to_string(), 100));
+        let original = message.message.map(|original| output::clip(&original.to_string(), 100));
         table.row([
             message.quarantine_id.to_string(),
             message.queue,
@@ -161,16 +130,11 @@ async fn list_quarantine(
     }
     table.print("nothing is in quarantine")?;
     if shown > 0 {
-        output::line(format!(
-            "{shown} of {count}; -o json shows whole messages and their headers"
-        ))?;
+        output::line(format!("{shown} of {count}; -o json shows whole messages and their headers"))?;
     }
     Ok(())
 }
 
 fn unknown(id: i64) -> anyhow::Error {
-    failure(
-        NOT_FOUND,
-        format!("no message {id} is in quarantine; `tasker queue quarantine` lists them"),
-    )
+    failure(NOT_FOUND, format!("no message {id} is in quarantine; `tasker queue quarantine` lists them"))
 }

@@ -100,12 +100,7 @@ pub struct Submit {
     #[arg(long, value_name = "TIME")]
     run_at: Option<DateTime<Utc>>,
     /// W3C trace context of the caller: the task's trace continues it
-    #[arg(
-        long,
-        env = "TRACEPARENT",
-        hide_env_values = true,
-        value_name = "VALUE"
-    )]
+    #[arg(long, env = "TRACEPARENT", hide_env_values = true, value_name = "VALUE")]
     traceparent: Option<String>,
     /// Goes with the traceparent
     #[arg(long, env = "TRACESTATE", hide_env_values = true, value_name = "VALUE")]
@@ -155,25 +150,9 @@ impl Task {
         let connected = run::connect(global).await?;
         let client = &connected.client;
         match self {
-            Self::Submit(command) => {
-                submit(global, client, command, input.unwrap_or_default()).await
-            }
-            Self::List(List {
-                namespace,
-                template,
-                status,
-                correlation_id,
-                before,
-                limit,
-            }) => {
-                let filter = TaskFilter {
-                    namespace,
-                    template,
-                    status,
-                    correlation_id,
-                    before,
-                    limit,
-                };
+            Self::Submit(command) => submit(global, client, command, input.unwrap_or_default()).await,
+            Self::List(List { namespace, template, status, correlation_id, before, limit }) => {
+                let filter = TaskFilter { namespace, template, status, correlation_id, before, limit };
                 list(global, &client.list(&filter).await?)
             }
             Self::Get { task } => get(global, client, run::find_task(client, &task).await?).await,
@@ -186,37 +165,19 @@ impl Task {
                 list(global, &ended)?;
                 all_completed(&ended)
             }
-            Self::Cancel {
-                task,
-                reason,
-                terminate,
-            } => {
+            Self::Cancel { task, reason, terminate } => {
                 let id = run::find_task(client, &task).await?;
                 if terminate {
-                    client
-                        .terminate(id, actor().as_deref(), reason.as_deref())
-                        .await?;
+                    client.terminate(id, actor().as_deref(), reason.as_deref()).await?;
                 } else {
-                    client
-                        .cancel(id, actor().as_deref(), reason.as_deref())
-                        .await?;
+                    client.cancel(id, actor().as_deref(), reason.as_deref()).await?;
                 }
-                accepted(
-                    global,
-                    id,
-                    "it ends as soon as an orchestrator reads the request",
-                )
+                accepted(global, id, "it ends as soon as an orchestrator reads the request")
             }
             Self::Retry { task, reason } => {
                 let id = run::find_task(client, &task).await?;
-                client
-                    .retry(id, actor().as_deref(), reason.as_deref())
-                    .await?;
-                accepted(
-                    global,
-                    id,
-                    "it goes on as soon as an orchestrator reads the request",
-                )
+                client.retry(id, actor().as_deref(), reason.as_deref()).await?;
+                accepted(global, id, "it goes on as soon as an orchestrator reads the request")
             }
             Self::Why { task } => {
                 let situation = client.why(run::find_task(client, &task).await?).await?;
@@ -246,37 +207,21 @@ fn accepted(global: &Global, task: Uuid, text: &str) -> anyhow::Result<()> {
 
 fn read_input(text: &str) -> anyhow::Result<Value> {
     let read = match text.strip_prefix('@') {
-        Some(path) => {
-            std::fs::read_to_string(path).with_context(|| format!("input: cannot read {path}"))?
-        }
+        Some(path) => std::fs::read_to_string(path).with_context(|| format!("input: cannot read {path}"))?,
         None if text == "-" => {
             let mut all = String::new();
-            std::io::stdin()
-                .read_to_string(&mut all)
-                .context("input: cannot read stdin")?;
+            std::io::stdin().read_to_string(&mut all).context("input: cannot read stdin")?;
             all
         }
         None => text.to_owned(),
     };
     serde_json::from_str(&read).map_err(|error| {
-        failure(
-            2,
-            format!("input: is not JSON: {error}; give an object such as '{{\"a\": 1}}', or @FILE"),
-        )
+        failure(2, format!("input: is not JSON: {error}; give an object such as '{{\"a\": 1}}', or @FILE"))
     })
 }
 
-async fn submit(
-    global: &Global,
-    client: &Client,
-    command: Submit,
-    input: Value,
-) -> anyhow::Result<()> {
-    let TemplateName {
-        namespace,
-        name,
-        version,
-    } = command.template;
+async fn submit(global: &Global, client: &Client, command: Submit, input: Value) -> anyhow::Result<()> {
+    let TemplateName { namespace, name, version } = command.template;
     let request = Request {
         namespace,
         template: name,
@@ -291,10 +236,7 @@ async fn submit(
         baggage: None,
     };
     let mut answers = client.submit_many(vec![request]).await?;
-    let submitted = answers
-        .pop()
-        .context("no answer")?
-        .map_err(|refusal| failure(FAILED, refusal))?;
+    let submitted = answers.pop().context("no answer")?.map_err(|refusal| failure(FAILED, refusal))?;
     if !command.wait {
         if global.output == Format::Json {
             return output::json(&submitted);
@@ -309,11 +251,7 @@ async fn submit(
     all_completed(&[client.get(submitted.task_uuid).await?])
 }
 
-async fn wait(
-    client: &Client,
-    tasks: &[Uuid],
-    timeout: Option<Duration>,
-) -> anyhow::Result<Vec<TaskView>> {
+async fn wait(client: &Client, tasks: &[Uuid], timeout: Option<Duration>) -> anyhow::Result<Vec<TaskView>> {
     let bar = progress(tasks.len(), "ended");
     let ended = client.wait_many(tasks, timeout, |_| bar.inc(1)).await;
     bar.finish_and_clear();
@@ -325,38 +263,23 @@ pub fn progress(count: usize, what: &str) -> ProgressBar {
     if count < 2 || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style =
-        ProgressStyle::with_template(&format!("{{bar:40}} {{pos}}/{{len}} {what}, {{elapsed}}"));
-    ProgressBar::new(count as u64)
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    let style = ProgressStyle::with_template(&format!("{{bar:40}} {{pos}}/{{len}} {what}, {{elapsed}}"));
+    ProgressBar::new(count as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 fn all_completed(ended: &[TaskView]) -> anyhow::Result<()> {
-    let others = ended
-        .iter()
-        .filter(|task| task.status != "completed")
-        .count();
+    let others = ended.iter().filter(|task| task.status != "completed").count();
     if others == 0 {
         return Ok(());
     }
-    Err(failure(
-        FAILED,
-        format!("{others} of {} did not complete", ended.len()),
-    ))
+    Err(failure(FAILED, format!("{others} of {} did not complete", ended.len())))
 }
 
 fn list(global: &Global, tasks: &[TaskView]) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::json(&tasks);
     }
-    let mut table = Table::new([
-        "TASK",
-        "TEMPLATE",
-        "STATUS",
-        "CORRELATION ID",
-        "CREATED (UTC)",
-        "TOOK",
-    ]);
+    let mut table = Table::new(["TASK", "TEMPLATE", "STATUS", "CORRELATION ID", "CREATED (UTC)", "TOOK"]);
     for task in tasks {
         table.row([
             task.task_uuid.to_string(),
@@ -364,8 +287,7 @@ fn list(global: &Global, tasks: &[TaskView]) -> anyhow::Result<()> {
             output::status(task.status),
             output::cell(Some(&task.correlation_id)),
             output::time(task.created_at),
-            task.finished_at
-                .map_or("-".into(), |end| duration(end - task.created_at)),
+            task.finished_at.map_or("-".into(), |end| duration(end - task.created_at)),
         ]);
     }
     table.print("no task matches")
@@ -384,29 +306,15 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
         }
         return output::json(&value);
     }
-    output::line(format!(
-        "{}  {}/{}@{}",
-        task.task_uuid, task.namespace, task.template, task.version
-    ))?;
+    output::line(format!("{}  {}/{}@{}", task.task_uuid, task.namespace, task.template, task.version))?;
     output::line(sentence)?;
-    output::line(format!(
-        "correlation id  {}",
-        output::cell(Some(&task.correlation_id))
-    ))?;
+    output::line(format!("correlation id  {}", output::cell(Some(&task.correlation_id))))?;
     output::line(format!("trace id        {}", task.trace_id))?;
-    output::line(format!(
-        "created         {} UTC",
-        output::time(task.created_at)
-    ))?;
+    output::line(format!("created         {} UTC", output::time(task.created_at)))?;
     let mut table = Table::new(["STEP", "STATE", "ATTEMPT", "HANDLER", "WORKER", "ERROR"]);
     for step in steps {
-        let held = step
-            .held_by
-            .as_deref()
-            .map_or_else(String::new, |held| format!(" (held: {held})"));
-        let error = step
-            .error
-            .map(|error| format!("{}: {}", text(&error["type"]), text(&error["message"])));
+        let held = step.held_by.as_deref().map_or_else(String::new, |held| format!(" (held: {held})"));
+        let error = step.error.map(|error| format!("{}: {}", text(&error["type"]), text(&error["message"])));
         table.row([
             step.name,
             format!("{}{held}", step.state),
@@ -418,10 +326,7 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     }
     table.print("no step")?;
     for (step, result) in result {
-        output::line(format!(
-            "result of {step}: {}",
-            serde_json::to_string_pretty(&result)?
-        ))?;
+        output::line(format!("result of {step}: {}", serde_json::to_string_pretty(&result)?))?;
     }
     Ok(())
 }

@@ -61,20 +61,11 @@ impl std::str::FromStr for TemplateName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (place, version) = text
-            .split_once('@')
-            .map_or((text, None), |(place, version)| {
-                (place, Some(version.to_owned()))
-            });
+        let (place, version) =
+            text.split_once('@').map_or((text, None), |(place, version)| (place, Some(version.to_owned())));
         match place.split_once('/') {
-            Some((namespace, name))
-                if !namespace.is_empty() && !name.is_empty() && version.as_deref() != Some("") =>
-            {
-                Ok(Self {
-                    namespace: namespace.into(),
-                    name: name.into(),
-                    version,
-                })
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && version.as_deref() != Some("") => {
+                Ok(Self { namespace: namespace.into(), name: name.into(), version })
             }
             _ => Err("write it as NAMESPACE/NAME or NAMESPACE/NAME@VERSION".into()),
         }
@@ -84,9 +75,7 @@ impl std::str::FromStr for TemplateName {
 impl std::fmt::Display for TemplateName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)?;
-        self.version
-            .iter()
-            .try_for_each(|version| write!(f, "@{version}"))
+        self.version.iter().try_for_each(|version| write!(f, "@{version}"))
     }
 }
 
@@ -113,11 +102,7 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Result<Vec<Checked>, Vec<template::
             Err(found) => problems.extend(found),
         }
     }
-    Ok(if problems.is_empty() {
-        Ok(good)
-    } else {
-        Err(problems)
-    })
+    Ok(if problems.is_empty() { Ok(good) } else { Err(problems) })
 }
 
 fn report(global: &Global, problems: &[template::Problem]) -> anyhow::Result<()> {
@@ -135,10 +120,7 @@ fn report(global: &Global, problems: &[template::Problem]) -> anyhow::Result<()>
         }
     }
     let count = problems.len();
-    Err(failure(
-        FAILED,
-        format!("{count} problem{}", if count == 1 { "" } else { "s" }),
-    ))
+    Err(failure(FAILED, format!("{count} problem{}", if count == 1 { "" } else { "s" })))
 }
 
 fn lint(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
@@ -150,18 +132,8 @@ fn lint(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
         return output::json(&json!({"ok": true, "problems": []}));
     }
     for (path, Checked { template, .. }) in files.iter().zip(&checked) {
-        let Definition {
-            namespace,
-            name,
-            version,
-            steps,
-            ..
-        } = template;
-        output::line(format!(
-            "{}: ok, {namespace}/{name} {version} with {} steps",
-            path.display(),
-            steps.len()
-        ))?;
+        let Definition { namespace, name, version, steps, .. } = template;
+        output::line(format!("{}: ok, {namespace}/{name} {version} with {} steps", path.display(), steps.len()))?;
     }
     Ok(())
 }
@@ -174,26 +146,15 @@ async fn apply(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
     let connected = run::connect(global).await?;
     let mut answers = Vec::new();
     for Checked { template, .. } in &checked {
-        let registered = tx::in_tx(connected.client.pool(), async |conn| {
-            templates::register(conn, template).await
-        })
-        .await
-        .map_err(|error| match error {
-            refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
-            other => other.into(),
-        })?;
-        let Definition {
-            namespace,
-            name,
-            version,
-            ..
-        } = template;
+        let registered = tx::in_tx(connected.client.pool(), async |conn| templates::register(conn, template).await)
+            .await
+            .map_err(|error| match error {
+                refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
+                other => other.into(),
+            })?;
+        let Definition { namespace, name, version, .. } = template;
         if global.output == Format::Table {
-            let what = if registered.is_new {
-                "registered"
-            } else {
-                "was registered already, unchanged"
-            };
+            let what = if registered.is_new { "registered" } else { "was registered already, unchanged" };
             output::line(format!("{namespace}/{name} {version} {what}"))?;
         }
         answers.push(json!({"namespace": namespace, "name": name, "version": version, "is_new": registered.is_new}));
@@ -226,55 +187,29 @@ async fn list(global: &Global, namespace: Option<&str>) -> anyhow::Result<()> {
 async fn show(global: &Global, wanted: &TemplateName) -> anyhow::Result<()> {
     let connected = run::connect(global).await?;
     let mut conn = connected.client.pool().acquire().await?;
-    let found = views::definition(
-        &mut conn,
-        &wanted.namespace,
-        &wanted.name,
-        wanted.version.as_deref(),
-    )
-    .await?;
+    let found = views::definition(&mut conn, &wanted.namespace, &wanted.name, wanted.version.as_deref()).await?;
     let Some((_, definition)) = found else {
         return Err(failure(
             NOT_FOUND,
-            format!(
-                "no template {wanted} is registered; `tasker template list` shows those that are"
-            ),
+            format!("no template {wanted} is registered; `tasker template list` shows those that are"),
         ));
     };
     if global.output == Format::Json {
         return output::json(&definition);
     }
     let template = template::from_json(definition)?;
-    let Definition {
-        namespace,
-        name,
-        version,
-        description,
-        steps,
-        ..
-    } = &template;
+    let Definition { namespace, name, version, description, steps, .. } = &template;
     output::line(format!("{namespace}/{name} {version}"))?;
     if !description.is_empty() {
         output::line(description)?;
     }
-    let mut table = Table::new([
-        "STEP",
-        "HANDLER",
-        "QUEUE",
-        "DEPENDS ON",
-        "ATTEMPTS",
-        "RUN TIMEOUT",
-    ]);
+    let mut table = Table::new(["STEP", "HANDLER", "QUEUE", "DEPENDS ON", "ATTEMPTS", "RUN TIMEOUT"]);
     for step in steps {
         table.row([
             step.name.clone(),
             step.handler.clone(),
             template::step_queue(namespace, step),
-            if step.depends_on.is_empty() {
-                "-".into()
-            } else {
-                step.depends_on.join(", ")
-            },
+            if step.depends_on.is_empty() { "-".into() } else { step.depends_on.join(", ") },
             step.retry.max_attempts.to_string(),
             format_duration(step.timeouts.run),
         ]);
@@ -289,10 +224,7 @@ mod tests {
     #[test]
     fn a_template_is_named_with_its_namespace() {
         let name: TemplateName = "shop/order@1.2.0".parse().unwrap();
-        assert_eq!(
-            (&*name.namespace, &*name.name, name.version.as_deref()),
-            ("shop", "order", Some("1.2.0"))
-        );
+        assert_eq!((&*name.namespace, &*name.name, name.version.as_deref()), ("shop", "order", Some("1.2.0")));
         assert_eq!("shop/order".parse::<TemplateName>().unwrap().version, None);
         for bad in ["order", "/order", "shop/", "shop/order@"] {
             assert!(bad.parse::<TemplateName>().is_err(), "{bad}");

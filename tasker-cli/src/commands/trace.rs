@@ -37,11 +37,7 @@ pub struct Show {
 impl Trace {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Show(Show {
-            task,
-            tree: every,
-            json,
-        }) = self;
+        let Self::Show(Show { task, tree: every, json }) = self;
         let connected = run::connect(global).await?;
         let id = run::find_task(&connected.client, &task).await?;
         let (log, now) = connected.client.log(id).await?;
@@ -57,7 +53,5 @@ impl Trace {
 /// The terminal's width; 120 where there is none.
 pub fn output_width() -> usize {
     let term = console::Term::stdout();
-    term.size_checked()
-        .map_or(120, |(_, columns)| usize::from(columns))
-        .max(60)
+    term.size_checked().map_or(120, |(_, columns)| usize::from(columns)).max(60)
 }

@@ -28,9 +28,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// There is a worker for each queue with a step for a built-in handler, also of templates that
 /// are registered meanwhile. Handlers of your own run in a program of your own beside it.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  tasker up\n  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 tasker up"
-)]
+#[command(after_help = "Examples:\n  tasker up\n  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 tasker up")]
 pub struct Up {
     /// Attempts that run at once, for each queue
     #[arg(long, default_value_t = 50)]
@@ -51,18 +49,9 @@ impl Up {
         if trace.enabled {
             eprintln!("traces    {}", trace.printable_endpoint());
         } else {
-            eprintln!(
-                "traces    not exported; set OTEL_EXPORTER_OTLP_ENDPOINT, or look with `tasker trace show`"
-            );
+            eprintln!("traces    not exported; set OTEL_EXPORTER_OTLP_ENDPOINT, or look with `tasker trace show`");
         }
-        let orchestrator = Orchestrator::start(
-            &connected.url,
-            &Options {
-                trace,
-                ..Options::default()
-            },
-        )
-        .await?;
+        let orchestrator = Orchestrator::start(&connected.url, &Options { trace, ..Options::default() }).await?;
         let mut watch = client.watch().await?;
         let mut workers = Workers {
             up: &self,
@@ -108,11 +97,7 @@ struct Workers<'a> {
 
 impl Workers<'_> {
     async fn add_new(&mut self, client: &Client) -> anyhow::Result<()> {
-        let wanted = views::queues_of(
-            &mut *client.pool().acquire().await?,
-            &BUILTINS.map(String::from),
-        )
-        .await?;
+        let wanted = views::queues_of(&mut *client.pool().acquire().await?, &BUILTINS.map(String::from)).await?;
         for (namespace, queue) in wanted {
             if !self.known.insert((namespace.clone(), queue.clone())) {
                 continue;
@@ -138,9 +123,10 @@ fn print(global: &Global, task: &TaskView) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::line(json!(task).to_string());
     }
-    let reason = task.reason.as_deref().map_or_else(String::new, |reason| {
-        format!("  {}", output::clip(&output::cell(Some(reason)), 100))
-    });
+    let reason = task
+        .reason
+        .as_deref()
+        .map_or_else(String::new, |reason| format!("  {}", output::clip(&output::cell(Some(reason)), 100)));
     output::line(format!(
         "{}  {}  {}/{}  {}  {}{reason}",
         task.finished_at.unwrap_or(task.last_at).format("%H:%M:%S"),
@@ -159,10 +145,7 @@ fn printable(url: &str) -> String {
     };
     let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     match authority.rsplit_once('@') {
-        Some((user, host)) => format!(
-            "{scheme}://{}@{host}{path}",
-            user.split(':').next().unwrap_or_default()
-        ),
+        Some((user, host)) => format!("{scheme}://{}@{host}{path}", user.split(':').next().unwrap_or_default()),
         None => url.to_owned(),
     }
 }
@@ -171,13 +154,7 @@ fn printable(url: &str) -> String {
 mod tests {
     #[test]
     fn a_password_is_not_printed() {
-        assert_eq!(
-            super::printable("postgres://me:secret@db:5432/tasker"),
-            "postgres://me@db:5432/tasker"
-        );
-        assert_eq!(
-            super::printable("postgresql:///tasker?host=/run/pg"),
-            "postgresql:///tasker?host=/run/pg"
-        );
+        assert_eq!(super::printable("postgres://me:secret@db:5432/tasker"), "postgres://me@db:5432/tasker");
+        assert_eq!(super::printable("postgresql:///tasker?host=/run/pg"), "postgresql:///tasker?host=/run/pg");
     }
 }

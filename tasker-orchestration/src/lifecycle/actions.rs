@@ -33,19 +33,11 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     }
     shared.admission.settled();
     // The room may be older than the queue or the worker that these steps wait for: look at once.
-    if done
-        .works
-        .iter()
-        .zip(&done.plans)
-        .any(|(work, plan)| plan.task.held_steps > work.row.task.held_steps)
-    {
+    if done.works.iter().zip(&done.plans).any(|(work, plan)| plan.task.held_steps > work.row.task.held_steps) {
         shared.admission.wake.notify_one();
     }
-    for (work, plan) in done
-        .works
-        .iter()
-        .zip(&done.plans)
-        .filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal())
+    for (work, plan) in
+        done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal())
     {
         ended(work, plan);
     }
@@ -65,34 +57,22 @@ fn export(shared: &Shared, done: Committed) {
     };
     let Applied { at, cancelled } = done.applied;
     let (mut slices, mut read) = (Vec::with_capacity(export.task_uuids.len()), Vec::new());
-    for (work, plan) in done
-        .works
-        .iter()
-        .zip(&done.plans)
-        .filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid))
+    for (work, plan) in
+        done.works.iter().zip(&done.plans).filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid))
     {
         // What an ending task cancelled was never loaded: that one log is read.
-        if cancelled
-            .iter()
-            .any(|step| step.task_uuid == plan.task.uuid)
-        {
+        if cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
             read.push(plan.task.uuid);
         } else {
             slices.push(slice(work, plan, done.began_at, at));
         }
     }
-    exporter.hand_over(Batch {
-        batch_id: export.batch_id,
-        at,
-        slices,
-        read,
-    });
+    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read });
 }
 
 /// The slice of the log that this settle made final: its moves, and those of the attempts it closed.
 fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -> TaskLog {
-    let mut transitions: Vec<Transition> =
-        Vec::with_capacity(plan.moves.len() + plan.closed.len() * 3);
+    let mut transitions: Vec<Transition> = Vec::with_capacity(plan.moves.len() + plan.closed.len() * 3);
     let mut attempts = Vec::with_capacity(plan.closed.len());
     for (step, _) in &plan.closed {
         let Some(row) = work.steps.get(step) else {
@@ -116,11 +96,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         detail: made.detail.clone(),
     }));
     let definition = &work.template.definition;
-    let touched = plan
-        .steps
-        .iter()
-        .map(|(step, _)| step)
-        .chain(&plan.new_steps);
+    let touched = plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps);
     let info = |step: &Step| {
         let defined = &definition.steps[step.index as usize];
         StepInfo {
@@ -135,10 +111,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         head: head(work, plan, began_at),
         transitions,
         attempts,
-        steps: touched
-            .filter(|step| step.version > 0)
-            .map(|step| (step.uuid, info(step)))
-            .collect(),
+        steps: touched.filter(|step| step.version > 0).map(|step| (step.uuid, info(step))).collect(),
     }
 }
 
@@ -146,11 +119,8 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
 /// Enqueue, its Claim, its Report. The step's row and the attempt's say when each was.
 fn earlier_moves(row: &StepRow) -> Vec<Transition> {
     let step = &row.step;
-    let (Some(version), Some(began_at), Some(at)) = (
-        step.enqueued_version,
-        step.enqueued_began_at,
-        step.enqueued_at,
-    ) else {
+    let (Some(version), Some(began_at), Some(at)) = (step.enqueued_version, step.enqueued_began_at, step.enqueued_at)
+    else {
         return Vec::new();
     };
     let event = step.enqueued_event.unwrap_or(StepEvent::Enqueue.as_str());
@@ -184,21 +154,11 @@ fn earlier_moves(row: &StepRow) -> Vec<Transition> {
         let actor = Some(attempt.worker.clone());
         moves.push(Transition {
             actor: actor.clone(),
-            ..move_of(
-                version + 1,
-                "enqueued",
-                "in_progress",
-                "Claim",
-                attempt.claim_began_at,
-                attempt.claimed_at,
-            )
+            ..move_of(version + 1, "enqueued", "in_progress", "Claim", attempt.claim_began_at, attempt.claimed_at)
         });
         if let (Some(began), Some(reported)) = (attempt.report_began_at, attempt.reported_at) {
             let to = step.state.as_str();
-            moves.push(Transition {
-                actor,
-                ..move_of(version + 2, "in_progress", to, "Report", began, reported)
-            });
+            moves.push(Transition { actor, ..move_of(version + 2, "in_progress", to, "Report", began, reported) });
         }
     }
     moves
@@ -217,11 +177,7 @@ fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
         parent_task_uuid: row.parent_task_uuid,
         priority: row.task.priority,
         generation: plan.task.generation,
-        generation_began_at: if same {
-            row.task.generation_began_at
-        } else {
-            began_at
-        },
+        generation_began_at: if same { row.task.generation_began_at } else { began_at },
         created_at: row.created_at,
         trace_id: row.trace_id,
         remote_span_id: row.remote_span_id,

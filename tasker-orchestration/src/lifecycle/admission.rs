@@ -28,12 +28,7 @@ pub struct Admission {
 impl Admission {
     /// Lets a settle take from the room.
     pub fn with_room<T>(&self, work: impl FnOnce(&mut Room) -> T) -> T {
-        work(
-            &mut self
-                .room
-                .lock()
-                .expect("deciding does not panic while it holds the room"),
-        )
+        work(&mut self.room.lock().expect("deciding does not panic while it holds the room"))
     }
 
     /// A settle committed: where room runs low or steps are held, the estimate is made anew.
@@ -66,10 +61,7 @@ pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
         }
         *room = fresh;
     });
-    Ok(rows
-        .into_iter()
-        .filter(|row| row.holding && row.room > 0)
-        .collect())
+    Ok(rows.into_iter().filter(|row| row.holding && row.room > 0).collect())
 }
 
 /// Sends held steps for which there is room now, priority first; answers whether it found any,
@@ -79,29 +71,18 @@ pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
     let mut more = false;
     for row in refresh(shared).await? {
         let max = i32::try_from(row.room).unwrap_or(PASS).min(PASS);
-        let held = queue::held_steps(
-            &mut *shared.reads.acquire().await.map_err(Error::from)?,
-            &row.queue,
-            &row.handlers,
-            max,
-        )
-        .await?;
+        let held =
+            queue::held_steps(&mut *shared.reads.acquire().await.map_err(Error::from)?, &row.queue, &row.handlers, max)
+                .await?;
         let all_fit = held.len() < usize::try_from(max).unwrap_or_default();
-        shared
-            .admission
-            .with_room(|room| room.set_holding(&row.queue, !all_fit));
+        shared.admission.with_room(|room| room.set_holding(&row.queue, !all_fit));
         if held.is_empty() {
             continue;
         }
         more = true;
         let hints = held
             .into_iter()
-            .map(|(task, step)| Hint {
-                task,
-                look: Look::Admit(step),
-                msg_id: None,
-                due_id: None,
-            })
+            .map(|(task, step)| Hint { task, look: Look::Admit(step), msg_id: None, due_id: None })
             .collect();
         settle::settle(shared, queue::STEP_RESULTS, hints).await?;
     }

@@ -36,14 +36,9 @@ impl Item {
 }
 
 /// Deals with items of one kind, the suspicious ones each by itself.
-pub(super) async fn run(
-    shared: &Shared,
-    queue: &'static str,
-    items: Vec<Item>,
-) -> Result<(), Error> {
-    let (suspects, others): (Vec<_>, Vec<_>) = items
-        .into_iter()
-        .partition(|item| item.message().read_ct > SUSPECT_READS);
+pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<(), Error> {
+    let (suspects, others): (Vec<_>, Vec<_>) =
+        items.into_iter().partition(|item| item.message().read_ct > SUSPECT_READS);
     if !others.is_empty() {
         bisect(shared, queue, &others).await?;
     }
@@ -69,41 +64,26 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
         })
         .collect();
     let settled = settle::settle(shared, queue, hints).await?;
-    let ids = |hints: &[Hint]| {
-        hints
-            .iter()
-            .filter_map(|hint| hint.msg_id)
-            .collect::<Vec<i64>>()
-    };
+    let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
         let delay = rand::rng().random_range(5..40);
         let mut conn = shared.reads.acquire().await?;
         queue::put_back(&mut conn, queue, &ids(&settled.deferred), delay).await?;
     }
     if !settled.unknown.is_empty() {
-        let bad = settled
-            .unknown
-            .iter()
-            .filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned())))
-            .collect();
+        let bad =
+            settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
         quarantine(shared, queue, bad).await?;
     }
     Ok(())
 }
 
 /// Moves messages that say nothing we can act on out of the way.
-pub(super) async fn quarantine(
-    shared: &Shared,
-    queue: &'static str,
-    bad: Vec<(i64, String)>,
-) -> Result<(), Error> {
+pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i64, String)>) -> Result<(), Error> {
     for (msg_id, reason) in &bad {
         tracing::warn!(queue, msg_id, reason, "message quarantined");
     }
-    in_tx(&shared.pool, async |conn| {
-        Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)
-    })
-    .await
+    in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await
 }
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.
@@ -130,41 +110,19 @@ async fn bisect(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<
     Ok(())
 }
 
-async fn failed_alone(
-    shared: &Shared,
-    queue: &'static str,
-    message: &Message,
-    error: &Error,
-) -> Result<(), Error> {
+async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
     let reason: String = error.to_string().chars().take(300).collect();
-    let failures = queue::note_failure(
-        &mut *shared.pool.acquire().await?,
-        queue,
-        message.msg_id,
-        &reason,
-    )
-    .await?;
+    let failures = queue::note_failure(&mut *shared.pool.acquire().await?, queue, message.msg_id, &reason).await?;
     tracing::warn!(queue, msg_id = message.msg_id, failures, %error, "a message failed by itself");
     if failures < MAX_FAILURES {
-        queue::put_back(
-            &mut *shared.reads.acquire().await?,
-            queue,
-            &[message.msg_id],
-            200,
-        )
-        .await?;
+        queue::put_back(&mut *shared.reads.acquire().await?, queue, &[message.msg_id], 200).await?;
         return Ok(());
     }
     quarantine(shared, queue, vec![(message.msg_id, reason.clone())]).await?;
     // The attempt it told of ends as an error, so that its task does not wait for ever.
     if let Ok(Ok(result)) = message.body.as_ref().map(ResultHint::parse) {
         let look = Look::Quarantined(result.step, result.attempt, reason);
-        let hint = Hint {
-            task: result.task,
-            look,
-            msg_id: None,
-            due_id: None,
-        };
+        let hint = Hint { task: result.task, look, msg_id: None, due_id: None };
         if let Err(error) = settle::settle(shared, queue, vec![hint]).await {
             tracing::error!(%error, task_uuid = %result.task, "the attempt of a quarantined result could not be ended");
         }

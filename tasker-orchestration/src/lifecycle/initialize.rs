@@ -17,11 +17,8 @@ use super::{Error, Hint, Look, Shared};
 pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
     let (mut settles, mut submits, mut bad) = (Vec::new(), Vec::new(), Vec::new());
     for message in messages {
-        let request = message
-            .body
-            .as_ref()
-            .map_err(Clone::clone)
-            .and_then(|body| Request::parse(body, message.headers.as_ref()));
+        let request =
+            message.body.as_ref().map_err(Clone::clone).and_then(|body| Request::parse(body, message.headers.as_ref()));
         let (task, look) = match request {
             Ok(Request::Submit(request)) => {
                 submits.push(Item::Submit(request, message));
@@ -36,15 +33,7 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
                 continue;
             }
         };
-        settles.push(Item::Settle(
-            Hint {
-                task,
-                look,
-                msg_id: Some(message.msg_id),
-                due_id: None,
-            },
-            message,
-        ));
+        settles.push(Item::Settle(Hint { task, look, msg_id: Some(message.msg_id), due_id: None }, message));
     }
     if !bad.is_empty() {
         batch::quarantine(shared, TASK_REQUESTS, bad).await?;
@@ -63,10 +52,7 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
-        let requests: Vec<Value> = submits
-            .iter()
-            .map(|(_, request)| (*request).clone())
-            .collect();
+        let requests: Vec<Value> = submits.iter().map(|(_, request)| (*request).clone()).collect();
         let answers = tasks::submit(conn, &requests).await?;
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
         for ((message, _), answer) in submits.iter().zip(answers) {

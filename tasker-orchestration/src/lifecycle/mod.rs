@@ -62,10 +62,7 @@ impl Shared {
         let mut found = HashMap::new();
         let mut missing = Vec::new();
         {
-            let known = self
-                .templates
-                .lock()
-                .expect("no code panics while it holds the template cache");
+            let known = self.templates.lock().expect("no code panics while it holds the template cache");
             for id in ids {
                 match known.get(id) {
                     Some(template) => drop(found.insert(*id, template.clone())),
@@ -165,9 +162,7 @@ impl Error {
     /// Whether doing the same again may succeed; such an error never counts against a message.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Store(error) | Self::Template(TemplateError::Store(error)) => {
-                error.is_transient()
-            }
+            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
             Self::Template(_) => false,
         }
     }

@@ -12,20 +12,10 @@ use super::{Error, Hint, Look, Shared};
 pub async fn settle_results(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
     let (mut items, mut bad) = (Vec::with_capacity(messages.len()), Vec::new());
     for message in messages {
-        match message
-            .body
-            .as_ref()
-            .map_err(Clone::clone)
-            .and_then(ResultHint::parse)
-        {
+        match message.body.as_ref().map_err(Clone::clone).and_then(ResultHint::parse) {
             Ok(result) => {
                 let look = Look::Result(result.step, result.attempt);
-                let hint = Hint {
-                    task: result.task,
-                    look,
-                    msg_id: Some(message.msg_id),
-                    due_id: None,
-                };
+                let hint = Hint { task: result.task, look, msg_id: Some(message.msg_id), due_id: None };
                 items.push(Item::Settle(hint, message));
             }
             Err(reason) => bad.push((message.msg_id, reason)),

@@ -53,33 +53,19 @@ pub(super) struct Work {
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
 pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
     let (settled, done) = in_tx(&shared.pool, async |conn| {
-        let uuids: Vec<Uuid> = hints
-            .iter()
-            .map(|hint| hint.task)
-            .collect::<HashSet<_>>()
-            .into_iter()
-            .collect();
+        let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
         let rows = tasks::lock(conn, &uuids).await?;
         let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
         let hints = without_strangers(hints, &works, &mut settled);
         load_outputs(conn, &mut works, &hints).await?;
-        let plans = shared
-            .admission
-            .with_room(|room| decide_all(&works, &hints, room, now));
+        let plans = shared.admission.with_room(|room| decide_all(&works, &hints, room, now));
 
-        let moved: Vec<(&TaskRow, &Plan)> = works
-            .iter()
-            .map(|work| &work.row)
-            .zip(&plans)
-            .filter(|(_, plan)| !plan.is_empty())
-            .collect();
+        let moved: Vec<(&TaskRow, &Plan)> =
+            works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
         let export = export_batch(shared, &moved);
         let applied = if moved.is_empty() {
-            Applied {
-                at: now,
-                cancelled: Vec::new(),
-            }
+            Applied { at: now, cancelled: Vec::new() }
         } else {
             apply(conn, &moved, now, export.as_ref()).await?
         };
@@ -90,20 +76,8 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         if !messages.is_empty() || !due.is_empty() {
             queue::delete(conn, queue, &messages, &due).await?;
         }
-        settled.finished = plans
-            .iter()
-            .filter(|plan| plan.task_changed && plan.task.state.is_terminal())
-            .count();
-        Ok::<_, Error>((
-            settled,
-            actions::Committed {
-                works,
-                plans,
-                applied,
-                began_at: now,
-                export,
-            },
-        ))
+        settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
+        Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
     .await
     .inspect_err(|error| {
@@ -127,53 +101,26 @@ async fn sort_out(
         return Ok((hints, Settled::default()));
     }
     let locked: HashSet<Uuid> = rows.iter().map(|row| row.task.uuid).collect();
-    let (kept, others): (Vec<Hint>, Vec<Hint>) = hints
-        .into_iter()
-        .partition(|hint| locked.contains(&hint.task));
+    let (kept, others): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(|hint| locked.contains(&hint.task));
     let ids: Vec<Uuid> = others.iter().map(|hint| hint.task).collect();
     let existing: HashSet<Uuid> = tasks::existing(conn, &ids).await?.into_iter().collect();
-    let (deferred, unknown): (_, Vec<Hint>) = others
-        .into_iter()
-        .partition(|hint| existing.contains(&hint.task));
+    let (deferred, unknown): (_, Vec<Hint>) = others.into_iter().partition(|hint| existing.contains(&hint.task));
     let unknown = unknown
         .into_iter()
-        .map(|hint| {
-            (
-                hint,
-                "task: no such task; it was never created here, or retention removed it",
-            )
-        })
+        .map(|hint| (hint, "task: no such task; it was never created here, or retention removed it"))
         .collect();
-    Ok((
-        kept,
-        Settled {
-            deferred,
-            unknown,
-            finished: 0,
-        },
-    ))
+    Ok((kept, Settled { deferred, unknown, finished: 0 }))
 }
 
 /// Takes out the messages that name a step which their task does not have.
 fn without_strangers(hints: Vec<Hint>, works: &[Work], settled: &mut Settled) -> Vec<Hint> {
-    let works: HashMap<Uuid, &Work> = works
-        .iter()
-        .map(|work| (work.row.task.uuid, work))
-        .collect();
+    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
     let known = |hint: &Hint| {
-        let has = |step| {
-            works
-                .get(&hint.task)
-                .is_some_and(|work| work.steps.contains_key(&step))
-        };
+        let has = |step| works.get(&hint.task).is_some_and(|work| work.steps.contains_key(&step));
         hint.msg_id.is_none() || hint.look.step().is_none_or(has)
     };
     let (known, strangers): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(known);
-    settled.unknown.extend(
-        strangers
-            .into_iter()
-            .map(|hint| (hint, "step: no such step of this task")),
-    );
+    settled.unknown.extend(strangers.into_iter().map(|hint| (hint, "step: no such step of this task")));
     known
 }
 
@@ -185,11 +132,7 @@ async fn load(
     hints: &[Hint],
 ) -> Result<(Vec<Work>, DateTime<Utc>), Error> {
     // Times of an entity never go back, even if the database's clock does.
-    let mut now = rows
-        .iter()
-        .map(|row| row.read_at.max(row.task.last_at))
-        .max()
-        .unwrap_or_default();
+    let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
     let claimable: Vec<Uuid> = hints
         .iter()
         .filter(|hint| matches!(hint.look, Look::Lease(_) | Look::Queue(_)))
@@ -199,54 +142,32 @@ async fn load(
         steps::lock_claimable(conn, &claimable).await?;
     }
     let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).collect();
-    let mut loaded = if about.is_empty() {
-        Vec::new()
-    } else {
-        steps::load(conn, &about).await?
-    };
-    let retried: Vec<Uuid> = hints
-        .iter()
-        .filter(|hint| matches!(hint.look, Look::OperatorRetry(_)))
-        .map(|hint| hint.task)
-        .collect();
+    let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
+    let retried: Vec<Uuid> =
+        hints.iter().filter(|hint| matches!(hint.look, Look::OperatorRetry(_))).map(|hint| hint.task).collect();
     let mut with_steps: HashSet<Uuid> = HashSet::new();
     if !retried.is_empty() {
         let (tasks, unfinished) = steps::load_unfinished(conn, &retried).await?;
         with_steps.extend(tasks);
         loaded.extend(unfinished);
     }
-    now = loaded
-        .iter()
-        .map(|row| row.read_at)
-        .max()
-        .map_or(now, |at| at.max(now));
+    now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
 
     let ids: Vec<i32> = rows.iter().map(|row| row.template_id).collect();
     let templates = shared.templates(conn, &ids).await?;
     let mut works: Vec<Work> = Vec::with_capacity(rows.len());
     for row in rows {
-        let template = templates.get(&row.template_id).cloned().ok_or_else(|| {
-            tasker_shared::store::Error::BadRow {
-                table: "tasks",
-                column: "template_id",
-                id: row.task.uuid.to_string(),
-                problem: "no such template".into(),
-            }
+        let template = templates.get(&row.template_id).cloned().ok_or_else(|| tasker_shared::store::Error::BadRow {
+            table: "tasks",
+            column: "template_id",
+            id: row.task.uuid.to_string(),
+            problem: "no such template".into(),
         })?;
         let has_steps = with_steps.contains(&row.task.uuid);
-        works.push(Work {
-            row,
-            template,
-            steps: HashMap::new(),
-            outputs: HashMap::new(),
-            has_steps,
-        });
+        works.push(Work { row, template, steps: HashMap::new(), outputs: HashMap::new(), has_steps });
     }
-    let places: HashMap<Uuid, usize> = works
-        .iter()
-        .enumerate()
-        .map(|(place, work)| (work.row.task.uuid, place))
-        .collect();
+    let places: HashMap<Uuid, usize> =
+        works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
     let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| {
         for row in rows {
             if let Some(place) = places.get(&row.task_uuid) {
@@ -268,10 +189,7 @@ fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
     for work in works {
         let loaded: HashSet<u32> = work.steps.values().map(|row| row.step.index).collect();
         let graph = &work.template.definition.graph;
-        let children = loaded
-            .iter()
-            .flat_map(|index| graph.children(*index))
-            .filter(|child| !loaded.contains(child));
+        let children = loaded.iter().flat_map(|index| graph.children(*index)).filter(|child| !loaded.contains(child));
         places.extend(children.map(|child| (work.row.task.uuid, *child)));
     }
     places.into_iter().collect()
@@ -279,43 +197,24 @@ fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
 
 /// Reads the outputs that steps about to become ready need and the batch does not hold: none
 /// for a chain, one statement for a join.
-async fn load_outputs(
-    conn: &mut PgConnection,
-    works: &mut [Work],
-    hints: &[Hint],
-) -> Result<(), Error> {
+async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint]) -> Result<(), Error> {
     let mut wanted: BTreeSet<(Uuid, u32)> = BTreeSet::new();
-    let retried: HashSet<Uuid> = hints
-        .iter()
-        .filter(|hint| matches!(hint.look, Look::OperatorRetry(_)))
-        .map(|hint| hint.task)
-        .collect();
+    let retried: HashSet<Uuid> =
+        hints.iter().filter(|hint| matches!(hint.look, Look::OperatorRetry(_))).map(|hint| hint.task).collect();
     for work in works.iter() {
         let definition = &work.template.definition;
-        let ended: HashSet<u32> = work
-            .steps
-            .values()
-            .filter(|row| row.reported)
-            .map(|row| row.step.index)
-            .collect();
+        let ended: HashSet<u32> = work.steps.values().filter(|row| row.reported).map(|row| row.step.index).collect();
         for row in work.steps.values() {
             let (step, parents) = (&row.step, definition.graph.parents(row.step.index));
             let may_become_ready = if retried.contains(&work.row.task.uuid) {
                 step.remaining_dependencies == 0
             } else {
-                let here = parents
-                    .iter()
-                    .filter(|parent| ended.contains(parent))
-                    .count();
+                let here = parents.iter().filter(|parent| ended.contains(parent)).count();
                 step.held_by.is_none()
-                    && usize::try_from(step.remaining_dependencies)
-                        .is_ok_and(|left| (1..=here).contains(&left))
+                    && usize::try_from(step.remaining_dependencies).is_ok_and(|left| (1..=here).contains(&left))
             };
             if may_become_ready {
-                let needed = definition.steps[step.index as usize]
-                    .needs
-                    .iter()
-                    .filter(|need| !ended.contains(need));
+                let needed = definition.steps[step.index as usize].needs.iter().filter(|need| !ended.contains(need));
                 wanted.extend(needed.map(|need| (work.row.task.uuid, *need)));
             }
         }
@@ -344,45 +243,24 @@ fn decide_all(works: &[Work], hints: &[Hint], room: &mut Room, now: DateTime<Utc
     }
     works
         .iter()
-        .map(|work| {
-            decide_task(
-                work,
-                by_task.remove(&work.row.task.uuid).unwrap_or_default(),
-                room,
-                now,
-            )
-        })
+        .map(|work| decide_task(work, by_task.remove(&work.row.task.uuid).unwrap_or_default(), room, now))
         .collect()
 }
 
 /// Decides one task; its log lines bear the task's ids.
 #[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %work.row.task.uuid))]
 fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Utc>) -> Plan {
-    let events = looks
-        .into_iter()
-        .filter_map(|look| event(work, look))
-        .collect();
+    let events = looks.into_iter().filter_map(|look| event(work, look)).collect();
     let snapshot = Snapshot {
         task: work.row.task.clone(),
         definition: &work.template.definition,
-        steps: work
-            .steps
-            .values()
-            .map(|row| (row.step.index, row.step.clone()))
-            .collect(),
-        outcomes: work
-            .steps
-            .values()
-            .filter_map(|row| Some((row.step.index, row.outcome.clone()?)))
-            .collect(),
+        steps: work.steps.values().map(|row| (row.step.index, row.step.clone())).collect(),
+        outcomes: work.steps.values().filter_map(|row| Some((row.step.index, row.outcome.clone()?))).collect(),
         outputs: work.outputs.clone(),
     };
     let plan = decide(snapshot, events, room, now);
     if plan.ignored > 0 {
-        tracing::debug!(
-            events = plan.ignored,
-            "events that came late, twice or out of order changed nothing"
-        );
+        tracing::debug!(events = plan.ignored, "events that came late, twice or out of order changed nothing");
     }
     plan
 }
@@ -391,42 +269,27 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
 fn event(work: &Work, look: &Look) -> Option<Event> {
     let index = |step: &Uuid| work.steps.get(step).map(|row| row.step.index);
     Some(match look {
-        Look::Start => Event::Start {
-            step_uuids: new_step_uuids(work),
-            invalid: invalid_input(work),
-        },
-        Look::Result(step, attempt) => Event::Result {
-            step: index(step)?,
-            attempt: *attempt,
-        },
-        Look::Quarantined(step, attempt, reason) => Event::Quarantined {
-            step: index(step)?,
-            attempt: *attempt,
-            reason: reason.clone(),
-        },
+        Look::Start => Event::Start { step_uuids: new_step_uuids(work), invalid: invalid_input(work) },
+        Look::Result(step, attempt) => Event::Result { step: index(step)?, attempt: *attempt },
+        Look::Quarantined(step, attempt, reason) => {
+            Event::Quarantined { step: index(step)?, attempt: *attempt, reason: reason.clone() }
+        }
         Look::Lease(step) => Event::LeaseDue { step: index(step)? },
         Look::Retry(step) => Event::RetryDue { step: index(step)? },
         Look::Queue(step) => {
             let row = work.steps.get(step)?;
-            Event::QueueDue {
-                step: row.step.index,
-                attempt: row.step.attempt,
-            }
+            Event::QueueDue { step: row.step.index, attempt: row.step.attempt }
         }
         Look::Total => Event::TotalDue,
         Look::Admit(step) => Event::Admit { step: index(step)? },
         Look::Cancel(operator) => Event::Cancel(operator.clone()),
         Look::Terminate(operator) => Event::Terminate(operator.clone()),
-        Look::OperatorRetry(operator) if work.has_steps => Event::Retry {
-            operator: operator.clone(),
-            step_uuids: Vec::new(),
-            invalid: None,
-        },
-        Look::OperatorRetry(operator) => Event::Retry {
-            operator: operator.clone(),
-            step_uuids: new_step_uuids(work),
-            invalid: invalid_input(work),
-        },
+        Look::OperatorRetry(operator) if work.has_steps => {
+            Event::Retry { operator: operator.clone(), step_uuids: Vec::new(), invalid: None }
+        }
+        Look::OperatorRetry(operator) => {
+            Event::Retry { operator: operator.clone(), step_uuids: new_step_uuids(work), invalid: invalid_input(work) }
+        }
     })
 }
 
@@ -447,12 +310,7 @@ fn new_step_uuids(work: &Work) -> Vec<Uuid> {
 }
 
 fn invalid_input(work: &Work) -> Option<String> {
-    let problems = work
-        .template
-        .schema
-        .as_ref()?
-        .check(&work.row.task.input)
-        .err()?;
+    let problems = work.template.schema.as_ref()?.check(&work.row.task.input).err()?;
     Some(problems.join("; ").chars().take(1000).collect())
 }
 
@@ -464,11 +322,7 @@ fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBa
         .filter(|(row, plan)| row.trace_flags & 1 == 1 && !plan.moves.is_empty())
         .map(|(row, _)| row.task.uuid)
         .collect();
-    (!task_uuids.is_empty()).then(|| ExportBatch {
-        batch_id: Uuid::new_v4(),
-        instance: exporter.instance,
-        task_uuids,
-    })
+    (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
 /// By destination queue: each message's priority, body and headers.
@@ -477,20 +331,14 @@ type Outbox<'a> = BTreeMap<&'a str, Vec<(i32, Value, Value)>>;
 /// Sends the steps that became ready: one statement per destination queue.
 async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
     let mut outbox = Outbox::new();
-    for (work, plan) in works
-        .iter()
-        .zip(plans)
-        .filter(|(_, plan)| !plan.sends.is_empty())
-    {
+    for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
         enqueue_steps(work, plan, &mut outbox);
     }
     for (name, mut messages) in outbox {
         // A queue is read in the order it was written in, so the urgent are written first.
         messages.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
-        let (bodies, headers): (Vec<Value>, Vec<Value>) = messages
-            .into_iter()
-            .map(|(_, body, headers)| (body, headers))
-            .unzip();
+        let (bodies, headers): (Vec<Value>, Vec<Value>) =
+            messages.into_iter().map(|(_, body, headers)| (body, headers)).unzip();
         queue::send(conn, name, &bodies, &headers).await?;
     }
     Ok(())
@@ -503,14 +351,7 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
     let baggage = baggage(row);
     for sent in &plan.sends {
         // The attempt's handler.execution is known before it runs: it is what the worker continues.
-        let handler = span_id(
-            &row.trace_id,
-            sent.step,
-            0,
-            u64::from(sent.attempt.unsigned_abs()),
-            SpanKey::Handler,
-            0,
-        );
+        let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
         let sender = span_id(
             &row.trace_id,
             row.task.uuid,
@@ -519,11 +360,7 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
             SpanKey::Enqueuing,
             u64::from(sent.task_version.unsigned_abs()),
         );
-        let parent = Traceparent {
-            trace_id: row.trace_id,
-            span_id: handler,
-            flags: row.trace_flags,
-        };
+        let parent = Traceparent { trace_id: row.trace_id, span_id: handler, flags: row.trace_flags };
         let mut headers = json!({
             "traceparent": parent.to_string(),
             "baggage": baggage,
@@ -532,17 +369,8 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
         if let Some(state) = &row.tracestate {
             headers["tracestate"] = state.clone().into();
         }
-        let body = step_message(
-            row.task.uuid,
-            sent.step,
-            sent.generation,
-            sent.attempt,
-            &sent.handler,
-        );
-        outbox
-            .entry(&sent.queue)
-            .or_default()
-            .push((sent.priority, body, headers));
+        let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
+        outbox.entry(&sent.queue).or_default().push((sent.priority, body, headers));
     }
 }
 
@@ -555,11 +383,7 @@ fn baggage(row: &TaskRow) -> String {
 }
 
 async fn tell_workers(conn: &mut PgConnection, applied: &Applied) -> Result<(), Error> {
-    let workers: BTreeSet<&String> = applied
-        .cancelled
-        .iter()
-        .filter_map(|step| step.claimed_by.as_ref())
-        .collect();
+    let workers: BTreeSet<&String> = applied.cancelled.iter().filter_map(|step| step.claimed_by.as_ref()).collect();
     if !workers.is_empty() {
         queue::notify_cancelled(conn, &workers.into_iter().cloned().collect::<Vec<_>>()).await?;
     }

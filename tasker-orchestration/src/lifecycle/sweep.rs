@@ -15,11 +15,7 @@ const TAKE: i32 = 500;
 /// Settles what is due; answers how many hints were taken.
 #[instrument(level = "debug", skip_all)]
 pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
-    let due = queue::take_due(
-        &mut *shared.reads.acquire().await.map_err(StoreError::from)?,
-        TAKE,
-    )
-    .await?;
+    let due = queue::take_due(&mut *shared.reads.acquire().await.map_err(StoreError::from)?, TAKE).await?;
     let taken = due.len();
     let hints: Vec<Hint> = due.iter().filter_map(hint).collect();
     if !hints.is_empty() {
@@ -38,10 +34,5 @@ fn hint(due: &DueHint) -> Option<Hint> {
         ("start", _) => Look::Start,
         _ => return None,
     };
-    Some(Hint {
-        task: due.task_uuid?,
-        look,
-        msg_id: None,
-        due_id: Some(due.due_id),
-    })
+    Some(Hint { task: due.task_uuid?, look, msg_id: None, due_id: Some(due.due_id) })
 }

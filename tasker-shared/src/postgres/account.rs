@@ -26,33 +26,16 @@ impl Account {
     /// Data that exists stays with its owner, also when a better account has
     /// appeared since.
     pub fn for_data(data: &Path) -> Result<Self, Error> {
-        let (uid, gid) = (
-            rustix::process::geteuid().as_raw(),
-            rustix::process::getegid().as_raw(),
-        );
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         if uid != 0 {
-            return Ok(Self {
-                uid,
-                gid,
-                name: None,
-            });
+            return Ok(Self { uid, gid, name: None });
         }
         if let Ok(owner) = fs::metadata(data) {
-            return Ok(Self {
-                uid: owner.uid(),
-                gid: owner.gid(),
-                name: Some(format!("uid {}", owner.uid())),
-            });
+            return Ok(Self { uid: owner.uid(), gid: owner.gid(), name: Some(format!("uid {}", owner.uid())) });
         }
         ["postgres", "nobody"]
             .into_iter()
-            .find_map(|name| {
-                Some(Self {
-                    uid: id("-u", name)?,
-                    gid: id("-g", name)?,
-                    name: Some(name.to_owned()),
-                })
-            })
+            .find_map(|name| Some(Self { uid: id("-u", name)?, gid: id("-g", name)?, name: Some(name.to_owned()) }))
             .ok_or(Error::NoAccount)
     }
 
@@ -113,17 +96,11 @@ impl Account {
             .arg(path)
             .stderr(Stdio::null())
             .status()
-            .map_err(|source| Error::Run {
-                program: format!("sh as {name}"),
-                source,
-            })?;
+            .map_err(|source| Error::Run { program: format!("sh as {name}"), source })?;
         if reached.success() {
             Ok(())
         } else {
-            Err(Error::Unreachable {
-                path: path.to_owned(),
-                account: name.clone(),
-            })
+            Err(Error::Unreachable { path: path.to_owned(), account: name.clone() })
         }
     }
 }

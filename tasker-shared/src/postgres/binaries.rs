@@ -24,10 +24,9 @@ impl Binaries {
         if let Some(dir) = &options.bin {
             let found = Self::at(dir).ok_or_else(|| Error::BadBin { path: dir.clone() })?;
             return match made_by {
-                Some(made_by) if made_by != found.version => Err(Error::OtherVersion {
-                    made_by,
-                    found: vec![found.version],
-                }),
+                Some(made_by) if made_by != found.version => {
+                    Err(Error::OtherVersion { made_by, found: vec![found.version] })
+                }
                 _ => Ok(found),
             };
         }
@@ -44,10 +43,7 @@ impl Binaries {
             }
         }
         match made_by {
-            Some(made_by) if !others.is_empty() => Err(Error::OtherVersion {
-                made_by,
-                found: others,
-            }),
+            Some(made_by) if !others.is_empty() => Err(Error::OtherVersion { made_by, found: others }),
             _ => fetch(options),
         }
     }
@@ -61,13 +57,8 @@ impl Binaries {
         let text = String::from_utf8(out.stdout).ok()?;
         // "postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)", "… 18beta1"
         let after = text.split_once("(PostgreSQL) ")?.1;
-        let digits = after
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(after.len());
-        Some(Self {
-            dir: dir.to_owned(),
-            version: after[..digits].parse().ok()?,
-        })
+        let digits = after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len());
+        Some(Self { dir: dir.to_owned(), version: after[..digits].parse().ok()? })
     }
 
     pub fn program(&self, name: &str) -> PathBuf {
@@ -88,29 +79,19 @@ impl Binaries {
         ]
         .into_iter()
         .flatten()
-        .any(|dir| {
-            ["so", "dylib"]
-                .iter()
-                .any(|end| dir.join(library).with_extension(end).is_file())
-        })
+        .any(|dir| ["so", "dylib"].iter().any(|end| dir.join(library).with_extension(end).is_file()))
     }
 }
 
 /// The path that a program prints for one flag.
 fn ask(program: &Path, flag: &str) -> Option<PathBuf> {
-    let out = Command::new(program)
-        .arg(flag)
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
+    let out = Command::new(program).arg(flag).stderr(Stdio::null()).output().ok()?;
     let text = String::from_utf8(out.stdout).ok()?;
     (!text.trim().is_empty()).then(|| PathBuf::from(text.trim()))
 }
 
 fn candidates() -> Vec<PathBuf> {
-    let mut dirs: Vec<PathBuf> = ask(Path::new("pg_config"), "--bindir")
-        .into_iter()
-        .collect();
+    let mut dirs: Vec<PathBuf> = ask(Path::new("pg_config"), "--bindir").into_iter().collect();
     if let Some(path) = std::env::var_os("PATH") {
         dirs.extend(std::env::split_paths(&path));
     }
@@ -130,9 +111,7 @@ fn candidates() -> Vec<PathBuf> {
 
 #[cfg(not(feature = "fetch-postgres"))]
 fn fetch(_: &Options) -> Result<Binaries, Error> {
-    Err(Error::NoBinaries {
-        fetch: "this program was built without the feature `fetch-postgres`".to_owned(),
-    })
+    Err(Error::NoBinaries { fetch: "this program was built without the feature `fetch-postgres`".to_owned() })
 }
 
 /// Downloads PostgreSQL into the home directory, once.
@@ -140,9 +119,8 @@ fn fetch(_: &Options) -> Result<Binaries, Error> {
 fn fetch(options: &Options) -> Result<Binaries, Error> {
     use postgresql_embedded::{PostgreSQL, Settings, VersionReq};
 
-    let failed = |error: &dyn std::fmt::Display| Error::NoBinaries {
-        fetch: format!("downloading PostgreSQL failed: {error}"),
-    };
+    let failed =
+        |error: &dyn std::fmt::Display| Error::NoBinaries { fetch: format!("downloading PostgreSQL failed: {error}") };
     let dir = options.home.join("postgresql");
     // `setup` would also run initdb, as whoever we are; it does not where it
     // sees this file.
@@ -150,10 +128,7 @@ fn fetch(options: &Options) -> Result<Binaries, Error> {
     std::fs::write(scratch.path().join("postgresql.conf"), "").map_err(|e| failed(&e))?;
     let defaults = Settings::new();
     // It makes directories for what we do not use.
-    for unused in [
-        Some(defaults.data_dir.as_path()),
-        defaults.password_file.parent(),
-    ] {
+    for unused in [Some(defaults.data_dir.as_path()), defaults.password_file.parent()] {
         let _ = unused.map(std::fs::remove_dir);
     }
     let settings = Settings {
@@ -168,18 +143,16 @@ fn fetch(options: &Options) -> Result<Binaries, Error> {
     let installed = std::thread::scope(|scope| {
         scope
             .spawn(|| {
-                tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()
-                    .map_err(|e| failed(&e))?
-                    .block_on(async {
+                tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(&e))?.block_on(
+                    async {
                         let mut server = PostgreSQL::new(settings);
                         tokio::time::timeout(std::time::Duration::from_mins(5), server.setup())
                             .await
                             .map_err(|_| failed(&"not finished after five minutes"))?
                             .map_err(|e| failed(&e))?;
                         Ok(server.settings().binary_dir())
-                    })
+                    },
+                )
             })
             .join()
             .unwrap_or_else(|_| Err(failed(&"the download panicked")))

@@ -91,10 +91,7 @@ impl Local {
             home.watch(options, &mut binaries)?;
         }
         home.run(options, &mut binaries, &control)?;
-        Ok(Self {
-            url: home.url(),
-            _users: users,
-        })
+        Ok(Self { url: home.url(), _users: users })
     }
 
     /// A URL that psql and sqlx understand alike.
@@ -196,8 +193,7 @@ impl Home {
         ] {
             if !path.exists() {
                 fs::create_dir_all(&path).map_err(io("create directory", &path))?;
-                fs::set_permissions(&path, Permissions::from_mode(mode))
-                    .map_err(io("set the mode of", &path))?;
+                fs::set_permissions(&path, Permissions::from_mode(mode)).map_err(io("set the mode of", &path))?;
             }
         }
         // One name for one directory: the socket's place depends on it, and
@@ -207,11 +203,7 @@ impl Home {
         let owner = fs::metadata(&dir).map_err(io("look at", &dir))?.uid();
         let uid = rustix::process::geteuid().as_raw();
         if owner != uid {
-            return Err(Error::OtherOwner {
-                path: dir,
-                owner,
-                uid,
-            });
+            return Err(Error::OtherOwner { path: dir, owner, uid });
         }
         let data = dir.join("data");
         let account = Account::for_data(&data)?;
@@ -243,9 +235,7 @@ impl Home {
     fn unkeep(&self) -> Result<(), Error> {
         let mark = self.dir.join("keep");
         match fs::remove_file(&mark) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(io("remove", &mark)(error))
-            }
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &mark)(error)),
             _ => Ok(()),
         }
     }
@@ -293,10 +283,7 @@ impl Home {
     /// environment would change them otherwise.
     fn url(&self) -> String {
         let socket = self.socket_dir();
-        format!(
-            "postgresql:///tasker?host={}&port=5432&user=tasker&sslmode=disable",
-            socket.display()
-        )
+        format!("postgresql:///tasker?host={}&port=5432&user=tasker&sslmode=disable", socket.display())
     }
 
     /// Reads the server's own pid file. A pid may have been given to another
@@ -317,8 +304,7 @@ impl Home {
         // killed this very moment is still there and says "ready", but accepts
         // nobody.
         let socket = self.socket_dir().join(".s.PGSQL.5432");
-        let ready = lines.nth(6).is_some_and(|l| l.trim() == "ready")
-            && UnixStream::connect(socket).is_ok();
+        let ready = lines.nth(6).is_some_and(|l| l.trim() == "ready") && UnixStream::connect(socket).is_ok();
         Server::Up { pid, ready }
     }
 
@@ -328,8 +314,7 @@ impl Home {
             let process = PathBuf::from(format!("/proc/{pid}"));
             // A server works in its data directory, and pg_ctl names it.
             fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == self.data)
-                || fs::read(process.join("cmdline"))
-                    .is_ok_and(|line| line.split(|b| *b == 0).any(|arg| arg == data))
+                || fs::read(process.join("cmdline")).is_ok_and(|line| line.split(|b| *b == 0).any(|arg| arg == data))
         } else {
             Command::new("ps")
                 .args(["-ww", "-o", "command=", "-p", &pid.to_string()])
@@ -368,10 +353,7 @@ impl Home {
             // Ctrl-C in our terminal is not for it.
             .process_group(0)
             .status()
-            .map_err(|source| Error::Run {
-                program: "sh".to_owned(),
-                source,
-            })?;
+            .map_err(|source| Error::Run { program: "sh".to_owned(), source })?;
         if !status.success() {
             tracing::warn!(
                 "neither `flock` nor `perl` is installed, so nothing stops the local PostgreSQL \
@@ -381,27 +363,17 @@ impl Home {
         Ok(())
     }
 
-    fn binaries<'a>(
-        &self,
-        options: &Options,
-        found: &'a mut Option<Binaries>,
-    ) -> Result<&'a Binaries, Error> {
+    fn binaries<'a>(&self, options: &Options, found: &'a mut Option<Binaries>) -> Result<&'a Binaries, Error> {
         if found.is_none() {
-            let made_by = fs::read_to_string(self.data.join("PG_VERSION"))
-                .ok()
-                .and_then(|text| text.trim().parse().ok());
+            let made_by =
+                fs::read_to_string(self.data.join("PG_VERSION")).ok().and_then(|text| text.trim().parse().ok());
             *found = Some(Binaries::find(options, made_by)?);
         }
         Ok(found.as_ref().expect("just found"))
     }
 
     /// Returns when the server accepts connections. `control` must be held.
-    fn run(
-        &self,
-        options: &Options,
-        binaries: &mut Option<Binaries>,
-        control: &File,
-    ) -> Result<(), Error> {
+    fn run(&self, options: &Options, binaries: &mut Option<Binaries>, control: &File) -> Result<(), Error> {
         let begun = Instant::now();
         loop {
             match self.server() {
@@ -423,11 +395,7 @@ impl Home {
 
     fn pause(&self, begun: Instant, pid: u32) -> Result<(), Error> {
         if begun.elapsed() > PATIENCE {
-            return Err(Error::NotReady {
-                pid,
-                waited: PATIENCE,
-                log: self.log(),
-            });
+            return Err(Error::NotReady { pid, waited: PATIENCE, log: self.log() });
         }
         std::thread::sleep(Duration::from_millis(20));
         Ok(())
@@ -451,10 +419,7 @@ impl Home {
                 "$1/postgres" --single -j -D "$2" -c exit_on_error=on postgres >/dev/null
         "#;
         let mut command = self.account.command("sh");
-        command
-            .args(["-c", script, "initdb"])
-            .arg(&binaries.dir)
-            .arg(&spare);
+        command.args(["-c", script, "initdb"]).arg(&binaries.dir).arg(&spare);
         self.check(command, "initdb", control)?;
         fs::rename(&spare, &self.data).map_err(io("rename", &spare))
     }
@@ -465,8 +430,7 @@ impl Home {
         self.account.own_directory(&socket)?;
         let conf = self.dir.join("postgresql.conf");
         fs::write(&conf, self.settings(binaries)).map_err(io("write", &conf))?;
-        fs::set_permissions(&conf, Permissions::from_mode(0o644))
-            .map_err(io("set the mode of", &conf))?;
+        fs::set_permissions(&conf, Permissions::from_mode(0o644)).map_err(io("set the mode of", &conf))?;
         // No server runs here, we hold `control`, and yet PostgreSQL refuses
         // to start if the pid of the dead one now belongs to another process
         // of the account (after a reboot, say, or while it is a zombie). So a
@@ -489,22 +453,15 @@ impl Home {
             fi
             exec "$3/pg_ctl" start -D "$1" -l server.log -o "$options" -s -w -t 300
         "#;
-        let option = format!(
-            "-c config_file='{}'",
-            conf.display().to_string().replace('\'', r"'\''")
-        );
+        let option = format!("-c config_file='{}'", conf.display().to_string().replace('\'', r"'\''"));
         let begun = Instant::now();
         loop {
             let mut command = self.account.command("sh");
-            command
-                .args(["-c", script, "pg_ctl"])
-                .args([&self.data, &socket, &binaries.dir])
-                .arg(&option);
+            command.args(["-c", script, "pg_ctl"]).args([&self.data, &socket, &binaries.dir]).arg(&option);
             match self.check(command, "pg_ctl start", control) {
                 // Backends of a killed server notice within moments.
                 Err(Error::Failed { output, .. })
-                    if output.contains("is still in use")
-                        && begun.elapsed() < Duration::from_secs(30) =>
+                    if output.contains("is still in use") && begun.elapsed() < Duration::from_secs(30) =>
                 {
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -533,17 +490,10 @@ impl Home {
 
     /// Runs one of PostgreSQL's programs, which holds `control` too.
     fn check(&self, mut command: Command, program: &str, control: &File) -> Result<(), Error> {
-        let control = control
-            .try_clone()
-            .map_err(io("share the lock in", &self.dir))?;
+        let control = control.try_clone().map_err(io("share the lock in", &self.dir))?;
         let before = fs::metadata(self.log()).map_or(0, |log| log.len());
-        let out = command
-            .stdin(control)
-            .output()
-            .map_err(|source| Error::Run {
-                program: program.to_owned(),
-                source,
-            })?;
+        let out =
+            command.stdin(control).output().map_err(|source| Error::Run { program: program.to_owned(), source })?;
         if out.status.success() {
             return Ok(());
         }
@@ -553,16 +503,12 @@ impl Home {
             let news = log.get(start..).unwrap_or(&log);
             let _ = write!(output, "\n{}", String::from_utf8_lossy(news).trim());
         }
-        Err(Error::Failed {
-            program: program.to_owned(),
-            output,
-        })
+        Err(Error::Failed { program: program.to_owned(), output })
     }
 
     /// A name beside `data` that no other process uses.
     fn spare_name(&self, what: &str) -> PathBuf {
-        self.dir
-            .join(format!("data.{what}-{}", uuid::Uuid::new_v4().simple()))
+        self.dir.join(format!("data.{what}-{}", uuid::Uuid::new_v4().simple()))
     }
 
     /// Removes what a killed `init` or `reset` left, as far as it goes.
@@ -575,10 +521,7 @@ impl Home {
     }
 
     fn settings(&self, binaries: &Binaries) -> String {
-        let mut text = format!(
-            "{SETTINGS}unix_socket_directories = '{}'\n",
-            self.socket_dir().display()
-        );
+        let mut text = format!("{SETTINGS}unix_socket_directories = '{}'\n", self.socket_dir().display());
         if binaries.has_library("pg_stat_statements") {
             text.push_str("shared_preload_libraries = 'pg_stat_statements'\n");
         }

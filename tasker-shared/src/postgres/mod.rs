@@ -60,11 +60,7 @@ pub struct Options {
 impl Options {
     /// A server below `home`, with the defaults for the rest.
     pub fn at(home: impl Into<PathBuf>) -> Self {
-        Self {
-            home: home.into(),
-            bin: None,
-            linger: Duration::from_secs(3),
-        }
+        Self { home: home.into(), bin: None, linger: Duration::from_secs(3) }
     }
 
     /// Reads `TASKER_HOME` and `TASKER_PG_BIN`.
@@ -73,24 +69,13 @@ impl Options {
     /// where the unprivileged account it runs as can reach it, and in
     /// `$XDG_DATA_HOME/tasker` or `~/.local/share/tasker` for everybody else.
     pub fn from_env() -> Result<Self, Error> {
-        let set = |name| {
-            std::env::var_os(name)
-                .filter(|v| !v.is_empty())
-                .map(PathBuf::from)
-        };
+        let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let home = set("TASKER_HOME")
-            .or_else(|| {
-                rustix::process::geteuid()
-                    .is_root()
-                    .then(|| PathBuf::from("/var/lib/tasker"))
-            })
+            .or_else(|| rustix::process::geteuid().is_root().then(|| PathBuf::from("/var/lib/tasker")))
             .or_else(|| Some(set("XDG_DATA_HOME")?.join("tasker")))
             .or_else(|| Some(set("HOME")?.join(".local/share/tasker")))
             .ok_or(Error::NoHome)?;
-        Ok(Self {
-            bin: set("TASKER_PG_BIN"),
-            ..Self::at(home)
-        })
+        Ok(Self { bin: set("TASKER_PG_BIN"), ..Self::at(home) })
     }
 }
 
@@ -98,9 +83,7 @@ impl Options {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing says where to keep the server.
-    #[error(
-        "no directory for the local PostgreSQL: set TASKER_HOME (or HOME), or set DATABASE_URL"
-    )]
+    #[error("no directory for the local PostgreSQL: set TASKER_HOME (or HOME), or set DATABASE_URL")]
     NoHome,
     /// No programs were found and none could be fetched.
     #[error(
@@ -224,9 +207,5 @@ pub enum Error {
 /// For `map_err`: what was tried on which path.
 fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();
-    move |source| Error::Io {
-        doing,
-        path,
-        source,
-    }
+    move |source| Error::Io { doing, path, source }
 }

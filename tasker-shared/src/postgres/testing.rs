@@ -51,11 +51,9 @@ impl TestDatabase {
     async fn create(server: String, template: &str) -> Self {
         let name = format!("tasker_test_{}", uuid::Uuid::new_v4().simple());
         let mut conn = connect(&server).await;
-        conn.execute(AssertSqlSafe(format!(
-            "create database {name} template {template}"
-        )))
-        .await
-        .expect("a database for the test");
+        conn.execute(AssertSqlSafe(format!("create database {name} template {template}")))
+            .await
+            .expect("a database for the test");
         let _ = conn.close().await;
         Self { server, name }
     }
@@ -70,9 +68,7 @@ impl TestDatabase {
     /// # Panics
     /// If the server does not answer.
     pub async fn pool(&self) -> PgPool {
-        tx::pool(&self.url(), &PoolOptions::default())
-            .await
-            .expect("a pool for the test")
+        tx::pool(&self.url(), &PoolOptions::default()).await.expect("a pool for the test")
     }
 }
 
@@ -83,17 +79,11 @@ impl Drop for TestDatabase {
         // own. A test has said what it had to say; a failure here is swept up
         // by a later run.
         let dropping = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
                 let options = PgConnectOptions::from_str(&server).map_err(std::io::Error::other)?;
-                let mut conn = PgConnection::connect_with(&options)
-                    .await
-                    .map_err(std::io::Error::other)?;
-                drop_database(&mut conn, &name)
-                    .await
-                    .map_err(std::io::Error::other)
+                let mut conn = PgConnection::connect_with(&options).await.map_err(std::io::Error::other)?;
+                drop_database(&mut conn, &name).await.map_err(std::io::Error::other)
             })
         });
         let _ = dropping.join();
@@ -113,16 +103,11 @@ async fn server() -> String {
 }
 
 async fn connect(url: &str) -> PgConnection {
-    PgConnection::connect(url)
-        .await
-        .expect("the server answers")
+    PgConnection::connect(url).await.expect("the server answers")
 }
 
 async fn drop_database(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
-    conn.execute(AssertSqlSafe(format!(
-        "drop database if exists {name} with (force)"
-    )))
-    .await?;
+    conn.execute(AssertSqlSafe(format!("drop database if exists {name} with (force)"))).await?;
     Ok(())
 }
 
@@ -141,11 +126,7 @@ async fn make_template(server: &str) -> String {
         return template;
     }
     // The lock ends with the connection.
-    sqlx::query("select pg_advisory_lock($1)")
-        .bind(LOCK)
-        .execute(&mut conn)
-        .await
-        .expect("the lock of the template");
+    sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut conn).await.expect("the lock of the template");
     if exists(&mut conn, &template).await {
         return template;
     }
@@ -154,16 +135,11 @@ async fn make_template(server: &str) -> String {
     // half template.
     let raw = TestDatabase::create(server.to_owned(), "template0").await;
     let pool = raw.pool().await;
-    migrate(&pool)
-        .await
-        .unwrap_or_else(|error| panic!("the migrations fail: {error}"));
+    migrate(&pool).await.unwrap_or_else(|error| panic!("the migrations fail: {error}"));
     pool.close().await;
-    conn.execute(AssertSqlSafe(format!(
-        "alter database {} rename to {template}",
-        raw.name
-    )))
-    .await
-    .expect("the template's name");
+    conn.execute(AssertSqlSafe(format!("alter database {} rename to {template}", raw.name)))
+        .await
+        .expect("the template's name");
     template
 }
 
@@ -187,13 +163,9 @@ async fn sweep(conn: &mut PgConnection) {
 
 /// The same server, another database.
 fn with_database(url: &str, name: &str) -> String {
-    let (place, parameters) = url
-        .split_once('?')
-        .map_or((url, None), |(a, b)| (a, Some(b)));
+    let (place, parameters) = url.split_once('?').map_or((url, None), |(a, b)| (a, Some(b)));
     let authority = place.find("://").map_or(0, |at| at + 3);
-    let end = place[authority..]
-        .find('/')
-        .map_or(place.len(), |at| authority + at);
+    let end = place[authority..].find('/').map_or(place.len(), |at| authority + at);
     let parameters = parameters.map_or_else(String::new, |p| format!("?{p}"));
     format!("{}/{name}{parameters}", &place[..end])
 }
@@ -205,16 +177,10 @@ mod tests {
     #[test]
     fn only_the_database_of_a_url_is_replaced() {
         for (url, expected) in [
-            (
-                "postgresql:///tasker?host=/a/run&user=u",
-                "postgresql:///t?host=/a/run&user=u",
-            ),
+            ("postgresql:///tasker?host=/a/run&user=u", "postgresql:///t?host=/a/run&user=u"),
             ("postgres://u:p@h:5432/db", "postgres://u:p@h:5432/t"),
             ("postgres://h", "postgres://h/t"),
-            (
-                "postgres://h?sslmode=disable",
-                "postgres://h/t?sslmode=disable",
-            ),
+            ("postgres://h?sslmode=disable", "postgres://h/t?sslmode=disable"),
         ] {
             assert_eq!(with_database(url, "t"), expected);
         }
@@ -224,10 +190,7 @@ mod tests {
     async fn two_tests_do_not_see_each_other() {
         let (one, two) = tokio::join!(TestDatabase::fresh(), TestDatabase::fresh());
         let (first, second) = (one.pool().await, two.pool().await);
-        first
-            .execute("create table tasker.mine()")
-            .await
-            .expect("created");
+        first.execute("create table tasker.mine()").await.expect("created");
         let seen: bool = sqlx::query_scalar("select to_regclass('tasker.mine') is not null")
             .fetch_one(&second)
             .await
@@ -236,9 +199,6 @@ mod tests {
         let name = one.name.clone();
         let server = one.server.clone();
         drop(one);
-        assert!(
-            !exists(&mut connect(&server).await, &name).await,
-            "dropped with its value"
-        );
+        assert!(!exists(&mut connect(&server).await, &name).await, "dropped with its value");
     }
 }

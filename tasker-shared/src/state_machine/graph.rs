@@ -127,38 +127,20 @@ impl fmt::Display for GraphError {
                  split the work into several tasks"
             ),
             Self::DuplicateStep { name, .. } => {
-                write!(
-                    to,
-                    "a step named `{name}` exists already; step names must differ"
-                )
+                write!(to, "a step named `{name}` exists already; step names must differ")
             }
-            Self::DuplicateDependency {
-                name, dependency, ..
-            } => {
-                write!(
-                    to,
-                    "step `{name}` depends on `{dependency}` twice; remove one"
-                )
+            Self::DuplicateDependency { name, dependency, .. } => {
+                write!(to, "step `{name}` depends on `{dependency}` twice; remove one")
             }
-            Self::UnknownDependency {
-                name, dependency, ..
-            } => {
-                write!(
-                    to,
-                    "step `{name}` depends on `{dependency}`, which is not a step"
-                )
+            Self::UnknownDependency { name, dependency, .. } => {
+                write!(to, "step `{name}` depends on `{dependency}`, which is not a step")
             }
             Self::SelfDependency { name, .. } => {
-                write!(
-                    to,
-                    "step `{name}` depends on itself; remove it from its depends_on"
-                )
+                write!(to, "step `{name}` depends on itself; remove it from its depends_on")
             }
-            Self::Cycle { names, .. } => write!(
-                to,
-                "steps wait for each other in a circle: {}; remove one of these dependencies",
-                circle(names)
-            ),
+            Self::Cycle { names, .. } => {
+                write!(to, "steps wait for each other in a circle: {}; remove one of these dependencies", circle(names))
+            }
         }
     }
 }
@@ -179,17 +161,13 @@ fn circle(names: &[String]) -> String {
 impl Graph {
     /// Checks the steps, in file order, and builds their graph; the first
     /// thing wrong is the error. [`Graph::check`] reports everything.
-    pub fn new<'a>(
-        steps: impl Iterator<Item = (&'a str, &'a [String])>,
-    ) -> Result<Self, GraphError> {
+    pub fn new<'a>(steps: impl Iterator<Item = (&'a str, &'a [String])>) -> Result<Self, GraphError> {
         Self::check(steps).map_err(|mut errors| errors.swap_remove(0))
     }
 
     /// Like [`Graph::new`], with everything that is wrong. The list is never
     /// empty.
-    pub fn check<'a>(
-        steps: impl Iterator<Item = (&'a str, &'a [String])>,
-    ) -> Result<Self, Vec<GraphError>> {
+    pub fn check<'a>(steps: impl Iterator<Item = (&'a str, &'a [String])>) -> Result<Self, Vec<GraphError>> {
         let steps: Vec<(&str, &[String])> = steps.collect();
         if steps.len() > MAX_STEPS {
             return Err(vec![GraphError::TooManySteps { count: steps.len() }]);
@@ -199,11 +177,7 @@ impl Graph {
         let mut by_name = HashMap::with_capacity(steps.len());
         for (step, &(name, _)) in steps.iter().enumerate() {
             if let Some(&first) = by_name.get(name) {
-                errors.push(GraphError::DuplicateStep {
-                    name: name.to_owned(),
-                    first,
-                    step,
-                });
+                errors.push(GraphError::DuplicateStep { name: name.to_owned(), first, step });
             } else {
                 by_name.insert(name, step);
             }
@@ -226,11 +200,7 @@ impl Graph {
                         dependency: dependency.clone(),
                     }),
                     Some(&parent) if parent == step => {
-                        errors.push(GraphError::SelfDependency {
-                            name: name(),
-                            step,
-                            position,
-                        });
+                        errors.push(GraphError::SelfDependency { name: name(), step, position });
                     }
                     Some(&parent) if named_by[parent] == step => {
                         errors.push(GraphError::DuplicateDependency {
@@ -263,13 +233,7 @@ impl Graph {
             place[step as usize] = index(at);
         }
         let names = steps.iter().map(|(name, _)| (*name).to_owned()).collect();
-        Ok(Self {
-            names,
-            parents,
-            children,
-            order,
-            place,
-        })
+        Ok(Self { names, parents, children, order, place })
     }
 
     /// Number of steps.
@@ -339,10 +303,7 @@ impl Graph {
                 reached[target[0].0 as usize] |= 1 << bit;
             }
             for &step in &self.order {
-                let inherited = self
-                    .parents(step)
-                    .iter()
-                    .fold(0, |all, &p| all | reached[p as usize]);
+                let inherited = self.parents(step).iter().fold(0, |all, &p| all | reached[p as usize]);
                 reached[step as usize] |= inherited;
             }
             for (bit, target) in block.iter().enumerate() {
@@ -361,9 +322,7 @@ impl Graph {
 fn topological(parents: &Edges, children: &Edges) -> Vec<u32> {
     let steps = index(parents.starts.len() - 1);
     let mut waiting: Vec<usize> = (0..steps).map(|step| parents.of(step).len()).collect();
-    let mut order: Vec<u32> = (0..steps)
-        .filter(|&step| waiting[step as usize] == 0)
-        .collect();
+    let mut order: Vec<u32> = (0..steps).filter(|&step| waiting[step as usize] == 0).collect();
     let mut done = 0;
     while done < order.len() {
         for &child in children.of(order[done]) {
@@ -380,12 +339,7 @@ fn topological(parents: &Edges, children: &Edges) -> Vec<u32> {
 /// Reports disjoint cycles among the steps that `order` lacks. Each of those
 /// has a parent that `order` lacks too, so walking such parents always ends on
 /// a step already walked; if this walk passed it, the walk closed a cycle.
-fn cycles(
-    steps: &[(&str, &[String])],
-    parents: &Edges,
-    order: &[u32],
-    errors: &mut Vec<GraphError>,
-) {
+fn cycles(steps: &[(&str, &[String])], parents: &Edges, order: &[u32], errors: &mut Vec<GraphError>) {
     let mut seen = vec![false; steps.len()];
     let mut on_walk = vec![false; steps.len()];
     let mut ordered = vec![false; steps.len()];
@@ -402,10 +356,7 @@ fn cycles(
             seen[step as usize] = true;
             on_walk[step as usize] = true;
             walk.push(step);
-            let unordered = parents
-                .of(step)
-                .iter()
-                .find(|&&parent| !ordered[parent as usize]);
+            let unordered = parents.of(step).iter().find(|&&parent| !ordered[parent as usize]);
             step = *unordered.expect("a step that never became ready waits for another such");
         }
         if on_walk[step as usize] {
@@ -421,18 +372,11 @@ fn cycles(
 /// The cycle told from its step that comes first in the file.
 fn named_cycle(steps: &[(&str, &[String])], cycle: &[u32]) -> GraphError {
     let mut cycle = cycle.to_vec();
-    let first = cycle
-        .iter()
-        .enumerate()
-        .min_by_key(|(_, step)| **step)
-        .map_or(0, |(at, _)| at);
+    let first = cycle.iter().enumerate().min_by_key(|(_, step)| **step).map_or(0, |(at, _)| at);
     cycle.rotate_left(first);
     let name = |at: usize| steps[cycle[at % cycle.len()] as usize].0;
     let step = cycle[0] as usize;
-    let position = steps[step]
-        .1
-        .iter()
-        .position(|dependency| dependency == name(1));
+    let position = steps[step].1.iter().position(|dependency| dependency == name(1));
     GraphError::Cycle {
         names: (0..cycle.len()).map(|at| name(at).to_owned()).collect(),
         step,
@@ -458,21 +402,14 @@ mod tests {
         text.split_whitespace()
             .map(|step| {
                 let (name, parents) = step.split_once('<').unwrap_or((step, ""));
-                let parents = parents
-                    .split(',')
-                    .filter(|p| !p.is_empty())
-                    .map(str::to_owned);
+                let parents = parents.split(',').filter(|p| !p.is_empty()).map(str::to_owned);
                 (name.to_owned(), parents.collect())
             })
             .collect()
     }
 
     fn check(steps: &[Step]) -> Result<Graph, Vec<GraphError>> {
-        Graph::check(
-            steps
-                .iter()
-                .map(|(name, parents)| (name.as_str(), parents.as_slice())),
-        )
+        Graph::check(steps.iter().map(|(name, parents)| (name.as_str(), parents.as_slice())))
     }
 
     fn graph(text: &str) -> Graph {
@@ -480,11 +417,7 @@ mod tests {
     }
 
     fn messages(text: &str) -> Vec<String> {
-        check(&steps(text))
-            .unwrap_err()
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(&steps(text)).unwrap_err().iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -528,20 +461,11 @@ mod tests {
     fn cycles_are_told_in_order_of_waiting_from_the_file_order_first() {
         assert_eq!(
             messages("root z<root,c b<a a<z c<b tail<c"),
-            [
-                "steps wait for each other in a circle: z -> c -> b -> a -> z; \
-              remove one of these dependencies"
-            ]
+            ["steps wait for each other in a circle: z -> c -> b -> a -> z; \
+              remove one of these dependencies"]
         );
         let errors = check(&steps("root z<root,c b<a a<z c<b")).unwrap_err();
-        assert!(matches!(
-            &errors[..],
-            [GraphError::Cycle {
-                step: 1,
-                position: 1,
-                ..
-            }]
-        ));
+        assert!(matches!(&errors[..], [GraphError::Cycle { step: 1, position: 1, .. }]));
     }
 
     #[test]
@@ -552,9 +476,7 @@ mod tests {
 
     #[test]
     fn a_very_long_cycle_is_told_in_short() {
-        let text: Vec<String> = (0..1000)
-            .map(|step| format!("s{step}<s{}", (step + 999) % 1000))
-            .collect();
+        let text: Vec<String> = (0..1000).map(|step| format!("s{step}<s{}", (step + 999) % 1000)).collect();
         let message = messages(&text.join(" ")).remove(0);
         assert!(message.contains("s0 -> s999 -> s998"), "{message}");
         assert!(message.contains("… 988 more -> s0;"), "{message}");
@@ -563,12 +485,7 @@ mod tests {
     #[test]
     fn one_step_too_many_is_refused() {
         let many: Vec<Step> = (0..=MAX_STEPS).map(|n| (format!("s{n}"), vec![])).collect();
-        assert_eq!(
-            check(&many),
-            Err(vec![GraphError::TooManySteps {
-                count: MAX_STEPS + 1
-            }])
-        );
+        assert_eq!(check(&many), Err(vec![GraphError::TooManySteps { count: MAX_STEPS + 1 }]));
         assert!(check(&many[..MAX_STEPS]).is_ok());
     }
 
@@ -578,27 +495,19 @@ mod tests {
         let all: Vec<Step> = (0..count)
             .map(|n| {
                 let parents = [1, 2, 7].iter().filter(|&&back| back <= n);
-                (
-                    format!("s{n}"),
-                    parents.map(|back| format!("s{}", n - back)).collect(),
-                )
+                (format!("s{n}"), parents.map(|back| format!("s{}", n - back)).collect())
             })
             .collect();
         let graph = check(&all).unwrap();
         assert_eq!(graph.topological_order().len(), count);
-        let pairs: Vec<(u32, u32)> = (1..index(count))
-            .flat_map(|n| [(n, n / 2), (n / 2, n)])
-            .collect();
+        let pairs: Vec<(u32, u32)> = (1..index(count)).flat_map(|n| [(n, n / 2), (n / 2, n)]).collect();
         let wrong = graph.not_ancestors(&pairs);
         assert_eq!(wrong, (0..count - 1).map(|n| 2 * n + 1).collect::<Vec<_>>());
     }
 
     #[test]
     fn a_step_is_not_its_own_ancestor() {
-        assert_eq!(
-            graph("a b<a").not_ancestors(&[(0, 0), (1, 0), (1, 1), (0, 1)]),
-            [0, 2, 3]
-        );
+        assert_eq!(graph("a b<a").not_ancestors(&[(0, 0), (1, 0), (1, 1), (0, 1)]), [0, 2, 3]);
     }
 
     /// Random DAG: step n depends on some steps before it, then the file order

@@ -76,12 +76,7 @@ impl fmt::Display for Path<'_> {
 
 impl fmt::Display for Reference {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            to,
-            "{}{}",
-            root_name(self.step.as_deref()),
-            Path(&self.path)
-        )
+        write!(to, "{}{}", root_name(self.step.as_deref()), Path(&self.path))
     }
 }
 
@@ -157,22 +152,13 @@ pub enum Found {
 
 impl fmt::Display for MissingPath {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            to,
-            "input{} reads ${{{}}}, but ",
-            Path(&self.at),
-            self.reference
-        )?;
+        write!(to, "input{} reads ${{{}}}, but ", Path(&self.at), self.reference)?;
         match &self.found {
             Found::NoOutput { step } => write!(to, "step {step} has no output"),
             Found::NoKey { within, key } => write!(to, "{within} has no key `{key}`"),
             Found::TooShort { within, items: 1 } => write!(to, "{within} has only 1 item"),
             Found::TooShort { within, items } => write!(to, "{within} has only {items} items"),
-            Found::OtherKind {
-                within,
-                kind,
-                wanted,
-            } => {
+            Found::OtherKind { within, kind, wanted } => {
                 write!(to, "{within} is {kind}, not {wanted}")
             }
             Found::TooLarge => write!(to, "the input would exceed {MAX_RESOLVED_BYTES} bytes"),
@@ -187,11 +173,7 @@ impl InputTemplate {
     /// Reads the references of an `input:`; the errors are everything that is
     /// wrong with them, at least one.
     pub fn parse(input: &Value) -> Result<Self, Vec<InputError>> {
-        let mut parse = Parse {
-            at: Vec::new(),
-            steps: Vec::new(),
-            errors: Vec::new(),
-        };
+        let mut parse = Parse { at: Vec::new(), steps: Vec::new(), errors: Vec::new() };
         let root = parse.part(input);
         if !parse.errors.is_empty() {
             return Err(parse.errors);
@@ -222,29 +204,17 @@ impl InputTemplate {
         task_input: &'a Value,
         outputs: &dyn Fn(&str) -> Option<&'a Value>,
     ) -> Result<Value, MissingPath> {
-        Resolve {
-            task_input,
-            outputs,
-            at: Vec::new(),
-            room: MAX_RESOLVED_BYTES,
-        }
-        .part(&self.root)
+        Resolve { task_input, outputs, at: Vec::new(), room: MAX_RESOLVED_BYTES }.part(&self.root)
     }
 }
 
 /// What a step without `input:` receives: the task's input, and its parents'
 /// outputs by name, as `{"input": …, "steps": {"<parent>": <output>}}`. A
 /// parent without output is left out by the caller.
-pub fn default_input<'a>(
-    task_input: &Value,
-    parents: impl Iterator<Item = (&'a str, &'a Value)>,
-) -> Value {
+pub fn default_input<'a>(task_input: &Value, parents: impl Iterator<Item = (&'a str, &'a Value)>) -> Value {
     let steps = parents.map(|(name, output)| (name.to_owned(), output.clone()));
     let steps = Value::Object(steps.collect());
-    Value::Object(Map::from_iter([
-        ("input".to_owned(), task_input.clone()),
-        ("steps".to_owned(), steps),
-    ]))
+    Value::Object(Map::from_iter([("input".to_owned(), task_input.clone()), ("steps".to_owned(), steps)]))
 }
 
 /// How deep a value nests: 0 for a scalar, 1 for a flat object or list. Stops
@@ -294,9 +264,7 @@ impl Parse {
                     self.at.pop();
                 }
                 if parts.iter().all(|(_, part)| part.is_literal()) {
-                    let literals = parts
-                        .into_iter()
-                        .filter_map(|(k, p)| Some((k, p.literal()?)));
+                    let literals = parts.into_iter().filter_map(|(k, p)| Some((k, p.literal()?)));
                     return Part::Literal(Value::Object(literals.collect()));
                 }
                 Part::Map(parts)
@@ -306,10 +274,7 @@ impl Parse {
     }
 
     fn wrong(&mut self, message: impl Into<String>) {
-        self.errors.push(InputError {
-            at: self.at.clone(),
-            message: message.into(),
-        });
+        self.errors.push(InputError { at: self.at.clone(), message: message.into() });
     }
 
     /// Splits a string at its references; `$${` stands for a literal `${`.
@@ -426,11 +391,7 @@ fn segments(text: &str) -> Option<Vec<Segment>> {
     Some(path)
 }
 
-fn visit_part<'a>(
-    part: &'a Part,
-    at: &mut Vec<Segment>,
-    visit: &mut impl FnMut(&[Segment], &'a str),
-) {
+fn visit_part<'a>(part: &'a Part, at: &mut Vec<Segment>, visit: &mut impl FnMut(&[Segment], &'a str)) {
     match part {
         Part::Literal(_) => {}
         Part::List(parts) => {
@@ -454,10 +415,7 @@ fn visit_part<'a>(
         }
         Part::Text(pieces) => {
             for piece in pieces {
-                if let Piece::Reference(Reference {
-                    step: Some(step), ..
-                }) = piece
-                {
+                if let Piece::Reference(Reference { step: Some(step), .. }) = piece {
                     visit(at, step);
                 }
             }
@@ -537,40 +495,25 @@ impl<'a> Resolve<'a, '_> {
     fn read(&self, reference: &Reference) -> Result<&'a Value, MissingPath> {
         let mut value = match &reference.step {
             None => self.task_input,
-            Some(step) => (self.outputs)(step)
-                .ok_or_else(|| self.missing(reference, Found::NoOutput { step: step.clone() }))?,
+            Some(step) => {
+                (self.outputs)(step).ok_or_else(|| self.missing(reference, Found::NoOutput { step: step.clone() }))?
+            }
         };
         for (walked, segment) in reference.path.iter().enumerate() {
-            let within = || {
-                format!(
-                    "{}{}",
-                    root_name(reference.step.as_deref()),
-                    Path(&reference.path[..walked])
-                )
-            };
+            let within = || format!("{}{}", root_name(reference.step.as_deref()), Path(&reference.path[..walked]));
             value = match (segment, value) {
                 (Segment::Key(key), Value::Object(map)) => {
-                    map.get(key).ok_or_else(|| Found::NoKey {
-                        within: within(),
-                        key: key.clone(),
-                    })
+                    map.get(key).ok_or_else(|| Found::NoKey { within: within(), key: key.clone() })
                 }
                 (Segment::Index(index), Value::Array(items)) => {
-                    items.get(*index).ok_or_else(|| Found::TooShort {
-                        within: within(),
-                        items: items.len(),
-                    })
+                    items.get(*index).ok_or_else(|| Found::TooShort { within: within(), items: items.len() })
                 }
-                (Segment::Key(_), other) => Err(Found::OtherKind {
-                    within: within(),
-                    kind: kind(other),
-                    wanted: "an object",
-                }),
-                (Segment::Index(_), other) => Err(Found::OtherKind {
-                    within: within(),
-                    kind: kind(other),
-                    wanted: "a list",
-                }),
+                (Segment::Key(_), other) => {
+                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "an object" })
+                }
+                (Segment::Index(_), other) => {
+                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "a list" })
+                }
             }
             .map_err(|found| self.missing(reference, found))?;
         }
@@ -585,11 +528,7 @@ impl<'a> Resolve<'a, '_> {
     }
 
     fn missing(&self, reference: &Reference, found: Found) -> MissingPath {
-        MissingPath {
-            at: self.at.clone(),
-            reference: reference.to_string(),
-            found,
-        }
+        MissingPath { at: self.at.clone(), reference: reference.to_string(), found }
     }
 }
 
@@ -642,9 +581,7 @@ mod tests {
     fn resolve(template: &Value) -> Result<Value, MissingPath> {
         let (input, reserve) = (task_input(), reserve());
         let outputs = |step: &str| (step == "reserve").then_some(&reserve);
-        InputTemplate::parse(template)
-            .unwrap()
-            .resolve(&input, &outputs)
+        InputTemplate::parse(template).unwrap().resolve(&input, &outputs)
     }
 
     #[test]
@@ -653,30 +590,18 @@ mod tests {
             (json!("${input.total}"), json!(4200)),
             (json!("${input.gift}"), json!(true)),
             (json!("${input.note}"), json!(null)),
-            (
-                json!("${input.items}"),
-                json!([{"sku": "A-1"}, {"sku": "B-2"}]),
-            ),
+            (json!("${input.items}"), json!([{"sku": "A-1"}, {"sku": "B-2"}])),
             (json!("${input.items[1].sku}"), json!("B-2")),
             (json!("${input.größe}"), json!("L")),
             (json!("${input}"), task_input()),
             (json!("${steps.reserve.output}"), reserve()),
             (json!("${steps.reserve.output.lines[0]}"), json!(1)),
             (json!(" ${input.total}"), json!(" 4200")),
-            (
-                json!("${input.name}: ${input.total} at ${input.rate}, ${input.gift}"),
-                json!("Ada: 4200 at 0.5, true"),
-            ),
-            (
-                json!("${input.name}${steps.reserve.output.hold_id}"),
-                json!("Adah-7"),
-            ),
+            (json!("${input.name}: ${input.total} at ${input.rate}, ${input.gift}"), json!("Ada: 4200 at 0.5, true")),
+            (json!("${input.name}${steps.reserve.output.hold_id}"), json!("Adah-7")),
             (json!("$${input.total}"), json!("${input.total}")),
             (json!("$$${input.total}"), json!("$${input.total}")),
-            (
-                json!("costs $5 and $${x} and ${input.total}$"),
-                json!("costs $5 and ${x} and 4200$"),
-            ),
+            (json!("costs $5 and $${x} and ${input.total}$"), json!("costs $5 and ${x} and 4200$")),
             (json!("$"), json!("$")),
             (json!("}"), json!("}")),
             (
@@ -694,33 +619,21 @@ mod tests {
         let cases = [
             ("${input.nope}", "input has no key `nope`"),
             ("${input.items[2]}", "input.items has only 2 items"),
-            (
-                "${input.items[0].price}",
-                "input.items[0] has no key `price`",
-            ),
+            ("${input.items[0].price}", "input.items[0] has no key `price`"),
             ("${input.items.sku}", "input.items is a list, not an object"),
             ("${input.name[0]}", "input.name is a string, not a list"),
-            (
-                "${input.total.cents}",
-                "input.total is a number, not an object",
-            ),
+            ("${input.total.cents}", "input.total is a number, not an object"),
             ("${input.gift.a}", "input.gift is a boolean, not an object"),
             ("${input.note.a}", "input.note is null, not an object"),
             ("${input[0]}", "input is an object, not a list"),
-            (
-                "${steps.reserve.output.nope.x}",
-                "steps.reserve.output has no key `nope`",
-            ),
+            ("${steps.reserve.output.nope.x}", "steps.reserve.output has no key `nope`"),
             ("${steps.skipped.output.x}", "step skipped has no output"),
             (
                 "hold ${steps.reserve.output}",
                 "steps.reserve.output is an object, not a string, number or boolean that fits \
                  inside a text",
             ),
-            (
-                "${input.note}!",
-                "input.note is null, not a string, number or boolean that fits inside a text",
-            ),
+            ("${input.note}!", "input.note is null, not a string, number or boolean that fits inside a text"),
         ];
         for (template, expected) in cases {
             let error = resolve(&json!({"a": [template]})).unwrap_err();
@@ -787,11 +700,7 @@ mod tests {
 
     #[test]
     fn references_name_each_step_once() {
-        let input = json!([
-            "${steps.b.output}",
-            "${steps.a.output.x} ${steps.b.output.y}",
-            "${input}"
-        ]);
+        let input = json!(["${steps.b.output}", "${steps.a.output.x} ${steps.b.output.y}", "${input}"]);
         let template = InputTemplate::parse(&input).unwrap();
         assert_eq!(template.references().collect::<Vec<_>>(), ["a", "b"]);
         let mut visited = Vec::new();
@@ -814,9 +723,7 @@ mod tests {
         let template = InputTemplate::parse(&json!({"a": {"b": "${input}"}})).unwrap();
         let resolved = template.resolve(&nested(MAX_DEPTH - 2), &|_| None).unwrap();
         assert_eq!(depth(&resolved, 1000), MAX_DEPTH);
-        let error = template
-            .resolve(&nested(MAX_DEPTH - 1), &|_| None)
-            .unwrap_err();
+        let error = template.resolve(&nested(MAX_DEPTH - 1), &|_| None).unwrap_err();
         assert_eq!(error.found, Found::TooDeep);
     }
 
@@ -832,10 +739,7 @@ mod tests {
     fn default_input_holds_the_task_input_and_the_parents() {
         let (input, reserve) = (task_input(), reserve());
         let parents = [("reserve", &reserve)];
-        assert_eq!(
-            default_input(&input, parents.into_iter()),
-            json!({"input": input, "steps": {"reserve": reserve}})
-        );
+        assert_eq!(default_input(&input, parents.into_iter()), json!({"input": input, "steps": {"reserve": reserve}}));
     }
 
     fn json_value() -> impl Strategy<Value = Value> {
@@ -876,9 +780,7 @@ mod tests {
         match value {
             Value::String(text) => text.replace("${", "$${").into(),
             Value::Array(items) => items.iter().map(escaped).collect(),
-            Value::Object(map) => {
-                Value::Object(map.iter().map(|(k, v)| (k.clone(), escaped(v))).collect())
-            }
+            Value::Object(map) => Value::Object(map.iter().map(|(k, v)| (k.clone(), escaped(v))).collect()),
             plain => plain.clone(),
         }
     }

@@ -65,14 +65,7 @@ pub struct Step {
 
 impl Step {
     /// A step as it is created: nothing has happened to it yet.
-    pub fn new(
-        uuid: Uuid,
-        index: u32,
-        generation: i32,
-        dependencies: i32,
-        priority: i32,
-        at: DateTime<Utc>,
-    ) -> Self {
+    pub fn new(uuid: Uuid, index: u32, generation: i32, dependencies: i32, priority: i32, at: DateTime<Utc>) -> Self {
         Self {
             uuid,
             index,
@@ -191,10 +184,7 @@ impl QueueRoom {
 impl Room {
     /// Everything may be sent.
     pub fn unlimited() -> Self {
-        Self {
-            queues: HashMap::new(),
-            unlimited: true,
-        }
+        Self { queues: HashMap::new(), unlimited: true }
     }
 
     /// Sets what is known of one queue.
@@ -248,10 +238,7 @@ impl Room {
 
 /// One row of the log, but for its times, which the database gives.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(
-    missing_docs,
-    reason = "columns of tasker.transitions, explained there"
-)]
+#[expect(missing_docs, reason = "columns of tasker.transitions, explained there")]
 pub struct Move {
     pub entity: Uuid,
     pub version: i32,
@@ -305,10 +292,7 @@ pub struct Wait {
 
 /// A step message to send.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(
-    missing_docs,
-    reason = "the fields of the message, see docs/messages.md"
-)]
+#[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
 pub struct Send {
     pub priority: i32,
     pub queue: Arc<str>,

@@ -88,10 +88,7 @@ pub mod milliseconds {
         use super::{Deserialize, Deserializer, Duration, Serializer};
 
         /// Writes whole milliseconds, or null.
-        pub fn serialize<S: Serializer>(
-            value: &Option<Duration>,
-            to: S,
-        ) -> Result<S::Ok, S::Error> {
+        pub fn serialize<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
             match value {
                 Some(value) => super::serialize(value, to),
                 None => to.serialize_none(),
@@ -99,9 +96,7 @@ pub mod milliseconds {
         }
 
         /// Reads whole milliseconds, or null.
-        pub fn deserialize<'de, D: Deserializer<'de>>(
-            from: D,
-        ) -> Result<Option<Duration>, D::Error> {
+        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
             Ok(Option::<u64>::deserialize(from)?.map(Duration::from_millis))
         }
     }
@@ -144,10 +139,7 @@ impl fmt::Display for GiveUp {
                 to.write_str("the only attempt allowed by retry.max_attempts failed")
             }
             Self::Exhausted { max_attempts } => {
-                write!(
-                    to,
-                    "all {max_attempts} attempts of retry.max_attempts failed"
-                )
+                write!(to, "all {max_attempts} attempts of retry.max_attempts failed")
             }
         }
     }
@@ -166,14 +158,9 @@ pub fn delay(policy: &RetryPolicy, failures: u32, seed: u64) -> Duration {
     let longest = policy.max_interval.min(LONGEST).as_secs_f64();
     // `f64::min` returns the other operand for NaN, and an overflow to infinity
     // is capped the same way.
-    let base = (policy.initial_interval.as_secs_f64() * policy.backoff_coefficient.powi(exponent))
-        .min(longest)
-        .max(0.0);
-    let jitter = if policy.jitter.is_finite() {
-        policy.jitter.clamp(0.0, 1.0)
-    } else {
-        0.0
-    };
+    let base =
+        (policy.initial_interval.as_secs_f64() * policy.backoff_coefficient.powi(exponent)).min(longest).max(0.0);
+    let jitter = if policy.jitter.is_finite() { policy.jitter.clamp(0.0, 1.0) } else { 0.0 };
     let seconds = base * (1.0 + jitter * either_way(seed));
     Duration::try_from_secs_f64(seconds).map_or(LONGEST, |delay| delay.min(LONGEST))
 }
@@ -196,19 +183,11 @@ pub fn verdict(
     if !retryable {
         return Verdict::GiveUp(GiveUp::NotRetryable);
     }
-    if policy
-        .non_retryable_errors
-        .iter()
-        .any(|listed| listed == error_type)
-    {
-        return Verdict::GiveUp(GiveUp::Listed {
-            error_type: error_type.to_owned(),
-        });
+    if policy.non_retryable_errors.iter().any(|listed| listed == error_type) {
+        return Verdict::GiveUp(GiveUp::Listed { error_type: error_type.to_owned() });
     }
     if failures >= policy.max_attempts {
-        return Verdict::GiveUp(GiveUp::Exhausted {
-            max_attempts: policy.max_attempts,
-        });
+        return Verdict::GiveUp(GiveUp::Exhausted { max_attempts: policy.max_attempts });
     }
     Verdict::Retry(match retry_after {
         Some(asked) => asked.min(LONGEST),
@@ -235,18 +214,12 @@ mod tests {
     use super::*;
 
     fn without_jitter() -> RetryPolicy {
-        RetryPolicy {
-            jitter: 0.0,
-            ..RetryPolicy::default()
-        }
+        RetryPolicy { jitter: 0.0, ..RetryPolicy::default() }
     }
 
     #[test]
     fn delays_double_up_to_the_cap() {
-        let policy = RetryPolicy {
-            max_interval: Duration::from_secs(5),
-            ..without_jitter()
-        };
+        let policy = RetryPolicy { max_interval: Duration::from_secs(5), ..without_jitter() };
         let seconds: Vec<u64> = (1..=5).map(|n| delay(&policy, n, 7).as_secs()).collect();
         assert_eq!(seconds, [1, 2, 4, 5, 5]);
     }
@@ -269,14 +242,7 @@ mod tests {
 
     #[test]
     fn broken_numbers_never_panic() {
-        for number in [
-            f64::NAN,
-            f64::INFINITY,
-            f64::NEG_INFINITY,
-            -1.0,
-            0.0,
-            f64::MAX,
-        ] {
+        for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, f64::MAX] {
             let policy = RetryPolicy {
                 initial_interval: Duration::MAX,
                 backoff_coefficient: number,
@@ -292,80 +258,24 @@ mod tests {
 
     #[test]
     fn verdict_follows_the_policy() {
-        let policy = RetryPolicy {
-            max_attempts: 3,
-            non_retryable_errors: vec!["CardDeclined".into()],
-            ..without_jitter()
-        };
+        let policy =
+            RetryPolicy { max_attempts: 3, non_retryable_errors: vec!["CardDeclined".into()], ..without_jitter() };
         let give_up = Verdict::GiveUp;
         let soon = Some(Duration::from_millis(5));
         let cases = [
-            (
-                1,
-                "Timeout",
-                true,
-                None,
-                Verdict::Retry(Duration::from_secs(1)),
-            ),
-            (
-                2,
-                "Timeout",
-                true,
-                None,
-                Verdict::Retry(Duration::from_secs(2)),
-            ),
-            (
-                2,
-                "Timeout",
-                true,
-                soon,
-                Verdict::Retry(Duration::from_millis(5)),
-            ),
-            (
-                1,
-                "Timeout",
-                true,
-                Some(Duration::MAX),
-                Verdict::Retry(LONGEST),
-            ),
-            (
-                3,
-                "Timeout",
-                true,
-                soon,
-                give_up(GiveUp::Exhausted { max_attempts: 3 }),
-            ),
-            (
-                u32::MAX,
-                "Timeout",
-                true,
-                None,
-                give_up(GiveUp::Exhausted { max_attempts: 3 }),
-            ),
+            (1, "Timeout", true, None, Verdict::Retry(Duration::from_secs(1))),
+            (2, "Timeout", true, None, Verdict::Retry(Duration::from_secs(2))),
+            (2, "Timeout", true, soon, Verdict::Retry(Duration::from_millis(5))),
+            (1, "Timeout", true, Some(Duration::MAX), Verdict::Retry(LONGEST)),
+            (3, "Timeout", true, soon, give_up(GiveUp::Exhausted { max_attempts: 3 })),
+            (u32::MAX, "Timeout", true, None, give_up(GiveUp::Exhausted { max_attempts: 3 })),
             (1, "Timeout", false, soon, give_up(GiveUp::NotRetryable)),
-            (
-                1,
-                "CardDeclined",
-                true,
-                None,
-                give_up(GiveUp::Listed {
-                    error_type: "CardDeclined".into(),
-                }),
-            ),
-            (
-                1,
-                "carddeclined",
-                true,
-                None,
-                Verdict::Retry(Duration::from_secs(1)),
-            ),
+            (1, "CardDeclined", true, None, give_up(GiveUp::Listed { error_type: "CardDeclined".into() })),
+            (1, "carddeclined", true, None, Verdict::Retry(Duration::from_secs(1))),
         ];
         for (failures, error_type, retryable, after, expected) in cases {
             let got = verdict(&policy, failures, error_type, retryable, after, 1);
-            assert_eq!(
-                got, expected,
-                "{failures} {error_type} {retryable} {after:?}"
-            );
+            assert_eq!(got, expected, "{failures} {error_type} {retryable} {after:?}");
         }
     }
 
@@ -373,14 +283,8 @@ mod tests {
     fn reasons_name_the_key_to_change() {
         let reason = GiveUp::Exhausted { max_attempts: 3 }.to_string();
         assert_eq!(reason, "all 3 attempts of retry.max_attempts failed");
-        let reason = GiveUp::Listed {
-            error_type: "CardDeclined".into(),
-        }
-        .to_string();
-        assert_eq!(
-            reason,
-            "CardDeclined is listed in retry.non_retryable_errors"
-        );
+        let reason = GiveUp::Listed { error_type: "CardDeclined".into() }.to_string();
+        assert_eq!(reason, "CardDeclined is listed in retry.non_retryable_errors");
     }
 
     #[test]

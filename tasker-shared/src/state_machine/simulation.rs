@@ -17,13 +17,9 @@ use super::decide::{Event, Operator, Snapshot, decide};
 use super::definition::{Definition, StepDefinition};
 use super::graph::Graph;
 use super::input::InputTemplate;
-use super::plan::{
-    Detail, Due, Failure, HeldBy, Move, Outcome, Plan, QueueRoom, Room, Step, Task, Wait,
-};
+use super::plan::{Detail, Due, Failure, HeldBy, Move, Outcome, Plan, QueueRoom, Room, Step, Task, Wait};
 use super::retry::{OnExhausted, RetryPolicy};
-use super::states::{
-    StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal,
-};
+use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 pub(crate) const QUEUE: &str = "worker_shop";
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
@@ -177,30 +173,17 @@ impl World {
 
     /// A Start event for a task whose input is good.
     pub fn start_event(&mut self) -> Event {
-        Event::Start {
-            step_uuids: self.new_step_uuids(),
-            invalid: None,
-        }
+        Event::Start { step_uuids: self.new_step_uuids(), invalid: None }
     }
 
     /// A Retry event as an orchestrator makes it.
     pub fn retry_event(&mut self) -> Event {
-        let step_uuids = if self.steps.is_empty() {
-            self.new_step_uuids()
-        } else {
-            Vec::new()
-        };
-        Event::Retry {
-            operator: operator("olga"),
-            step_uuids,
-            invalid: None,
-        }
+        let step_uuids = if self.steps.is_empty() { self.new_step_uuids() } else { Vec::new() };
+        Event::Retry { operator: operator("olga"), step_uuids, invalid: None }
     }
 
     fn new_step_uuids(&mut self) -> Vec<Uuid> {
-        (0..self.definition.steps.len())
-            .map(|_| self.new_uuid())
-            .collect()
+        (0..self.definition.steps.len()).map(|_| self.new_uuid()).collect()
     }
 
     // The worker protocol, migrations/0004.
@@ -234,19 +217,9 @@ impl World {
             claimed_at: at,
             report: None,
         });
-        self.worker_move(
-            message.step,
-            StepEvent::Claim,
-            StepState::InProgress,
-            began_at,
-            at,
-        );
+        self.worker_move(message.step, StepEvent::Claim, StepState::InProgress, began_at, at);
         self.due.push(("lease", at + LEASE, Some(message.step)));
-        Some(Claim {
-            step: message.step,
-            attempt: message.attempt,
-            token,
-        })
+        Some(Claim { step: message.step, attempt: message.attempt, token })
     }
 
     /// Renews a lease; answers `still_yours`.
@@ -266,11 +239,8 @@ impl World {
         let (began, at) = (self.tick(), self.tick());
         let message_id = i64::try_from(self.ids).unwrap();
         let step = &mut self.steps[claim.step as usize];
-        let attempt = self
-            .attempts
-            .iter_mut()
-            .find(|attempt| attempt.token == claim.token)
-            .expect("a token comes from a claim");
+        let attempt =
+            self.attempts.iter_mut().find(|attempt| attempt.token == claim.token).expect("a token comes from a claim");
         if step.state != StepState::InProgress || step.claim_token != Some(claim.token) {
             return attempt.report.is_some();
         }
@@ -280,34 +250,16 @@ impl World {
             Outcome::Success(_) => StepState::EnqueuedForOrchestration,
             Outcome::Failure(_) => StepState::EnqueuedAsErrorForOrchestration,
         };
-        attempt.report = Some(ReportRow {
-            began_at,
-            at,
-            message_id,
-            start_offset_ms: 0.5,
-            run_ms: 1.0,
-            outcome,
-        });
+        attempt.report = Some(ReportRow { began_at, at, message_id, start_offset_ms: 0.5, run_ms: 1.0, outcome });
         self.ids += 1;
         self.worker_move(claim.step, StepEvent::Report, to, began_at, at);
         self.results.push((claim.step, claim.attempt));
         true
     }
 
-    fn worker_move(
-        &mut self,
-        index: u32,
-        event: StepEvent,
-        to: StepState,
-        began_at: DateTime<Utc>,
-        at: DateTime<Utc>,
-    ) {
+    fn worker_move(&mut self, index: u32, event: StepEvent, to: StepState, began_at: DateTime<Utc>, at: DateTime<Utc>) {
         let step = &mut self.steps[index as usize];
-        assert!(
-            step_move_is_legal(step.state, event, to),
-            "{} –{event}→ {to}",
-            step.state
-        );
+        assert!(step_move_is_legal(step.state, event, to), "{} –{event}→ {to}", step.state);
         step.version += 1;
         let made = Move {
             entity: step.uuid,
@@ -331,30 +283,18 @@ impl World {
     /// Loads what an orchestrator loads for these events, and no more.
     pub fn snapshot(&self, events: &[Event]) -> Snapshot<'_> {
         let graph = &self.definition.graph;
-        let retried = events
-            .iter()
-            .any(|event| matches!(event, Event::Retry { .. }));
+        let retried = events.iter().any(|event| matches!(event, Event::Retry { .. }));
         let about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
         let mut steps: HashMap<u32, Step> = HashMap::new();
         if retried {
             let unfinished = [StepState::Error, StepState::Cancelled, StepState::Pending];
-            for step in self
-                .steps
-                .iter()
-                .filter(|step| unfinished.contains(&step.state))
-            {
+            for step in self.steps.iter().filter(|step| unfinished.contains(&step.state)) {
                 let open = graph.parents(step.index).iter().filter(|parent| {
                     let state = self.steps[**parent as usize].state;
                     !matches!(state, StepState::Complete | StepState::ResolvedManually)
                 });
                 let remaining = i32::try_from(open.count()).unwrap();
-                steps.insert(
-                    step.index,
-                    Step {
-                        remaining_dependencies: remaining,
-                        ..loaded(step)
-                    },
-                );
+                steps.insert(step.index, Step { remaining_dependencies: remaining, ..loaded(step) });
             }
         } else {
             let behind = about.iter().flat_map(|step| graph.children(*step));
@@ -366,42 +306,19 @@ impl World {
         }
         let outcomes = about.iter().filter_map(|index| {
             let step = self.steps.get(*index as usize)?;
-            Some((
-                *index,
-                self.attempt(step.uuid, step.attempt)?
-                    .report
-                    .as_ref()?
-                    .outcome
-                    .clone(),
-            ))
+            Some((*index, self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome.clone()))
         });
         let outcomes = outcomes.collect();
         let outputs = self.outputs(&steps, &about, retried);
-        Snapshot {
-            task: self.task.clone(),
-            definition: &self.definition,
-            steps,
-            outcomes,
-            outputs,
-        }
+        Snapshot { task: self.task.clone(), definition: &self.definition, steps, outcomes, outputs }
     }
 
     /// The outputs that an orchestrator reads: those which steps about to become ready need and
     /// the events' own steps do not bring.
-    fn outputs(
-        &self,
-        steps: &HashMap<u32, Step>,
-        about: &BTreeSet<u32>,
-        retried: bool,
-    ) -> HashMap<u32, Value> {
+    fn outputs(&self, steps: &HashMap<u32, Step>, about: &BTreeSet<u32>, retried: bool) -> HashMap<u32, Value> {
         let mut outputs = HashMap::new();
         for step in steps.values() {
-            let here = self
-                .definition
-                .graph
-                .parents(step.index)
-                .iter()
-                .filter(|parent| about.contains(parent));
+            let here = self.definition.graph.parents(step.index).iter().filter(|parent| about.contains(parent));
             let here = i32::try_from(here.count()).unwrap();
             let may_become_ready = if retried {
                 step.remaining_dependencies == 0
@@ -427,26 +344,15 @@ impl World {
     }
 
     pub fn attempt(&self, step: Uuid, attempt: i32) -> Option<&AttemptRow> {
-        self.attempts
-            .iter()
-            .find(|row| row.step == step && row.attempt == attempt)
+        self.attempts.iter().find(|row| row.step == step && row.attempt == attempt)
     }
 
     /// One settle: decide, apply, check every rule.
     pub fn settle(&mut self, events: Vec<Event>, room: &mut Room) -> Plan {
         let began_at = self.tick();
-        let plan = decide(
-            self.snapshot(&events),
-            events.clone(),
-            &mut room.clone(),
-            began_at,
-        );
+        let plan = decide(self.snapshot(&events), events.clone(), &mut room.clone(), began_at);
         let again = decide(self.snapshot(&events), events, room, began_at);
-        assert_eq!(
-            format!("{plan:?}"),
-            format!("{again:?}"),
-            "deciding twice gives two plans"
-        );
+        assert_eq!(format!("{plan:?}"), format!("{again:?}"), "deciding twice gives two plans");
         if plan.is_empty() {
             return plan;
         }
@@ -460,41 +366,23 @@ impl World {
     fn apply(&mut self, plan: &Plan, began_at: DateTime<Utc>) {
         let before = self.steps.clone();
         let first_row = self.log.len();
-        let mut floor = plan
-            .steps
-            .iter()
-            .map(|(step, _)| step.last_at)
-            .chain([plan.task.last_at])
-            .max()
-            .unwrap();
+        let mut floor = plan.steps.iter().map(|(step, _)| step.last_at).chain([plan.task.last_at]).max().unwrap();
         if plan.cancel_open_steps {
             let open = self.steps.iter().filter(|step| !step.state.is_terminal());
             floor = floor.max(open.map(|step| step.last_at).max().unwrap_or(floor));
         }
-        let at = self
-            .tick()
-            .max((floor + TimeDelta::microseconds(1)).max(began_at));
+        let at = self.tick().max((floor + TimeDelta::microseconds(1)).max(began_at));
         self.clock = self.clock.max(at);
 
-        assert_eq!(
-            self.task.version, plan.task_version_before,
-            "compare-and-set of the task"
-        );
+        assert_eq!(self.task.version, plan.task_version_before, "compare-and-set of the task");
         if plan.task_changed {
             if plan.task.generation != self.task.generation {
                 self.generation_began_at = began_at;
             }
-            self.task = Task {
-                last_at: at,
-                input: self.task.input.clone(),
-                ..plan.task.clone()
-            };
+            self.task = Task { last_at: at, input: self.task.input.clone(), ..plan.task.clone() };
             self.finished_at = plan.task.state.is_terminal().then_some(at);
         } else {
-            assert_eq!(
-                plan.task, self.task,
-                "the task changed, but the plan says it did not"
-            );
+            assert_eq!(plan.task, self.task, "the task changed, but the plan says it did not");
         }
         self.write_steps(plan, began_at, at);
         let mut closed = plan.closed.clone();
@@ -503,35 +391,18 @@ impl World {
         }
         for send in &plan.sends {
             let step = self.index_of(send.step, plan);
-            assert!(
-                self.sent.insert((step, send.attempt)),
-                "attempt {} of {step} is dispatched twice",
-                send.attempt
-            );
+            assert!(self.sent.insert((step, send.attempt)), "attempt {} of {step} is dispatched twice", send.attempt);
             let row = &self.steps[step as usize];
-            assert_eq!(
-                (row.state, row.attempt),
-                (StepState::Enqueued, send.attempt),
-                "a message without its state"
-            );
+            assert_eq!((row.state, row.attempt), (StepState::Enqueued, send.attempt), "a message without its state");
             if row.enqueued_event == Some("Enqueue") {
-                assert_eq!(
-                    row.input.as_ref(),
-                    self.expected_input(step).as_ref(),
-                    "the input of step {step}"
-                );
+                assert_eq!(row.input.as_ref(), self.expected_input(step).as_ref(), "the input of step {step}");
             }
             self.ids += 1;
-            self.messages.push(Message {
-                id: i64::try_from(self.ids).unwrap(),
-                step,
-                attempt: send.attempt,
-            });
+            self.messages.push(Message { id: i64::try_from(self.ids).unwrap(), step, attempt: send.attempt });
         }
         let rebuilt = closed.iter().flat_map(|(step, attempt)| {
-            let row = before.iter().find(|row| {
-                row.uuid == *step && row.attempt == *attempt && row.state.is_in_flight()
-            });
+            let row =
+                before.iter().find(|row| row.uuid == *step && row.attempt == *attempt && row.state.is_in_flight());
             row.map(|row| self.earlier_moves(row)).unwrap_or_default()
         });
         let rebuilt = rebuilt.collect();
@@ -549,19 +420,11 @@ impl World {
     fn write_steps(&mut self, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) {
         for (new, version_before) in &plan.steps {
             let row = &mut self.steps[new.index as usize];
-            assert_eq!(
-                row.version, *version_before,
-                "compare-and-set of step {}",
-                new.index
-            );
+            assert_eq!(row.version, *version_before, "compare-and-set of step {}", new.index);
             update(row, new, began_at, at);
         }
         for made in &plan.moves {
-            self.log.push(Row {
-                made: made.clone(),
-                began_at,
-                at,
-            });
+            self.log.push(Row { made: made.clone(), began_at, at });
         }
         for Due { kind, at, step } in &plan.due {
             let step = step.map(|step| self.index_of(step, plan));
@@ -569,54 +432,30 @@ impl World {
         }
         assert_eq!(plan.new_steps.len(), plan.new_step_queues.len());
         for new in &plan.new_steps {
-            assert_eq!(
-                self.steps.len(),
-                new.index as usize,
-                "new steps come in order, once"
-            );
+            assert_eq!(self.steps.len(), new.index as usize, "new steps come in order, once");
             let enqueued = new.state == StepState::Enqueued && new.enqueued_at.is_none();
             let times = enqueued.then_some((began_at, at)).unzip();
-            self.steps.push(Step {
-                enqueued_began_at: times.0,
-                enqueued_at: times.1,
-                last_at: at,
-                ..new.clone()
-            });
+            self.steps.push(Step { enqueued_began_at: times.0, enqueued_at: times.1, last_at: at, ..new.clone() });
         }
     }
 
     /// A step's input, out of every output there is; `None` if it reads one that is not there.
     fn expected_input(&self, index: u32) -> Option<Value> {
         let output = |index: u32| {
-            let step = self
-                .steps
-                .get(index as usize)
-                .filter(|step| step.state == StepState::Complete)?;
-            match &self
-                .attempt(step.uuid, step.attempt)?
-                .report
-                .as_ref()?
-                .outcome
-            {
+            let step = self.steps.get(index as usize).filter(|step| step.state == StepState::Complete)?;
+            match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
                 Outcome::Success(output) => Some(output),
                 Outcome::Failure(_) => None,
             }
         };
         let defined = &self.definition.steps[index as usize];
         if let Some(template) = &defined.input {
-            return template
-                .resolve(&self.task.input, &|name| {
-                    output(self.definition.by_name[name])
-                })
-                .ok();
+            return template.resolve(&self.task.input, &|name| output(self.definition.by_name[name])).ok();
         }
         let parents = self.definition.graph.parents(index).iter();
         let steps: serde_json::Map<String, Value> = parents
             .filter_map(|parent| {
-                Some((
-                    self.definition.steps[*parent as usize].name.to_string(),
-                    output(*parent)?.clone(),
-                ))
+                Some((self.definition.steps[*parent as usize].name.to_string(), output(*parent)?.clone()))
             })
             .collect();
         Some(json!({"input": self.task.input, "steps": steps}))
@@ -624,23 +463,13 @@ impl World {
 
     fn index_of(&self, step: Uuid, plan: &Plan) -> u32 {
         let mut rows = self.steps.iter().chain(&plan.new_steps);
-        rows.find(|row| row.uuid == step)
-            .expect("it is one of the task's steps")
-            .index
+        rows.find(|row| row.uuid == step).expect("it is one of the task's steps").index
     }
 
     /// `store/cancel_open_steps.sql`; answers the attempts it closed.
-    fn cancel_open_steps(
-        &mut self,
-        began_at: DateTime<Utc>,
-        at: DateTime<Utc>,
-    ) -> Vec<(Uuid, i32)> {
+    fn cancel_open_steps(&mut self, began_at: DateTime<Utc>, at: DateTime<Utc>) -> Vec<(Uuid, i32)> {
         let mut closed = Vec::new();
-        for step in self
-            .steps
-            .iter_mut()
-            .filter(|step| !step.state.is_terminal())
-        {
+        for step in self.steps.iter_mut().filter(|step| !step.state.is_terminal()) {
             let has_attempt = step.state.is_in_flight();
             let wait = if step.state == StepState::WaitingForRetry {
                 Some(Wait {
@@ -693,12 +522,8 @@ impl World {
     /// The open attempt's moves as the columns tell them: what an orchestrator hands to the
     /// exporter without reading the log.
     fn earlier_moves(&self, step: &Step) -> Vec<Row> {
-        let event = step
-            .enqueued_event
-            .expect("an open attempt has its Enqueue");
-        let version = step
-            .enqueued_version
-            .expect("an open attempt has its Enqueue");
+        let event = step.enqueued_event.expect("an open attempt has its Enqueue");
+        let version = step.enqueued_version.expect("an open attempt has its Enqueue");
         let lost = event == StepEvent::LeaseExpired.as_str();
         let from = match event {
             "RetryReady" => "waiting_for_retry",
@@ -722,38 +547,19 @@ impl World {
             began_at,
             at,
         };
-        let mut opening = row(
-            version,
-            from,
-            "enqueued",
-            event,
-            step.enqueued_began_at.unwrap(),
-            step.enqueued_at.unwrap(),
-        );
+        let mut opening =
+            row(version, from, "enqueued", event, step.enqueued_began_at.unwrap(), step.enqueued_at.unwrap());
         opening.made.task_version = step.enqueued_task_version;
         opening.made.attempt = Some(if lost { step.attempt - 1 } else { step.attempt });
         let mut rows = vec![opening];
         if let Some(attempt) = self.attempt(step.uuid, step.attempt) {
-            let mut claim = row(
-                version + 1,
-                "enqueued",
-                "in_progress",
-                "Claim",
-                attempt.claim_began_at,
-                attempt.claimed_at,
-            );
+            let mut claim =
+                row(version + 1, "enqueued", "in_progress", "Claim", attempt.claim_began_at, attempt.claimed_at);
             claim.made.actor = Some(attempt.worker.clone());
             rows.push(claim);
             if let Some(report) = &attempt.report {
                 let to = step.state.as_str();
-                let mut reported = row(
-                    version + 2,
-                    "in_progress",
-                    to,
-                    "Report",
-                    report.began_at,
-                    report.at,
-                );
+                let mut reported = row(version + 2, "in_progress", to, "Report", report.began_at, report.at);
                 reported.made.actor = Some(attempt.worker.clone());
                 rows.push(reported);
             }
@@ -766,29 +572,18 @@ impl World {
     /// Every move is legal, follows the one before it, and leaves a terminal state only by an operator.
     fn check_moves(&self, plan: &Plan) {
         let mut now: BTreeMap<Uuid, (&str, i32)> = BTreeMap::new();
-        now.insert(
-            self.task.uuid,
-            (self.task.state.as_str(), self.task.version),
-        );
-        now.extend(
-            self.steps
-                .iter()
-                .map(|step| (step.uuid, (step.state.as_str(), step.version))),
-        );
+        now.insert(self.task.uuid, (self.task.state.as_str(), self.task.version));
+        now.extend(self.steps.iter().map(|step| (step.uuid, (step.state.as_str(), step.version))));
         let mut generation = self.task.generation;
         let was_blocked = self.task.state == TaskState::BlockedByFailures;
         for made in &plan.moves {
             let (state, version) = now.get(&made.entity).copied().unwrap_or(("pending", 0));
             assert_eq!((made.from, made.version), (state, version + 1), "{made:?}");
             now.insert(made.entity, (made.to, made.version));
-            let by_operator =
-                matches!(made.event, "OperatorRetry" | "Rerun") && made.actor.is_some();
+            let by_operator = matches!(made.event, "OperatorRetry" | "Rerun") && made.actor.is_some();
             if made.entity == self.task.uuid {
                 let from: TaskState = made.from.parse().unwrap();
-                let (event, to) = (
-                    made.event.parse::<TaskEvent>().unwrap(),
-                    made.to.parse().unwrap(),
-                );
+                let (event, to) = (made.event.parse::<TaskEvent>().unwrap(), made.to.parse().unwrap());
                 assert!(task_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
                     assert!(by_operator, "{from} is final: {made:?}");
@@ -796,10 +591,7 @@ impl World {
                 }
             } else {
                 let from: StepState = made.from.parse().unwrap();
-                let (event, to) = (
-                    made.event.parse::<StepEvent>().unwrap(),
-                    made.to.parse().unwrap(),
-                );
+                let (event, to) = (made.event.parse::<StepEvent>().unwrap(), made.to.parse().unwrap());
                 assert!(step_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
                     let repaired = was_blocked && from == StepState::Error;
@@ -813,10 +605,7 @@ impl World {
             assert_eq!(made.generation, generation, "{made:?}");
         }
         assert_eq!(plan.task.generation, generation);
-        assert_eq!(
-            now[&plan.task.uuid],
-            (plan.task.state.as_str(), plan.task.version)
-        );
+        assert_eq!(now[&plan.task.uuid], (plan.task.state.as_str(), plan.task.version));
         for (step, _) in &plan.steps {
             assert_eq!(now[&step.uuid], (step.state.as_str(), step.version));
         }
@@ -825,14 +614,9 @@ impl World {
     /// The constraints of migrations/0001, the counts, and a progress token for whatever is open.
     fn check_rows(&self) {
         let task = &self.task;
-        let count = |wanted: fn(&Step) -> bool| {
-            i32::try_from(self.steps.iter().filter(|step| wanted(step)).count()).unwrap()
-        };
-        assert!(
-            !task.state.is_passing(),
-            "{} never rests in the row",
-            task.state
-        );
+        let count =
+            |wanted: fn(&Step) -> bool| i32::try_from(self.steps.iter().filter(|step| wanted(step)).count()).unwrap();
+        assert!(!task.state.is_passing(), "{} never rests in the row", task.state);
         assert_eq!(task.state.is_terminal(), self.finished_at.is_some());
         let recounted = (
             count(|step| !step.state.is_terminal()),
@@ -840,35 +624,18 @@ impl World {
             count(|step| step.state == StepState::WaitingForRetry),
             count(|step| step.held_by.is_some()),
         );
-        let counted = (
-            task.open_steps,
-            task.in_flight_steps,
-            task.retrying_steps,
-            task.held_steps,
-        );
+        let counted = (task.open_steps, task.in_flight_steps, task.retrying_steps, task.held_steps);
         assert_eq!(counted, recounted, "open, in flight, retrying, held");
-        let failed = self
-            .steps
-            .iter()
-            .filter(|step| step.state == StepState::Error && !self.counts_as_done(step));
-        assert_eq!(
-            task.failed_steps,
-            i32::try_from(failed.count()).unwrap(),
-            "failed"
-        );
+        let failed = self.steps.iter().filter(|step| step.state == StepState::Error && !self.counts_as_done(step));
+        assert_eq!(task.failed_steps, i32::try_from(failed.count()).unwrap(), "failed");
         let rests = match task.state {
             TaskState::StepsInProcess => task.in_flight_steps > 0,
             TaskState::WaitingForRetry => task.in_flight_steps == 0 && task.retrying_steps > 0,
-            TaskState::WaitingForDependencies => {
-                task.in_flight_steps + task.retrying_steps == 0 && task.held_steps > 0
-            }
+            TaskState::WaitingForDependencies => task.in_flight_steps + task.retrying_steps == 0 && task.held_steps > 0,
             TaskState::BlockedByFailures => {
-                (task.in_flight_steps, task.retrying_steps, task.held_steps) == (0, 0, 0)
-                    && task.failed_steps > 0
+                (task.in_flight_steps, task.retrying_steps, task.held_steps) == (0, 0, 0) && task.failed_steps > 0
             }
-            TaskState::Complete => {
-                self.steps.len() == self.definition.steps.len() && task.failed_steps == 0
-            }
+            TaskState::Complete => self.steps.len() == self.definition.steps.len() && task.failed_steps == 0,
             _ => true,
         };
         assert!(rests, "{task:?}");
@@ -879,10 +646,7 @@ impl World {
     }
 
     fn check_step(&self, step: &Step) {
-        assert!(
-            step.remaining_dependencies >= 0,
-            "steps_dependencies_are_not_negative: {step:?}"
-        );
+        assert!(step.remaining_dependencies >= 0, "steps_dependencies_are_not_negative: {step:?}");
         if step.state == StepState::InProgress {
             assert!(
                 step.claim_token.is_some() && step.lease_expires_at.is_some(),
@@ -890,21 +654,13 @@ impl World {
             );
         }
         if step.held_by.is_some() {
-            assert!(
-                step.state == StepState::Pending && step.ready_at.is_some(),
-                "steps_held_is_pending: {step:?}"
-            );
+            assert!(step.state == StepState::Pending && step.ready_at.is_some(), "steps_held_is_pending: {step:?}");
         }
-        let due = |kind: &str| {
-            self.due
-                .iter()
-                .any(|(of, _, whose)| *of == kind && *whose == Some(step.index))
-        };
+        let due = |kind: &str| self.due.iter().any(|(of, _, whose)| *of == kind && *whose == Some(step.index));
         let token = match step.state {
-            StepState::Enqueued => self
-                .messages
-                .iter()
-                .any(|message| (message.step, message.attempt) == (step.index, step.attempt)),
+            StepState::Enqueued => {
+                self.messages.iter().any(|message| (message.step, message.attempt) == (step.index, step.attempt))
+            }
             StepState::InProgress => due("lease"),
             StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration => {
                 self.results.contains(&(step.index, step.attempt))
@@ -916,11 +672,7 @@ impl World {
                     let parent = &self.steps[**parent as usize];
                     parent.state != StepState::Complete && !self.counts_as_done(parent)
                 });
-                assert_eq!(
-                    step.remaining_dependencies,
-                    i32::try_from(open.count()).unwrap(),
-                    "{step:?}"
-                );
+                assert_eq!(step.remaining_dependencies, i32::try_from(open.count()).unwrap(), "{step:?}");
                 step.remaining_dependencies > 0 || step.held_by.is_some()
             }
             _ => true,
@@ -929,9 +681,10 @@ impl World {
         if step.state.is_in_flight() {
             // The columns tell of the open attempt what the log tells.
             for row in self.earlier_moves(step) {
-                let logged = self.log.iter().find(|logged| {
-                    (logged.made.entity, logged.made.version) == (row.made.entity, row.made.version)
-                });
+                let logged = self
+                    .log
+                    .iter()
+                    .find(|logged| (logged.made.entity, logged.made.version) == (row.made.entity, row.made.version));
                 let mut logged = logged.expect("it is in the log").clone();
                 (logged.made.detail, logged.made.claim_token) = (None, None);
                 assert_eq!(row, logged);
@@ -941,9 +694,7 @@ impl World {
 
     /// Failed for good, but its policy lets its dependents run: for them it is done.
     fn counts_as_done(&self, step: &Step) -> bool {
-        let policy = self.definition.steps[step.index as usize]
-            .retry
-            .on_exhausted;
+        let policy = self.definition.steps[step.index as usize].retry.on_exhausted;
         let last = self.log.iter().rfind(|row| row.made.entity == step.uuid);
         let kind = last.and_then(|row| row.made.detail.as_ref()?.error_type.as_deref());
         step.state == StepState::Error
@@ -970,10 +721,7 @@ impl World {
         }
         for step in &self.steps {
             assert_eq!(step.attempt, attempts.get(&step.uuid).copied().unwrap_or(0));
-            let (version, _, state) = last
-                .get(&step.uuid)
-                .copied()
-                .unwrap_or((0, self.clock, "pending"));
+            let (version, _, state) = last.get(&step.uuid).copied().unwrap_or((0, self.clock, "pending"));
             assert_eq!((step.version, step.state.as_str()), (version, state));
         }
     }
@@ -996,12 +744,8 @@ impl World {
     pub fn claim_step(&mut self, name: &str) -> Claim {
         let index = self.index(name);
         let attempt = self.steps[index as usize].attempt;
-        let place = self
-            .messages
-            .iter()
-            .position(|message| (message.step, message.attempt) == (index, attempt));
-        self.claim(place.expect("the step was sent"))
-            .expect("the step can be claimed")
+        let place = self.messages.iter().position(|message| (message.step, message.attempt) == (index, attempt));
+        self.claim(place.expect("the step was sent")).expect("the step can be claimed")
     }
 
     /// Claims and reports; answers the event that tells of it.
@@ -1009,27 +753,20 @@ impl World {
         let claim = self.claim_step(name);
         self.pass(Duration::from_millis(5));
         assert!(self.report(claim, outcome));
-        Event::Result {
-            step: claim.step,
-            attempt: claim.attempt,
-        }
+        Event::Result { step: claim.step, attempt: claim.attempt }
     }
 
     /// Runs a step and settles its result, with room for everything.
     pub fn finish_step(&mut self, name: &str, outcome: Outcome) -> Plan {
         let event = self.run_step(name, outcome);
-        self.results
-            .retain(|(step, _)| Some(*step) != event_step(&event));
+        self.results.retain(|(step, _)| Some(*step) != event_step(&event));
         self.settle(vec![event], &mut Room::unlimited())
     }
 }
 
 /// `decide` is never given the input of a loaded row.
 fn loaded(step: &Step) -> Step {
-    Step {
-        input: None,
-        ..step.clone()
-    }
+    Step { input: None, ..step.clone() }
 }
 
 /// The columns that `apply.sql` writes, and no others.
@@ -1074,10 +811,7 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
 }
 
 pub(crate) fn operator(actor: &str) -> Operator {
-    Operator {
-        actor: actor.into(),
-        reason: Some("because".into()),
-    }
+    Operator { actor: actor.into(), reason: Some("because".into()) }
 }
 
 pub(crate) fn success() -> Outcome {
@@ -1105,19 +839,8 @@ pub(crate) fn permanent(kind: &str) -> Outcome {
 /// Room for so many steps in the one queue.
 pub(crate) fn room_for(left: i64, handlers: &[&str], holding: bool) -> Room {
     let mut room = Room::default();
-    let handlers = handlers
-        .iter()
-        .map(|handler| (*handler).to_owned())
-        .collect();
-    room.set(
-        QUEUE.into(),
-        QueueRoom {
-            left,
-            capacity: left,
-            handlers,
-            holding,
-        },
-    );
+    let handlers = handlers.iter().map(|handler| (*handler).to_owned()).collect();
+    room.set(QUEUE.into(), QueueRoom { left, capacity: left, handlers, holding });
     room
 }
 
@@ -1127,37 +850,22 @@ pub(crate) fn template(words: &str) -> Definition {
         .split_whitespace()
         .map(|word| {
             let (name, parents) = word.split_once('<').unwrap_or((word, ""));
-            (
-                name.to_owned(),
-                parents
-                    .split(',')
-                    .filter(|name| !name.is_empty())
-                    .map(str::to_owned)
-                    .collect(),
-            )
+            (name.to_owned(), parents.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect())
         })
         .collect();
     let graph = Graph::new(steps.iter().map(|(name, parents)| (&**name, &**parents))).unwrap();
-    let by_name = (0_u32..)
-        .zip(&steps)
-        .map(|(index, (name, _))| (Arc::from(&**name), index))
-        .collect();
-    let steps = (0_u32..)
-        .zip(&steps)
-        .map(|(index, (name, _))| StepDefinition {
-            name: Arc::from(&**name),
-            handler: Arc::from(format!("do.{name}")),
-            queue: QUEUE.into(),
-            priority: 0,
-            retry: RetryPolicy {
-                jitter: 0.0,
-                ..RetryPolicy::default()
-            },
-            queue_timeout: None,
-            run_timeout: Some(Duration::from_secs(30)),
-            input: None,
-            needs: graph.parents(index).to_vec(),
-        });
+    let by_name = (0_u32..).zip(&steps).map(|(index, (name, _))| (Arc::from(&**name), index)).collect();
+    let steps = (0_u32..).zip(&steps).map(|(index, (name, _))| StepDefinition {
+        name: Arc::from(&**name),
+        handler: Arc::from(format!("do.{name}")),
+        queue: QUEUE.into(),
+        priority: 0,
+        retry: RetryPolicy { jitter: 0.0, ..RetryPolicy::default() },
+        queue_timeout: None,
+        run_timeout: Some(Duration::from_secs(30)),
+        input: None,
+        needs: graph.parents(index).to_vec(),
+    });
     Definition {
         template_id: 1,
         namespace: "shop".into(),
@@ -1172,11 +880,7 @@ pub(crate) fn template(words: &str) -> Definition {
 }
 
 /// Changes one step of a template.
-pub(crate) fn with(
-    mut definition: Definition,
-    step: &str,
-    change: impl FnOnce(&mut StepDefinition),
-) -> Definition {
+pub(crate) fn with(mut definition: Definition, step: &str, change: impl FnOnce(&mut StepDefinition)) -> Definition {
     let index = definition.by_name[step] as usize;
     change(&mut definition.steps[index]);
     definition
@@ -1185,10 +889,7 @@ pub(crate) fn with(
 /// Gives a step an explicit input.
 pub(crate) fn with_input(definition: Definition, step: &str, input: &Value) -> Definition {
     let template = InputTemplate::parse(input).unwrap();
-    let needs = template
-        .references()
-        .map(|name| definition.by_name[name])
-        .collect();
+    let needs = template.references().map(|name| definition.by_name[name]).collect();
     with(definition, step, |step| {
         step.needs = needs;
         step.input = Some(template);

@@ -151,31 +151,20 @@ words!(
 impl TaskState {
     /// Final for its generation.
     pub const fn is_terminal(self) -> bool {
-        matches!(
-            self,
-            Self::Complete | Self::Error | Self::Cancelled | Self::ResolvedManually
-        )
+        matches!(self, Self::Complete | Self::Error | Self::Cancelled | Self::ResolvedManually)
     }
 
     /// Passed through inside one transaction; never the value of the row.
     pub const fn is_passing(self) -> bool {
-        matches!(
-            self,
-            Self::Initializing | Self::EnqueuingSteps | Self::EvaluatingResults
-        )
+        matches!(self, Self::Initializing | Self::EnqueuingSteps | Self::EvaluatingResults)
     }
 
     /// The word people see beside the state.
     pub const fn public_status(self) -> &'static str {
         match self {
             Self::Pending => "queued",
-            Self::Initializing
-            | Self::EnqueuingSteps
-            | Self::StepsInProcess
-            | Self::EvaluatingResults => "running",
-            Self::WaitingForDependencies | Self::WaitingForRetry | Self::BlockedByFailures => {
-                "waiting"
-            }
+            Self::Initializing | Self::EnqueuingSteps | Self::StepsInProcess | Self::EvaluatingResults => "running",
+            Self::WaitingForDependencies | Self::WaitingForRetry | Self::BlockedByFailures => "waiting",
             Self::Suspended => "suspended",
             Self::Complete | Self::ResolvedManually => "completed",
             Self::Error => "failed",
@@ -187,20 +176,14 @@ impl TaskState {
 impl StepState {
     /// Final for its generation (an `error` may still be repaired while its task is blocked).
     pub const fn is_terminal(self) -> bool {
-        matches!(
-            self,
-            Self::Complete | Self::Error | Self::Cancelled | Self::Skipped | Self::ResolvedManually
-        )
+        matches!(self, Self::Complete | Self::Error | Self::Cancelled | Self::Skipped | Self::ResolvedManually)
     }
 
     /// A message, a claim or a report of it exists: its task rests in `steps_in_process`.
     pub const fn is_in_flight(self) -> bool {
         matches!(
             self,
-            Self::Enqueued
-                | Self::InProgress
-                | Self::EnqueuedForOrchestration
-                | Self::EnqueuedAsErrorForOrchestration
+            Self::Enqueued | Self::InProgress | Self::EnqueuedForOrchestration | Self::EnqueuedAsErrorForOrchestration
         )
     }
 }
@@ -213,8 +196,8 @@ pub type TaskMove = (TaskState, TaskEvent, TaskState);
 pub const TASK_MOVES: &[TaskMove] = {
     use TaskEvent as E;
     use TaskState::{
-        BlockedByFailures, Complete, EnqueuingSteps, Error, EvaluatingResults, Initializing,
-        Pending, ResolvedManually, StepsInProcess, WaitingForDependencies, WaitingForRetry,
+        BlockedByFailures, Complete, EnqueuingSteps, Error, EvaluatingResults, Initializing, Pending, ResolvedManually,
+        StepsInProcess, WaitingForDependencies, WaitingForRetry,
     };
     &[
         (Pending, E::Start, Initializing),
@@ -235,11 +218,7 @@ pub const TASK_MOVES: &[TaskMove] = {
         (EvaluatingResults, E::ReadyStepsFound, EnqueuingSteps),
         (EvaluatingResults, E::StepsStillRunning, StepsInProcess),
         (EvaluatingResults, E::RetryScheduled, WaitingForRetry),
-        (
-            EvaluatingResults,
-            E::NoDependenciesReady,
-            WaitingForDependencies,
-        ),
+        (EvaluatingResults, E::NoDependenciesReady, WaitingForDependencies),
         (EvaluatingResults, E::PermanentFailure, BlockedByFailures),
         (EvaluatingResults, E::AllStepsSuccessful, Complete),
         (EvaluatingResults, E::PermanentFailure, Error),
@@ -257,10 +236,7 @@ pub fn task_move_is_legal(from: TaskState, event: TaskEvent, to: TaskState) -> b
     if TASK_MOVES.contains(&(from, event, to)) {
         return true;
     }
-    let waits = matches!(
-        from,
-        S::WaitingForRetry | S::WaitingForDependencies | S::BlockedByFailures
-    );
+    let waits = matches!(from, S::WaitingForRetry | S::WaitingForDependencies | S::BlockedByFailures);
     match event {
         // Whatever ends a wait, from any of the waiting states.
         E::RetryReady
@@ -294,8 +270,8 @@ pub type StepMove = (StepState, StepEvent, StepState);
 pub const STEP_MOVES: &[StepMove] = {
     use StepEvent as E;
     use StepState::{
-        Cancelled, Complete, Enqueued, EnqueuedAsErrorForOrchestration, EnqueuedForOrchestration,
-        Error, InProgress, Pending, ResolvedManually, Skipped, Waiting, WaitingForRetry,
+        Cancelled, Complete, Enqueued, EnqueuedAsErrorForOrchestration, EnqueuedForOrchestration, Error, InProgress,
+        Pending, ResolvedManually, Skipped, Waiting, WaitingForRetry,
     };
     &[
         (Pending, E::Enqueue, Enqueued),
@@ -303,11 +279,7 @@ pub const STEP_MOVES: &[StepMove] = {
         (InProgress, E::Report, EnqueuedForOrchestration),
         (InProgress, E::Report, EnqueuedAsErrorForOrchestration),
         (EnqueuedForOrchestration, E::Complete, Complete),
-        (
-            EnqueuedAsErrorForOrchestration,
-            E::ScheduleRetry,
-            WaitingForRetry,
-        ),
+        (EnqueuedAsErrorForOrchestration, E::ScheduleRetry, WaitingForRetry),
         (EnqueuedAsErrorForOrchestration, E::Fail, Error),
         (WaitingForRetry, E::RetryReady, Enqueued),
         (InProgress, E::LeaseExpired, Enqueued),

@@ -52,18 +52,13 @@ pub async fn apply(
     began_at: DateTime<Utc>,
     export: Option<&ExportBatch>,
 ) -> Result<Applied, Error> {
-    let ending: Vec<Uuid> = batch
-        .iter()
-        .filter(|(_, plan)| plan.cancel_open_steps)
-        .map(|(_, plan)| plan.task.uuid)
-        .collect();
+    let ending: Vec<Uuid> =
+        batch.iter().filter(|(_, plan)| plan.cancel_open_steps).map(|(_, plan)| plan.task.uuid).collect();
     let mut floor = latest(batch);
     if !ending.is_empty() {
         floor = floor.max(super::steps::lock_open(conn, &ending).await?);
     }
-    let floor = floor.map_or(began_at, |at| {
-        (at + TimeDelta::microseconds(1)).max(began_at)
-    });
+    let floor = floor.map_or(began_at, |at| (at + TimeDelta::microseconds(1)).max(began_at));
 
     let mut tasks = TaskColumns::default();
     let mut steps = StepColumns::default();
@@ -168,35 +163,16 @@ pub async fn apply(
             })
             .collect()
     };
-    Ok(Applied {
-        at: row.at,
-        cancelled,
-    })
+    Ok(Applied { at: row.at, cancelled })
 }
 
 fn check(table: &'static str, changed: i64, wanted: usize) -> Result<(), Error> {
-    if usize::try_from(changed) == Ok(wanted) {
-        Ok(())
-    } else {
-        Err(Error::Conflict {
-            table,
-            changed,
-            wanted,
-        })
-    }
+    if usize::try_from(changed) == Ok(wanted) { Ok(()) } else { Err(Error::Conflict { table, changed, wanted }) }
 }
 
 /// The latest time that any row to be written bears: times of an entity never go back.
 fn latest(batch: &[(&TaskRow, &Plan)]) -> Option<DateTime<Utc>> {
-    batch
-        .iter()
-        .flat_map(|(_, plan)| {
-            plan.steps
-                .iter()
-                .map(|(step, _)| step.last_at)
-                .chain([plan.task.last_at])
-        })
-        .max()
+    batch.iter().flat_map(|(_, plan)| plan.steps.iter().map(|(step, _)| step.last_at).chain([plan.task.last_at])).max()
 }
 
 /// Steps are created in the state the plan gives them, so that a root step costs one write.
@@ -207,8 +183,7 @@ async fn insert_steps(
     at: DateTime<Utc>,
 ) -> Result<(), Error> {
     let mut steps = StepColumns::default();
-    let (mut task, mut index, mut queue, mut priority) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut task, mut index, mut queue, mut priority) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (_, plan) in batch {
         for (step, definition_queue) in plan.new_steps.iter().zip(&plan.new_step_queues) {
             steps.push_step(step, 0);
@@ -337,12 +312,9 @@ impl<'a> StepColumns<'a> {
         self.input.push(step.input.clone());
         self.due_at.push(step.due_at);
         self.ready_at.push(step.ready_at);
-        self.held_by
-            .push(step.held_by.map(crate::state_machine::plan::HeldBy::as_str));
+        self.held_by.push(step.held_by.map(crate::state_machine::plan::HeldBy::as_str));
         // `decide` leaves the times of a fresh Enqueue to the database.
-        self.enqueued.push(
-            step.state == crate::state_machine::StepState::Enqueued && step.enqueued_at.is_none(),
-        );
+        self.enqueued.push(step.state == crate::state_machine::StepState::Enqueued && step.enqueued_at.is_none());
         self.enqueued_version.push(step.enqueued_version);
         self.enqueued_task_version.push(step.enqueued_task_version);
         self.enqueued_event.push(step.enqueued_event);
@@ -379,8 +351,7 @@ impl<'a> LogColumns<'a> {
             self.event.push(made.event);
             self.actor.push(made.actor.as_deref());
             self.claim_token.push(made.claim_token);
-            self.detail
-                .push(made.detail.as_ref().map(|detail| serde_json::json!(detail)));
+            self.detail.push(made.detail.as_ref().map(|detail| serde_json::json!(detail)));
         }
     }
 }

@@ -19,33 +19,21 @@ pub struct Orphan {
 
 /// Forgets batches whose spans a receiver has acknowledged.
 pub async fn delete(conn: &mut PgConnection, batch_ids: &[Uuid]) -> Result<(), Error> {
-    sqlx::query!(
-        "delete from tasker.export_batches where batch_id = any($1)",
-        batch_ids
-    )
-    .execute(conn)
-    .await?;
+    sqlx::query!("delete from tasker.export_batches where batch_id = any($1)", batch_ids).execute(conn).await?;
     Ok(())
 }
 
 /// Gives batches up that do not fit into memory: whoever recovers next takes them.
 pub async fn release(conn: &mut PgConnection, batch_ids: &[Uuid]) -> Result<(), Error> {
-    sqlx::query!(
-        "update tasker.export_batches set instance = null where batch_id = any($1)",
-        batch_ids
-    )
-    .execute(conn)
-    .await?;
+    sqlx::query!("update tasker.export_batches set instance = null where batch_id = any($1)", batch_ids)
+        .execute(conn)
+        .await?;
     Ok(())
 }
 
 /// Takes over up to `limit` batches that were released or whose owner is dead (its liveness
 /// row is older than 15 s, or gone), oldest first.
-pub async fn adopt(
-    conn: &mut PgConnection,
-    instance: Uuid,
-    limit: i64,
-) -> Result<Vec<Orphan>, Error> {
+pub async fn adopt(conn: &mut PgConnection, instance: Uuid, limit: i64) -> Result<Vec<Orphan>, Error> {
     let rows = sqlx::query!(
         "with orphan as (
            select b.batch_id from tasker.export_batches b
@@ -61,14 +49,7 @@ pub async fn adopt(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Orphan {
-            batch_id: row.batch_id,
-            task_uuids: row.task_uuids,
-            at: row.at,
-        })
-        .collect())
+    Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
 /// Batches of this very orchestrator, at least 15 s old, that are none of the `held` ones in its
@@ -89,14 +70,7 @@ pub async fn left_behind(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Orphan {
-            batch_id: row.batch_id,
-            task_uuids: row.task_uuids,
-            at: row.at,
-        })
-        .collect())
+    Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
 /// Says that this orchestrator lives.
@@ -114,8 +88,6 @@ pub async fn alive(conn: &mut PgConnection, instance: Uuid) -> Result<(), Error>
 
 /// Says that it has ended: what it still holds may be adopted at once.
 pub async fn gone(conn: &mut PgConnection, instance: Uuid) -> Result<(), Error> {
-    sqlx::query!("delete from tasker.instances where instance = $1", instance)
-        .execute(conn)
-        .await?;
+    sqlx::query!("delete from tasker.instances where instance = $1", instance).execute(conn).await?;
     Ok(())
 }

@@ -31,9 +31,7 @@ pub enum Error {
         problem: String,
     },
     /// Compare-and-set found another version than the one that was decided on.
-    #[error(
-        "{changed} of {wanted} {table} rows were as they were read; the batch is rolled back and read again"
-    )]
+    #[error("{changed} of {wanted} {table} rows were as they were read; the batch is rolled back and read again")]
     Conflict {
         /// tasks or steps.
         table: &'static str,
@@ -52,9 +50,7 @@ impl Error {
             Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
                 // Classes: transaction rollback, connection, resources, operator intervention, system.
-                ["40", "08", "53", "57", "58", "55"]
-                    .iter()
-                    .any(|class| code.starts_with(class))
+                ["40", "08", "53", "57", "58", "55"].iter().any(|class| code.starts_with(class))
             }
             Self::Database(
                 sqlx::Error::Io(_)
@@ -75,12 +71,7 @@ impl Error {
         id: impl std::fmt::Display,
         problem: impl std::fmt::Display,
     ) -> Self {
-        Self::BadRow {
-            table,
-            column,
-            id: id.to_string(),
-            problem: problem.to_string(),
-        }
+        Self::BadRow { table, column, id: id.to_string(), problem: problem.to_string() }
     }
 }
 

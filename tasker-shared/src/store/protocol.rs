@@ -37,10 +37,7 @@ pub struct Hello<'a> {
 
 /// A lease on one attempt of a step.
 #[derive(Debug, Clone)]
-#[expect(
-    missing_docs,
-    reason = "what claim_steps returns, explained in docs/worker-protocol.md"
-)]
+#[expect(missing_docs, reason = "what claim_steps returns, explained in docs/worker-protocol.md")]
 pub struct Claim {
     pub task: Uuid,
     pub step: Uuid,
@@ -148,20 +145,14 @@ pub async fn worker_hello(conn: &mut PgConnection, hello: &Hello<'_>) -> Result<
 
 /// Says that the worker takes nothing new.
 pub async fn worker_bye(conn: &mut PgConnection, worker: &str) -> Result<(), Error> {
-    sqlx::query!(r#"select tasker.worker_bye($1)::text as "nothing""#, worker)
-        .fetch_one(conn)
-        .await?;
+    sqlx::query!(r#"select tasker.worker_bye($1)::text as "nothing""#, worker).fetch_one(conn).await?;
     Ok(())
 }
 
 /// Takes the session's advisory lock that says "this worker lives"; false if
 /// another session still holds it. Taken again in the same session it counts twice.
 pub async fn take_lock(session: impl PgExecutor<'_>, lock_key: i64) -> Result<bool, Error> {
-    Ok(
-        sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "taken!""#, lock_key)
-            .fetch_one(session)
-            .await?,
-    )
+    Ok(sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "taken!""#, lock_key).fetch_one(session).await?)
 }
 
 /// Leases up to `max` steps of the namespace's queue to the worker; `lease` applies where the
@@ -195,11 +186,7 @@ pub async fn claim_steps(
 
 /// Renews leases; the answers are in the order of the claims. May run on a connection that
 /// commits asynchronously.
-pub async fn heartbeat(
-    conn: &mut PgConnection,
-    claims: &[Beat],
-    lease: Duration,
-) -> Result<Vec<Beaten>, Error> {
+pub async fn heartbeat(conn: &mut PgConnection, claims: &[Beat], lease: Duration) -> Result<Vec<Beaten>, Error> {
     let rows = sqlx::query_as!(
         Beaten,
         r#"select still_yours as "still_yours!", cancel_requested as "cancel_requested!"
@@ -216,40 +203,22 @@ pub async fn heartbeat(
 /// the claim is no longer the current one. The answers are in the order of the reports.
 ///
 /// Never on a connection that commits asynchronously: a worker forgets what was accepted.
-pub async fn report_results(
-    conn: &mut PgConnection,
-    reports: &[&Report],
-) -> Result<Vec<bool>, Error> {
-    let rows = sqlx::query_scalar!(
-        r#"select accepted as "accepted!" from tasker.report_results($1)"#,
-        Json(reports) as _
-    )
-    .fetch_all(conn)
-    .await?;
+pub async fn report_results(conn: &mut PgConnection, reports: &[&Report]) -> Result<Vec<bool>, Error> {
+    let rows =
+        sqlx::query_scalar!(r#"select accepted as "accepted!" from tasker.report_results($1)"#, Json(reports) as _)
+            .fetch_all(conn)
+            .await?;
     one_each("report_results", reports.len(), rows)
 }
 
 /// The output of a completed step of the task; `None` if no such step has completed.
-pub async fn step_output(
-    conn: &mut PgConnection,
-    task: Uuid,
-    step_name: &str,
-) -> Result<Option<Value>, Error> {
-    Ok(
-        sqlx::query_scalar!("select tasker.step_output($1, $2)", task, step_name)
-            .fetch_one(conn)
-            .await?,
-    )
+pub async fn step_output(conn: &mut PgConnection, task: Uuid, step_name: &str) -> Result<Option<Value>, Error> {
+    Ok(sqlx::query_scalar!("select tasker.step_output($1, $2)", task, step_name).fetch_one(conn).await?)
 }
 
 fn one_each<T>(function: &'static str, asked: usize, answers: Vec<T>) -> Result<Vec<T>, Error> {
     if answers.len() == asked {
         return Ok(answers);
     }
-    Err(Error::bad_row(
-        function,
-        "*",
-        asked,
-        format!("{} answers to {asked} items", answers.len()),
-    ))
+    Err(Error::bad_row(function, "*", asked, format!("{} answers to {asked} items", answers.len())))
 }

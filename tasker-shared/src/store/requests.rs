@@ -76,11 +76,7 @@ pub async fn requeue(conn: &mut PgConnection, quarantine_id: i64) -> Result<Opti
 
 /// Deletes a quarantined message; false if there is none.
 pub async fn discard(conn: &mut PgConnection, quarantine_id: i64) -> Result<bool, Error> {
-    let done = sqlx::query!(
-        "delete from tasker.quarantine where quarantine_id = $1",
-        quarantine_id
-    )
-    .execute(conn)
-    .await?;
+    let done =
+        sqlx::query!("delete from tasker.quarantine where quarantine_id = $1", quarantine_id).execute(conn).await?;
     Ok(done.rows_affected() > 0)
 }

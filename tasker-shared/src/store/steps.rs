@@ -34,16 +34,11 @@ pub struct StepRow {
 /// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
 /// locked by [`lock_claimable`] first, everything else is guarded by the lock of its task.
 pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
-    let rows = sqlx::query_file!("src/store/load_steps.sql", step_uuids)
-        .fetch_all(conn)
-        .await?;
+    let rows = sqlx::query_file!("src/store/load_steps.sql", step_uuids).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
-            let state: StepState = row
-                .state
-                .parse()
-                .map_err(|e| Error::bad_row("steps", "state", id, e))?;
+            let state: StepState = row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?;
             let failure = row.error.map(|error| {
                 serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
                     kind: "error".into(),
@@ -78,8 +73,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 task_uuid: row.task_uuid,
                 step: Step {
                     uuid: id,
-                    index: u32::try_from(row.step_index)
-                        .map_err(|e| Error::bad_row("steps", "step_index", id, e))?,
+                    index: u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?,
                     state,
                     version: row.version,
                     generation: row.generation,
@@ -94,10 +88,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     last_heartbeat_at: row.last_heartbeat_at,
                     enqueued_version: row.enqueued_version,
                     enqueued_task_version: row.enqueued_task_version,
-                    enqueued_event: row
-                        .enqueued_event
-                        .and_then(|word| word.parse().ok())
-                        .map(StepEvent::as_str),
+                    enqueued_event: row.enqueued_event.and_then(|word| word.parse().ok()).map(StepEvent::as_str),
                     enqueued_began_at: row.enqueued_began_at,
                     enqueued_at: row.enqueued_at,
                     due_at: row.due_at,
@@ -117,44 +108,25 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
 
 /// Loads steps by `(task, index)`: those directly behind the ones that events are about. All
 /// that can happen to them is that they become ready, so nothing of an attempt is read.
-pub async fn load_behind(
-    conn: &mut PgConnection,
-    places: &[(Uuid, u32)],
-) -> Result<Vec<StepRow>, Error> {
+pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Result<Vec<StepRow>, Error> {
     let tasks: Vec<Uuid> = places.iter().map(|(task, _)| *task).collect();
-    let indexes: Vec<i32> = places
-        .iter()
-        .map(|(_, index)| i32::try_from(*index).unwrap_or(-1))
-        .collect();
-    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes)
-        .fetch_all(conn)
-        .await?;
+    let indexes: Vec<i32> = places.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
+    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
-            let index = u32::try_from(row.step_index)
-                .map_err(|e| Error::bad_row("steps", "step_index", id, e))?;
+            let index = u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?;
             Ok(StepRow {
                 task_uuid: row.task_uuid,
                 step: Step {
-                    state: row
-                        .state
-                        .parse()
-                        .map_err(|e| Error::bad_row("steps", "state", id, e))?,
+                    state: row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?,
                     version: row.version,
                     attempt: row.attempt,
                     failures: row.failures,
                     losses: row.losses,
                     ready_at: row.ready_at,
                     held_by: row.held_by.and_then(|word| word.parse().ok()),
-                    ..Step::new(
-                        id,
-                        index,
-                        row.generation,
-                        row.remaining_dependencies,
-                        row.priority,
-                        row.last_at,
-                    )
+                    ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
                 },
                 reported: false,
                 outcome: None,
@@ -179,10 +151,7 @@ pub async fn lock_claimable(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Res
 }
 
 /// Locks every open step of these tasks and answers the latest time any of them bears.
-pub async fn lock_open(
-    conn: &mut PgConnection,
-    task_uuids: &[Uuid],
-) -> Result<Option<DateTime<Utc>>, Error> {
+pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Option<DateTime<Utc>>, Error> {
     let rows = sqlx::query_scalar!(
         "select last_at from tasker.steps where task_uuid = any($1)
            and state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')
@@ -196,10 +165,7 @@ pub async fn lock_open(
 
 /// Every step of these tasks that failed, was cancelled or is pending, its
 /// `remaining_dependencies` recounted from the edges; and which of the tasks have steps at all.
-pub async fn load_unfinished(
-    conn: &mut PgConnection,
-    task_uuids: &[Uuid],
-) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
+pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
     let with_steps = sqlx::query_scalar!(
         r#"select t.task_uuid from unnest($1::uuid[]) t(task_uuid)
            where exists (select from tasker.steps s where s.task_uuid = t.task_uuid)"#,
@@ -222,10 +188,7 @@ pub async fn load_unfinished(
     )
     .fetch_all(&mut *conn)
     .await?;
-    let counts: HashMap<Uuid, i32> = counts
-        .into_iter()
-        .map(|row| (row.step_uuid, row.open_parents))
-        .collect();
+    let counts: HashMap<Uuid, i32> = counts.into_iter().map(|row| (row.step_uuid, row.open_parents)).collect();
     let ids: Vec<Uuid> = counts.keys().copied().collect();
     let mut rows = load(conn, &ids).await?;
     rows.retain_mut(|row| match counts.get(&row.step.uuid) {
@@ -239,15 +202,9 @@ pub async fn load_unfinished(
 }
 
 /// Outputs of finished steps: `(task, step index) -> output`.
-pub async fn outputs(
-    conn: &mut PgConnection,
-    wanted: &[(Uuid, u32)],
-) -> Result<HashMap<(Uuid, u32), Value>, Error> {
+pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<HashMap<(Uuid, u32), Value>, Error> {
     let tasks: Vec<Uuid> = wanted.iter().map(|(task, _)| *task).collect();
-    let indexes: Vec<i32> = wanted
-        .iter()
-        .map(|(_, index)| i32::try_from(*index).unwrap_or(-1))
-        .collect();
+    let indexes: Vec<i32> = wanted.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
     let rows = sqlx::query!(
         r#"select s.task_uuid, s.step_index, a.output as "output?"
            from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
@@ -260,11 +217,6 @@ pub async fn outputs(
     .await?;
     Ok(rows
         .into_iter()
-        .filter_map(|row| {
-            Some((
-                (row.task_uuid, u32::try_from(row.step_index).ok()?),
-                row.output?,
-            ))
-        })
+        .filter_map(|row| Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), row.output?)))
         .collect())
 }

@@ -49,10 +49,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
             Ok(TaskRow {
                 task: Task {
                     uuid: row.task_uuid,
-                    state: row
-                        .state
-                        .parse()
-                        .map_err(|e| Error::bad_row("tasks", "state", id, e))?,
+                    state: row.state.parse().map_err(|e| Error::bad_row("tasks", "state", id, e))?,
                     version: row.version,
                     generation: row.generation,
                     priority: row.priority,
@@ -77,10 +74,8 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 correlation_id: row.correlation_id,
                 parent_correlation_id: row.parent_correlation_id,
                 parent_task_uuid: row.parent_task_uuid,
-                trace_id: bytes(&row.trace_id)
-                    .ok_or_else(|| bad("trace_id", "needs 16 bytes".into()))?,
-                root_span_id: bytes(&row.root_span_id)
-                    .ok_or_else(|| bad("root_span_id", "needs 8 bytes".into()))?,
+                trace_id: bytes(&row.trace_id).ok_or_else(|| bad("trace_id", "needs 16 bytes".into()))?,
+                root_span_id: bytes(&row.root_span_id).ok_or_else(|| bad("root_span_id", "needs 8 bytes".into()))?,
                 remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
                 trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
                 tracestate: row.tracestate,
@@ -97,12 +92,9 @@ pub(super) fn bytes<const N: usize>(slice: &[u8]) -> Option<[u8; N]> {
 
 /// Which of these tasks exist; to tell an unknown task from one that is locked elsewhere.
 pub async fn existing(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
-    Ok(sqlx::query_scalar!(
-        "select task_uuid from tasker.tasks where task_uuid = any($1)",
-        task_uuids
-    )
-    .fetch_all(conn)
-    .await?)
+    Ok(sqlx::query_scalar!("select task_uuid from tasker.tasks where task_uuid = any($1)", task_uuids)
+        .fetch_all(conn)
+        .await?)
 }
 
 /// The answer to one request to submit.
@@ -126,10 +118,6 @@ pub async fn submit(conn: &mut PgConnection, requests: &[Value]) -> Result<Vec<S
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| Submitted {
-            task_uuid: row.task_uuid,
-            is_new: row.is_new,
-            error: row.error,
-        })
+        .map(|row| Submitted { task_uuid: row.task_uuid, is_new: row.is_new, error: row.error })
         .collect())
 }

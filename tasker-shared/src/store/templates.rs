@@ -29,9 +29,7 @@ pub enum TemplateError {
     #[error(transparent)]
     Stored(#[from] template::Error),
     /// The input schema that the database holds does not compile.
-    #[error(
-        "the input_schema of template {0} does not compile; register the template again under a new version"
-    )]
+    #[error("the input_schema of template {0} does not compile; register the template again under a new version")]
     StoredSchema(i32),
     /// The database.
     #[error(transparent)]
@@ -54,10 +52,7 @@ pub struct Registration {
 }
 
 /// Registers a template and creates its queues. The same content again changes nothing.
-pub async fn register(
-    conn: &mut PgConnection,
-    template: &Template,
-) -> Result<Registration, TemplateError> {
+pub async fn register(conn: &mut PgConnection, template: &Template) -> Result<Registration, TemplateError> {
     let definition = template::to_json(template);
     let made = sqlx::query_scalar!(
         "insert into tasker.templates (namespace, name, version, definition) values ($1, $2, $3, $4)
@@ -85,46 +80,24 @@ pub async fn register(
                 version: template.version.clone(),
             });
         }
-        return Ok(Registration {
-            template_id: known.template_id,
-            is_new: false,
-        });
+        return Ok(Registration { template_id: known.template_id, is_new: false });
     };
     insert_steps(conn, template_id, template).await?;
-    Ok(Registration {
-        template_id,
-        is_new: true,
-    })
+    Ok(Registration { template_id, is_new: true })
 }
 
-async fn insert_steps(
-    conn: &mut PgConnection,
-    template_id: i32,
-    template: &Template,
-) -> Result<(), TemplateError> {
+async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Template) -> Result<(), TemplateError> {
     let graph = template.graph()?;
     let steps = &template.steps;
-    let milliseconds =
-        |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+    let milliseconds = |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
     let indexes: Vec<i32> = (0_i32..).take(steps.len()).collect();
     let names: Vec<&str> = steps.iter().map(|step| step.name.as_str()).collect();
     let handlers: Vec<&str> = steps.iter().map(|step| step.handler.as_str()).collect();
-    let queues: Vec<String> = steps
-        .iter()
-        .map(|step| template::step_queue(&template.namespace, step))
-        .collect();
-    let attempts: Vec<i32> = steps
-        .iter()
-        .map(|step| i32::try_from(step.retry.max_attempts).unwrap_or(i32::MAX))
-        .collect();
-    let runs: Vec<i64> = steps
-        .iter()
-        .map(|step| milliseconds(step.timeouts.run))
-        .collect();
-    let leases: Vec<i64> = steps
-        .iter()
-        .map(|step| milliseconds(step.timeouts.heartbeat))
-        .collect();
+    let queues: Vec<String> = steps.iter().map(|step| template::step_queue(&template.namespace, step)).collect();
+    let attempts: Vec<i32> =
+        steps.iter().map(|step| i32::try_from(step.retry.max_attempts).unwrap_or(i32::MAX)).collect();
+    let runs: Vec<i64> = steps.iter().map(|step| milliseconds(step.timeouts.run)).collect();
+    let leases: Vec<i64> = steps.iter().map(|step| milliseconds(step.timeouts.heartbeat)).collect();
     sqlx::query!(
         "insert into tasker.template_steps (template_id, step_index, name, handler, queue, max_attempts, run_ms, heartbeat_ms)
          select $1, n.* from unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::int[], $7::bigint[], $8::bigint[]) n",
@@ -158,12 +131,9 @@ async fn insert_steps(
     let mut distinct = queues;
     distinct.sort_unstable();
     distinct.dedup();
-    sqlx::query!(
-        "select tasker.create_queue(q)::text as made from unnest($1::text[]) q",
-        &distinct
-    )
-    .fetch_all(&mut *conn)
-    .await?;
+    sqlx::query!("select tasker.create_queue(q)::text as made from unnest($1::text[]) q", &distinct)
+        .fetch_all(&mut *conn)
+        .await?;
     Ok(())
 }
 
@@ -177,38 +147,24 @@ pub struct Loaded {
 }
 
 /// Reads templates by id.
-pub async fn load(
-    conn: &mut PgConnection,
-    template_ids: &[i32],
-) -> Result<Vec<Arc<Loaded>>, TemplateError> {
-    let rows = sqlx::query!(
-        "select template_id, definition from tasker.templates where template_id = any($1)",
-        template_ids
-    )
-    .fetch_all(conn)
-    .await?;
-    rows.into_iter()
-        .map(|row| loaded(row.template_id, row.definition).map(Arc::new))
-        .collect()
+pub async fn load(conn: &mut PgConnection, template_ids: &[i32]) -> Result<Vec<Arc<Loaded>>, TemplateError> {
+    let rows =
+        sqlx::query!("select template_id, definition from tasker.templates where template_id = any($1)", template_ids)
+            .fetch_all(conn)
+            .await?;
+    rows.into_iter().map(|row| loaded(row.template_id, row.definition).map(Arc::new)).collect()
 }
 
 fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
     let template = template::from_json(stored)?;
     let graph = template.graph()?;
-    let names: Vec<Arc<str>> = template
-        .steps
-        .iter()
-        .map(|step| step.name.as_str().into())
-        .collect();
+    let names: Vec<Arc<str>> = template.steps.iter().map(|step| step.name.as_str().into()).collect();
     let by_name: HashMap<Arc<str>, u32> = names.iter().cloned().zip(0_u32..).collect();
     let mut steps = Vec::with_capacity(template.steps.len());
     for (index, step) in (0_u32..).zip(&template.steps) {
         let input = step.input_template()?;
         let needs = match &input {
-            Some(input) => input
-                .references()
-                .filter_map(|name| by_name.get(name).copied())
-                .collect(),
+            Some(input) => input.references().filter_map(|name| by_name.get(name).copied()).collect(),
             None => graph.parents(index).to_vec(),
         };
         steps.push(StepDefinition {
@@ -226,9 +182,7 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
     let schema = template
         .input_schema
         .as_ref()
-        .map(|schema| {
-            InputSchema::compile(schema).map_err(|_| TemplateError::StoredSchema(template_id))
-        })
+        .map(|schema| InputSchema::compile(schema).map_err(|_| TemplateError::StoredSchema(template_id)))
         .transpose()?;
     let definition = Definition {
         template_id,

@@ -40,21 +40,12 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
             generation: row.generation,
             generation_began_at: row.generation_began_at,
             created_at: row.created_at,
-            trace_id: bytes(&row.trace_id)
-                .ok_or_else(|| Error::bad_row("tasks", "trace_id", id, "needs 16 bytes"))?,
+            trace_id: bytes(&row.trace_id).ok_or_else(|| Error::bad_row("tasks", "trace_id", id, "needs 16 bytes"))?,
             remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
             trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
             tracestate: row.tracestate,
         };
-        logs.insert(
-            id,
-            TaskLog {
-                head,
-                transitions: Vec::new(),
-                attempts: Vec::new(),
-                steps: HashMap::new(),
-            },
-        );
+        logs.insert(id, TaskLog { head, transitions: Vec::new(), attempts: Vec::new(), steps: HashMap::new() });
     }
     read_steps(conn, task_uuids, &mut logs).await?;
     read_transitions(conn, task_uuids, &mut logs).await?;
@@ -62,11 +53,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     Ok(logs.into_values().collect())
 }
 
-async fn read_steps(
-    conn: &mut PgConnection,
-    ids: &[Uuid],
-    logs: &mut HashMap<Uuid, TaskLog>,
-) -> Result<(), Error> {
+async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
     let rows = sqlx::query!(
         "select s.task_uuid, s.step_uuid, s.step_index, d.name, d.handler, d.queue, d.max_attempts
          from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
@@ -111,16 +98,14 @@ async fn read_transitions(
         };
         let id = format!("{}/{}", row.entity_uuid, row.version);
         let is_task = row.entity_uuid == row.task_uuid;
-        let bad =
-            |column| move |problem| Error::bad_row("transitions", column, id.clone(), problem);
-        let state =
-            |word: &str| -> Result<&'static str, crate::state_machine::states::UnknownWord> {
-                if is_task {
-                    word.parse::<TaskState>().map(TaskState::as_str)
-                } else {
-                    word.parse::<StepState>().map(StepState::as_str)
-                }
-            };
+        let bad = |column| move |problem| Error::bad_row("transitions", column, id.clone(), problem);
+        let state = |word: &str| -> Result<&'static str, crate::state_machine::states::UnknownWord> {
+            if is_task {
+                word.parse::<TaskState>().map(TaskState::as_str)
+            } else {
+                word.parse::<StepState>().map(StepState::as_str)
+            }
+        };
         let from = state(&row.from_state).map_err(bad.clone()("from_state"))?;
         let to = state(&row.to_state).map_err(bad.clone()("to_state"))?;
         let event = if is_task {
@@ -141,19 +126,13 @@ async fn read_transitions(
             actor: row.actor,
             began_at: row.began_at,
             at: row.at,
-            detail: row
-                .detail
-                .and_then(|detail| serde_json::from_value::<Detail>(detail).ok()),
+            detail: row.detail.and_then(|detail| serde_json::from_value::<Detail>(detail).ok()),
         });
     }
     Ok(())
 }
 
-async fn read_attempts(
-    conn: &mut PgConnection,
-    ids: &[Uuid],
-    logs: &mut HashMap<Uuid, TaskLog>,
-) -> Result<(), Error> {
+async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
     let rows = sqlx::query!(
         "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claim_began_at, claimed_at,
            report_began_at, reported_at, start_offset_ms, run_ms, error, usage, milestones
@@ -179,9 +158,7 @@ async fn read_attempts(
             reported_at: row.reported_at,
             start_offset_ms: row.start_offset_ms,
             run_ms: row.run_ms,
-            failure: row
-                .error
-                .and_then(|error: Value| serde_json::from_value::<Failure>(error).ok()),
+            failure: row.error.and_then(|error: Value| serde_json::from_value::<Failure>(error).ok()),
             usage: row.usage,
             milestones: row.milestones,
         });

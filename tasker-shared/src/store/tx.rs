@@ -31,12 +31,7 @@ pub struct PoolOptions<'a> {
 
 impl Default for PoolOptions<'_> {
     fn default() -> Self {
-        Self {
-            max_connections: 8,
-            acquire_timeout: Duration::from_secs(10),
-            application_name: "tasker",
-            settings: &[],
-        }
+        Self { max_connections: 8, acquire_timeout: Duration::from_secs(10), application_name: "tasker", settings: &[] }
     }
 }
 
@@ -113,10 +108,7 @@ impl Drop for Held {
 /// may have committed and the answer been lost. `work` must not swallow the
 /// error of a statement outside a savepoint of its own (`conn.begin()`), since
 /// PostgreSQL answers COMMIT of a failed transaction with a silent rollback.
-pub async fn in_tx<T, E>(
-    pool: &PgPool,
-    work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
-) -> Result<T, E>
+pub async fn in_tx<T, E>(pool: &PgPool, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>) -> Result<T, E>
 where
     E: From<sqlx::Error>,
 {
@@ -179,31 +171,21 @@ mod tests {
 
     async fn insert(pool: &PgPool) -> Result<(), sqlx::Error> {
         in_tx(pool, async |conn| {
-            sqlx::query("insert into tasker.n values (1)")
-                .execute(&mut *conn)
-                .await?;
+            sqlx::query("insert into tasker.n values (1)").execute(&mut *conn).await?;
             let mut savepoint = conn.begin().await?;
-            sqlx::query("insert into tasker.n values (1)")
-                .execute(&mut *savepoint)
-                .await?;
+            sqlx::query("insert into tasker.n values (1)").execute(&mut *savepoint).await?;
             savepoint.commit().await
         })
         .await
     }
 
     async fn count(pool: &PgPool) -> i64 {
-        sqlx::query_scalar("select count(*) from tasker.n")
-            .fetch_one(pool)
-            .await
-            .expect("count")
+        sqlx::query_scalar("select count(*) from tasker.n").fetch_one(pool).await.expect("count")
     }
 
     async fn table(database: &TestDatabase) -> PgPool {
         let pool = database.pool().await;
-        sqlx::query("create table tasker.n (n int)")
-            .execute(&pool)
-            .await
-            .expect("table");
+        sqlx::query("create table tasker.n (n int)").execute(&pool).await.expect("table");
         pool
     }
 
@@ -212,18 +194,10 @@ mod tests {
     /// kind; the other lacks the check on release.
     async fn pool_of_one(database: &TestDatabase, checked: bool) -> PgPool {
         if checked {
-            let options = PoolOptions {
-                max_connections: 1,
-                ..PoolOptions::default()
-            };
+            let options = PoolOptions { max_connections: 1, ..PoolOptions::default() };
             return pool(&database.url(), &options).await.expect("pool");
         }
-        PgPoolOptions::new()
-            .max_connections(1)
-            .test_before_acquire(false)
-            .connect(&database.url())
-            .await
-            .expect("pool")
+        PgPoolOptions::new().max_connections(1).test_before_acquire(false).connect(&database.url()).await.expect("pool")
     }
 
     /// Whether the connection that the pool hands out next is in a transaction.
@@ -250,9 +224,7 @@ mod tests {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), all_clean)
-            .await
-            .expect("no session stays in a transaction");
+        tokio::time::timeout(Duration::from_secs(20), all_clean).await.expect("no session stays in a transaction");
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -267,10 +239,7 @@ mod tests {
                 let mut finished = 0;
                 for polls in (0..16).cycle().take(320) {
                     finished += i64::from(cut_short(polls, insert(&pool)).await);
-                    assert!(
-                        !next_is_in_transaction(&pool).await,
-                        "cut after {polls} polls"
-                    );
+                    assert!(!next_is_in_transaction(&pool).await, "cut after {polls} polls");
                 }
                 finished
             }));
@@ -280,41 +249,26 @@ mod tests {
             finished += task.await.expect("no leak");
         }
         expect_no_open_transaction(&watch).await;
-        assert!(
-            finished > 100,
-            "some must get through for the cuts to reach every point"
-        );
+        assert!(finished > 100, "some must get through for the cuts to reach every point");
         let rows = count(&watch).await;
         // A COMMIT that was on its way when its future was dropped may have
         // happened; half a transaction never.
-        assert!(
-            rows >= 2 * finished && rows % 2 == 0,
-            "{rows} rows of {finished} finished"
-        );
+        assert!(rows >= 2 * finished && rows % 2 == 0, "{rows} rows of {finished} finished");
     }
 
     #[tokio::test]
     async fn transaction_begun_elsewhere_and_dropped_is_not_returned_to_the_pool() {
         let database = TestDatabase::fresh().await;
-        let (plain, ours) = (
-            pool_of_one(&database, false).await,
-            pool_of_one(&database, true).await,
-        );
+        let (plain, ours) = (pool_of_one(&database, false).await, pool_of_one(&database, true).await);
         let mut leaked = 0;
         for polls in (0..6).cycle().take(60) {
             cut_short(polls, plain.begin()).await;
             leaked += i32::from(next_is_in_transaction(&plain).await);
             cut_short(polls, ours.begin()).await;
-            assert!(
-                !next_is_in_transaction(&ours).await,
-                "cut after {polls} polls"
-            );
+            assert!(!next_is_in_transaction(&ours).await, "cut after {polls} polls");
         }
         // When this fails, sqlx has closed the hole: `in_tx` may become simpler.
-        assert!(
-            leaked > 0,
-            "sqlx's own pool leaks, or this test does not cut where it should"
-        );
+        assert!(leaked > 0, "sqlx's own pool leaks, or this test does not cut where it should");
     }
 
     #[tokio::test]
@@ -322,9 +276,7 @@ mod tests {
         let database = TestDatabase::fresh().await;
         let pool = table(&database).await;
         let refused: Result<(), sqlx::Error> = in_tx(&pool, async |conn| {
-            sqlx::query("insert into tasker.n values (1)")
-                .execute(conn)
-                .await?;
+            sqlx::query("insert into tasker.n values (1)").execute(conn).await?;
             Err(sqlx::Error::RowNotFound)
         })
         .await;
@@ -332,9 +284,7 @@ mod tests {
         let doomed = pool.clone();
         let panicked = tokio::spawn(async move {
             in_tx(&doomed, async |conn| {
-                sqlx::query("insert into tasker.n values (1)")
-                    .execute(conn)
-                    .await?;
+                sqlx::query("insert into tasker.n values (1)").execute(conn).await?;
                 assert!(count(&doomed).await > 0, "in the middle of a transaction");
                 Ok::<(), sqlx::Error>(())
             })
@@ -386,11 +336,8 @@ mod tests {
             ("jit", "off"),
             ("idle_in_transaction_session_timeout", "1min"),
         ] {
-            let value: String = sqlx::query_scalar("select current_setting($1)")
-                .bind(name)
-                .fetch_one(&pool)
-                .await
-                .expect("setting");
+            let value: String =
+                sqlx::query_scalar("select current_setting($1)").bind(name).fetch_one(&pool).await.expect("setting");
             assert_eq!(value, expected, "{name}");
         }
     }

@@ -69,16 +69,9 @@ pub struct TaskFilter {
 
 /// The latest tasks that match, newest first.
 pub async fn tasks(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<TaskView>, Error> {
-    let states: Option<Vec<String>> = filter.status.as_deref().map(|status| {
-        states_of(status)
-            .map(|state| state.as_str().to_owned())
-            .collect()
-    });
-    let limit = if filter.limit == 0 {
-        50
-    } else {
-        i64::from(filter.limit)
-    };
+    let states: Option<Vec<String>> =
+        filter.status.as_deref().map(|status| states_of(status).map(|state| state.as_str().to_owned()).collect());
+    let limit = if filter.limit == 0 { 50 } else { i64::from(filter.limit) };
     let ids = sqlx::query_scalar!(
         "select t.task_uuid from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
          where ($1::text is null or t.namespace = $1) and ($2::text is null or p.name = $2)
@@ -101,10 +94,7 @@ pub async fn tasks(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<T
 
 /// The states that people see under one word; none for a word that is no status.
 pub fn states_of(status: &str) -> impl Iterator<Item = TaskState> {
-    TaskState::ALL
-        .iter()
-        .copied()
-        .filter(move |state| state.public_status() == status)
+    TaskState::ALL.iter().copied().filter(move |state| state.public_status() == status)
 }
 
 /// These tasks, in any order; unknown ones are not in the answer.
@@ -121,10 +111,8 @@ pub async fn these(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<T
     .await?;
     rows.into_iter()
         .map(|row| {
-            let state: TaskState = row
-                .state
-                .parse()
-                .map_err(|problem| Error::bad_row("tasks", "state", row.task_uuid, problem))?;
+            let state: TaskState =
+                row.state.parse().map_err(|problem| Error::bad_row("tasks", "state", row.task_uuid, problem))?;
             Ok(TaskView {
                 task_uuid: row.task_uuid,
                 namespace: row.namespace,
@@ -161,10 +149,7 @@ pub async fn finished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Ve
 }
 
 /// The tasks with this correlation id, newest first, at most 20.
-pub async fn by_correlation(
-    conn: &mut PgConnection,
-    correlation_id: &str,
-) -> Result<Vec<Uuid>, Error> {
+pub async fn by_correlation(conn: &mut PgConnection, correlation_id: &str) -> Result<Vec<Uuid>, Error> {
     Ok(sqlx::query_scalar!(
         "select task_uuid from tasker.tasks where correlation_id = $1 order by task_uuid desc limit 20",
         correlation_id
@@ -175,12 +160,9 @@ pub async fn by_correlation(
 
 /// What a task was given; `None` if there is no such task.
 pub async fn input(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Value>, Error> {
-    Ok(sqlx::query_scalar!(
-        "select input from tasker.tasks where task_uuid = $1",
-        task_uuid
-    )
-    .fetch_optional(conn)
-    .await?)
+    Ok(sqlx::query_scalar!("select input from tasker.tasks where task_uuid = $1", task_uuid)
+        .fetch_optional(conn)
+        .await?)
 }
 
 /// What tasks came to: the outputs of the completed steps that no other step depends on, by step name.
@@ -203,20 +185,14 @@ pub async fn results(
     .await?;
     let mut results: BTreeMap<Uuid, BTreeMap<String, Value>> = BTreeMap::new();
     for row in rows {
-        results
-            .entry(row.task_uuid)
-            .or_default()
-            .insert(row.name, row.output);
+        results.entry(row.task_uuid).or_default().insert(row.name, row.output);
     }
     Ok(results)
 }
 
 /// A step as people see it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[expect(
-    missing_docs,
-    reason = "columns of tasker.steps and tasker.template_steps"
-)]
+#[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]
 pub struct StepView {
     pub step_uuid: Uuid,
     pub name: String,
@@ -271,10 +247,7 @@ pub struct AttemptView {
 }
 
 /// Every attempt of these tasks that a worker claimed, by task, step and attempt.
-pub async fn attempts(
-    conn: &mut PgConnection,
-    task_uuids: &[Uuid],
-) -> Result<Vec<AttemptView>, Error> {
+pub async fn attempts(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<AttemptView>, Error> {
     Ok(sqlx::query_as!(
         AttemptView,
         "select a.task_uuid, d.name as step, a.attempt, a.worker, a.claimed_at, a.reported_at, a.run_ms, a.outcome, a.error
@@ -302,9 +275,8 @@ pub async fn callers(
     .await?;
     rows.into_iter()
         .map(|row| {
-            let trace = bytes(&row.trace_id).ok_or_else(|| {
-                Error::bad_row("tasks", "trace_id", row.task_uuid, "needs 16 bytes")
-            })?;
+            let trace = bytes(&row.trace_id)
+                .ok_or_else(|| Error::bad_row("tasks", "trace_id", row.task_uuid, "needs 16 bytes"))?;
             Ok((row.task_uuid, trace, row.remote_span_id.as_deref().map(hex)))
         })
         .collect()
@@ -322,10 +294,7 @@ pub struct TemplateView {
 }
 
 /// The registered templates of one namespace, or of all; of each the latest version stands last.
-pub async fn templates(
-    conn: &mut PgConnection,
-    namespace: Option<&str>,
-) -> Result<Vec<TemplateView>, Error> {
+pub async fn templates(conn: &mut PgConnection, namespace: Option<&str>) -> Result<Vec<TemplateView>, Error> {
     Ok(sqlx::query_as!(
         TemplateView,
         r#"select t.namespace, t.name, t.version, t.created_at,
@@ -380,10 +349,7 @@ pub async fn input_schema(
 
 /// The `(namespace, queue)` pairs of templates with a step for one of these handlers; the
 /// queue is the PGMQ name, such as `worker_orders__slow`.
-pub async fn queues_of(
-    conn: &mut PgConnection,
-    handlers: &[String],
-) -> Result<Vec<(String, String)>, Error> {
+pub async fn queues_of(conn: &mut PgConnection, handlers: &[String]) -> Result<Vec<(String, String)>, Error> {
     let rows = sqlx::query!(
         "select distinct t.namespace, s.queue from tasker.template_steps s
          join tasker.templates t on t.template_id = s.template_id
@@ -392,18 +358,11 @@ pub async fn queues_of(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| (row.namespace, row.queue))
-        .collect())
+    Ok(rows.into_iter().map(|row| (row.namespace, row.queue)).collect())
 }
 
 /// Whether one live worker offers all of these handlers on the queue.
-pub async fn is_offered(
-    conn: &mut PgConnection,
-    queue: &str,
-    handlers: &[String],
-) -> Result<bool, Error> {
+pub async fn is_offered(conn: &mut PgConnection, queue: &str, handlers: &[String]) -> Result<bool, Error> {
     Ok(sqlx::query_scalar!(
         r#"select exists (select from tasker.workers w where $1 = any(w.queues) and w.handlers @> $2
                             and w.seen_at > clock_timestamp() - interval '30 s') as "yes!""#,
@@ -512,7 +471,5 @@ fn readable(json: String) -> Value {
 
 /// The database's clock, which decides what "now" is in an open trace.
 pub async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>, Error> {
-    Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#)
-        .fetch_one(conn)
-        .await?)
+    Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(conn).await?)
 }

@@ -57,10 +57,7 @@ pub struct OpenSteps {
 }
 
 /// Looks at a task; `None` if there is no such task. Three statements.
-pub async fn situation(
-    conn: &mut PgConnection,
-    task_uuid: Uuid,
-) -> Result<Option<Situation>, Error> {
+pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situation>, Error> {
     let Some(task) = views::these(conn, &[task_uuid]).await?.pop() else {
         return Ok(None);
     };
@@ -98,12 +95,7 @@ pub async fn situation(
     )
     .fetch_all(conn)
     .await?;
-    Ok(Some(Situation {
-        task,
-        now: around.now,
-        orchestrator: around.orchestrator,
-        open,
-    }))
+    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open }))
 }
 
 impl Situation {
@@ -119,19 +111,11 @@ impl Situation {
             "complete" => format!("every step is done; it took {}", self.took()),
             "resolved_manually" => told().unwrap_or_else(|| "resolved by hand".into()),
             "error" => {
-                let kind = task
-                    .error_type
-                    .as_deref()
-                    .map_or_else(String::new, |kind| format!(" ({kind})"));
-                format!(
-                    "{}{kind}",
-                    told().unwrap_or_else(|| "no reason was recorded".into())
-                )
+                let kind = task.error_type.as_deref().map_or_else(String::new, |kind| format!(" ({kind})"));
+                format!("{}{kind}", told().unwrap_or_else(|| "no reason was recorded".into()))
             }
             "cancelled" => told().unwrap_or_else(|| "no reason was given".into()),
-            "suspended" => {
-                told().unwrap_or_else(|| "suspended by an operator until it is resumed".into())
-            }
+            "suspended" => told().unwrap_or_else(|| "suspended by an operator until it is resumed".into()),
             "pending" => self.pending(),
             "blocked_by_failures" => self.blocked(),
             _ => self.open_steps(),
@@ -149,38 +133,22 @@ impl Situation {
     fn blocked(&self) -> String {
         let failed = self.open.iter().find(|group| group.state == "error");
         let what = failed.map_or_else(
-            || {
-                self.task
-                    .reason
-                    .clone()
-                    .unwrap_or_else(|| "a step failed for good".into())
-            },
+            || self.task.reason.clone().unwrap_or_else(|| "a step failed for good".into()),
             |group| format!("{} failed for good{}", group.name, with_error(group)),
         );
-        format!(
-            "{what}; `tasker task retry {}` tries again",
-            self.task.task_uuid
-        )
+        format!("{what}; `tasker task retry {}` tries again", self.task.task_uuid)
     }
 
     /// What is furthest along, and beside it the count of everything else that is open.
     fn open_steps(&self) -> String {
         let waits = self.task.status == "waiting";
-        let retry = || {
-            self.open
-                .iter()
-                .filter(|group| group.state == "waiting_for_retry")
-                .min_by_key(|group| group.due_at)
-        };
+        let retry =
+            || self.open.iter().filter(|group| group.state == "waiting_for_retry").min_by_key(|group| group.due_at);
         let group = match self.task.state {
             "waiting_for_retry" => retry(),
             _ => None,
         };
-        let Some(group) = group.or_else(|| {
-            self.open
-                .iter()
-                .find(|group| !waits || group.state != "error")
-        }) else {
+        let Some(group) = group.or_else(|| self.open.iter().find(|group| !waits || group.state != "error")) else {
             return if self.orchestrator {
                 "an orchestrator is about to look at it".into()
             } else {
@@ -188,73 +156,44 @@ impl Situation {
             };
         };
         let mut text = self.group(group);
-        let shown = if group.state == "pending" || (group.state == "enqueued" && !group.offered) {
-            group.count
-        } else {
-            1
-        };
+        let shown =
+            if group.state == "pending" || (group.state == "enqueued" && !group.offered) { group.count } else { 1 };
         let others: i64 = self.open.iter().map(|group| group.count).sum::<i64>() - shown;
         if others > 0 {
-            let _ = write!(
-                text,
-                " (and {others} other open step{})",
-                if others == 1 { "" } else { "s" }
-            );
+            let _ = write!(text, " (and {others} other open step{})", if others == 1 { "" } else { "s" });
         }
         text
     }
 
     fn group(&self, group: &OpenSteps) -> String {
-        let OpenSteps {
-            name,
-            queue,
-            handler,
-            max_attempts,
-            ..
-        } = group;
+        let OpenSteps { name, queue, handler, max_attempts, .. } = group;
         let attempt = group.failures + 1;
         let since = duration(self.now - group.since);
-        let who = if group.count == 1 {
-            format!("{name} needs")
-        } else {
-            format!("{} steps need", group.count)
-        };
+        let who = if group.count == 1 { format!("{name} needs") } else { format!("{} steps need", group.count) };
         match (group.state.as_str(), group.held_by.as_deref()) {
             ("in_progress", _) => {
                 let worker = group.worker.as_deref().unwrap_or("an unknown worker");
-                format!(
-                    "{name} is in progress on worker {worker} since {since}, attempt {attempt} of {max_attempts}"
-                )
+                format!("{name} is in progress on worker {worker} since {since}, attempt {attempt} of {max_attempts}")
             }
             ("waiting_for_retry", _) => {
                 let due = group.due_at.unwrap_or(self.now);
                 let at = self.clock(due);
-                let late = if due < self.now && !self.orchestrator {
-                    "; no orchestrator is running"
-                } else {
-                    ""
-                };
+                let late = if due < self.now && !self.orchestrator { "; no orchestrator is running" } else { "" };
                 format!("retry of {name} at {at}, attempt {attempt} of {max_attempts}{late}")
             }
-            ("enqueued", _) if group.offered => format!(
-                "{name} is in queue {queue} since {since}, attempt {attempt} of {max_attempts}"
-            ),
+            ("enqueued", _) if group.offered => {
+                format!("{name} is in queue {queue} since {since}, attempt {attempt} of {max_attempts}")
+            }
             ("enqueued", _) | ("pending", Some("worker")) => {
-                let live = if group.offered {
-                    "one is live now"
-                } else {
-                    "none is live"
-                };
+                let live = if group.offered { "one is live now" } else { "none is live" };
                 format!("{who} a worker that offers handler {handler} on queue {queue}; {live}")
             }
-            ("pending", Some("room")) => format!(
-                "{who} room in queue {queue}: every slot of its workers is taken since {since}"
-            ),
+            ("pending", Some("room")) => {
+                format!("{who} room in queue {queue}: every slot of its workers is taken since {since}")
+            }
             ("pending", Some("limit")) => format!("{who} a limit of queue {queue} to allow more"),
             ("pending", Some("paused")) => format!("{who} queue {queue}, which is paused"),
-            ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _)
-                if self.orchestrator =>
-            {
+            ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) if self.orchestrator => {
                 format!("the result of {name} is being evaluated")
             }
             ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) => {
@@ -271,30 +210,20 @@ impl Situation {
 
     /// The time of day in UTC, with the date unless it is today.
     fn clock(&self, at: DateTime<Utc>) -> String {
-        let format = if at.date_naive() == self.now.date_naive() {
-            "%H:%M:%S UTC"
-        } else {
-            "%Y-%m-%d %H:%M:%S UTC"
-        };
+        let format = if at.date_naive() == self.now.date_naive() { "%H:%M:%S UTC" } else { "%Y-%m-%d %H:%M:%S UTC" };
         at.format(format).to_string()
     }
 }
 
 fn with_error(group: &OpenSteps) -> String {
-    group
-        .error
-        .as_deref()
-        .map_or_else(String::new, |error| format!(" with {error}"))
+    group.error.as_deref().map_or_else(String::new, |error| format!(" with {error}"))
 }
 
 /// A duration as people say it, in its two largest units: `0.3 ms`, `1.25 s`, `2 min 5 s`, `1 d 3 h`.
 pub fn duration(length: TimeDelta) -> String {
     let us = length.num_microseconds().unwrap_or(i64::MAX).max(0);
     let s = us / 1_000_000;
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "it is rounded to three digits anyway"
-    )]
+    #[expect(clippy::cast_precision_loss, reason = "it is rounded to three digits anyway")]
     match s {
         0 if us < 1000 => format!("{us} µs"),
         0 if us < 10_000 => format!("{:.1} ms", us as f64 / 1e3),
@@ -340,18 +269,10 @@ steps:
             let database = TestDatabase::fresh().await;
             let mut conn = PgConnection::connect(&database.url()).await.unwrap();
             let checked = template::parse("order.yaml", TEMPLATE).unwrap();
-            templates::register(&mut conn, &checked.template)
-                .await
-                .unwrap();
+            templates::register(&mut conn, &checked.template).await.unwrap();
             let request = serde_json::json!({"namespace": "shop", "template": "order"});
-            let task = tasks::submit(&mut conn, &[request]).await.unwrap()[0]
-                .task_uuid
-                .unwrap();
-            let mut shop = Self {
-                conn,
-                task,
-                _database: database,
-            };
+            let task = tasks::submit(&mut conn, &[request]).await.unwrap()[0].task_uuid.unwrap();
+            let mut shop = Self { conn, task, _database: database };
             shop.sql(
                 "insert into tasker.steps (step_uuid, task_uuid, step_index, queue, remaining_dependencies, last_at)
                  select gen_random_uuid(), t.task_uuid, d.step_index, d.queue, 0, clock_timestamp()
@@ -362,10 +283,7 @@ steps:
         }
 
         async fn sql(&mut self, statement: &str) {
-            sqlx::query(AssertSqlSafe(statement.to_owned()))
-                .execute(&mut self.conn)
-                .await
-                .unwrap();
+            sqlx::query(AssertSqlSafe(statement.to_owned())).execute(&mut self.conn).await.unwrap();
         }
 
         async fn task_is(&mut self, set: &str) {
@@ -380,11 +298,7 @@ steps:
         }
 
         async fn sentence(&mut self) -> String {
-            situation(&mut self.conn, self.task)
-                .await
-                .unwrap()
-                .unwrap()
-                .sentence()
+            situation(&mut self.conn, self.task).await.unwrap().unwrap().sentence()
         }
     }
 
@@ -395,57 +309,37 @@ steps:
             shop.sentence().await,
             "queued: no orchestrator is running; start one with `tasker orchestrator run`"
         );
-        shop.sql("set application_name = 'tasker-orchestration'")
-            .await;
-        assert_eq!(
-            shop.sentence().await,
-            "queued: an orchestrator has not begun it yet"
-        );
+        shop.sql("set application_name = 'tasker-orchestration'").await;
+        assert_eq!(shop.sentence().await, "queued: an orchestrator has not begun it yet");
         shop.task_is("run_at = '2100-01-02 03:04:05Z'").await;
-        assert_eq!(
-            shop.sentence().await,
-            "queued: it starts at 2100-01-02 03:04:05 UTC"
-        );
-        assert!(
-            situation(&mut shop.conn, Uuid::nil())
-                .await
-                .unwrap()
-                .is_none()
-        );
+        assert_eq!(shop.sentence().await, "queued: it starts at 2100-01-02 03:04:05 UTC");
+        assert!(situation(&mut shop.conn, Uuid::nil()).await.unwrap().is_none());
     }
 
     #[tokio::test]
     async fn a_retry_says_which_attempt_comes_when() {
         let mut shop = Shop::new().await;
         shop.task_is("state = 'waiting_for_retry'").await;
-        shop.step_is("charge_card", "state = 'waiting_for_retry', attempt = 1, failures = 1, due_at = '2100-01-02 12:03:10Z'").await;
-        assert_eq!(
-            shop.sentence().await,
-            "waiting: retry of charge_card at 2100-01-02 12:03:10 UTC, attempt 2 of 5"
-        );
+        shop.step_is(
+            "charge_card",
+            "state = 'waiting_for_retry', attempt = 1, failures = 1, due_at = '2100-01-02 12:03:10Z'",
+        )
+        .await;
+        assert_eq!(shop.sentence().await, "waiting: retry of charge_card at 2100-01-02 12:03:10 UTC, attempt 2 of 5");
         let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
         seen.now = "2100-01-02T12:00:00Z".parse().unwrap();
-        assert_eq!(
-            seen.sentence(),
-            "waiting: retry of charge_card at 12:03:10 UTC, attempt 2 of 5"
-        );
+        assert_eq!(seen.sentence(), "waiting: retry of charge_card at 12:03:10 UTC, attempt 2 of 5");
         seen.now = "2100-01-02T12:04:00Z".parse().unwrap();
-        assert!(
-            seen.sentence().ends_with("; no orchestrator is running"),
-            "{}",
-            seen.sentence()
-        );
+        assert!(seen.sentence().ends_with("; no orchestrator is running"), "{}", seen.sentence());
     }
 
     #[tokio::test]
     async fn a_running_step_says_who_has_it_since_when() {
         let mut shop = Shop::new().await;
-        shop.task_is("state = 'steps_in_process', in_flight_steps = 2")
-            .await;
+        shop.task_is("state = 'steps_in_process', in_flight_steps = 2").await;
         let claimed = "state = 'in_progress', attempt = 1, claim_token = gen_random_uuid(), claimed_by = 'w1', lease_expires_at = now()";
         shop.step_is("reserve", claimed).await;
-        shop.step_is("charge_card", "state = 'enqueued', attempt = 1")
-            .await;
+        shop.step_is("charge_card", "state = 'enqueued', attempt = 1").await;
         let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
         seen.now = seen.open[0].since + TimeDelta::seconds(3);
         assert_eq!(
@@ -457,22 +351,15 @@ steps:
     #[tokio::test]
     async fn steps_without_a_worker_say_which_handler_is_missing() {
         let mut shop = Shop::new().await;
-        shop.task_is("state = 'waiting_for_dependencies', held_steps = 1")
-            .await;
-        shop.step_is("ship", "held_by = 'worker', ready_at = now()")
-            .await;
-        let wanted = "waiting: ship needs a worker that offers handler orders.ship on queue worker_shop__slow; none is live";
+        shop.task_is("state = 'waiting_for_dependencies', held_steps = 1").await;
+        shop.step_is("ship", "held_by = 'worker', ready_at = now()").await;
+        let wanted =
+            "waiting: ship needs a worker that offers handler orders.ship on queue worker_shop__slow; none is live";
         assert_eq!(shop.sentence().await, wanted);
         let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
         seen.open[0].count = 3;
-        assert_eq!(
-            seen.sentence(),
-            wanted.replace("ship needs", "3 steps need")
-        );
-        shop.sql(
-            "select tasker.worker_hello('w1', 'shop', '{worker_shop__slow}', '{orders.ship}', 1)",
-        )
-        .await;
+        assert_eq!(seen.sentence(), wanted.replace("ship needs", "3 steps need"));
+        shop.sql("select tasker.worker_hello('w1', 'shop', '{worker_shop__slow}', '{orders.ship}', 1)").await;
         assert!(shop.sentence().await.ends_with("; one is live now"));
     }
 
@@ -481,27 +368,19 @@ steps:
         let mut shop = Shop::new().await;
         let now = "finished_at = created_at + interval '65 s'";
         shop.task_is(&format!("state = 'complete', {now}")).await;
-        assert_eq!(
-            shop.sentence().await,
-            "completed: every step is done; it took 1 min 5 s"
-        );
-        shop.task_is("state = 'error', error_type = 'CardDeclined', reason = 'step charge_card failed: no money'").await;
-        assert_eq!(
-            shop.sentence().await,
-            "failed: step charge_card failed: no money (CardDeclined)"
-        );
-        shop.task_is("state = 'cancelled', reason = 'cancel by ada'")
+        assert_eq!(shop.sentence().await, "completed: every step is done; it took 1 min 5 s");
+        shop.task_is("state = 'error', error_type = 'CardDeclined', reason = 'step charge_card failed: no money'")
             .await;
+        assert_eq!(shop.sentence().await, "failed: step charge_card failed: no money (CardDeclined)");
+        shop.task_is("state = 'cancelled', reason = 'cancel by ada'").await;
         assert_eq!(shop.sentence().await, "cancelled: cancel by ada");
     }
 
     #[tokio::test]
     async fn a_blocked_task_says_what_failed_and_what_to_do() {
         let mut shop = Shop::new().await;
-        shop.task_is("state = 'blocked_by_failures', failed_steps = 1")
-            .await;
-        shop.step_is("charge_card", "state = 'error', attempt = 2")
-            .await;
+        shop.task_is("state = 'blocked_by_failures', failed_steps = 1").await;
+        shop.step_is("charge_card", "state = 'error', attempt = 2").await;
         shop.sql(
             r#"insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, claim_began_at, claimed_at, error)
                select task_uuid, step_uuid, attempt, 1, gen_random_uuid(), 'w1', now(), now(), '{"type": "CardDeclined", "message": "no money"}'

@@ -5,13 +5,7 @@ use std::time::Duration;
 use crate::state_machine::retry::LONGEST;
 
 /// Units, largest first, in milliseconds.
-const UNITS: [(&str, u64); 5] = [
-    ("d", 86_400_000),
-    ("h", 3_600_000),
-    ("m", 60_000),
-    ("s", 1000),
-    ("ms", 1),
-];
+const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// Reads `250ms`, `30s`, `5m`, `1h`, `7d` or a sum such as `1h30m`, largest
 /// unit first and each once. The error says what is wrong and what to write.
@@ -25,21 +19,15 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         return Err(shape());
     }
     while !rest.is_empty() {
-        let digits = rest
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(rest.len());
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         let (number, after) = rest.split_at(digits);
-        let letters = after
-            .find(|c: char| !c.is_ascii_lowercase())
-            .unwrap_or(after.len());
+        let letters = after.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(after.len());
         let (unit, after) = after.split_at(letters);
         if number.is_empty() {
             return Err(shape());
         }
         if unit.is_empty() && after.is_empty() && rest == text {
-            return Err(format!(
-                "has no unit; write {number}s for seconds or {number}ms"
-            ));
+            return Err(format!("has no unit; write {number}s for seconds or {number}ms"));
         }
         let Some(&(_, factor)) = units.find(|(name, _)| *name == unit) else {
             return Err(shape());
@@ -54,10 +42,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         return Err("must be more than zero".to_owned());
     }
     if total > LONGEST {
-        return Err(format!(
-            "is longer than {}, the longest there is",
-            format_duration(LONGEST)
-        ));
+        return Err(format!("is longer than {}, the longest there is", format_duration(LONGEST)));
     }
     Ok(total)
 }
@@ -74,11 +59,7 @@ pub fn format_duration(duration: Duration) -> String {
             left %= factor;
         }
     }
-    if text.is_empty() {
-        "0ms".to_owned()
-    } else {
-        text
-    }
+    if text.is_empty() { "0ms".to_owned() } else { text }
 }
 
 #[cfg(test)]
@@ -100,11 +81,7 @@ mod tests {
             ("90m", 5_400_000),
             ("3650d", 315_360_000_000),
         ] {
-            assert_eq!(
-                parse_duration(text),
-                Ok(Duration::from_millis(milliseconds)),
-                "{text}"
-            );
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
         }
     }
 
@@ -135,14 +112,8 @@ mod tests {
         ] {
             assert!(parse_duration(text).is_err(), "{text:?}");
         }
-        assert_eq!(
-            parse_duration("30"),
-            Err("has no unit; write 30s for seconds or 30ms".to_owned())
-        );
-        assert_eq!(
-            parse_duration("3651d"),
-            Err("is longer than 3650d, the longest there is".to_owned())
-        );
+        assert_eq!(parse_duration("30"), Err("has no unit; write 30s for seconds or 30ms".to_owned()));
+        assert_eq!(parse_duration("3651d"), Err("is longer than 3650d, the longest there is".to_owned()));
     }
 
     proptest! {

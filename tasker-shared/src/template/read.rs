@@ -11,37 +11,19 @@ use super::duration::{format_duration, parse_duration};
 use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
-    Checked, Incoming, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS,
-    OnExhausted, OnFailure, Problem, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts,
-    Template, Trace,
+    Checked, Incoming, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS, OnExhausted, OnFailure,
+    Problem, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace,
 };
 use crate::state_machine::graph::{Graph, GraphError};
 use crate::state_machine::input::{InputTemplate, Path, Segment};
 
 /// The keys of each mapping, as `docs/templates.md` lists them.
-pub(super) const TEMPLATE_KEYS: [&str; 9] = [
-    "namespace",
-    "name",
-    "version",
-    "description",
-    "input_schema",
-    "on_failure",
-    "timeouts",
-    "trace",
-    "steps",
-];
+pub(super) const TEMPLATE_KEYS: [&str; 9] =
+    ["namespace", "name", "version", "description", "input_schema", "on_failure", "timeouts", "trace", "steps"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 8] = [
-    "name",
-    "handler",
-    "depends_on",
-    "input",
-    "queue",
-    "priority",
-    "retry",
-    "timeouts",
-];
+pub(super) const STEP_KEYS: [&str; 8] =
+    ["name", "handler", "depends_on", "input", "queue", "priority", "retry", "timeouts"];
 pub(super) const RETRY_KEYS: [&str; 7] = [
     "max_attempts",
     "initial_interval",
@@ -70,16 +52,11 @@ const MAX_COEFFICIENT: f64 = 1000.0;
 const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
 
 pub(super) fn read(file: &str, text: &str) -> Result<Checked, Vec<Problem>> {
-    let mut read = Read {
-        file,
-        problems: Vec::new(),
-    };
+    let mut read = Read { file, problems: Vec::new() };
     let start = Place { line: 1, column: 1 };
     if text.len() > MAX_FILE_BYTES {
-        let message = format!(
-            "the file has {} bytes, more than {MAX_FILE_BYTES}; move data into the tasks' inputs",
-            text.len()
-        );
+        let message =
+            format!("the file has {} bytes, more than {MAX_FILE_BYTES}; move data into the tasks' inputs", text.len());
         return Err(read.only(start, message));
     }
     let root = match yaml::read(text) {
@@ -89,14 +66,10 @@ pub(super) fn read(file: &str, text: &str) -> Result<Checked, Vec<Problem>> {
         }
     };
     if matches!(root.kind, Kind::Null) {
-        return Err(read.only(
-            start,
-            "the file is empty; a template starts with `namespace:`",
-        ));
+        return Err(read.only(start, "the file is empty; a template starts with `namespace:`"));
     }
     let checked = read.template(&root);
-    read.problems
-        .sort_by_key(|problem| (problem.line, problem.column));
+    read.problems.sort_by_key(|problem| (problem.line, problem.column));
     match checked {
         Some(checked) if read.problems.is_empty() => Ok(checked),
         _ => Err(read.problems),
@@ -118,19 +91,12 @@ struct Fields<'n> {
 
 impl<'n> Fields<'n> {
     fn get(&self, key: &str) -> Option<&'n Node> {
-        self.entries
-            .iter()
-            .find(|entry| entry.key == key)
-            .map(|entry| &entry.value)
+        self.entries.iter().find(|entry| entry.key == key).map(|entry| &entry.value)
     }
 
     /// The path of a key of this mapping, from the file's root.
     fn path(&self, key: &str) -> String {
-        if self.path.is_empty() {
-            key.to_owned()
-        } else {
-            format!("{}.{key}", self.path)
-        }
+        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 }
 
@@ -185,11 +151,7 @@ impl Read<'_> {
         let description = self.optional(&fields, "description", Self::description);
         let input_schema = self.optional(&fields, "input_schema", Self::input_schema);
         let on_failure = self.optional(&fields, "on_failure", |read, node, path| {
-            read.choice(
-                node,
-                path,
-                &[("fail", OnFailure::Fail), ("block", OnFailure::Block)],
-            )
+            read.choice(node, path, &[("fail", OnFailure::Fail), ("block", OnFailure::Block)])
         });
         let timeouts = self.optional(&fields, "timeouts", Self::task_timeouts);
         let trace = self.optional(&fields, "trace", Self::trace);
@@ -212,10 +174,7 @@ impl Read<'_> {
             steps: steps.into_iter().map(|step| step.definition).collect(),
         };
         self.size(root.place, &template);
-        Some(Checked {
-            template,
-            graph: graph?,
-        })
+        Some(Checked { template, graph: graph? })
     }
 
     fn size(&mut self, place: Place, template: &Template) {
@@ -232,10 +191,15 @@ impl Read<'_> {
     // One function for each kind of value of the template.
 
     fn namespace(&mut self, node: &Node, path: &str) -> Option<String> {
-        self.text_like(node, path, is_queue_part, &format!(
-            "may hold only a-z, 0-9 and single _ between them, start with a letter, and have at \
+        self.text_like(
+            node,
+            path,
+            is_queue_part,
+            &format!(
+                "may hold only a-z, 0-9 and single _ between them, start with a letter, and have at \
              most {MAX_NAMESPACE_BYTES} characters"
-        ))
+            ),
+        )
     }
 
     fn name(&mut self, node: &Node, path: &str) -> Option<String> {
@@ -265,16 +229,20 @@ impl Read<'_> {
             self.wrong(node.place, path, message);
             return None;
         }
-        self.text_like(node, path, is_version, &format!(
-            "must have 1 to {MAX_VERSION_CHARS} printable ASCII characters without spaces, such \
+        self.text_like(
+            node,
+            path,
+            is_version,
+            &format!(
+                "must have 1 to {MAX_VERSION_CHARS} printable ASCII characters without spaces, such \
              as \"1.2.0\""
-        ))
+            ),
+        )
     }
 
     fn description(&mut self, node: &Node, path: &str) -> Option<String> {
         let fits = |text: &str| text.chars().count() <= MAX_DESCRIPTION_CHARS;
-        let message =
-            format!("has more than {MAX_DESCRIPTION_CHARS} characters; one line is enough");
+        let message = format!("has more than {MAX_DESCRIPTION_CHARS} characters; one line is enough");
         self.text_where(node, path, fits, |_| message)
     }
 
@@ -284,11 +252,7 @@ impl Read<'_> {
             Ok(_) => Some(schema),
             Err(error) => {
                 let inner = pointer_path(&error.pointer, node);
-                self.wrong(
-                    node.place_of(&inner),
-                    format!("{path}{}", Path(&inner)),
-                    error.message,
-                );
+                self.wrong(node.place_of(&inner), format!("{path}{}", Path(&inner)), error.message);
                 None
             }
         }
@@ -296,49 +260,28 @@ impl Read<'_> {
 
     fn task_timeouts(&mut self, node: &Node, path: &str) -> Option<TaskTimeouts> {
         let fields = self.fields(node, path, &TASK_TIMEOUT_KEYS)?;
-        Some(TaskTimeouts {
-            total: self.optional(&fields, "total", Self::duration),
-        })
+        Some(TaskTimeouts { total: self.optional(&fields, "total", Self::duration) })
     }
 
     fn trace(&mut self, node: &Node, path: &str) -> Option<Trace> {
         let fields = self.fields(node, path, &TRACE_KEYS)?;
         let incoming = self.optional(&fields, "incoming", |read, node, path| {
-            read.choice(
-                node,
-                path,
-                &[("join", Incoming::Join), ("link", Incoming::Link)],
-            )
+            read.choice(node, path, &[("join", Incoming::Join), ("link", Incoming::Link)])
         });
-        let keep = self.optional(&fields, "keep", |read, node, path| {
-            read.list(node, path, Self::keep)
-        });
-        Some(Trace {
-            incoming: incoming.unwrap_or_default(),
-            keep: keep.unwrap_or_default(),
-        })
+        let keep = self.optional(&fields, "keep", |read, node, path| read.list(node, path, Self::keep));
+        Some(Trace { incoming: incoming.unwrap_or_default(), keep: keep.unwrap_or_default() })
     }
 
     fn keep(&mut self, node: &Node, path: &str) -> Option<Keep> {
         if let Kind::Map(_) = node.kind {
             let fields = self.fields(node, path, &["slower_than"])?;
-            return self
-                .required(&fields, "slower_than", Self::duration)
-                .map(Keep::SlowerThan);
+            return self.required(&fields, "slower_than", Self::duration).map(Keep::SlowerThan);
         }
         if matches!(&node.kind, Kind::Text(text) if text == "slower_than") {
-            self.wrong(
-                node.place,
-                path,
-                "needs a duration; write `slower_than: 5s`",
-            );
+            self.wrong(node.place, path, "needs a duration; write `slower_than: 5s`");
             return None;
         }
-        self.choice(
-            node,
-            path,
-            &[("failed", Keep::Failed), ("retried", Keep::Retried)],
-        )
+        self.choice(node, path, &[("failed", Keep::Failed), ("retried", Keep::Retried)])
     }
 
     // Steps.
@@ -351,21 +294,13 @@ impl Read<'_> {
         if items.len() > MAX_STEPS {
             // Before reading them: their other problems would bury this one.
             let count = items.len();
-            self.wrong(
-                node.place,
-                path,
-                GraphError::TooManySteps { count }.to_string(),
-            );
+            self.wrong(node.place, path, GraphError::TooManySteps { count }.to_string());
             return None;
         }
         let mut steps = Vec::with_capacity(items.len());
         for (index, node) in items.iter().enumerate() {
             let definition = self.step(node, &format!("{path}[{index}]"));
-            steps.extend(definition.map(|definition| ReadStep {
-                index,
-                definition,
-                node,
-            }));
+            steps.extend(definition.map(|definition| ReadStep { index, definition, node }));
         }
         // A step that could not be read would make others look wrong.
         (steps.len() == items.len()).then_some(steps)
@@ -375,14 +310,11 @@ impl Read<'_> {
         let fields = self.fields(node, path, &STEP_KEYS)?;
         let name = self.required(&fields, "name", Self::name);
         let handler = self.required(&fields, "handler", Self::handler);
-        let depends_on = self.optional(&fields, "depends_on", |read, node, path| {
-            read.list(node, path, Self::text)
-        });
+        let depends_on = self.optional(&fields, "depends_on", |read, node, path| read.list(node, path, Self::text));
         let input = self.optional(&fields, "input", |_, node, _| Some(node.to_value()));
         let queue = self.optional(&fields, "queue", Self::namespace);
-        let priority = self.optional(&fields, "priority", |read, node, path| {
-            read.whole(node, path, i32::MIN..=i32::MAX)
-        });
+        let priority =
+            self.optional(&fields, "priority", |read, node, path| read.whole(node, path, i32::MIN..=i32::MAX));
         let retry = self.optional(&fields, "retry", Self::retry);
         let timeouts = self.optional(&fields, "timeouts", Self::step_timeouts);
         Some(StepDefinition {
@@ -402,29 +334,20 @@ impl Read<'_> {
     fn retry(&mut self, node: &Node, path: &str) -> Option<RetryPolicy> {
         let fields = self.fields(node, path, &RETRY_KEYS)?;
         let default = RetryPolicy::default();
-        let max_attempts = self.optional(&fields, "max_attempts", |read, node, path| {
-            read.whole(node, path, 1..=MAX_ATTEMPTS)
-        });
+        let max_attempts =
+            self.optional(&fields, "max_attempts", |read, node, path| read.whole(node, path, 1..=MAX_ATTEMPTS));
         let initial_interval = self.optional(&fields, "initial_interval", Self::duration);
-        let backoff_coefficient =
-            self.optional(&fields, "backoff_coefficient", |read, node, path| {
-                read.decimal(node, path, 1.0..=MAX_COEFFICIENT)
-            });
-        let max_interval = self.optional(&fields, "max_interval", Self::duration);
-        let jitter = self.optional(&fields, "jitter", |read, node, path| {
-            read.decimal(node, path, 0.0..=1.0)
+        let backoff_coefficient = self.optional(&fields, "backoff_coefficient", |read, node, path| {
+            read.decimal(node, path, 1.0..=MAX_COEFFICIENT)
         });
-        let non_retryable_errors =
-            self.optional(&fields, "non_retryable_errors", Self::error_types);
+        let max_interval = self.optional(&fields, "max_interval", Self::duration);
+        let jitter = self.optional(&fields, "jitter", |read, node, path| read.decimal(node, path, 0.0..=1.0));
+        let non_retryable_errors = self.optional(&fields, "non_retryable_errors", Self::error_types);
         let on_exhausted = self.optional(&fields, "on_exhausted", |read, node, path| {
             read.choice(
                 node,
                 path,
-                &[
-                    ("fail", OnExhausted::Fail),
-                    ("block", OnExhausted::Block),
-                    ("continue", OnExhausted::Continue),
-                ],
+                &[("fail", OnExhausted::Fail), ("block", OnExhausted::Block), ("continue", OnExhausted::Continue)],
             )
         });
         let policy = RetryPolicy {
@@ -448,9 +371,7 @@ impl Read<'_> {
                 (None, Some(node)) => self.wrong(
                     node.place,
                     fields.path("initial_interval"),
-                    format!(
-                        "{initial} is longer than the default max_interval, {max}; set that too"
-                    ),
+                    format!("{initial} is longer than the default max_interval, {max}; set that too"),
                 ),
                 (None, None) => {}
             }
@@ -460,18 +381,13 @@ impl Read<'_> {
 
     fn error_types(&mut self, node: &Node, path: &str) -> Option<Vec<String>> {
         let types = self.list(node, path, |read, node, path| {
-            let fits = |text: &str| {
-                !text.trim().is_empty() && text.chars().count() <= MAX_ERROR_TYPE_CHARS
-            };
+            let fits = |text: &str| !text.trim().is_empty() && text.chars().count() <= MAX_ERROR_TYPE_CHARS;
             read.text_where(node, path, fits, |_| {
                 format!("must have 1 to {MAX_ERROR_TYPE_CHARS} characters, such as CardDeclined")
             })
         })?;
         if types.len() > MAX_ERROR_TYPES {
-            let message = format!(
-                "lists {} error types, more than {MAX_ERROR_TYPES}",
-                types.len()
-            );
+            let message = format!("lists {} error types, more than {MAX_ERROR_TYPES}", types.len());
             self.wrong(node.place, path, message);
         }
         Some(types)
@@ -487,11 +403,7 @@ impl Read<'_> {
             let heartbeat = read.duration(node, path)?;
             if heartbeat < SHORTEST_HEARTBEAT {
                 let shortest = format_duration(SHORTEST_HEARTBEAT);
-                read.wrong(
-                    node.place,
-                    path,
-                    format!("must be at least {shortest}; workers renew it three times"),
-                );
+                read.wrong(node.place, path, format!("must be at least {shortest}; workers renew it three times"));
             }
             Some(heartbeat)
         });
@@ -523,12 +435,7 @@ impl Read<'_> {
     }
 
     fn graph(&mut self, steps: &[ReadStep<'_>], list: Option<&Node>) -> Option<Graph> {
-        let edges = steps.iter().map(|step| {
-            (
-                step.definition.name.as_str(),
-                step.definition.depends_on.as_slice(),
-            )
-        });
+        let edges = steps.iter().map(|step| (step.definition.name.as_str(), step.definition.depends_on.as_slice()));
         let errors = match Graph::check(edges) {
             Ok(graph) => return Some(graph),
             Err(errors) => errors,
@@ -546,12 +453,7 @@ impl Read<'_> {
                     message = format!("{message} (the other is on line {line})");
                     (*step, vec![key("name")])
                 }
-                GraphError::UnknownDependency {
-                    step,
-                    position,
-                    dependency,
-                    ..
-                } => {
+                GraphError::UnknownDependency { step, position, dependency, .. } => {
                     let names = steps.iter().map(|step| step.definition.name.as_str());
                     if self.problems.len() < MAX_SUGGESTIONS {
                         message.push_str(&did_you_mean(dependency, names));
@@ -573,10 +475,8 @@ impl Read<'_> {
 
     /// References must parse, and may read the outputs of ancestors only.
     fn references(&mut self, steps: &[ReadStep<'_>], graph: Option<&Graph>) {
-        let index_of: std::collections::HashMap<&str, u32> = (0..)
-            .zip(steps)
-            .map(|(index, step)| (step.definition.name.as_str(), index))
-            .collect();
+        let index_of: std::collections::HashMap<&str, u32> =
+            (0..).zip(steps).map(|(index, step)| (step.definition.name.as_str(), index)).collect();
         // Each pair with the place of the reference, for the check afterwards.
         let mut pairs = Vec::new();
         let mut places = Vec::new();
@@ -586,10 +486,7 @@ impl Read<'_> {
             };
             let locate = |at: &[Segment]| {
                 let path: Vec<Segment> = [key("input")].into_iter().chain(at.to_vec()).collect();
-                (
-                    step.place(&path),
-                    format!("steps[{}]{}", step.index, Path(&path)),
-                )
+                (step.place(&path), format!("steps[{}]{}", step.index, Path(&path)))
             };
             let template = match InputTemplate::parse(input) {
                 Ok(template) => template,
@@ -609,8 +506,7 @@ impl Read<'_> {
                 } else if told.insert(read) {
                     let (place, key_path) = locate(at);
                     let names = index_of.keys().copied();
-                    let mut message =
-                        format!("reads the output of `{}`, which is not a step", shown(read));
+                    let mut message = format!("reads the output of `{}`, which is not a step", shown(read));
                     if self.problems.len() < MAX_SUGGESTIONS {
                         message.push_str(&did_you_mean(read, names));
                     }
@@ -639,26 +535,14 @@ impl Read<'_> {
 
     fn fields<'n>(&mut self, node: &'n Node, path: &str, known: &[&str]) -> Option<Fields<'n>> {
         let Kind::Map(entries) = &node.kind else {
-            self.kind(
-                node,
-                path,
-                &format!("a mapping with keys such as `{}:`", known[0]),
-            );
+            self.kind(node, path, &format!("a mapping with keys such as `{}:`", known[0]));
             return None;
         };
-        let fields = Fields {
-            place: node.place,
-            path: path.to_owned(),
-            entries,
-        };
+        let fields = Fields { place: node.place, path: path.to_owned(), entries };
         for entry in entries {
             if !known.contains(&entry.key.as_str()) {
                 let near = did_you_mean(&entry.key, known.iter().copied());
-                let advice = if near.is_empty() {
-                    format!("; known here: {}", known.join(", "))
-                } else {
-                    near
-                };
+                let advice = if near.is_empty() { format!("; known here: {}", known.join(", ")) } else { near };
                 let message = format!("is not a known key{advice}");
                 self.wrong(entry.key_place, fields.path(&shown(&entry.key)), message);
             }
@@ -690,22 +574,14 @@ impl Read<'_> {
         if matches!(node.kind, Kind::Null) {
             // A forgotten value under `depends_on:` must not mean "no
             // dependency".
-            self.wrong(
-                node.place,
-                path,
-                "is empty; give it a value or remove the line",
-            );
+            self.wrong(node.place, path, "is empty; give it a value or remove the line");
             return None;
         }
         value(self, node, &path)
     }
 
     fn kind(&mut self, node: &Node, path: &str, wanted: &str) {
-        self.wrong(
-            node.place,
-            path,
-            format!("is {}, not {wanted}", node.kind_name()),
-        );
+        self.wrong(node.place, path, format!("is {}, not {wanted}", node.kind_name()));
     }
 
     fn list<T>(
@@ -757,13 +633,7 @@ impl Read<'_> {
     }
 
     /// A text of a certain shape, which `rule` describes.
-    fn text_like(
-        &mut self,
-        node: &Node,
-        path: &str,
-        fits: fn(&str) -> bool,
-        rule: &str,
-    ) -> Option<String> {
+    fn text_like(&mut self, node: &Node, path: &str, fits: fn(&str) -> bool, rule: &str) -> Option<String> {
         self.text_where(node, path, fits, |text| format!("`{}` {rule}", shown(text)))
     }
 
@@ -831,10 +701,7 @@ impl Read<'_> {
             self.kind(node, path, &format!("one of: {}", names.join(", ")));
             return None;
         };
-        let chosen = choices
-            .iter()
-            .find(|(name, _)| name == text)
-            .map(|(_, value)| *value);
+        let chosen = choices.iter().find(|(name, _)| name == text).map(|(_, value)| *value);
         if chosen.is_none() {
             let message = format!("`{}` is not one of: {}", shown(text), names.join(", "));
             self.wrong(node.place, path, message);
@@ -848,8 +715,7 @@ fn starts_with_letter(text: &str) -> bool {
 }
 
 fn only_lower(text: &str) -> bool {
-    text.bytes()
-        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+    text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
 /// `^[a-z][a-z0-9_]{0,39}$`
@@ -867,9 +733,7 @@ fn is_queue_part(text: &str) -> bool {
 fn is_handler(text: &str) -> bool {
     text.len() <= MAX_HANDLER_BYTES
         && starts_with_letter(text)
-        && text
-            .split('.')
-            .all(|part| !part.is_empty() && only_lower(part))
+        && text.split('.').all(|part| !part.is_empty() && only_lower(part))
 }
 
 fn is_version(text: &str) -> bool {
@@ -906,11 +770,7 @@ fn pointer_path(pointer: &str, node: &Node) -> Vec<Segment> {
 /// A value of the file inside a message: short, and on one line.
 fn shown(text: &str) -> String {
     const MOST: usize = 60;
-    let mut shown: String = text
-        .chars()
-        .take(MOST)
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect();
+    let mut shown: String = text.chars().take(MOST).map(|c| if c.is_control() { '?' } else { c }).collect();
     if text.chars().nth(MOST).is_some() {
         shown.push('…');
     }

@@ -35,17 +35,9 @@ impl InputSchema {
     /// Compiles a schema. References must stay inside it, and patterns are
     /// regular expressions without look-around or back-references.
     pub fn compile(schema: &Value) -> Result<Self, SchemaError> {
-        let wrong = |pointer: &str, message: String| {
-            Err(SchemaError {
-                pointer: pointer.to_owned(),
-                message,
-            })
-        };
+        let wrong = |pointer: &str, message: String| Err(SchemaError { pointer: pointer.to_owned(), message });
         if !(schema.is_object() || schema.is_boolean()) {
-            return wrong(
-                "",
-                "a JSON Schema is an object; write keys such as type".to_owned(),
-            );
+            return wrong("", "a JSON Schema is an object; write keys such as type".to_owned());
         }
         if let Some(dialect) = schema.get("$schema")
             && dialect.as_str().map(|uri| uri.trim_end_matches('#')) != Some(DIALECT)
@@ -61,10 +53,7 @@ impl InputSchema {
             Ok(validator) => Ok(Self(validator)),
             Err(error) => wrong(
                 error.instance_path().as_str(),
-                format!(
-                    "is not valid JSON Schema 2020-12: {}",
-                    shortened(error.to_string(), MAX_MESSAGE_CHARS)
-                ),
+                format!("is not valid JSON Schema 2020-12: {}", shortened(error.to_string(), MAX_MESSAGE_CHARS)),
             ),
         }
     }
@@ -76,11 +65,7 @@ impl InputSchema {
             return Ok(());
         }
         let mut errors = self.0.iter_errors(input);
-        let mut messages: Vec<String> = errors
-            .by_ref()
-            .take(MAX_VIOLATIONS - 1)
-            .map(|error| message(&error))
-            .collect();
+        let mut messages: Vec<String> = errors.by_ref().take(MAX_VIOLATIONS - 1).map(|error| message(&error)).collect();
         if errors.next().is_some() {
             messages.push("and more".to_owned());
         }
@@ -91,9 +76,7 @@ impl InputSchema {
 /// Compiles a schema and checks one input with it. Where many inputs come, keep
 /// an [`InputSchema`] instead.
 pub fn check_input(schema: &Value, input: &Value) -> Result<(), Vec<String>> {
-    InputSchema::compile(schema)
-        .map_err(|error| vec![error.message])?
-        .check(input)
+    InputSchema::compile(schema).map_err(|error| vec![error.message])?.check(input)
 }
 
 fn message(error: &ValidationError<'_>) -> String {
@@ -101,10 +84,7 @@ fn message(error: &ValidationError<'_>) -> String {
     let rule = match error.kind() {
         // Its own masking shows the offending name through the inner error.
         ValidationErrorKind::PropertyNames { error } => {
-            format!(
-                "has a key that is not allowed: {}",
-                error.masked_with("the key")
-            )
+            format!("has a key that is not allowed: {}", error.masked_with("the key"))
         }
         _ => error.masked_with("the value").to_string(),
     };
@@ -134,10 +114,7 @@ mod tests {
             "properties": {"items": {"items": {"properties": {"quantity": {"minimum": 1}}}}},
         });
         let schema = InputSchema::compile(&schema).unwrap();
-        assert_eq!(
-            schema.check(&json!({"order_id": "a", "items": [{"quantity": 1}]})),
-            Ok(())
-        );
+        assert_eq!(schema.check(&json!({"order_id": "a", "items": [{"quantity": 1}]})), Ok(()));
         assert_eq!(
             schema.check(&json!({"items": [{"quantity": 1}, {"quantity": -7}]})),
             Err(vec![
@@ -172,33 +149,15 @@ mod tests {
             (json!({"contains": {"type": "null"}}), json!([secret])),
             (json!({"maxItems": 0}), json!([secret])),
             (json!({"uniqueItems": true}), json!([secret, secret])),
-            (
-                json!({"prefixItems": [{}], "items": false}),
-                json!([1, secret]),
-            ),
+            (json!({"prefixItems": [{}], "items": false}), json!([1, secret])),
             (json!({"unevaluatedItems": false}), json!([secret])),
-            (
-                json!({"properties": {"a": {"type": "null"}}}),
-                json!({"a": secret}),
-            ),
+            (json!({"properties": {"a": {"type": "null"}}}), json!({"a": secret})),
             (json!({"additionalProperties": false}), json!({"a": secret})),
-            (
-                json!({"unevaluatedProperties": false}),
-                json!({"a": secret}),
-            ),
+            (json!({"unevaluatedProperties": false}), json!({"a": secret})),
             (json!({"required": ["b"]}), json!({"a": secret})),
-            (
-                json!({"dependentRequired": {"a": ["b"]}}),
-                json!({"a": secret}),
-            ),
-            (
-                json!({"propertyNames": {"maxLength": 2}}),
-                json!({secret: 1}),
-            ),
-            (
-                json!({"propertyNames": {"pattern": "^x$"}}),
-                json!({secret: 1}),
-            ),
+            (json!({"dependentRequired": {"a": ["b"]}}), json!({"a": secret})),
+            (json!({"propertyNames": {"maxLength": 2}}), json!({secret: 1})),
+            (json!({"propertyNames": {"pattern": "^x$"}}), json!({secret: 1})),
         ];
         let scalars = schemas.into_iter().map(|schema| (schema, bad.clone()));
         for (schema, input) in scalars.chain(containers) {
@@ -218,10 +177,7 @@ mod tests {
         assert_eq!(messages.last().unwrap(), "and more");
         let options: Vec<String> = (0..1000).map(|n| format!("option-{n}")).collect();
         let messages = check_input(&json!({"enum": options}), &json!(1)).unwrap_err();
-        assert!(
-            messages[0].chars().count() < MAX_MESSAGE_CHARS + 20,
-            "{messages:?}"
-        );
+        assert!(messages[0].chars().count() < MAX_MESSAGE_CHARS + 20, "{messages:?}");
     }
 
     #[test]
@@ -230,16 +186,10 @@ mod tests {
             (json!({"$ref": "https://example.com/order.json"}), ""),
             (json!({"$ref": "file:///etc/passwd"}), ""),
             (json!({"$ref": "#/$defs/missing"}), ""),
-            (
-                json!({"$schema": "http://json-schema.org/draft-07/schema#"}),
-                "/$schema",
-            ),
+            (json!({"$schema": "http://json-schema.org/draft-07/schema#"}), "/$schema"),
             (json!({"$schema": 7}), "/$schema"),
             (json!({"type": "objekt"}), "/type"),
-            (
-                json!({"properties": {"a": {"minimum": "1"}}}),
-                "/properties/a/minimum",
-            ),
+            (json!({"properties": {"a": {"minimum": "1"}}}), "/properties/a/minimum"),
             (json!([1]), ""),
             (json!("object"), ""),
         ] {
@@ -247,10 +197,7 @@ mod tests {
             assert_eq!(error.pointer, pointer, "{schema}: {error}");
         }
         for pattern in ["(", "(?=a)b", r"(a)\1"] {
-            assert!(
-                InputSchema::compile(&json!({"pattern": pattern})).is_err(),
-                "{pattern}"
-            );
+            assert!(InputSchema::compile(&json!({"pattern": pattern})).is_err(), "{pattern}");
         }
         let dialect = json!({"$schema": DIALECT, "type": "object"});
         assert!(InputSchema::compile(&dialect).is_ok());
@@ -274,9 +221,6 @@ mod tests {
         }
         let tree = json!({"properties": {"child": {"$ref": "#"}, "n": {"type": "integer"}}});
         let messages = check_input(&tree, &json!({"child": {"child": {"n": "x"}}})).unwrap_err();
-        assert_eq!(
-            messages,
-            ["input/child/child/n: the value is not of type \"integer\""]
-        );
+        assert_eq!(messages, ["input/child/child/n: the value is not of type \"integer\""]);
     }
 }

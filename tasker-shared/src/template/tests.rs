@@ -40,20 +40,13 @@ fn good(yaml: &str) -> Checked {
 }
 
 fn told(problems: &[Problem]) -> String {
-    problems
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("\n")
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Every problem as `line key: message`.
 fn problems(yaml: &str) -> Vec<String> {
     let problems = parse("order.yaml", yaml).expect_err(yaml);
-    problems
-        .iter()
-        .map(|p| format!("{} {}: {}", p.line, p.key, p.message))
-        .collect()
+    problems.iter().map(|p| format!("{} {}: {}", p.line, p.key, p.message)).collect()
 }
 
 #[test]
@@ -121,14 +114,8 @@ steps:
         }
     );
     assert_eq!(graph.parents(2), [0, 1]);
-    assert_eq!(
-        step_queue("fulfillment", charge),
-        "worker_fulfillment__slow"
-    );
-    assert_eq!(
-        step_queue("fulfillment", &template.steps[0]),
-        "worker_fulfillment"
-    );
+    assert_eq!(step_queue("fulfillment", charge), "worker_fulfillment__slow");
+    assert_eq!(step_queue("fulfillment", &template.steps[0]), "worker_fulfillment");
 }
 
 #[test]
@@ -136,24 +123,15 @@ fn what_is_left_out_takes_the_published_defaults() {
     let template = good(GOOD).template;
     assert_eq!(template.on_failure, OnFailure::Fail);
     assert_eq!(template.timeouts.total, None);
-    assert_eq!(
-        (template.trace.incoming, template.trace.keep.len()),
-        (Incoming::Join, 0)
-    );
+    assert_eq!((template.trace.incoming, template.trace.keep.len()), (Incoming::Join, 0));
     let retry = &template.steps[0].retry;
-    assert_eq!(
-        (retry.max_attempts, retry.on_exhausted),
-        (3, OnExhausted::Fail)
-    );
+    assert_eq!((retry.max_attempts, retry.on_exhausted), (3, OnExhausted::Fail));
     assert_eq!(retry.initial_interval, Duration::from_secs(1));
     assert_eq!(retry.max_interval, Duration::from_mins(1));
     assert_eq!((retry.backoff_coefficient, retry.jitter), (2.0, 0.2));
     let timeouts = &template.steps[0].timeouts;
     assert_eq!((timeouts.queue, timeouts.total), (None, None));
-    assert_eq!(
-        (timeouts.run, timeouts.heartbeat),
-        (Duration::from_secs(30), Duration::from_secs(10))
-    );
+    assert_eq!((timeouts.run, timeouts.heartbeat), (Duration::from_secs(30), Duration::from_secs(10)));
 }
 
 #[test]
@@ -165,11 +143,7 @@ fn json_text_is_a_template_too() {
 
 #[test]
 fn template_without_steps_is_allowed() {
-    assert!(
-        good("{namespace: shop, name: order, version: v1, steps: []}")
-            .graph
-            .is_empty()
-    );
+    assert!(good("{namespace: shop, name: order, version: v1, steps: []}").graph.is_empty());
 }
 
 #[test]
@@ -187,14 +161,9 @@ fn canonical_json_leaves_defaults_out_and_reads_back() {
             {"name": "b", "handler": "orders.b", "depends_on": ["a"]}]})
     );
     assert_eq!(from_json(to_json(&template)).unwrap(), template);
-    let full = good(&step(
-        "timeouts: {total: 2s}\nretry: {initial_interval: 50ms}\ninput: [1]",
-    ));
+    let full = good(&step("timeouts: {total: 2s}\nretry: {initial_interval: 50ms}\ninput: [1]"));
     let json = to_json(&full.template);
-    assert_eq!(
-        json["steps"][1]["timeouts"],
-        json!({"run": 30_000, "total": 2000, "heartbeat": 10_000})
-    );
+    assert_eq!(json["steps"][1]["timeouts"], json!({"run": 30_000, "total": 2000, "heartbeat": 10_000}));
     assert_eq!(json["steps"][1]["retry"]["initial_interval"], 50);
     let back = from_json(json).unwrap();
     assert_eq!(back, full.template);
@@ -206,21 +175,12 @@ fn stored_definitions_of_another_shape_are_refused() {
     let newer = json!({"namespace": "shop", "name": "order", "version": "1", "steps": [],
                        "invented_later": true});
     let error = from_json(newer).unwrap_err().to_string();
-    assert!(
-        error.contains("invented_later") && error.contains("upgrade"),
-        "{error}"
-    );
+    assert!(error.contains("invented_later") && error.contains("upgrade"), "{error}");
     let mut broken = good(GOOD).template;
     broken.steps[0].depends_on = vec!["b".into()];
     assert!(matches!(broken.graph(), Err(Error::CheckStoredGraph(_))));
     broken.steps[0].input = Some(json!("${x}"));
-    assert!(
-        broken.steps[0]
-            .input_template()
-            .unwrap_err()
-            .to_string()
-            .contains("step a")
-    );
+    assert!(broken.steps[0].input_template().unwrap_err().to_string().contains("step a"));
     assert_eq!(broken.steps[1].input_template().unwrap(), None);
 }
 
@@ -233,15 +193,10 @@ fn largest_allowed_values_pass() {
     good(&with("\"1.0.0\"", &"9".repeat(64).replace("9999", "1.a-")));
     good(&with("orders.a", &format!("{}.9", "a".repeat(98))));
     good(&step(&format!("queue: {}", "q".repeat(34))));
-    good(&step(
-        "retry: {max_attempts: 1000000, jitter: 1, backoff_coefficient: 1000}",
-    ));
+    good(&step("retry: {max_attempts: 1000000, jitter: 1, backoff_coefficient: 1000}"));
     good(&step("priority: -2147483648"));
     good(&step("timeouts: {heartbeat: 1s, total: 3650d}"));
-    good(&step(&format!(
-        "retry: {{non_retryable_errors: [{}]}}",
-        "e".repeat(100)
-    )));
+    good(&step(&format!("retry: {{non_retryable_errors: [{}]}}", "e".repeat(100))));
     good(&root(&format!("description: {}", "é".repeat(1000))));
 }
 
@@ -255,49 +210,14 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
         // The file.
         (String::new(), 1, "", "the file is empty"),
         ("# nothing\n".into(), 1, "", "the file is empty"),
-        (
-            "- a\n".into(),
-            1,
-            "",
-            "is a list, not a mapping with keys such as `namespace:`",
-        ),
+        ("- a\n".into(), 1, "", "is a list, not a mapping with keys such as `namespace:`"),
         ("just text\n".into(), 1, "", "is a text, not a mapping"),
-        (
-            with("[a]", "[a"),
-            9,
-            "",
-            "cannot be read as YAML: unclosed bracket",
-        ),
-        (
-            with("name: order", "name: order\nname: order"),
-            3,
-            "",
-            "duplicate mapping key: name",
-        ),
-        (
-            format!("{GOOD}---\n{GOOD}"),
-            10,
-            "",
-            "more than one document",
-        ),
-        (
-            " ".repeat(MAX_FILE_BYTES + 1),
-            1,
-            "",
-            "move data into the tasks' inputs",
-        ),
-        (
-            step(&format!("input: {}{}", "[".repeat(62), "]".repeat(62))),
-            10,
-            "",
-            "nest deeper than 64 levels here",
-        ),
-        (
-            step(&format!("input: {}", "[".repeat(5000))),
-            10,
-            "",
-            "nest too deep",
-        ),
+        (with("[a]", "[a"), 9, "", "cannot be read as YAML: unclosed bracket"),
+        (with("name: order", "name: order\nname: order"), 3, "", "duplicate mapping key: name"),
+        (format!("{GOOD}---\n{GOOD}"), 10, "", "more than one document"),
+        (" ".repeat(MAX_FILE_BYTES + 1), 1, "", "move data into the tasks' inputs"),
+        (step(&format!("input: {}{}", "[".repeat(62), "]".repeat(62))), 10, "", "nest deeper than 64 levels here"),
+        (step(&format!("input: {}", "[".repeat(5000))), 10, "", "nest too deep"),
         (
             step(&format!("input: {}", "x".repeat(MAX_DEFINITION_BYTES))),
             1,
@@ -305,183 +225,48 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
             "more than 1048576; shorten names and inputs",
         ),
         // Keys.
-        (
-            root("retries: 3"),
-            4,
-            "retries",
-            "is not a known key; known here: namespace, name,",
-        ),
-        (
-            root("descripton: x"),
-            4,
-            "descripton",
-            "did you mean `description`?",
-        ),
-        (
-            step("handlr: x"),
-            10,
-            "steps[1].handlr",
-            "did you mean `handler`?",
-        ),
+        (root("retries: 3"), 4, "retries", "is not a known key; known here: namespace, name,"),
+        (root("descripton: x"), 4, "descripton", "did you mean `description`?"),
+        (step("handlr: x"), 10, "steps[1].handlr", "did you mean `handler`?"),
         (
             step("retry:\n  max_attempts: 2\n  max_atempts: 2"),
             12,
             "steps[1].retry.max_atempts",
             "did you mean `max_attempts`?",
         ),
-        (
-            step("timeouts: {runs: 5s}"),
-            10,
-            "steps[1].timeouts.runs",
-            "did you mean `run`?",
-        ),
-        (
-            root("timeouts: {run: 5s}"),
-            4,
-            "timeouts.run",
-            "known here: total",
-        ),
-        (
-            root("trace: {keeps: []}"),
-            4,
-            "trace.keeps",
-            "did you mean `keep`?",
-        ),
-        (
-            with("namespace: shop\n", ""),
-            1,
-            "namespace",
-            "is missing; add `namespace:`",
-        ),
+        (step("timeouts: {runs: 5s}"), 10, "steps[1].timeouts.runs", "did you mean `run`?"),
+        (root("timeouts: {run: 5s}"), 4, "timeouts.run", "known here: total"),
+        (root("trace: {keeps: []}"), 4, "trace.keeps", "did you mean `keep`?"),
+        (with("namespace: shop\n", ""), 1, "namespace", "is missing; add `namespace:`"),
         (with("name: order\n", ""), 1, "name", "is missing"),
         (with("version: \"1.0.0\"\n", ""), 1, "version", "is missing"),
-        (
-            GOOD.lines().take(3).collect::<Vec<_>>().join("\n"),
-            1,
-            "steps",
-            "is missing",
-        ),
-        (
-            with("- name: b\n    handler", "- handler"),
-            7,
-            "steps[1].name",
-            "is missing",
-        ),
-        (
-            with("    handler: orders.a\n", ""),
-            5,
-            "steps[0].handler",
-            "is missing",
-        ),
-        (
-            with("depends_on: [a]", "depends_on:"),
-            9,
-            "steps[1].depends_on",
-            "is empty; give it a value",
-        ),
+        (GOOD.lines().take(3).collect::<Vec<_>>().join("\n"), 1, "steps", "is missing"),
+        (with("- name: b\n    handler", "- handler"), 7, "steps[1].name", "is missing"),
+        (with("    handler: orders.a\n", ""), 5, "steps[0].handler", "is missing"),
+        (with("depends_on: [a]", "depends_on:"), 9, "steps[1].depends_on", "is empty; give it a value"),
         (step("input: ~"), 10, "steps[1].input", "is empty"),
         // Names.
-        (
-            with("shop", "Shop"),
-            1,
-            "namespace",
-            "`Shop` may hold only a-z, 0-9 and single _",
-        ),
-        (
-            with("shop", "my__shop"),
-            1,
-            "namespace",
-            "single _ between them",
-        ),
-        (
-            with("shop", "shop_"),
-            1,
-            "namespace",
-            "single _ between them",
-        ),
+        (with("shop", "Shop"), 1, "namespace", "`Shop` may hold only a-z, 0-9 and single _"),
+        (with("shop", "my__shop"), 1, "namespace", "single _ between them"),
+        (with("shop", "shop_"), 1, "namespace", "single _ between them"),
         (with("shop", "9shop"), 1, "namespace", "start with a letter"),
         (with("shop", &long), 1, "namespace", "at most 40 characters"),
-        (
-            with("shop", "12"),
-            1,
-            "namespace",
-            "is a number, not a text; put it in quotes",
-        ),
-        (
-            with("name: order", "name: big-order"),
-            2,
-            "name",
-            "`big-order` may hold only",
-        ),
-        (
-            with("name: order", "name: ''"),
-            2,
-            "name",
-            "`` may hold only",
-        ),
-        (
-            with("name: order", &format!("name: {long}")),
-            2,
-            "name",
-            "at most 40 characters",
-        ),
-        (
-            with("name: a", "name: A"),
-            5,
-            "steps[0].name",
-            "may hold only a-z",
-        ),
-        (
-            with("name: a", "name: true"),
-            5,
-            "steps[0].name",
-            "is a boolean, not a text",
-        ),
-        (
-            with("\"1.0.0\"", "1.10"),
-            3,
-            "version",
-            "is a number, in which 1.10 and 1.1 are the same",
-        ),
+        (with("shop", "12"), 1, "namespace", "is a number, not a text; put it in quotes"),
+        (with("name: order", "name: big-order"), 2, "name", "`big-order` may hold only"),
+        (with("name: order", "name: ''"), 2, "name", "`` may hold only"),
+        (with("name: order", &format!("name: {long}")), 2, "name", "at most 40 characters"),
+        (with("name: a", "name: A"), 5, "steps[0].name", "may hold only a-z"),
+        (with("name: a", "name: true"), 5, "steps[0].name", "is a boolean, not a text"),
+        (with("\"1.0.0\"", "1.10"), 3, "version", "is a number, in which 1.10 and 1.1 are the same"),
         (with("\"1.0.0\"", "1 beta"), 3, "version", "without spaces"),
         (with("\"1.0.0\"", "''"), 3, "version", "1 to 64 printable"),
         (with("\"1.0.0\"", "é1"), 3, "version", "1 to 64 printable"),
-        (
-            with("\"1.0.0\"", &"v".repeat(65)),
-            3,
-            "version",
-            "1 to 64 printable",
-        ),
-        (
-            with("orders.a", "orders..a"),
-            6,
-            "steps[0].handler",
-            "in parts separated by dots",
-        ),
-        (
-            with("orders.a", "Orders.a"),
-            6,
-            "steps[0].handler",
-            "start with a letter",
-        ),
-        (
-            with("orders.a", "orders/a"),
-            6,
-            "steps[0].handler",
-            "may hold only",
-        ),
-        (
-            with("orders.a", &"a".repeat(101)),
-            6,
-            "steps[0].handler",
-            "at most 100",
-        ),
-        (
-            step("queue: slow__er"),
-            10,
-            "steps[1].queue",
-            "single _ between them",
-        ),
+        (with("\"1.0.0\"", &"v".repeat(65)), 3, "version", "1 to 64 printable"),
+        (with("orders.a", "orders..a"), 6, "steps[0].handler", "in parts separated by dots"),
+        (with("orders.a", "Orders.a"), 6, "steps[0].handler", "start with a letter"),
+        (with("orders.a", "orders/a"), 6, "steps[0].handler", "may hold only"),
+        (with("orders.a", &"a".repeat(101)), 6, "steps[0].handler", "at most 100"),
+        (step("queue: slow__er"), 10, "steps[1].queue", "single _ between them"),
         (
             step(&format!("queue: {}", "q".repeat(35))),
             10,
@@ -489,229 +274,64 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
             "have 39 characters together, more than 38",
         ),
         // Values of the template.
-        (
-            root("description: [x]"),
-            4,
-            "description",
-            "is a list, not a text",
-        ),
-        (
-            root(&format!("description: {}", "d".repeat(1001))),
-            4,
-            "description",
-            "more than 1000",
-        ),
-        (
-            root("on_failure: stop"),
-            4,
-            "on_failure",
-            "`stop` is not one of: fail, block",
-        ),
-        (
-            root("on_failure: true"),
-            4,
-            "on_failure",
-            "is a boolean, not one of: fail, block",
-        ),
-        (
-            root("timeouts: 5s"),
-            4,
-            "timeouts",
-            "is a text, not a mapping with keys such as `total:`",
-        ),
-        (
-            root("timeouts: {total: 30}"),
-            4,
-            "timeouts.total",
-            "`30` has no unit; write 30s",
-        ),
-        (
-            root("timeouts: {total: 0s}"),
-            4,
-            "timeouts.total",
-            "must be more than zero",
-        ),
-        (
-            root("timeouts: {total: 4000d}"),
-            4,
-            "timeouts.total",
-            "is longer than 3650d",
-        ),
-        (
-            root("timeouts: {total: [1s]}"),
-            4,
-            "timeouts.total",
-            "is a list, not a duration",
-        ),
-        (
-            root("trace: {incoming: follow}"),
-            4,
-            "trace.incoming",
-            "not one of: join, link",
-        ),
-        (
-            root("trace: {keep: failed}"),
-            4,
-            "trace.keep",
-            "is a text, not a list",
-        ),
-        (
-            root("trace: {keep: [slow]}"),
-            4,
-            "trace.keep[0]",
-            "not one of: failed, retried",
-        ),
-        (
-            root("trace: {keep: [slower_than]}"),
-            4,
-            "trace.keep[0]",
-            "write `slower_than: 5s`",
-        ),
+        (root("description: [x]"), 4, "description", "is a list, not a text"),
+        (root(&format!("description: {}", "d".repeat(1001))), 4, "description", "more than 1000"),
+        (root("on_failure: stop"), 4, "on_failure", "`stop` is not one of: fail, block"),
+        (root("on_failure: true"), 4, "on_failure", "is a boolean, not one of: fail, block"),
+        (root("timeouts: 5s"), 4, "timeouts", "is a text, not a mapping with keys such as `total:`"),
+        (root("timeouts: {total: 30}"), 4, "timeouts.total", "`30` has no unit; write 30s"),
+        (root("timeouts: {total: 0s}"), 4, "timeouts.total", "must be more than zero"),
+        (root("timeouts: {total: 4000d}"), 4, "timeouts.total", "is longer than 3650d"),
+        (root("timeouts: {total: [1s]}"), 4, "timeouts.total", "is a list, not a duration"),
+        (root("trace: {incoming: follow}"), 4, "trace.incoming", "not one of: join, link"),
+        (root("trace: {keep: failed}"), 4, "trace.keep", "is a text, not a list"),
+        (root("trace: {keep: [slow]}"), 4, "trace.keep[0]", "not one of: failed, retried"),
+        (root("trace: {keep: [slower_than]}"), 4, "trace.keep[0]", "write `slower_than: 5s`"),
         (
             root("trace:\n  keep:\n    - failed\n    - slower_than: fast"),
             7,
             "trace.keep[1].slower_than",
             "`fast` is not a duration",
         ),
-        (
-            root("input_schema: {type: objekt}"),
-            4,
-            "input_schema.type",
-            "not valid JSON Schema",
-        ),
+        (root("input_schema: {type: objekt}"), 4, "input_schema.type", "not valid JSON Schema"),
         (
             root("input_schema:\n  properties:\n    a: {minimum: low}"),
             6,
             "input_schema.properties.a.minimum",
             "not valid JSON Schema 2020-12",
         ),
-        (
-            root("input_schema: text"),
-            4,
-            "input_schema",
-            "a JSON Schema is an object",
-        ),
+        (root("input_schema: text"), 4, "input_schema", "a JSON Schema is an object"),
         (
             root("input_schema:\n  $schema: http://json-schema.org/draft-07/schema#"),
             5,
             "input_schema.$schema",
             "must be https://json-schema.org/draft/2020-12/schema",
         ),
-        (
-            root("input_schema: {$ref: 'https://example.com/a'}"),
-            4,
-            "input_schema",
-            "example.com",
-        ),
+        (root("input_schema: {$ref: 'https://example.com/a'}"), 4, "input_schema", "example.com"),
         // Values of a step.
-        (
-            "namespace: shop\nname: o\nversion: v1\nsteps: {a: 1}\n".into(),
-            4,
-            "steps",
-            "not a list of steps",
-        ),
-        (
-            format!("{GOOD}  - just_a_name\n"),
-            10,
-            "steps[2]",
-            "is a text, not a mapping",
-        ),
-        (
-            with("[a]", "a"),
-            9,
-            "steps[1].depends_on",
-            "is a text, not a list; write it as [a, b]",
-        ),
-        (
-            with("[a]", "[a, 1]"),
-            9,
-            "steps[1].depends_on[1]",
-            "is a number, not a text",
-        ),
-        (
-            step("priority: high"),
-            10,
-            "steps[1].priority",
-            "is a text, not a whole number",
-        ),
-        (
-            step("priority: 1.5"),
-            10,
-            "steps[1].priority",
-            "1.5 is not a whole number from -2147483648",
-        ),
-        (
-            step("priority: 2147483648"),
-            10,
-            "steps[1].priority",
-            "to 2147483647",
-        ),
-        (
-            step("retry: 3"),
-            10,
-            "steps[1].retry",
-            "is a number, not a mapping",
-        ),
-        (
-            step("retry:\n  max_attempts: 0"),
-            11,
-            "steps[1].retry.max_attempts",
-            "0 is not a whole number from 1",
-        ),
-        (
-            step("retry: {max_attempts: -1}"),
-            10,
-            "steps[1].retry.max_attempts",
-            "-1 is not",
-        ),
-        (
-            step("retry: {max_attempts: 1e9}"),
-            10,
-            "steps[1].retry.max_attempts",
-            "from 1 to 1000000",
-        ),
-        (
-            step("retry: {initial_interval: 0ms}"),
-            10,
-            "steps[1].retry.initial_interval",
-            "more than zero",
-        ),
-        (
-            step("retry: {initial_interval: -1s}"),
-            10,
-            "steps[1].retry.initial_interval",
-            "`-1s` is not a duration",
-        ),
-        (
-            step("retry: {initial_interval: 1.5s}"),
-            10,
-            "steps[1].retry.initial_interval",
-            "write whole numbers",
-        ),
+        ("namespace: shop\nname: o\nversion: v1\nsteps: {a: 1}\n".into(), 4, "steps", "not a list of steps"),
+        (format!("{GOOD}  - just_a_name\n"), 10, "steps[2]", "is a text, not a mapping"),
+        (with("[a]", "a"), 9, "steps[1].depends_on", "is a text, not a list; write it as [a, b]"),
+        (with("[a]", "[a, 1]"), 9, "steps[1].depends_on[1]", "is a number, not a text"),
+        (step("priority: high"), 10, "steps[1].priority", "is a text, not a whole number"),
+        (step("priority: 1.5"), 10, "steps[1].priority", "1.5 is not a whole number from -2147483648"),
+        (step("priority: 2147483648"), 10, "steps[1].priority", "to 2147483647"),
+        (step("retry: 3"), 10, "steps[1].retry", "is a number, not a mapping"),
+        (step("retry:\n  max_attempts: 0"), 11, "steps[1].retry.max_attempts", "0 is not a whole number from 1"),
+        (step("retry: {max_attempts: -1}"), 10, "steps[1].retry.max_attempts", "-1 is not"),
+        (step("retry: {max_attempts: 1e9}"), 10, "steps[1].retry.max_attempts", "from 1 to 1000000"),
+        (step("retry: {initial_interval: 0ms}"), 10, "steps[1].retry.initial_interval", "more than zero"),
+        (step("retry: {initial_interval: -1s}"), 10, "steps[1].retry.initial_interval", "`-1s` is not a duration"),
+        (step("retry: {initial_interval: 1.5s}"), 10, "steps[1].retry.initial_interval", "write whole numbers"),
         (
             step("retry: {backoff_coefficient: 0.5}"),
             10,
             "steps[1].retry.backoff_coefficient",
             "0.5 is not from 1 to 1000",
         ),
-        (
-            step("retry: {backoff_coefficient: x}"),
-            10,
-            "steps[1].retry.backoff_coefficient",
-            "not a number",
-        ),
-        (
-            step("retry: {jitter: 1.1}"),
-            10,
-            "steps[1].retry.jitter",
-            "1.1 is not from 0 to 1",
-        ),
-        (
-            step("retry: {jitter: -0.1}"),
-            10,
-            "steps[1].retry.jitter",
-            "-0.1 is not from 0 to 1",
-        ),
+        (step("retry: {backoff_coefficient: x}"), 10, "steps[1].retry.backoff_coefficient", "not a number"),
+        (step("retry: {jitter: 1.1}"), 10, "steps[1].retry.jitter", "1.1 is not from 0 to 1"),
+        (step("retry: {jitter: -0.1}"), 10, "steps[1].retry.jitter", "-0.1 is not from 0 to 1"),
         (
             step("retry:\n  initial_interval: 10s\n  max_interval: 5s"),
             12,
@@ -724,12 +344,7 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
             "steps[1].retry.initial_interval",
             "5m is longer than the default max_interval, 1m; set that too",
         ),
-        (
-            step("retry: {non_retryable_errors: CardDeclined}"),
-            10,
-            "steps[1].retry.non_retryable_errors",
-            "not a list",
-        ),
+        (step("retry: {non_retryable_errors: CardDeclined}"), 10, "steps[1].retry.non_retryable_errors", "not a list"),
         (
             step("retry: {non_retryable_errors: [ok, ' ']}"),
             10,
@@ -737,129 +352,47 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
             "1 to 100 characters",
         ),
         (
-            step(&format!(
-                "retry: {{non_retryable_errors: [{}]}}",
-                vec!["e"; 101].join(", ")
-            )),
+            step(&format!("retry: {{non_retryable_errors: [{}]}}", vec!["e"; 101].join(", "))),
             10,
             "steps[1].retry.non_retryable_errors",
             "lists 101 error types",
         ),
-        (
-            step("retry: {on_exhausted: ignore}"),
-            10,
-            "steps[1].retry.on_exhausted",
-            "not one of: fail, block, continue",
-        ),
-        (
-            step("timeouts: {run: 0s}"),
-            10,
-            "steps[1].timeouts.run",
-            "more than zero",
-        ),
-        (
-            step("timeouts: {queue: soon}"),
-            10,
-            "steps[1].timeouts.queue",
-            "`soon` is not a duration",
-        ),
-        (
-            step("timeouts: {total: 99999999999999999999d}"),
-            10,
-            "steps[1].timeouts.total",
-            "longer than",
-        ),
-        (
-            step("timeouts: {heartbeat: 900ms}"),
-            10,
-            "steps[1].timeouts.heartbeat",
-            "at least 1s",
-        ),
+        (step("retry: {on_exhausted: ignore}"), 10, "steps[1].retry.on_exhausted", "not one of: fail, block, continue"),
+        (step("timeouts: {run: 0s}"), 10, "steps[1].timeouts.run", "more than zero"),
+        (step("timeouts: {queue: soon}"), 10, "steps[1].timeouts.queue", "`soon` is not a duration"),
+        (step("timeouts: {total: 99999999999999999999d}"), 10, "steps[1].timeouts.total", "longer than"),
+        (step("timeouts: {heartbeat: 900ms}"), 10, "steps[1].timeouts.heartbeat", "at least 1s"),
         // The graph.
+        (with("name: b", "name: a"), 7, "steps[1].name", "named `a` exists already"),
+        (with("[a]", "[aa]"), 9, "steps[1].depends_on[0]", "depends on `aa`, which is not a step; did you mean `a`?"),
+        (with("[a]", "[a, b]"), 9, "steps[1].depends_on[1]", "step `b` depends on itself"),
+        (with("[a]", "[a, a]"), 9, "steps[1].depends_on[1]", "depends on `a` twice"),
         (
-            with("name: b", "name: a"),
-            7,
-            "steps[1].name",
-            "named `a` exists already",
-        ),
-        (
-            with("[a]", "[aa]"),
-            9,
-            "steps[1].depends_on[0]",
-            "depends on `aa`, which is not a step; did you mean `a`?",
-        ),
-        (
-            with("[a]", "[a, b]"),
-            9,
-            "steps[1].depends_on[1]",
-            "step `b` depends on itself",
-        ),
-        (
-            with("[a]", "[a, a]"),
-            9,
-            "steps[1].depends_on[1]",
-            "depends on `a` twice",
-        ),
-        (
-            with(
-                "handler: orders.a",
-                "handler: orders.a\n    depends_on: [b]",
-            ),
+            with("handler: orders.a", "handler: orders.a\n    depends_on: [b]"),
             7,
             "steps[0].depends_on[0]",
             "in a circle: a -> b -> a; remove one",
         ),
         (
-            format!(
-                "namespace: shop\nname: o\nversion: v1\nsteps: [{}]\n",
-                "0, ".repeat(MAX_STEPS + 1)
-            ),
+            format!("namespace: shop\nname: o\nversion: v1\nsteps: [{}]\n", "0, ".repeat(MAX_STEPS + 1)),
             4,
             "steps",
             "20001 steps are more than the 20000",
         ),
         // References.
-        (
-            step("input: {x: '${inptu.a}'}"),
-            10,
-            "steps[1].input.x",
-            "starts with neither `input` nor `steps`",
-        ),
-        (
-            step("input:\n  x:\n    - ok\n    - 'a ${input.b'"),
-            13,
-            "steps[1].input.x[1]",
-            "is not closed",
-        ),
-        (
-            step("input: {x: '${steps.a.result}'}"),
-            10,
-            "steps[1].input.x",
-            "other than the step's output",
-        ),
-        (
-            step("input: {'${input.a}': 1}"),
-            10,
-            "steps[1].input.${input.a}",
-            "in values only",
-        ),
+        (step("input: {x: '${inptu.a}'}"), 10, "steps[1].input.x", "starts with neither `input` nor `steps`"),
+        (step("input:\n  x:\n    - ok\n    - 'a ${input.b'"), 13, "steps[1].input.x[1]", "is not closed"),
+        (step("input: {x: '${steps.a.result}'}"), 10, "steps[1].input.x", "other than the step's output"),
+        (step("input: {'${input.a}': 1}"), 10, "steps[1].input.${input.a}", "in values only"),
         (
             step("input: '${steps.aa.output}'"),
             10,
             "steps[1].input",
             "reads the output of `aa`, which is not a step; did you mean `a`?",
         ),
+        (step("input: '${steps.b.output}'"), 10, "steps[1].input", "reads its own output"),
         (
-            step("input: '${steps.b.output}'"),
-            10,
-            "steps[1].input",
-            "reads its own output",
-        ),
-        (
-            with(
-                "handler: orders.a",
-                "handler: orders.a\n    input: {x: '${steps.b.output}'}",
-            ),
+            with("handler: orders.a", "handler: orders.a\n    input: {x: '${steps.b.output}'}"),
             7,
             "steps[0].input.x",
             "step `a` reads the output of `b` without waiting for it; add `b` to its depends_on",
@@ -870,16 +403,9 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
         let shown: String = yaml.chars().take(400).collect();
         let problems = parse("order.yaml", &yaml).expect_err(&shown);
         let [problem] = &problems[..] else {
-            panic!(
-                "one problem expected, not:\n{}\nin\n{shown}",
-                told(&problems)
-            );
+            panic!("one problem expected, not:\n{}\nin\n{shown}", told(&problems));
         };
-        assert_eq!(
-            (problem.line, problem.key.as_str()),
-            (line, key),
-            "{problem}\nin\n{shown}"
-        );
+        assert_eq!((problem.line, problem.key.as_str()), (line, key), "{problem}\nin\n{shown}");
         assert!(problem.message.contains(message), "{problem}\nin\n{shown}");
         assert!(problem.column > 0 && problem.file == "order.yaml");
         assert!(problem.message.chars().count() < 400, "{problem}");
@@ -910,44 +436,22 @@ steps:
     handlr: x
     depends_on: [c]
 ";
-    let lines: Vec<u64> = parse("f", yaml)
-        .unwrap_err()
-        .iter()
-        .map(|p| p.line)
-        .collect();
-    assert_eq!(
-        lines,
-        [1, 3, 4, 8, 8, 10, 11, 12],
-        "{}",
-        problems(yaml).join("\n")
-    );
+    let lines: Vec<u64> = parse("f", yaml).unwrap_err().iter().map(|p| p.line).collect();
+    assert_eq!(lines, [1, 3, 4, 8, 8, 10, 11, 12], "{}", problems(yaml).join("\n"));
 }
 
 #[test]
 fn a_flood_of_problems_is_cut_off() {
-    let steps: Vec<String> = (0..5000)
-        .map(|n| format!("  - {{name: S{n}, handler: x}}\n"))
-        .collect();
+    let steps: Vec<String> = (0..5000).map(|n| format!("  - {{name: S{n}, handler: x}}\n")).collect();
     let steps = steps.concat();
-    assert_eq!(
-        problems(&format!(
-            "namespace: a\nname: b\nversion: v\nsteps:\n{steps}"
-        ))
-        .len(),
-        100
-    );
+    assert_eq!(problems(&format!("namespace: a\nname: b\nversion: v\nsteps:\n{steps}")).len(), 100);
 }
 
 /// A schema nested to the limit is compiled, and an input checked, on the
 /// small stack of a test or worker thread.
 #[test]
 fn deep_schemas_and_inputs_fit_an_ordinary_stack() {
-    let deep = |levels: usize| {
-        (0..levels).fold(
-            json!({"type": "integer"}),
-            |inner, _| json!({"items": inner}),
-        )
-    };
+    let deep = |levels: usize| (0..levels).fold(json!({"type": "integer"}), |inner, _| json!({"items": inner}));
     let schema = InputSchema::compile(&deep(61)).unwrap();
     let input = (0..61).fold(json!("x"), |inner, _| json!([inner]));
     assert_eq!(schema.check(&input).unwrap_err().len(), 1);
@@ -972,14 +476,9 @@ fn two_thousand_steps_with_six_thousand_edges_are_ordinary() {
     let yaml = GOOD.split_once("  - ").unwrap().0.to_owned() + &steps.concat();
     let checked = good(&yaml);
     assert_eq!(checked.graph.len(), 2000);
-    let edges: usize = (0..2000)
-        .map(|step| checked.graph.parents(step).len())
-        .sum();
+    let edges: usize = (0..2000).map(|step| checked.graph.parents(step).len()).sum();
     assert_eq!(edges, 3 * 2000 - 1 - 3 - 40);
-    assert_eq!(
-        from_json(to_json(&checked.template)).unwrap(),
-        checked.template
-    );
+    assert_eq!(from_json(to_json(&checked.template)).unwrap(), checked.template);
 }
 
 // The document.
@@ -997,11 +496,7 @@ fn blocks(document: &str, info: &str) -> Vec<(usize, String)> {
         let Some(found) = line.strip_prefix("```") else {
             continue;
         };
-        let block: Vec<&str> = lines
-            .by_ref()
-            .map(|(_, line)| line)
-            .take_while(|line| *line != "```")
-            .collect();
+        let block: Vec<&str> = lines.by_ref().map(|(_, line)| line).take_while(|line| *line != "```").collect();
         if found == info {
             blocks.push((number + 1, block.join("\n") + "\n"));
         }
@@ -1018,10 +513,7 @@ fn completed(block: &str) -> String {
         ("version", "version: \"1\"\n"),
         ("steps", "steps: []\n"),
     ] {
-        if !block
-            .lines()
-            .any(|have| have.starts_with(&format!("{key}:")))
-        {
+        if !block.lines().any(|have| have.starts_with(&format!("{key}:"))) {
             yaml.push_str(line);
         }
     }
@@ -1046,11 +538,7 @@ fn refused_example_of_the_document_is_told_as_it_says() {
     assert!(!refused.is_empty());
     for ((line, block), (_, expected)) in refused.iter().zip(&told_there) {
         let problems = parse("order.yaml", block).unwrap_err();
-        assert_eq!(
-            told(&problems) + "\n",
-            *expected,
-            "docs/templates.md:{line}"
-        );
+        assert_eq!(told(&problems) + "\n", *expected, "docs/templates.md:{line}");
     }
 }
 
@@ -1086,25 +574,13 @@ fn tables_of_the_document_list_every_key_with_its_default() {
     let (retry, timeouts) = (RetryPolicy::default(), StepTimeouts::default());
     for (key, default) in [
         ("steps[].retry.max_attempts", retry.max_attempts.to_string()),
-        (
-            "steps[].retry.initial_interval",
-            format_duration(retry.initial_interval),
-        ),
-        (
-            "steps[].retry.backoff_coefficient",
-            format!("{:.1}", retry.backoff_coefficient),
-        ),
-        (
-            "steps[].retry.max_interval",
-            format_duration(retry.max_interval),
-        ),
+        ("steps[].retry.initial_interval", format_duration(retry.initial_interval)),
+        ("steps[].retry.backoff_coefficient", format!("{:.1}", retry.backoff_coefficient)),
+        ("steps[].retry.max_interval", format_duration(retry.max_interval)),
         ("steps[].retry.jitter", retry.jitter.to_string()),
         ("steps[].retry.on_exhausted", "fail".to_owned()),
         ("steps[].timeouts.run", format_duration(timeouts.run)),
-        (
-            "steps[].timeouts.heartbeat",
-            format_duration(timeouts.heartbeat),
-        ),
+        ("steps[].timeouts.heartbeat", format_duration(timeouts.heartbeat)),
         ("steps[].timeouts.queue", "none".to_owned()),
         ("steps[].timeouts.total", "none".to_owned()),
         ("steps[].priority", "0".to_owned()),

@@ -27,10 +27,7 @@ pub(super) struct Place {
 
 impl From<Location> for Place {
     fn from(location: Location) -> Self {
-        Self {
-            line: location.line(),
-            column: location.column(),
-        }
+        Self { line: location.line(), column: location.column() }
     }
 }
 
@@ -68,10 +65,7 @@ pub(super) fn read(text: &str) -> Result<Node, (Place, String)> {
         let reader = thread::Builder::new().stack_size(STACK_BYTES);
         match reader.spawn_scoped(scope, || parse(text)) {
             Ok(reader) => reader.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            Err(error) => Err((
-                start,
-                format!("no thread could be started to read it: {error}"),
-            )),
+            Err(error) => Err((start, format!("no thread could be started to read it: {error}"))),
         }
     })
 }
@@ -102,17 +96,13 @@ fn parse(text: &str) -> Result<Node, (Place, String)> {
 }
 
 fn explain(error: &Error) -> (Place, String) {
-    let place = error
-        .location()
-        .map_or(Place { line: 1, column: 1 }, Place::from);
+    let place = error.location().map_or(Place { line: 1, column: 1 }, Place::from);
     let message = error.render_with_formatter(&UserMessageFormatter);
     // The rendering ends with the place, which a problem shows in front.
     let message = message.split(" at line ").next().unwrap_or_default();
     let message = match message {
         "expected string scalar" => "a key must be a plain text",
-        deep if deep.contains("Depth {") || deep.contains("recursion limit") => {
-            "lists and mappings nest too deep"
-        }
+        deep if deep.contains("Depth {") || deep.contains("recursion limit") => "lists and mappings nest too deep",
         several if several.contains("Documents {") => "the file holds more than one document",
         other => other,
     };
@@ -154,10 +144,9 @@ impl Node {
         };
         let inner = match (&self.kind, first) {
             (Kind::List(items), Segment::Index(index)) => items.get(*index),
-            (Kind::Map(entries), Segment::Key(key)) => entries
-                .iter()
-                .find(|entry| entry.key == *key)
-                .map(|entry| &entry.value),
+            (Kind::Map(entries), Segment::Key(key)) => {
+                entries.iter().find(|entry| entry.key == *key).map(|entry| &entry.value)
+            }
             _ => None,
         };
         inner.map_or(self.place, |inner| inner.place_of(rest))
@@ -179,10 +168,7 @@ impl Node {
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<Kind>::deserialize(from)?;
-        Ok(Self {
-            place: spanned.referenced.into(),
-            kind: spanned.value,
-        })
+        Ok(Self { place: spanned.referenced.into(), kind: spanned.value })
     }
 }
 
@@ -246,11 +232,7 @@ impl<'de> Visitor<'de> for KindVisitor {
         let mut entries = Vec::new();
         while let Some(key) = from.next_key::<Spanned<String>>()? {
             let value = from.next_value()?;
-            entries.push(Entry {
-                key: key.value,
-                key_place: key.referenced.into(),
-                value,
-            });
+            entries.push(Entry { key: key.value, key_place: key.referenced.into(), value });
         }
         Ok(Kind::Map(entries))
     }
@@ -274,79 +256,38 @@ mod tests {
         assert_eq!(node.place, place(1, 1));
         assert_eq!(node.place_of(&[key("a")]), place(1, 4));
         assert_eq!(node.place_of(&[key("b"), Segment::Index(0)]), place(3, 5));
-        assert_eq!(
-            node.place_of(&[key("b"), Segment::Index(1), key("c")]),
-            place(4, 9)
-        );
-        let Kind::Map(entries) = &node.kind else {
-            panic!("a mapping")
-        };
+        assert_eq!(node.place_of(&[key("b"), Segment::Index(1), key("c")]), place(4, 9));
+        let Kind::Map(entries) = &node.kind else { panic!("a mapping") };
         assert_eq!(entries[1].key_place, place(2, 1));
     }
 
     #[test]
     fn scalars_keep_their_json_type() {
-        let node =
-            read("[1, -2, 1.5, 1e3, yes, NO, on, true, False, '1', ~, null, '', 0x10, 2024-01-01]");
+        let node = read("[1, -2, 1.5, 1e3, yes, NO, on, true, False, '1', ~, null, '', 0x10, 2024-01-01]");
         assert_eq!(
             node.unwrap().to_value(),
-            json!([
-                1,
-                -2,
-                1.5,
-                1000.0,
-                "yes",
-                "NO",
-                "on",
-                true,
-                false,
-                "1",
-                null,
-                null,
-                "",
-                16,
-                "2024-01-01"
-            ])
+            json!([1, -2, 1.5, 1000.0, "yes", "NO", "on", true, false, "1", null, null, "", 16, "2024-01-01"])
         );
     }
 
     #[test]
     fn anchors_and_merge_keys_are_expanded() {
         let node = read("a: &x {b: 1, c: 2}\nd: *x\ne: {<<: *x, c: 3}\n").unwrap();
-        assert_eq!(
-            node.to_value(),
-            json!({"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 2}, "e": {"b": 1, "c": 3}})
-        );
+        assert_eq!(node.to_value(), json!({"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 2}, "e": {"b": 1, "c": 3}}));
     }
 
     #[test]
     fn what_is_not_yaml_is_refused_with_its_place() {
         for (text, line, expected) in [
             ("a: 1\nb: [1, 2\n", 2, "unclosed bracket '['"),
-            (
-                "a: 1\na: 2\n",
-                2,
-                "duplicate mapping key: a not allowed here",
-            ),
-            (
-                "a: 1\n\tb: 2\n",
-                1,
-                "while scanning a plain scalar, found a tab",
-            ),
+            ("a: 1\na: 2\n", 2, "duplicate mapping key: a not allowed here"),
+            ("a: 1\n\tb: 2\n", 1, "while scanning a plain scalar, found a tab"),
             ("a: .nan\n", 1, "value `.nan` is not a finite number"),
             ("a: !custom 1\n", 1, "unsupported tag `!custom`"),
             ("a: *missing\n", 1, "reference to unknown value"),
             ("a: &a [*a]\n", 1, "Recursive reference not allowed here"),
-            (
-                "a: 1\n---\nb: 2\n",
-                2,
-                "the file holds more than one document",
-            ),
-            (
-                "a: 'x\n",
-                2,
-                "invalid indentation in multiline quoted scalar",
-            ),
+            ("a: 1\n---\nb: 2\n", 2, "the file holds more than one document"),
+            ("a: 'x\n", 2, "invalid indentation in multiline quoted scalar"),
             ("a:\n  ? [1]\n  : 2\n", 2, "a key must be a plain text"),
         ] {
             let (place, message) = read(text).unwrap_err();

@@ -53,18 +53,8 @@ pub enum Key {
     LiveDelay,
 }
 
-const fn setting(
-    key: Key,
-    variables: &'static [&'static str],
-    default: &'static str,
-    about: &'static str,
-) -> Setting {
-    Setting {
-        key,
-        variables,
-        default,
-        about,
-    }
+const fn setting(key: Key, variables: &'static [&'static str], default: &'static str, about: &'static str) -> Setting {
+    Setting { key, variables, default, about }
 }
 
 /// Every variable about tracing that is read, as the code reads it and the
@@ -103,59 +93,37 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting(
         Key::Protocol,
-        &[
-            "TASKER_TRACING_PROTOCOL",
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
-            "OTEL_EXPORTER_OTLP_PROTOCOL",
-        ],
+        &["TASKER_TRACING_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"],
         "grpc if the endpoint's port is 4317, else http/protobuf",
         "`grpc` or `http/protobuf`.",
     ),
     setting(
         Key::Headers,
-        &[
-            "TASKER_TRACING_HEADERS",
-            "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-            "OTEL_EXPORTER_OTLP_HEADERS",
-        ],
+        &["TASKER_TRACING_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"],
         "none",
         "Sent with each export: `name=value,name=value`, values percent-encoded.",
     ),
     setting(
         Key::Timeout,
-        &[
-            "TASKER_TRACING_TIMEOUT_MS",
-            "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
-            "OTEL_EXPORTER_OTLP_TIMEOUT",
-        ],
+        &["TASKER_TRACING_TIMEOUT_MS", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"],
         "10000",
         "Longest wait for one export, in milliseconds.",
     ),
     setting(
         Key::Compression,
-        &[
-            "TASKER_TRACING_COMPRESSION",
-            "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-            "OTEL_EXPORTER_OTLP_COMPRESSION",
-        ],
+        &["TASKER_TRACING_COMPRESSION", "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"],
         "none",
         "`gzip` or `none`.",
     ),
     setting(
         Key::Insecure,
-        &[
-            "OTEL_EXPORTER_OTLP_TRACES_INSECURE",
-            "OTEL_EXPORTER_OTLP_INSECURE",
-        ],
+        &["OTEL_EXPORTER_OTLP_TRACES_INSECURE", "OTEL_EXPORTER_OTLP_INSECURE"],
         "false",
         "Whether a gRPC endpoint without a scheme is spoken to without TLS.",
     ),
     setting(
         Key::Certificate,
-        &[
-            "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
-            "OTEL_EXPORTER_OTLP_CERTIFICATE",
-        ],
+        &["OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE"],
         "the web's certificate authorities",
         "PEM file with the only authorities to trust for https.",
     ),
@@ -179,11 +147,7 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting(
         Key::ServiceName,
-        &[
-            "TASKER_TRACING_SERVICE_NAME",
-            "OTEL_SERVICE_NAME",
-            "TRACING_SERVICE_NAME",
-        ],
+        &["TASKER_TRACING_SERVICE_NAME", "OTEL_SERVICE_NAME", "TRACING_SERVICE_NAME"],
         "tasker-worker or tasker-orchestration",
         "service.name of the live spans of this process. The tree has its own names.",
     ),
@@ -217,30 +181,10 @@ pub const SETTINGS: &[Setting] = &[
         "correlation_id,task_uuid,namespace",
         "Baggage keys that are passed on.",
     ),
-    setting(
-        Key::Detail,
-        &["TASKER_TRACING_DETAIL"],
-        "tree",
-        "`tree`, or `full` for our own live spans too.",
-    ),
-    setting(
-        Key::LiveQueue,
-        &["OTEL_BSP_MAX_QUEUE_SIZE"],
-        "16384",
-        "Live spans held in memory; more are dropped.",
-    ),
-    setting(
-        Key::LiveBatch,
-        &["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"],
-        "512",
-        "Live spans per export.",
-    ),
-    setting(
-        Key::LiveDelay,
-        &["OTEL_BSP_SCHEDULE_DELAY"],
-        "1000",
-        "Longest wait of a live span, in milliseconds.",
-    ),
+    setting(Key::Detail, &["TASKER_TRACING_DETAIL"], "tree", "`tree`, or `full` for our own live spans too."),
+    setting(Key::LiveQueue, &["OTEL_BSP_MAX_QUEUE_SIZE"], "16384", "Live spans held in memory; more are dropped."),
+    setting(Key::LiveBatch, &["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"], "512", "Live spans per export."),
+    setting(Key::LiveDelay, &["OTEL_BSP_SCHEDULE_DELAY"], "1000", "Longest wait of a live span, in milliseconds."),
 ];
 
 /// What exports the spans.
@@ -343,11 +287,7 @@ impl Default for TraceConfig {
             propagators: Propagators::default(),
             baggage_keys: DEFAULT_BAGGAGE_KEYS.map(String::from).to_vec(),
             detail: Detail::Tree,
-            live: LiveQueue {
-                max_queue: 16_384,
-                batch: 512,
-                delay: Duration::from_secs(1),
-            },
+            live: LiveQueue { max_queue: 16_384, batch: 512, delay: Duration::from_secs(1) },
         }
     }
 }
@@ -359,14 +299,7 @@ impl fmt::Debug for TraceConfig {
             .field("enabled", &self.enabled)
             .field("protocol", &self.protocol)
             .field("endpoint", &self.printable_endpoint())
-            .field(
-                "headers",
-                &self
-                    .headers
-                    .iter()
-                    .map(|(name, _)| name)
-                    .collect::<Vec<_>>(),
-            )
+            .field("headers", &self.headers.iter().map(|(name, _)| name).collect::<Vec<_>>())
             .field("timeout", &self.timeout)
             .field("compression", &self.compression)
             .field("certificate", &self.certificate)
@@ -411,13 +344,8 @@ impl TraceConfig {
     /// The configuration that `lookup` describes; variables that are set to
     /// nothing count as not set. A command line puts its flags in front by
     /// answering for the `TASKER_TRACING_*` names.
-    pub fn from_vars(
-        lookup: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<(Self, Vec<Warning>), ConfigError> {
-        let mut vars = Vars {
-            lookup,
-            warnings: Vec::new(),
-        };
+    pub fn from_vars(lookup: &dyn Fn(&str) -> Option<String>) -> Result<(Self, Vec<Warning>), ConfigError> {
+        let mut vars = Vars { lookup, warnings: Vec::new() };
         let vars = &mut vars;
         let default = Self::default();
 
@@ -433,17 +361,11 @@ impl TraceConfig {
             "http/protobuf" => Some(Protocol::HttpProtobuf),
             _ => None,
         });
-        let insecure = vars
-            .read(Key::Insecure, "true or false", boolean)
-            .unwrap_or(false);
+        let insecure = vars.read(Key::Insecure, "true or false", boolean).unwrap_or(false);
         let (protocol, endpoint) = resolve_endpoint(endpoint, protocol, insecure)?;
         let config = Self {
             enabled,
-            exporter: if enabled {
-                Exporter::Otlp
-            } else {
-                Exporter::None
-            },
+            exporter: if enabled { Exporter::Otlp } else { Exporter::None },
             protocol,
             endpoint,
             headers: vars.headers(),
@@ -459,22 +381,14 @@ impl TraceConfig {
             sample_rate: vars.sample_rate(),
             service_name: vars.text(Key::ServiceName),
             service_names: ServiceNames {
-                orchestration: vars
-                    .text(Key::OrchestrationName)
-                    .unwrap_or(default.service_names.orchestration),
-                worker: vars
-                    .text(Key::WorkerName)
-                    .unwrap_or(default.service_names.worker),
+                orchestration: vars.text(Key::OrchestrationName).unwrap_or(default.service_names.orchestration),
+                worker: vars.text(Key::WorkerName).unwrap_or(default.service_names.worker),
             },
-            resource_attributes: vars
-                .read(Key::ResourceAttributes, "key=value,key=value", pairs)
-                .unwrap_or_default(),
+            resource_attributes: vars.read(Key::ResourceAttributes, "key=value,key=value", pairs).unwrap_or_default(),
             propagators: vars.propagators(),
             baggage_keys: vars
                 .text(Key::BaggageKeys)
-                .map_or(default.baggage_keys, |t| {
-                    list(&t).map(str::to_owned).collect()
-                }),
+                .map_or(default.baggage_keys, |t| list(&t).map(str::to_owned).collect()),
             detail: vars
                 .read(Key::Detail, "tree or full", |text| match text {
                     "tree" => Some(Detail::Tree),
@@ -512,10 +426,7 @@ struct Vars<'a> {
 impl Vars<'_> {
     /// The variables of a setting that are set, trimmed, in their precedence.
     fn raw(&self, key: Key) -> impl Iterator<Item = (&'static str, String)> + use<'_> {
-        let row = SETTINGS
-            .iter()
-            .find(|s| s.key == key)
-            .expect("every key has its row");
+        let row = SETTINGS.iter().find(|s| s.key == key).expect("every key has its row");
         row.variables.iter().filter_map(|name| {
             let value = (self.lookup)(name)?.trim().to_owned();
             (!value.is_empty()).then_some((*name, value))
@@ -543,39 +454,24 @@ impl Vars<'_> {
     }
 
     fn millis(&mut self, key: Key) -> Option<Duration> {
-        let positive = |text: &str| {
-            text.parse()
-                .ok()
-                .filter(|ms| *ms > 0)
-                .map(Duration::from_millis)
-        };
+        let positive = |text: &str| text.parse().ok().filter(|ms| *ms > 0).map(Duration::from_millis);
         self.read(key, "a number of milliseconds above 0", positive)
     }
 
     fn count(&mut self, key: Key) -> Option<usize> {
-        self.read(key, "a number above 0", |text| {
-            text.parse().ok().filter(|n| *n > 0)
-        })
+        self.read(key, "a number above 0", |text| text.parse().ok().filter(|n| *n > 0))
     }
 
     fn enabled(&mut self, exporter: Option<Exporter>, endpoint_set: bool) -> bool {
         let enabled = Key::Enabled;
-        let own = SETTINGS
-            .iter()
-            .find(|s| s.key == enabled)
-            .map_or("", |s| s.variables[0]);
-        let own_set = self
-            .raw(enabled)
-            .next()
-            .is_some_and(|(name, value)| name == own && boolean(&value).is_some());
+        let own = SETTINGS.iter().find(|s| s.key == enabled).map_or("", |s| s.variables[0]);
+        let own_set = self.raw(enabled).next().is_some_and(|(name, value)| name == own && boolean(&value).is_some());
         let asked = self.read(enabled, "true or false", boolean);
         // `TASKER_*` is before `OTEL_*`, and `OTEL_*` before the alias.
         if own_set {
             return asked == Some(true) && exporter != Some(Exporter::None);
         }
-        if self.read(Key::SdkDisabled, "true or false", boolean) == Some(true)
-            || exporter == Some(Exporter::None)
-        {
+        if self.read(Key::SdkDisabled, "true or false", boolean) == Some(true) || exporter == Some(Exporter::None) {
             return false;
         }
         asked.unwrap_or(endpoint_set || exporter == Some(Exporter::Otlp))
@@ -591,16 +487,12 @@ impl Vars<'_> {
             let header = member.split_once('=').and_then(|(key, value)| {
                 let key = key.trim().to_ascii_lowercase();
                 let value = percent_decode(value.trim())?;
-                let valid = http::HeaderName::try_from(&key).is_ok()
-                    && http::HeaderValue::try_from(&value).is_ok();
+                let valid = http::HeaderName::try_from(&key).is_ok() && http::HeaderValue::try_from(&value).is_ok();
                 valid.then_some((key, value))
             });
             match header {
                 Some(header) => headers.push(header),
-                None => self.warn(format!(
-                    "{name}: entry {} is ignored: it must be name=value",
-                    i + 1
-                )),
+                None => self.warn(format!("{name}: entry {} is ignored: it must be name=value", i + 1)),
             }
         }
         headers
@@ -610,16 +502,15 @@ impl Vars<'_> {
         if let Some(rate) = self.rate(Key::SampleRate) {
             return rate;
         }
-        let sampler = self.read(
-            Key::Sampler,
-            "always_on, always_off or traceidratio, with or without parentbased_",
-            |text| match text.strip_prefix("parentbased_").unwrap_or(text) {
-                "always_on" => Some(Some(1.0)),
-                "always_off" => Some(Some(0.0)),
-                "traceidratio" => Some(None),
-                _ => None,
-            },
-        );
+        let sampler =
+            self.read(Key::Sampler, "always_on, always_off or traceidratio, with or without parentbased_", |text| {
+                match text.strip_prefix("parentbased_").unwrap_or(text) {
+                    "always_on" => Some(Some(1.0)),
+                    "always_off" => Some(Some(0.0)),
+                    "traceidratio" => Some(None),
+                    _ => None,
+                }
+            });
         match sampler {
             Some(Some(rate)) => rate,
             _ => self.rate(Key::SamplerArg).unwrap_or(1.0),
@@ -632,9 +523,7 @@ impl Vars<'_> {
         let rate = self.read(key, "a number from 0 to 1", number)?;
         let clamped = rate.clamp(0.0, 1.0);
         if (rate - clamped).abs() > 0.0 {
-            self.warn(format!(
-                "{name}={rate} is used as {clamped}: it must be from 0 to 1"
-            ));
+            self.warn(format!("{name}={rate} is used as {clamped}: it must be from 0 to 1"));
         }
         Some(clamped)
     }
@@ -643,10 +532,7 @@ impl Vars<'_> {
         let Some((name, text)) = self.raw(Key::Propagators).next() else {
             return Propagators::default();
         };
-        let mut found = Propagators {
-            trace_context: false,
-            baggage: false,
-        };
+        let mut found = Propagators { trace_context: false, baggage: false };
         let mut unknown = false;
         for entry in list(&text) {
             match entry {
@@ -655,25 +541,17 @@ impl Vars<'_> {
                 "none" => {}
                 other => {
                     unknown = true;
-                    self.warn(format!(
-                        "{name}: {other} is not supported; tracecontext, baggage and none are"
-                    ));
+                    self.warn(format!("{name}: {other} is not supported; tracecontext, baggage and none are"));
                 }
             }
         }
         let nothing = !found.trace_context && !found.baggage;
-        if nothing && unknown {
-            Propagators::default()
-        } else {
-            found
-        }
+        if nothing && unknown { Propagators::default() } else { found }
     }
 }
 
 fn list(text: &str) -> impl Iterator<Item = &str> {
-    text.split(',')
-        .map(str::trim)
-        .filter(|entry| !entry.is_empty())
+    text.split(',').map(str::trim).filter(|entry| !entry.is_empty())
 }
 
 fn boolean(text: &str) -> Option<bool> {
@@ -708,11 +586,7 @@ fn resolve_endpoint(
         });
     };
     let refuse = |problem| Err(ConfigError::Endpoint { variable, problem });
-    let with_scheme = if url.contains("://") {
-        url.clone()
-    } else {
-        format!("http://{url}")
-    };
+    let with_scheme = if url.contains("://") { url.clone() } else { format!("http://{url}") };
     let Ok(uri) = with_scheme.parse::<http::Uri>() else {
         return refuse("this is not a URL");
     };
@@ -728,26 +602,16 @@ fn resolve_endpoint(
     });
     match protocol {
         Protocol::Grpc if url.contains("://") => Ok((protocol, url)),
-        Protocol::Grpc => Ok((
-            protocol,
-            format!("{}://{url}", if insecure { "http" } else { "https" }),
-        )),
-        Protocol::HttpProtobuf if !url.contains("://") => {
-            refuse("an HTTP endpoint needs http:// or https://")
-        }
+        Protocol::Grpc => Ok((protocol, format!("{}://{url}", if insecure { "http" } else { "https" }))),
+        Protocol::HttpProtobuf if !url.contains("://") => refuse("an HTTP endpoint needs http:// or https://"),
         // The signal's own variable is taken as it is; every other names a base.
-        Protocol::HttpProtobuf if variable == "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" => {
-            Ok((protocol, url))
-        }
+        Protocol::HttpProtobuf if variable == "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" => Ok((protocol, url)),
         Protocol::HttpProtobuf => {
             let (base, query) = url.split_at(url.find('?').unwrap_or(url.len()));
             let base = base.trim_end_matches('/');
             // A full URL in a variable of ours is understood, too.
             let complete = !variable.starts_with("OTEL_") && base.ends_with("/v1/traces");
-            Ok((
-                protocol,
-                format!("{base}{}{query}", if complete { "" } else { "/v1/traces" }),
-            ))
+            Ok((protocol, format!("{base}{}{query}", if complete { "" } else { "/v1/traces" })))
         }
     }
 }
@@ -764,21 +628,14 @@ mod tests {
     fn the_document_lists_every_setting_as_it_is() {
         let document = include_str!("../../../docs/telemetry.md");
         for setting in SETTINGS {
-            let variables: Vec<String> = setting
-                .variables
-                .iter()
-                .map(|name| format!("`{name}`"))
-                .collect();
+            let variables: Vec<String> = setting.variables.iter().map(|name| format!("`{name}`")).collect();
             let row = format!(
                 "| {} | {} | {} |",
                 variables.join(", "),
                 setting.default.replace('|', "\\|"),
                 setting.about.replace('|', "\\|")
             );
-            assert!(
-                document.contains(&row),
-                "docs/telemetry.md lacks this row:\n{row}"
-            );
+            assert!(document.contains(&row), "docs/telemetry.md lacks this row:\n{row}");
         }
     }
 
@@ -789,16 +646,9 @@ mod tests {
 
     fn try_read(vars: &[(&str, &str)]) -> Result<(TraceConfig, Vec<Warning>), ConfigError> {
         for (name, _) in vars {
-            assert!(
-                SETTINGS.iter().any(|s| s.variables.contains(name)),
-                "{name} is in no row"
-            );
+            assert!(SETTINGS.iter().any(|s| s.variables.contains(name)), "{name} is in no row");
         }
-        TraceConfig::from_vars(&|name| {
-            vars.iter()
-                .find(|(n, _)| *n == name)
-                .map(|(_, v)| (*v).to_owned())
-        })
+        TraceConfig::from_vars(&|name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()))
     }
 
     /// Reads without any warning.
@@ -811,23 +661,14 @@ mod tests {
     #[test]
     fn an_empty_environment_is_quiet_and_off() {
         assert_eq!(quiet(&[]), TraceConfig::default());
-        assert_eq!(
-            quiet(&[
-                ("OTEL_EXPORTER_OTLP_ENDPOINT", " "),
-                ("TRACING_ENABLED", "")
-            ]),
-            TraceConfig::default()
-        );
+        assert_eq!(quiet(&[("OTEL_EXPORTER_OTLP_ENDPOINT", " "), ("TRACING_ENABLED", "")]), TraceConfig::default());
     }
 
     #[test]
     fn every_variable_has_exactly_one_row_and_every_key_one() {
         let names: Vec<_> = SETTINGS.iter().flat_map(|s| s.variables).collect();
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
-        assert_eq!(
-            SETTINGS.iter().map(|s| s.key).collect::<HashSet<_>>().len(),
-            SETTINGS.len()
-        );
+        assert_eq!(SETTINGS.iter().map(|s| s.key).collect::<HashSet<_>>().len(), SETTINGS.len());
     }
 
     #[test]
@@ -838,10 +679,7 @@ mod tests {
             None
         });
         for name in SETTINGS.iter().flat_map(|s| s.variables) {
-            assert!(
-                asked.borrow().contains(*name),
-                "{name} is documented and never read"
-            );
+            assert!(asked.borrow().contains(*name), "{name} is documented and never read");
         }
     }
 
@@ -859,39 +697,11 @@ mod tests {
             (false, &[E, ("OTEL_SDK_DISABLED", "true")]),
             (true, &[E, ("OTEL_SDK_DISABLED", "false")]),
             (false, &[E, ("OTEL_TRACES_EXPORTER", "none")]),
-            (
-                false,
-                &[("TRACING_ENABLED", "true"), ("OTEL_SDK_DISABLED", "true")],
-            ),
-            (
-                true,
-                &[
-                    ("TASKER_TRACING_ENABLED", "true"),
-                    ("OTEL_SDK_DISABLED", "true"),
-                ],
-            ),
-            (
-                true,
-                &[
-                    ("TASKER_TRACING_ENABLED", "true"),
-                    ("TRACING_ENABLED", "false"),
-                ],
-            ),
-            (
-                false,
-                &[
-                    ("TASKER_TRACING_ENABLED", "true"),
-                    ("TASKER_TRACING_EXPORTER", "none"),
-                ],
-            ),
-            (
-                true,
-                &[
-                    E,
-                    ("TASKER_TRACING_EXPORTER", "otlp"),
-                    ("OTEL_TRACES_EXPORTER", "none"),
-                ],
-            ),
+            (false, &[("TRACING_ENABLED", "true"), ("OTEL_SDK_DISABLED", "true")]),
+            (true, &[("TASKER_TRACING_ENABLED", "true"), ("OTEL_SDK_DISABLED", "true")]),
+            (true, &[("TASKER_TRACING_ENABLED", "true"), ("TRACING_ENABLED", "false")]),
+            (false, &[("TASKER_TRACING_ENABLED", "true"), ("TASKER_TRACING_EXPORTER", "none")]),
+            (true, &[E, ("TASKER_TRACING_EXPORTER", "otlp"), ("OTEL_TRACES_EXPORTER", "none")]),
         ];
         for (want, vars) in table {
             let config = quiet(vars);
@@ -911,100 +721,39 @@ mod tests {
         let table: &[(Protocol, &str, Vars)] = &[
             (Http, "http://localhost:4318/v1/traces", &[HTTP]),
             (Grpc, "http://localhost:4317", &[GRPC]),
-            (
-                Http,
-                "http://c:4318/v1/traces",
-                &[(GENERIC, "http://c:4318")],
-            ),
-            (
-                Http,
-                "http://c:4318/v1/traces",
-                &[(GENERIC, "http://c:4318/")],
-            ),
-            (
-                Http,
-                "http://c/base/v1/traces?k=1",
-                &[(GENERIC, "http://c/base?k=1")],
-            ),
-            (
-                Http,
-                "http://c/v1/traces/v1/traces",
-                &[(GENERIC, "http://c/v1/traces")],
-            ),
+            (Http, "http://c:4318/v1/traces", &[(GENERIC, "http://c:4318")]),
+            (Http, "http://c:4318/v1/traces", &[(GENERIC, "http://c:4318/")]),
+            (Http, "http://c/base/v1/traces?k=1", &[(GENERIC, "http://c/base?k=1")]),
+            (Http, "http://c/v1/traces/v1/traces", &[(GENERIC, "http://c/v1/traces")]),
             (Http, "http://c/v1/traces", &[(OURS, "http://c/v1/traces")]),
-            (
-                Http,
-                "http://c/v1/traces",
-                &[("TRACING_ENDPOINT", "http://c")],
-            ),
+            (Http, "http://c/v1/traces", &[("TRACING_ENDPOINT", "http://c")]),
             (Http, "http://c:4318", &[(TRACES, "http://c:4318")]),
-            (
-                Http,
-                "http://a/x",
-                &[(TRACES, "http://a/x"), (GENERIC, "http://b")],
-            ),
-            (
-                Http,
-                "http://o/v1/traces",
-                &[(OURS, "http://o"), (TRACES, "http://a")],
-            ),
-            (
-                Http,
-                "http://g/v1/traces",
-                &[(GENERIC, "http://g"), ("TRACING_ENDPOINT", "http://alias")],
-            ),
+            (Http, "http://a/x", &[(TRACES, "http://a/x"), (GENERIC, "http://b")]),
+            (Http, "http://o/v1/traces", &[(OURS, "http://o"), (TRACES, "http://a")]),
+            (Http, "http://g/v1/traces", &[(GENERIC, "http://g"), ("TRACING_ENDPOINT", "http://alias")]),
             (Grpc, "http://c:4317", &[(GENERIC, "http://c:4317")]),
             (Grpc, "https://c:4317", &[(GENERIC, "https://c:4317")]),
-            (
-                Http,
-                "http://c:4317/v1/traces",
-                &[(GENERIC, "http://c:4317"), HTTP],
-            ),
+            (Http, "http://c:4317/v1/traces", &[(GENERIC, "http://c:4317"), HTTP]),
             (Grpc, "http://c:4318", &[(GENERIC, "http://c:4318"), GRPC]),
             (Grpc, "https://c:4317", &[(GENERIC, "c:4317")]),
-            (
-                Grpc,
-                "http://c:4317",
-                &[(GENERIC, "c:4317"), ("OTEL_EXPORTER_OTLP_INSECURE", "true")],
-            ),
+            (Grpc, "http://c:4317", &[(GENERIC, "c:4317"), ("OTEL_EXPORTER_OTLP_INSECURE", "true")]),
             (
                 Http,
                 "http://c/v1/traces",
-                &[
-                    (GENERIC, "http://c"),
-                    GRPC,
-                    ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf"),
-                ],
+                &[(GENERIC, "http://c"), GRPC, ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")],
             ),
         ];
         for (protocol, endpoint, vars) in table {
             let config = quiet(vars);
-            assert_eq!(
-                (config.protocol, config.endpoint.as_str()),
-                (*protocol, *endpoint),
-                "{vars:?}"
-            );
+            assert_eq!((config.protocol, config.endpoint.as_str()), (*protocol, *endpoint), "{vars:?}");
         }
     }
 
     #[test]
     fn an_endpoint_that_cannot_be_spoken_to_is_refused_without_printing_it() {
-        for bad in [
-            "://",
-            "http://",
-            "ftp://c",
-            "unix:///s",
-            "http://user:hunter2@ho st",
-            "collector",
-            "c:4318",
-        ] {
-            let error = try_read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", bad)])
-                .unwrap_err()
-                .to_string();
-            assert!(
-                error.starts_with("OTEL_EXPORTER_OTLP_ENDPOINT: "),
-                "{error}"
-            );
+        for bad in ["://", "http://", "ftp://c", "unix:///s", "http://user:hunter2@ho st", "collector", "c:4318"] {
+            let error = try_read(&[("OTEL_EXPORTER_OTLP_ENDPOINT", bad)]).unwrap_err().to_string();
+            assert!(error.starts_with("OTEL_EXPORTER_OTLP_ENDPOINT: "), "{error}");
             assert!(!error.contains("hunter2"), "{error}");
         }
     }
@@ -1031,17 +780,8 @@ mod tests {
         assert_eq!(config.service_name.as_deref(), Some("payments"));
         assert_eq!(config.service_names.worker, "w");
         assert_eq!(config.service_names.orchestration, "tasker-orchestration");
-        assert_eq!(
-            config.resource_attributes,
-            [("a".into(), "1".into()), ("b".into(), "x y".into())]
-        );
-        assert_eq!(
-            config.propagators,
-            Propagators {
-                trace_context: false,
-                baggage: true
-            }
-        );
+        assert_eq!(config.resource_attributes, [("a".into(), "1".into()), ("b".into(), "x y".into())]);
+        assert_eq!(config.propagators, Propagators { trace_context: false, baggage: true });
         assert_eq!(config.baggage_keys, ["tenant", "namespace"]);
         assert_eq!(config.detail, Detail::Full);
         assert_eq!(config.live.delay, Duration::from_millis(50));
@@ -1063,11 +803,7 @@ mod tests {
         assert_eq!(config.resource_attributes, []);
         assert_eq!(config.live.max_queue, 16_384);
         assert_eq!(warnings.len(), 5, "{warnings:?}");
-        assert!(
-            warnings
-                .iter()
-                .any(|w| w.contains("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT=soon is ignored"))
-        );
+        assert!(warnings.iter().any(|w| w.contains("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT=soon is ignored")));
     }
 
     #[test]
@@ -1079,40 +815,15 @@ mod tests {
             (0.0, 1, &[("TRACING_SAMPLE_RATE", "-1")]),
             (1.0, 1, &[("TRACING_SAMPLE_RATE", "NaN")]),
             (1.0, 1, &[("TRACING_SAMPLE_RATE", "half")]),
-            (
-                0.0,
-                0,
-                &[
-                    ("OTEL_TRACES_SAMPLER", "always_off"),
-                    ("TRACING_SAMPLE_RATE", "0.25"),
-                ],
-            ),
-            (
-                0.5,
-                0,
-                &[
-                    ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
-                    ("OTEL_TRACES_SAMPLER_ARG", "0.5"),
-                ],
-            ),
+            (0.0, 0, &[("OTEL_TRACES_SAMPLER", "always_off"), ("TRACING_SAMPLE_RATE", "0.25")]),
+            (0.5, 0, &[("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "0.5")]),
             (1.0, 0, &[("OTEL_TRACES_SAMPLER", "traceidratio")]),
             (1.0, 1, &[("OTEL_TRACES_SAMPLER", "jaeger_remote")]),
-            (
-                0.1,
-                0,
-                &[
-                    ("TASKER_TRACING_SAMPLE_RATE", "0.1"),
-                    ("OTEL_TRACES_SAMPLER", "always_off"),
-                ],
-            ),
+            (0.1, 0, &[("TASKER_TRACING_SAMPLE_RATE", "0.1"), ("OTEL_TRACES_SAMPLER", "always_off")]),
         ];
         for (want, warned, vars) in table {
             let (config, warnings) = read(vars);
-            assert!(
-                (config.sample_rate - want).abs() < f64::EPSILON,
-                "{vars:?}: {}",
-                config.sample_rate
-            );
+            assert!((config.sample_rate - want).abs() < f64::EPSILON, "{vars:?}: {}", config.sample_rate);
             assert_eq!(warnings.len(), *warned, "{vars:?}: {warnings:?}");
         }
     }
@@ -1120,19 +831,10 @@ mod tests {
     #[test]
     fn header_values_and_passwords_are_never_printed() {
         let (config, warnings) = read(&[
-            (
-                "OTEL_EXPORTER_OTLP_HEADERS",
-                "Authorization=Bearer%20hunter2, broken hunter2, bad=hunter2%0A",
-            ),
-            (
-                "OTEL_EXPORTER_OTLP_ENDPOINT",
-                "http://user:hunter2@c:4318/x?token=hunter2",
-            ),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Bearer%20hunter2, broken hunter2, bad=hunter2%0A"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:hunter2@c:4318/x?token=hunter2"),
         ]);
-        assert_eq!(
-            config.headers,
-            [("authorization".into(), "Bearer hunter2".into())]
-        );
+        assert_eq!(config.headers, [("authorization".into(), "Bearer hunter2".into())]);
         assert_eq!(warnings.len(), 2);
         let printed = format!("{config:?} {warnings:?}");
         assert!(!printed.contains("hunter2"), "{printed}");

@@ -86,23 +86,13 @@ impl FromStr for Traceparent {
         if trace_id == [0; 16] || span_id == [0; 8] {
             return Err(TraceparentError::ZeroId);
         }
-        Ok(Self {
-            trace_id,
-            span_id,
-            flags: flags & 1,
-        })
+        Ok(Self { trace_id, span_id, flags: flags & 1 })
     }
 }
 
 impl fmt::Display for Traceparent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "00-{}-{}-{:02x}",
-            hex(&self.trace_id),
-            hex(&self.span_id),
-            self.flags
-        )
+        write!(f, "00-{}-{}-{:02x}", hex(&self.trace_id), hex(&self.span_id), self.flags)
     }
 }
 
@@ -123,17 +113,13 @@ fn unhex<const N: usize>(digits: &[u8]) -> Result<[u8; N], TraceparentError> {
 /// long or not a list of `key=value`.
 pub fn tracestate(text: &str) -> Option<&str> {
     let text = text.trim_matches([' ', '\t']);
-    let printable = text
-        .bytes()
-        .all(|b| (0x20..0x7f).contains(&b) || b == b'\t');
+    let printable = text.bytes().all(|b| (0x20..0x7f).contains(&b) || b == b'\t');
     if text.is_empty() || text.len() > MAX_TRACESTATE_BYTES || !printable {
         return None;
     }
     let mut members = text.split(',').map(str::trim).filter(|m| !m.is_empty());
     let valid = members.by_ref().take(MAX_TRACESTATE_MEMBERS).all(|member| {
-        member.split_once('=').is_some_and(|(key, value)| {
-            !key.is_empty() && !value.is_empty() && !value.contains('=')
-        })
+        member.split_once('=').is_some_and(|(key, value)| !key.is_empty() && !value.is_empty() && !value.contains('='))
     });
     (valid && members.next().is_none()).then_some(text)
 }
@@ -180,10 +166,7 @@ impl Baggage {
 
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.0
-            .iter()
-            .find(|(k, _)| k == key)
-            .map(|(_, v)| v.as_str())
+        self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
     /// The members, in order.
@@ -198,8 +181,7 @@ impl Baggage {
 
     /// Drops every member whose key is not in `keys`.
     pub fn allow(&mut self, keys: &[impl AsRef<str>]) {
-        self.0
-            .retain(|(key, _)| keys.iter().any(|k| k.as_ref() == key));
+        self.0.retain(|(key, _)| keys.iter().any(|k| k.as_ref() == key));
     }
 }
 
@@ -223,10 +205,7 @@ impl fmt::Display for Baggage {
 
 /// RFC 7230 `token`, the grammar of a baggage key.
 fn is_token(key: &str) -> bool {
-    !key.is_empty()
-        && key
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
+    !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
 }
 
 /// `baggage-octet`: printable ASCII but space, quote, comma, semicolon, backslash.
@@ -287,8 +266,7 @@ impl Incoming {
         let parent = parsed.and_then(Result::ok);
         let kept_state = state.filter(|_| parent.is_some()).and_then(tracestate);
         let (baggage, baggage_cut) = baggage.map(Baggage::parse).unwrap_or_default();
-        let state_cut =
-            parent.is_some() && kept_state.is_none() && state.is_some_and(|s| !s.trim().is_empty());
+        let state_cut = parent.is_some() && kept_state.is_none() && state.is_some_and(|s| !s.trim().is_empty());
         Self {
             traceparent: parent,
             tracestate: kept_state.map(str::to_owned),
@@ -309,10 +287,7 @@ pub struct Propagators {
 
 impl Default for Propagators {
     fn default() -> Self {
-        Self {
-            trace_context: true,
-            baggage: true,
-        }
+        Self { trace_context: true, baggage: true }
     }
 }
 
@@ -351,11 +326,7 @@ pub fn inject_current<S: std::hash::BuildHasher>(headers: &mut HashMap<String, S
                 headers.insert(TRACESTATE.into(), state.to_owned());
             }
         }
-        let mut members: Vec<_> = cx
-            .baggage()
-            .iter()
-            .map(|(k, (v, _))| (k.as_str(), v.as_str()))
-            .collect();
+        let mut members: Vec<_> = cx.baggage().iter().map(|(k, (v, _))| (k.as_str(), v.as_str())).collect();
         // The SDK keeps baggage in a hash map; equal baggage should give equal headers.
         members.sort_unstable();
         let mut baggage = Baggage::default();
@@ -373,12 +344,7 @@ pub fn extract<S: std::hash::BuildHasher>(headers: &HashMap<String, String, S>) 
     let active = Propagators::active();
     let get = |name: &str| {
         let exact = headers.get(name);
-        let any_case = || {
-            headers
-                .iter()
-                .find(|(k, _)| k.eq_ignore_ascii_case(name))
-                .map(|(_, v)| v)
-        };
+        let any_case = || headers.iter().find(|(k, _)| k.eq_ignore_ascii_case(name)).map(|(_, v)| v);
         exact.or_else(any_case).map(String::as_str)
     };
     Incoming::parse(
@@ -392,9 +358,7 @@ pub fn extract<S: std::hash::BuildHasher>(headers: &HashMap<String, String, S>) 
 /// remote parent, and the baggage. Wrap a handler's future with it:
 /// `future.with_context(cx)` of `opentelemetry::context::FutureExt`.
 pub fn to_otel_context(parent: &Traceparent, state: Option<&str>, baggage: &Baggage) -> Context {
-    let state = state
-        .and_then(|s| TraceState::from_str(s).ok())
-        .unwrap_or_default();
+    let state = state.and_then(|s| TraceState::from_str(s).ok()).unwrap_or_default();
     let span = SpanContext::new(
         opentelemetry::TraceId::from_bytes(parent.trace_id),
         opentelemetry::SpanId::from_bytes(parent.span_id),
@@ -407,11 +371,7 @@ pub fn to_otel_context(parent: &Traceparent, state: Option<&str>, baggage: &Bagg
     if baggage.is_empty() {
         return cx;
     }
-    cx.with_baggage(
-        baggage
-            .iter()
-            .map(|(k, v)| KeyValue::new(k.to_owned(), v.to_owned())),
-    )
+    cx.with_baggage(baggage.iter().map(|(k, v)| KeyValue::new(k.to_owned(), v.to_owned())))
 }
 
 #[cfg(test)]
@@ -427,11 +387,7 @@ mod tests {
         use TraceparentError::{Shape, Version, ZeroId};
         let ids = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7";
         let refused = |text: &str, why| assert_eq!(text.parse::<Traceparent>(), Err(why), "{text}");
-        let flags = |text: &str| {
-            text.parse::<Traceparent>()
-                .unwrap_or_else(|e| panic!("{text}: {e}"))
-                .flags
-        };
+        let flags = |text: &str| text.parse::<Traceparent>().unwrap_or_else(|e| panic!("{text}: {e}")).flags;
         assert_eq!(flags(VALID), 1);
         assert_eq!(flags(&format!("00-{ids}-00")), 0);
         assert_eq!(flags(&format!("00-{ids}-03")), 1);
@@ -451,14 +407,8 @@ mod tests {
         refused(&format!("cc-{ids}-01more"), Shape);
         refused(&format!("0-{ids}-01"), Shape);
         refused(&format!("ff-{ids}-01"), Version);
-        refused(
-            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-            ZeroId,
-        );
-        refused(
-            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
-            ZeroId,
-        );
+        refused("00-00000000000000000000000000000000-00f067aa0ba902b7-01", ZeroId);
+        refused("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", ZeroId);
     }
 
     #[test]
@@ -467,22 +417,8 @@ mod tests {
         assert_eq!(tracestate(" a=1 "), Some("a=1"));
         let longest = format!("a={}", "x".repeat(510));
         assert_eq!(tracestate(&longest), Some(longest.as_str()));
-        let too_many = (0..33)
-            .map(|i| format!("k{i}=v"))
-            .collect::<Vec<_>>()
-            .join(",");
-        for bad in [
-            "",
-            " ",
-            "a",
-            "=1",
-            "a=",
-            "a=b=c",
-            "a=1\n",
-            "ä=1",
-            &format!("{longest}x"),
-            &too_many,
-        ] {
+        let too_many = (0..33).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
+        for bad in ["", " ", "a", "=1", "a=", "a=b=c", "a=1\n", "ä=1", &format!("{longest}x"), &too_many] {
             assert_eq!(tracestate(bad), None, "{bad:?}");
         }
     }
@@ -495,10 +431,7 @@ mod tests {
         };
         assert_eq!(read("a=1, b = 2 ;p=q;r"), ("a=1,b=2".into(), false));
         assert_eq!(read(""), (String::new(), false));
-        assert_eq!(
-            read("a=%C3%A4%20x,b=100%"),
-            ("a=%C3%A4%20x,b=100%25".into(), false)
-        );
+        assert_eq!(read("a=%C3%A4%20x,b=100%"), ("a=%C3%A4%20x,b=100%25".into(), false));
         assert_eq!(read("a=1,nonsense,b=2"), ("a=1,b=2".into(), true));
         assert_eq!(read("a=1,a=2"), ("a=1".into(), true));
         assert_eq!(read("a=%FF,b=2"), ("b=2".into(), true));
@@ -507,10 +440,7 @@ mod tests {
 
     #[test]
     fn baggage_keeps_to_the_limits_in_both_directions() {
-        let many = (0..65)
-            .map(|i| format!("k{i}=v"))
-            .collect::<Vec<_>>()
-            .join(",");
+        let many = (0..65).map(|i| format!("k{i}=v")).collect::<Vec<_>>().join(",");
         let (baggage, dropped) = Baggage::parse(&many);
         assert_eq!((baggage.iter().count(), dropped), (64, true));
         assert!(baggage.get("k63").is_some() && baggage.get("k64").is_none());
@@ -561,14 +491,8 @@ mod tests {
         }
         assert_eq!(headers["traceparent"], VALID);
         assert_eq!(headers["tracestate"], "vendor=1");
-        assert_eq!(
-            headers["baggage"],
-            "correlation_id=order%204711,namespace=n"
-        );
-        let shouted = headers
-            .into_iter()
-            .map(|(k, v)| (k.to_uppercase(), v))
-            .collect::<HashMap<_, _>>();
+        assert_eq!(headers["baggage"], "correlation_id=order%204711,namespace=n");
+        let shouted = headers.into_iter().map(|(k, v)| (k.to_uppercase(), v)).collect::<HashMap<_, _>>();
         let back = extract(&shouted);
         assert_eq!(back.traceparent, Some(parent));
         assert_eq!(back.tracestate.as_deref(), Some("vendor=1"));

@@ -91,17 +91,9 @@ impl Exporter {
     ///
     /// Errors if the endpoint or its credentials cannot be used at all; a collector that does
     /// not answer is no error, its spans wait.
-    pub async fn start(
-        config: &TraceConfig,
-        pool: PgPool,
-        instance: Uuid,
-    ) -> Result<Self, StartError> {
+    pub async fn start(config: &TraceConfig, pool: PgPool, instance: Uuid) -> Result<Self, StartError> {
         let transport = Transport::connect(config)?;
-        exports::alive(
-            &mut *pool.acquire().await.map_err(store::Error::from)?,
-            instance,
-        )
-        .await?;
+        exports::alive(&mut *pool.acquire().await.map_err(store::Error::from)?, instance).await?;
         let (sender, receiver) = mpsc::unbounded_channel();
         let exporter = Self {
             instance,
@@ -134,10 +126,7 @@ impl Exporter {
         }
         self.stats.queued_rows.fetch_add(rows, Ordering::Relaxed);
         self.stats.open_batches.fetch_add(1, Ordering::Relaxed);
-        self.held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(batch.batch_id);
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(batch.batch_id);
         // The worker lives until shutdown; what comes later is adopted by another instance.
         let _ = self.sender.send(batch);
     }
@@ -145,10 +134,7 @@ impl Exporter {
     /// A transaction failed without saying whether it committed: its batch may stand in the
     /// database while nobody holds it. It is looked for a little later.
     pub fn doubt(&self) {
-        *self
-            .doubted_at
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *self.doubted_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// What was delivered so far.
@@ -179,14 +165,10 @@ impl Exporter {
     }
 
     fn release(&self, batch_ids: Vec<Uuid>) {
-        self.stats
-            .released
-            .fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
+        self.stats.released.fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
         let exporter = self.clone();
         tokio::spawn(async move {
-            let released =
-                async { exports::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }
-                    .await;
+            let released = async { exports::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }.await;
             if let Err(error) = released {
                 tracing::warn!(%error, "export batches could not be released; they are taken up again later");
                 exporter.doubt();
@@ -207,12 +189,7 @@ pub enum StartError {
 }
 
 fn rows(batch: &Batch) -> usize {
-    batch
-        .slices
-        .iter()
-        .map(|slice| slice.transitions.len())
-        .sum::<usize>()
-        + batch.read.len()
+    batch.slices.iter().map(|slice| slice.transitions.len()).sum::<usize>() + batch.read.len()
 }
 
 /// A batch that is encoded but not yet acknowledged: it may span several requests.
@@ -249,11 +226,7 @@ impl Worker {
     }
 
     async fn encode(&mut self, batch: Batch) {
-        let open = Arc::new(Open {
-            batch_id: batch.batch_id,
-            rows: rows(&batch),
-            requests: AtomicUsize::new(1),
-        });
+        let open = Arc::new(Open { batch_id: batch.batch_id, rows: rows(&batch), requests: AtomicUsize::new(1) });
         self.open.push(open.clone());
         let read = read_logs(&self.exporter, &batch.read).await;
         for log in batch.slices.iter().chain(&read) {
@@ -262,9 +235,7 @@ impl Worker {
             let mut next = 0;
             while next < spans.spans.len() {
                 next = self.encoder.push_from(&spans, next, MAX_REQUEST_BYTES);
-                if self.encoder.spans() >= MAX_REQUEST_SPANS
-                    || self.encoder.bytes_len() >= MAX_REQUEST_BYTES
-                {
+                if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= MAX_REQUEST_BYTES {
                     // The batch goes on in the next request: it is done when both are acknowledged.
                     open.requests.fetch_add(1, Ordering::Relaxed);
                     self.send().await;
@@ -309,15 +280,9 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> 
     loop {
         match transport.send(request.clone()).await {
             Ok(accepted) => {
-                exporter
-                    .stats
-                    .rejected
-                    .fetch_add(accepted.rejected_spans, Ordering::Relaxed);
+                exporter.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
                 if accepted.rejected_spans > 0 {
-                    tracing::warn!(
-                        spans = accepted.rejected_spans,
-                        "the receiver refused some spans"
-                    );
+                    tracing::warn!(spans = accepted.rejected_spans, "the receiver refused some spans");
                 }
                 if told {
                     tracing::info!("the receiver of traces answers again");
@@ -325,17 +290,11 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> 
                 return true;
             }
             Err(error) => {
-                exporter
-                    .stats
-                    .failed_requests
-                    .fetch_add(1, Ordering::Relaxed);
+                exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
                 }
-                let pause = error
-                    .retry_after
-                    .unwrap_or(wait)
-                    .min(Duration::from_secs(30));
+                let pause = error.retry_after.unwrap_or(wait).min(Duration::from_secs(30));
                 wait = (wait * 2).min(Duration::from_secs(5));
                 tokio::select! {
                     () = exporter.done.cancelled() => return false,
@@ -348,10 +307,8 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> 
 
 /// One request of each of these batches is acknowledged; those with none left are forgotten.
 async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
-    let done: Vec<Arc<Open>> = open
-        .into_iter()
-        .filter(|open| open.requests.fetch_sub(1, Ordering::AcqRel) == 1)
-        .collect();
+    let done: Vec<Arc<Open>> =
+        open.into_iter().filter(|open| open.requests.fetch_sub(1, Ordering::AcqRel) == 1).collect();
     if done.is_empty() {
         return;
     }
@@ -368,14 +325,8 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
         }
     }
     let rows = done.iter().map(|open| open.rows).sum();
-    exporter
-        .stats
-        .queued_rows
-        .fetch_sub(rows, Ordering::Relaxed);
-    exporter
-        .stats
-        .open_batches
-        .fetch_sub(done.len(), Ordering::Relaxed);
+    exporter.stats.queued_rows.fetch_sub(rows, Ordering::Relaxed);
+    exporter.stats.open_batches.fetch_sub(done.len(), Ordering::Relaxed);
 }
 
 async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<TaskLog> {
@@ -384,9 +335,7 @@ async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<TaskLog> {
     }
     let mut wait = Duration::from_millis(50);
     loop {
-        let read =
-            async { transitions::logs(&mut *exporter.pool.acquire().await?, task_uuids).await }
-                .await;
+        let read = async { transitions::logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
         match read {
             Ok(logs) => return logs,
             Err(error) => {
@@ -420,11 +369,7 @@ async fn recover(exporter: Exporter) {
         if let Err(error) = take_up(&exporter).await {
             tracing::warn!(%error, "export batches that were left behind could not be read");
         }
-        let pause = if last_adopted.is_some() {
-            ALIVE_EVERY
-        } else {
-            Duration::from_millis(20)
-        };
+        let pause = if last_adopted.is_some() { ALIVE_EVERY } else { Duration::from_millis(20) };
         tokio::select! {
             () = exporter.stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
@@ -441,27 +386,15 @@ pub async fn adopt(exporter: &Exporter) -> Result<usize, store::Error> {
 
 /// Some time after a doubt, looks for batches of ours that nobody holds.
 async fn take_up(exporter: &Exporter) -> Result<(), store::Error> {
-    let doubted_at = *exporter
-        .doubted_at
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let doubted_at = *exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
     if doubted_at.is_none_or(|at| at.elapsed() < DOUBT_SETTLES) {
         return Ok(());
     }
     let mut conn = exporter.pool.acquire().await?;
-    let held: Vec<Uuid> = exporter
-        .held
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .iter()
-        .copied()
-        .collect();
+    let held: Vec<Uuid> = exporter.held.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
     let left = exports::left_behind(&mut conn, exporter.instance, &held, ADOPT).await?;
     if hand_over_again(exporter, &mut conn, left).await? == 0 {
-        let mut latest = exporter
-            .doubted_at
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut latest = exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
         latest.take_if(|latest| Some(*latest) == doubted_at);
     }
     Ok(())
@@ -472,44 +405,20 @@ async fn hand_over_again(
     conn: &mut PgConnection,
     orphans: Vec<Orphan>,
 ) -> Result<usize, store::Error> {
-    let tasks: HashSet<Uuid> = orphans
-        .iter()
-        .flat_map(|orphan| orphan.task_uuids.iter().copied())
-        .collect();
+    let tasks: HashSet<Uuid> = orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).collect();
     let tasks: Vec<Uuid> = tasks.into_iter().collect();
-    let logs: HashMap<Uuid, TaskLog> = transitions::logs(conn, &tasks)
-        .await?
-        .into_iter()
-        .map(|log| (log.head.task_uuid, log))
-        .collect();
+    let logs: HashMap<Uuid, TaskLog> =
+        transitions::logs(conn, &tasks).await?.into_iter().map(|log| (log.head.task_uuid, log)).collect();
     let found = orphans.len();
     for orphan in orphans {
-        let slices: Vec<TaskLog> = orphan
-            .task_uuids
-            .iter()
-            .filter_map(|task| logs.get(task))
-            .map(|log| part(log, orphan.at))
-            .collect();
+        let slices: Vec<TaskLog> =
+            orphan.task_uuids.iter().filter_map(|task| logs.get(task)).map(|log| part(log, orphan.at)).collect();
         let spans: usize = slices
             .iter()
-            .map(|slice| {
-                tree::spans(slice)
-                    .spans
-                    .iter()
-                    .filter(|s| s.settled_at == orphan.at)
-                    .count()
-            })
+            .map(|slice| tree::spans(slice).spans.iter().filter(|s| s.settled_at == orphan.at).count())
             .sum();
-        exporter
-            .stats
-            .re_exported
-            .fetch_add(spans as u64, Ordering::Relaxed);
-        exporter.hand_over(Batch {
-            batch_id: orphan.batch_id,
-            at: orphan.at,
-            slices,
-            read: Vec::new(),
-        });
+        exporter.stats.re_exported.fetch_add(spans as u64, Ordering::Relaxed);
+        exporter.hand_over(Batch { batch_id: orphan.batch_id, at: orphan.at, slices, read: Vec::new() });
     }
     Ok(found)
 }
@@ -517,12 +426,7 @@ async fn hand_over_again(
 /// The slice of a log that one transaction settled: its moves, and every move of the attempts
 /// that it closed. So that a task of many transactions is not encoded whole for each of them.
 fn part(log: &TaskLog, at: DateTime<Utc>) -> TaskLog {
-    let moved: HashSet<Uuid> = log
-        .transitions
-        .iter()
-        .filter(|row| row.at == at)
-        .map(|row| row.entity)
-        .collect();
+    let moved: HashSet<Uuid> = log.transitions.iter().filter(|row| row.at == at).map(|row| row.entity).collect();
     let task = log.head.task_uuid;
     let begins = |event: &str| event == "OperatorRetry" || event == "Rerun";
     TaskLog {
@@ -537,12 +441,7 @@ fn part(log: &TaskLog, at: DateTime<Utc>) -> TaskLog {
             })
             .cloned()
             .collect(),
-        attempts: log
-            .attempts
-            .iter()
-            .filter(|attempt| moved.contains(&attempt.step))
-            .cloned()
-            .collect(),
+        attempts: log.attempts.iter().filter(|attempt| moved.contains(&attempt.step)).cloned().collect(),
         steps: log
             .steps
             .iter()

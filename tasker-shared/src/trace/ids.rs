@@ -16,10 +16,7 @@ const PREFIX: &[u8] = b"tasker-span-v1";
 /// A byte that was ever published is never given to another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
-#[expect(
-    missing_docs,
-    reason = "the variants are the span names of the trace contract"
-)]
+#[expect(missing_docs, reason = "the variants are the span names of the trace contract")]
 pub enum SpanKey {
     Root = 1,
     TaskTransition = 2,
@@ -40,14 +37,7 @@ pub enum SpanKey {
 /// [`SpanKey::Root`] and is 0 elsewhere; `ordinal` is the row's `version` for
 /// transitions, discovery, enqueuing, evaluation and waits, and 0 elsewhere.
 /// W3C forbids an all-zero id, so that one becomes 1.
-pub fn span_id(
-    trace_id: &TraceId,
-    entity: Uuid,
-    generation: u64,
-    attempt: u64,
-    key: SpanKey,
-    ordinal: u64,
-) -> SpanId {
+pub fn span_id(trace_id: &TraceId, entity: Uuid, generation: u64, attempt: u64, key: SpanKey, ordinal: u64) -> SpanId {
     // One buffer and one update: the hash is on the path of every span.
     let mut input = [0; PREFIX.len() + 16 + 16 + 8 + 8 + 1 + 8];
     let mut at = 0;
@@ -102,14 +92,7 @@ mod tests {
             let trace_id = u128::from_str_radix(f[0], 16).unwrap().to_be_bytes();
             let number = |i: usize| f[i].parse::<u64>().unwrap();
             let key = ALL.into_iter().find(|k| *k as u64 == number(4)).unwrap();
-            let id = span_id(
-                &trace_id,
-                f[1].parse().unwrap(),
-                number(2),
-                number(3),
-                key,
-                number(5),
-            );
+            let id = span_id(&trace_id, f[1].parse().unwrap(), number(2), number(3), key, number(5));
             assert_eq!(format!("{:016x}", u64::from_be_bytes(id)), f[6], "{line}");
             kinds.insert(key);
             seen += 1;
@@ -121,9 +104,7 @@ mod tests {
     #[test]
     fn each_part_of_the_key_changes_the_id() {
         let base = (Uuid::from_u128(7), 1, 2, SpanKey::Wait, 3);
-        let id = |t: TraceId, (e, g, a, k, o): (Uuid, u64, u64, SpanKey, u64)| {
-            span_id(&t, e, g, a, k, o)
-        };
+        let id = |t: TraceId, (e, g, a, k, o): (Uuid, u64, u64, SpanKey, u64)| span_id(&t, e, g, a, k, o);
         let ids = [
             id([1; 16], base),
             id([2; 16], base),

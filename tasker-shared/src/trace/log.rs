@@ -47,10 +47,7 @@ pub struct Head {
 
 /// One row of the log.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(
-    missing_docs,
-    reason = "columns of tasker.transitions, explained there"
-)]
+#[expect(missing_docs, reason = "columns of tasker.transitions, explained there")]
 pub struct Transition {
     pub entity: Uuid,
     pub version: i32,

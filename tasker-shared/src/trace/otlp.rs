@@ -37,10 +37,7 @@ pub struct ServiceNames {
 
 impl Default for ServiceNames {
     fn default() -> Self {
-        Self {
-            orchestration: "tasker-orchestration".into(),
-            worker: "tasker-worker".into(),
-        }
+        Self { orchestration: "tasker-orchestration".into(), worker: "tasker-worker".into() }
     }
 }
 
@@ -113,11 +110,7 @@ impl Encoder {
             put_bytes(key(2, BYTES), VERSION.as_bytes(), &mut body);
             let mut scope = Vec::new();
             put_bytes(key(1, BYTES), &body, &mut scope);
-            Group {
-                resource,
-                scope,
-                spans: Vec::new(),
-            }
+            Group { resource, scope, spans: Vec::new() }
         };
         Self {
             groups: [group(Service::Orchestration), group(Service::Worker)],
@@ -144,25 +137,13 @@ impl Encoder {
             put_bytes(key(3, BYTES), state.as_bytes(), &mut self.common);
         }
         for (name, value) in &task.common {
-            put_attribute(
-                key(9, BYTES),
-                name,
-                value,
-                &mut self.common,
-                &mut self.cleaned,
-            );
+            put_attribute(key(9, BYTES), name, value, &mut self.common, &mut self.cleaned);
         }
         let mut next = first;
         for span in task.spans.get(first..).unwrap_or_default() {
             self.span.clear();
             self.span.extend_from_slice(&self.common);
-            put_span(
-                span,
-                u32::from(task.trace_flags),
-                &mut self.span,
-                &mut self.event,
-                &mut self.cleaned,
-            );
+            put_span(span, u32::from(task.trace_flags), &mut self.span, &mut self.event, &mut self.cleaned);
             let group = &mut self.groups[index(span.service)].spans;
             put_bytes(key(2, BYTES), &self.span, group);
             next += 1;
@@ -186,11 +167,7 @@ impl Encoder {
 
     /// Size in bytes of what [`finish`](Self::finish) would return now.
     pub fn bytes_len(&self) -> usize {
-        self.groups
-            .iter()
-            .filter(|g| !g.spans.is_empty())
-            .map(|g| field_len(g.body_len()))
-            .sum()
+        self.groups.iter().filter(|g| !g.spans.is_empty()).map(|g| field_len(g.body_len())).sum()
     }
 
     /// Closes the request and starts the next one; the scratch space is kept.
@@ -202,11 +179,7 @@ impl Encoder {
             }
             put_len(key(1, BYTES), group.body_len(), &mut request);
             request.extend_from_slice(&group.resource);
-            put_len(
-                key(2, BYTES),
-                group.scope.len() + group.spans.len(),
-                &mut request,
-            );
+            put_len(key(2, BYTES), group.scope.len() + group.spans.len(), &mut request);
             request.extend_from_slice(&group.scope);
             request.extend_from_slice(&group.spans);
             group.spans.clear();
@@ -255,13 +228,7 @@ fn put_fixed64(key: u8, value: u64, out: &mut Vec<u8>) {
 }
 
 /// Everything of a `Span` but what its task shares.
-fn put_span(
-    span: &Span,
-    trace_flags: u32,
-    out: &mut Vec<u8>,
-    scratch: &mut Vec<u8>,
-    cleaned: &mut u64,
-) {
+fn put_span(span: &Span, trace_flags: u32, out: &mut Vec<u8>, scratch: &mut Vec<u8>, cleaned: &mut u64) {
     put_bytes(key(2, BYTES), &span.id, out);
     if let Some(parent) = &span.parent {
         put_bytes(key(4, BYTES), parent, out);
@@ -295,11 +262,7 @@ fn put_span(
 
 fn put_event(event: &Event, out: &mut Vec<u8>, cleaned: &mut u64) {
     put_fixed64(key(1, FIXED64), unix_nanos(event.at), out);
-    put_bytes(
-        key(2, BYTES),
-        clean(&event.name, false, cleaned).as_bytes(),
-        out,
-    );
+    put_bytes(key(2, BYTES), clean(&event.name, false, cleaned).as_bytes(), out);
     for (name, value) in &event.attributes {
         put_attribute(key(3, BYTES), name, value, out, cleaned);
     }
@@ -337,13 +300,7 @@ fn put_text_attribute(field: u8, name: &str, value: &str, out: &mut Vec<u8>) {
     });
 }
 
-fn put_any(
-    field: u8,
-    name: &str,
-    any_len: usize,
-    out: &mut Vec<u8>,
-    put: impl FnOnce(&mut Vec<u8>),
-) {
+fn put_any(field: u8, name: &str, any_len: usize, out: &mut Vec<u8>, put: impl FnOnce(&mut Vec<u8>)) {
     put_len(field, field_len(name.len()) + field_len(any_len), out);
     put_bytes(key(1, BYTES), name.as_bytes(), out);
     put_len(key(2, BYTES), any_len, out);
@@ -356,10 +313,8 @@ fn span_flags(span: &Span, trace_flags: u32) -> u32 {
 
 /// Nanoseconds since 1970; what OTLP cannot express becomes its nearest bound.
 fn unix_nanos(at: DateTime<Utc>) -> u64 {
-    u64::try_from(at.timestamp()).map_or(0, |s| {
-        s.saturating_mul(1_000_000_000)
-            .saturating_add(u64::from(at.timestamp_subsec_nanos()))
-    })
+    u64::try_from(at.timestamp())
+        .map_or(0, |s| s.saturating_mul(1_000_000_000).saturating_add(u64::from(at.timestamp_subsec_nanos())))
 }
 
 /// At most [`MAX_TEXT_BYTES`], cut between two characters.
@@ -394,12 +349,7 @@ pub fn to_json(tasks: &[TaskSpans], names: &ServiceNames) -> serde_json::Value {
         .filter_map(|service| {
             let spans: Vec<_> = tasks
                 .iter()
-                .flat_map(|task| {
-                    task.spans
-                        .iter()
-                        .filter(move |s| s.service == service)
-                        .map(move |s| (task, s))
-                })
+                .flat_map(|task| task.spans.iter().filter(move |s| s.service == service).map(move |s| (task, s)))
                 .map(|(task, span)| json_span(task, span))
                 .collect();
             if spans.is_empty() {
@@ -463,9 +413,7 @@ fn json_span(task: &TaskSpans, span: &Span) -> serde_json::Value {
     out
 }
 
-fn json_attributes<'a>(
-    attributes: impl Iterator<Item = &'a (&'static str, Value)>,
-) -> serde_json::Value {
+fn json_attributes<'a>(attributes: impl Iterator<Item = &'a (&'static str, Value)>) -> serde_json::Value {
     attributes
         .map(|(key, value)| {
             let value = match value {
@@ -487,20 +435,14 @@ fn json_attributes<'a>(
 /// Lower-case hexadecimal, as W3C and OTLP JSON write ids.
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes
-        .iter()
-        .flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]])
-        .map(char::from)
-        .collect()
+    bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use chrono::TimeDelta;
     use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
-    use opentelemetry_proto::tonic::common::v1::{
-        AnyValue, InstrumentationScope, KeyValue, any_value,
-    };
+    use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value};
     use opentelemetry_proto::tonic::resource::v1::Resource;
     use opentelemetry_proto::tonic::trace::v1 as proto;
     use proptest::prelude::*;
@@ -534,12 +476,7 @@ mod tests {
             kind: span.kind as i32,
             start_time_unix_nano: nanos(span.start),
             end_time_unix_nano: nanos(span.end),
-            attributes: task
-                .common
-                .iter()
-                .chain(&span.attributes)
-                .map(attribute)
-                .collect(),
+            attributes: task.common.iter().chain(&span.attributes).map(attribute).collect(),
             events: span
                 .events
                 .iter()
@@ -559,50 +496,42 @@ mod tests {
                     ..proto::span::Link::default()
                 })
                 .collect(),
-            status: span.error.as_ref().map(|m| proto::Status {
-                message: m.clone(),
-                code: proto::status::StatusCode::Error as i32,
-            }),
+            status: span
+                .error
+                .as_ref()
+                .map(|m| proto::Status { message: m.clone(), code: proto::status::StatusCode::Error as i32 }),
             ..proto::Span::default()
         };
-        let resource_spans = [
-            (Service::Orchestration, &names.orchestration),
-            (Service::Worker, &names.worker),
-        ]
-        .into_iter()
-        .map(|(service, name)| proto::ResourceSpans {
-            resource: Some(Resource {
-                attributes: [
-                    ("service.name", name.clone()),
-                    ("telemetry.sdk.language", "rust".into()),
-                    ("telemetry.sdk.name", "tasker".into()),
-                    ("telemetry.sdk.version", env!("CARGO_PKG_VERSION").into()),
-                ]
-                .map(|(k, v)| attribute(&(k, Value::from(v))))
-                .to_vec(),
-                ..Resource::default()
-            }),
-            scope_spans: vec![proto::ScopeSpans {
-                scope: Some(InstrumentationScope {
-                    name: "tasker".into(),
-                    version: env!("CARGO_PKG_VERSION").into(),
-                    ..InstrumentationScope::default()
+        let resource_spans = [(Service::Orchestration, &names.orchestration), (Service::Worker, &names.worker)]
+            .into_iter()
+            .map(|(service, name)| proto::ResourceSpans {
+                resource: Some(Resource {
+                    attributes: [
+                        ("service.name", name.clone()),
+                        ("telemetry.sdk.language", "rust".into()),
+                        ("telemetry.sdk.name", "tasker".into()),
+                        ("telemetry.sdk.version", env!("CARGO_PKG_VERSION").into()),
+                    ]
+                    .map(|(k, v)| attribute(&(k, Value::from(v))))
+                    .to_vec(),
+                    ..Resource::default()
                 }),
-                spans: tasks
-                    .iter()
-                    .flat_map(|t| {
-                        t.spans
-                            .iter()
-                            .filter(|s| s.service == service)
-                            .map(|s| span(t, s))
-                    })
-                    .collect(),
+                scope_spans: vec![proto::ScopeSpans {
+                    scope: Some(InstrumentationScope {
+                        name: "tasker".into(),
+                        version: env!("CARGO_PKG_VERSION").into(),
+                        ..InstrumentationScope::default()
+                    }),
+                    spans: tasks
+                        .iter()
+                        .flat_map(|t| t.spans.iter().filter(|s| s.service == service).map(|s| span(t, s)))
+                        .collect(),
+                    schema_url: String::new(),
+                }],
                 schema_url: String::new(),
-            }],
-            schema_url: String::new(),
-        })
-        .filter(|r| !r.scope_spans[0].spans.is_empty())
-        .collect();
+            })
+            .filter(|r| !r.scope_spans[0].spans.is_empty())
+            .collect();
         ExportTraceServiceRequest { resource_spans }
     }
 
@@ -616,31 +545,19 @@ mod tests {
     }
 
     fn attributes() -> impl Strategy<Value = Vec<(&'static str, Value)>> {
-        let key = prop_oneof![
-            Just("correlation_id"),
-            Just("größe"),
-            Just("k"),
-            Just("messaging.batch.message_count")
-        ];
+        let key = prop_oneof![Just("correlation_id"), Just("größe"), Just("k"), Just("messaging.batch.message_count")];
         proptest::collection::vec((key, value()), 0..5)
     }
 
     fn at() -> impl Strategy<Value = DateTime<Utc>> {
-        (0i64..9_000_000_000_000_000)
-            .prop_map(|us| DateTime::<Utc>::UNIX_EPOCH + TimeDelta::microseconds(us))
+        (0i64..9_000_000_000_000_000).prop_map(|us| DateTime::<Utc>::UNIX_EPOCH + TimeDelta::microseconds(us))
     }
 
     // What has no control character, so that nothing is cleaned.
     const PLAIN: &str = "[ -~äöü→🦀]{0,150}";
 
     fn span() -> impl Strategy<Value = Span> {
-        let kinds = [
-            Kind::Internal,
-            Kind::Server,
-            Kind::Client,
-            Kind::Producer,
-            Kind::Consumer,
-        ];
+        let kinds = [Kind::Internal, Kind::Server, Kind::Client, Kind::Producer, Kind::Consumer];
         let head = (
             any::<[u8; 8]>(),
             proptest::option::of(any::<[u8; 8]>()),
@@ -651,13 +568,9 @@ mod tests {
             at(),
             at(),
         );
-        let event = (PLAIN, at(), attributes()).prop_map(|(name, at, attributes)| Event {
-            name: name.into(),
-            at,
-            attributes,
-        });
-        let link = (any::<[u8; 16]>(), any::<[u8; 8]>())
-            .prop_map(|(trace_id, span_id)| Link { trace_id, span_id });
+        let event =
+            (PLAIN, at(), attributes()).prop_map(|(name, at, attributes)| Event { name: name.into(), at, attributes });
+        let link = (any::<[u8; 16]>(), any::<[u8; 8]>()).prop_map(|(trace_id, span_id)| Link { trace_id, span_id });
         let tail = (
             attributes(),
             proptest::collection::vec(event, 0..4),
@@ -689,15 +602,13 @@ mod tests {
             attributes(),
             proptest::collection::vec(span(), 0..6),
         )
-            .prop_map(
-                |(trace_id, trace_flags, tracestate, common, spans)| TaskSpans {
-                    trace_id,
-                    trace_flags,
-                    tracestate,
-                    common,
-                    spans,
-                },
-            )
+            .prop_map(|(trace_id, trace_flags, tracestate, common, spans)| TaskSpans {
+                trace_id,
+                trace_flags,
+                tracestate,
+                common,
+                spans,
+            })
     }
 
     proptest! {
@@ -747,13 +658,7 @@ mod tests {
     }
 
     fn one_task(spans: Vec<Span>) -> TaskSpans {
-        TaskSpans {
-            trace_id: [1; 16],
-            trace_flags: 1,
-            tracestate: None,
-            common: vec![],
-            spans,
-        }
+        TaskSpans { trace_id: [1; 16], trace_flags: 1, tracestate: None, common: vec![], spans }
     }
 
     fn only_span(encoder: &mut Encoder) -> proto::Span {
@@ -764,10 +669,8 @@ mod tests {
     #[test]
     fn long_values_are_cut_between_characters_and_counted() {
         let mut span = plain_span("s");
-        span.attributes = vec![
-            ("a", Value::from("ö".repeat(2048))),
-            ("b", Value::from("x".to_owned() + &"ö".repeat(2048))),
-        ];
+        span.attributes =
+            vec![("a", Value::from("ö".repeat(2048))), ("b", Value::from("x".to_owned() + &"ö".repeat(2048)))];
         let mut encoder = Encoder::new(&ServiceNames::default());
         encoder.push(&one_task(vec![span]));
         assert_eq!(encoder.cleaned(), 1);
@@ -786,11 +689,7 @@ mod tests {
     fn control_characters_leave_names_and_messages() {
         let mut span = plain_span("s");
         span.error = Some("line one\n\tline two\u{1b}[31m\u{9b}".into());
-        span.events = vec![Event {
-            name: "a\nb\0".into(),
-            at: span.start,
-            attributes: vec![],
-        }];
+        span.events = vec![Event { name: "a\nb\0".into(), at: span.start, attributes: vec![] }];
         let mut encoder = Encoder::new(&ServiceNames::default());
         encoder.push(&one_task(vec![span]));
         assert_eq!(encoder.cleaned(), 2);
@@ -808,12 +707,7 @@ mod tests {
             next = encoder.push_from(&task, next, 1000);
             let bytes = encoder.finish();
             assert!(bytes.len() < 1200, "{}", bytes.len());
-            spans += ExportTraceServiceRequest::decode(bytes)
-                .unwrap()
-                .resource_spans[0]
-                .scope_spans[0]
-                .spans
-                .len();
+            spans += ExportTraceServiceRequest::decode(bytes).unwrap().resource_spans[0].scope_spans[0].spans.len();
             requests += 1;
         }
         assert_eq!(spans, 100);

@@ -12,9 +12,7 @@ use chrono::{DateTime, Utc};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use prost::Message;
 use prost::bytes::{Buf, BufMut, Bytes, BytesMut};
-use reqwest::header::{
-    CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER,
-};
+use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tonic::client::Grpc;
@@ -46,14 +44,8 @@ pub struct Transport {
 
 #[derive(Debug, Clone)]
 enum Way {
-    Grpc {
-        channel: Channel,
-        metadata: MetadataMap,
-    },
-    Http {
-        client: reqwest::Client,
-        url: reqwest::Url,
-    },
+    Grpc { channel: Channel, metadata: MetadataMap },
+    Http { client: reqwest::Client, url: reqwest::Url },
 }
 
 /// Why there is no way to the collector. Nothing was sent.
@@ -68,9 +60,7 @@ pub enum Error {
         problem: String,
     },
     /// The certificate file cannot be read.
-    #[error(
-        "the certificate file {path} cannot be used: {problem}; give a PEM file with at least one certificate"
-    )]
+    #[error("the certificate file {path} cannot be used: {problem}; give a PEM file with at least one certificate")]
     Certificate {
         /// As configured.
         path: String,
@@ -130,12 +120,7 @@ pub enum ErrorKind {
 
 impl SendError {
     fn new(kind: ErrorKind, retryable: bool, message: impl AsRef<str>) -> Self {
-        Self {
-            kind,
-            retryable,
-            retry_after: None,
-            message: short(message.as_ref()),
-        }
+        Self { kind, retryable, retry_after: None, message: short(message.as_ref()) }
     }
 }
 
@@ -146,10 +131,7 @@ impl Transport {
     /// Must be called inside a tokio runtime.
     pub fn connect(config: &TraceConfig) -> Result<Self, Error> {
         let way = match config.protocol {
-            Protocol::Grpc => Way::Grpc {
-                channel: channel(config)?,
-                metadata: metadata(config)?,
-            },
+            Protocol::Grpc => Way::Grpc { channel: channel(config)?, metadata: metadata(config)? },
             Protocol::HttpProtobuf => {
                 let mut headers = header_map(config)?;
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROTOBUF));
@@ -166,18 +148,11 @@ impl Transport {
                     .tcp_nodelay(true)
                     .build()
                     .map_err(|e| Error::Client(chain(&e.without_url())))?;
-                let url = config
-                    .endpoint
-                    .parse()
-                    .map_err(|e| bad_endpoint(config, &e))?;
+                let url = config.endpoint.parse().map_err(|e| bad_endpoint(config, &e))?;
                 Way::Http { client, url }
             }
         };
-        Ok(Self {
-            way,
-            timeout: config.timeout,
-            compression: config.compression,
-        })
+        Ok(Self { way, timeout: config.timeout, compression: config.compression })
     }
 
     /// Sends the bytes of one `ExportTraceServiceRequest` and waits for the
@@ -190,12 +165,10 @@ impl Transport {
                 Way::Http { client, url } => self.send_http(client, url, request).await,
             }
         };
-        tokio::time::timeout(self.timeout, answer)
-            .await
-            .unwrap_or_else(|_| {
-                let message = format!("nothing within {} ms", self.timeout.as_millis());
-                Err(SendError::new(ErrorKind::Timeout, true, message))
-            })
+        tokio::time::timeout(self.timeout, answer).await.unwrap_or_else(|_| {
+            let message = format!("nothing within {} ms", self.timeout.as_millis());
+            Err(SendError::new(ErrorKind::Timeout, true, message))
+        })
     }
 
     async fn send_grpc(
@@ -208,19 +181,14 @@ impl Transport {
         if self.compression == Compression::Gzip {
             grpc = grpc.send_compressed(CompressionEncoding::Gzip);
         }
-        grpc.ready()
-            .await
-            .map_err(|e| SendError::new(ErrorKind::Connection, true, chain(&e)))?;
+        grpc.ready().await.map_err(|e| SendError::new(ErrorKind::Connection, true, chain(&e)))?;
         let mut request = tonic::Request::new(request);
         *request.metadata_mut() = metadata.clone();
         let answer = grpc
             .unary(request, PathAndQuery::from_static(EXPORT_PATH), RawCodec)
             .await
             .map_err(|status| grpc_error(&status))?;
-        answer
-            .into_inner()
-            .map(accepted)
-            .map_err(|e| bad_answer(&e))
+        answer.into_inner().map(accepted).map_err(|e| bad_answer(&e))
     }
 
     async fn send_http(
@@ -233,21 +201,10 @@ impl Transport {
             Compression::None => request,
             Compression::Gzip => gzip(request).await?,
         };
-        let mut answer = client
-            .post(url.clone())
-            .body(body)
-            .send()
-            .await
-            .map_err(http_error)?;
+        let mut answer = client.post(url.clone()).body(body).send().await.map_err(http_error)?;
         let status = answer.status();
-        let retry_after = answer
-            .headers()
-            .get(RETRY_AFTER)
-            .and_then(|v| retry_after(v, Utc::now()));
-        let json = answer
-            .headers()
-            .get(CONTENT_TYPE)
-            .is_some_and(|v| v.as_bytes().starts_with(b"application/json"));
+        let retry_after = answer.headers().get(RETRY_AFTER).and_then(|v| retry_after(v, Utc::now()));
+        let json = answer.headers().get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/json"));
         let mut body = BytesMut::new();
         while let Some(chunk) = answer.chunk().await.map_err(http_error)? {
             if body.len() + chunk.len() > MAX_ANSWER_BYTES {
@@ -259,19 +216,12 @@ impl Transport {
             let words = std::str::from_utf8(&body).unwrap_or_default();
             let retryable = matches!(status.as_u16(), 429 | 502 | 503 | 504);
             let error = SendError::new(ErrorKind::Refused, retryable, format!("{status} {words}"));
-            return Err(SendError {
-                retry_after: retry_after.filter(|_| retryable),
-                ..error
-            });
+            return Err(SendError { retry_after: retry_after.filter(|_| retryable), ..error });
         }
         if json {
-            return serde_json::from_slice(&body)
-                .map(|v| accepted_json(&v))
-                .map_err(|e| bad_answer(&e));
+            return serde_json::from_slice(&body).map(|v| accepted_json(&v)).map_err(|e| bad_answer(&e));
         }
-        ExportTraceServiceResponse::decode(body)
-            .map(accepted)
-            .map_err(|e| bad_answer(&e))
+        ExportTraceServiceResponse::decode(body).map(accepted).map_err(|e| bad_answer(&e))
     }
 }
 
@@ -291,9 +241,7 @@ pub(crate) fn channel(config: &TraceConfig) -> Result<Channel, Error> {
             Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
             None => ClientTlsConfig::new().with_webpki_roots(),
         };
-        endpoint = endpoint
-            .tls_config(tls)
-            .map_err(|e| bad_endpoint(config, &e))?;
+        endpoint = endpoint.tls_config(tls).map_err(|e| bad_endpoint(config, &e))?;
     }
     Ok(endpoint.connect_lazy())
 }
@@ -332,17 +280,11 @@ fn certificate(config: &TraceConfig) -> Result<Option<Vec<u8>>, Error> {
 }
 
 fn bad_certificate(config: &TraceConfig, problem: String) -> Error {
-    Error::Certificate {
-        path: config.certificate.clone().unwrap_or_default(),
-        problem,
-    }
+    Error::Certificate { path: config.certificate.clone().unwrap_or_default(), problem }
 }
 
 fn bad_endpoint(config: &TraceConfig, error: &dyn std::error::Error) -> Error {
-    Error::Endpoint {
-        endpoint: config.printable_endpoint(),
-        problem: chain(error),
-    }
+    Error::Endpoint { endpoint: config.printable_endpoint(), problem: chain(error) }
 }
 
 /// The configured headers, marked so that no debug output shows their values.
@@ -427,14 +369,8 @@ fn accepted_json(answer: &serde_json::Value) -> Accepted {
     let partial = &answer["partialSuccess"];
     let rejected = &partial["rejectedSpans"];
     Accepted {
-        rejected_spans: rejected
-            .as_u64()
-            .or_else(|| rejected.as_str()?.parse().ok())
-            .unwrap_or(0),
-        message: partial["errorMessage"]
-            .as_str()
-            .map(short)
-            .filter(|m| !m.is_empty()),
+        rejected_spans: rejected.as_u64().or_else(|| rejected.as_str()?.parse().ok()).unwrap_or(0),
+        message: partial["errorMessage"].as_str().map(short).filter(|m| !m.is_empty()),
     }
 }
 
@@ -445,11 +381,7 @@ fn bad_answer(problem: &dyn std::fmt::Display) -> SendError {
 }
 
 fn http_error(error: reqwest::Error) -> SendError {
-    let kind = if error.is_timeout() {
-        ErrorKind::Timeout
-    } else {
-        ErrorKind::Connection
-    };
+    let kind = if error.is_timeout() { ErrorKind::Timeout } else { ErrorKind::Connection };
     // The URL may hold credentials.
     SendError::new(kind, true, chain(&error.without_url()))
 }
@@ -478,9 +410,7 @@ fn grpc_error(status: &Status) -> SendError {
         _ => false,
     };
     let message = format!("{:?} {}", status.code(), status.message());
-    let retry_after = retry_info
-        .and_then(|info| info.retry_delay)
-        .map(|d| d.min(MAX_RETRY_AFTER));
+    let retry_after = retry_info.and_then(|info| info.retry_delay).map(|d| d.min(MAX_RETRY_AFTER));
     SendError {
         retry_after: retry_after.filter(|_| retryable),
         ..SendError::new(ErrorKind::Refused, retryable, message)
@@ -492,9 +422,7 @@ fn retry_after(value: &HeaderValue, now: DateTime<Utc>) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     let wait = match text.parse() {
         Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => (DateTime::parse_from_rfc2822(text).ok()?.to_utc() - now)
-            .to_std()
-            .unwrap_or_default(),
+        Err(_) => (DateTime::parse_from_rfc2822(text).ok()?.to_utc() - now).to_std().unwrap_or_default(),
     };
     Some(wait.min(MAX_RETRY_AFTER))
 }
@@ -508,16 +436,8 @@ async fn gzip(request: Bytes) -> Result<Bytes, SendError> {
     });
     match compressed.await {
         Ok(Ok(bytes)) => Ok(bytes.into()),
-        Ok(Err(e)) => Err(SendError::new(
-            ErrorKind::Connection,
-            true,
-            format!("gzip: {e}"),
-        )),
-        Err(e) => Err(SendError::new(
-            ErrorKind::Connection,
-            true,
-            format!("gzip: {e}"),
-        )),
+        Ok(Err(e)) => Err(SendError::new(ErrorKind::Connection, true, format!("gzip: {e}"))),
+        Err(e) => Err(SendError::new(ErrorKind::Connection, true, format!("gzip: {e}"))),
     }
 }
 
@@ -548,16 +468,11 @@ mod tests {
 
     #[test]
     fn retry_after_is_read_as_seconds_or_date_and_bounded() {
-        let now = DateTime::parse_from_rfc2822("Wed, 21 Oct 2015 07:28:00 GMT")
-            .unwrap()
-            .to_utc();
+        let now = DateTime::parse_from_rfc2822("Wed, 21 Oct 2015 07:28:00 GMT").unwrap().to_utc();
         let read = |text: &'static str| retry_after(&HeaderValue::from_static(text), now);
         assert_eq!(read("7"), Some(Duration::from_secs(7)));
         assert_eq!(read("99999999"), Some(MAX_RETRY_AFTER));
-        assert_eq!(
-            read("Wed, 21 Oct 2015 07:28:09 GMT"),
-            Some(Duration::from_secs(9))
-        );
+        assert_eq!(read("Wed, 21 Oct 2015 07:28:09 GMT"), Some(Duration::from_secs(9)));
         assert_eq!(read("Wed, 21 Oct 2015 07:27:00 GMT"), Some(Duration::ZERO));
         assert_eq!(read("soon"), None);
         assert_eq!(read("-1"), None);
@@ -590,11 +505,7 @@ mod tests {
             assert!(!retried(code), "{code:?}");
         }
         let details = tonic_types::ErrorDetails::with_retry_info(Some(Duration::from_secs(3)));
-        let error = grpc_error(&Status::with_error_details(
-            Code::ResourceExhausted,
-            "busy",
-            details,
-        ));
+        let error = grpc_error(&Status::with_error_details(Code::ResourceExhausted, "busy", details));
         assert!(error.retryable);
         assert_eq!(error.retry_after, Some(Duration::from_secs(3)));
     }
@@ -602,25 +513,10 @@ mod tests {
     #[test]
     fn a_json_answer_is_read_in_both_spellings_of_numbers() {
         let read = |text| accepted_json(&serde_json::from_str(text).unwrap());
-        assert_eq!(
-            read("{}"),
-            Accepted {
-                rejected_spans: 0,
-                message: None
-            }
-        );
+        assert_eq!(read("{}"), Accepted { rejected_spans: 0, message: None });
         let partial = r#"{"partialSuccess":{"rejectedSpans":"3","errorMessage":"no"}}"#;
-        assert_eq!(
-            read(partial),
-            Accepted {
-                rejected_spans: 3,
-                message: Some("no".into())
-            }
-        );
-        assert_eq!(
-            read(r#"{"partialSuccess":{"rejectedSpans":3}}"#).rejected_spans,
-            3
-        );
+        assert_eq!(read(partial), Accepted { rejected_spans: 3, message: Some("no".into()) });
+        assert_eq!(read(r#"{"partialSuccess":{"rejectedSpans":3}}"#).rejected_spans, 3);
     }
 
     #[tokio::test]
@@ -635,16 +531,11 @@ mod tests {
         let empty = empty.path().to_str().unwrap();
         for protocol in [Protocol::Grpc, Protocol::HttpProtobuf] {
             for path in ["/nonexistent.pem", empty] {
-                let error = Transport::connect(&config(path, protocol))
-                    .unwrap_err()
-                    .to_string();
+                let error = Transport::connect(&config(path, protocol)).unwrap_err().to_string();
                 assert!(error.contains(path), "{error}");
             }
         }
-        let trusted = TraceConfig {
-            certificate: None,
-            ..config("", Protocol::Grpc)
-        };
+        let trusted = TraceConfig { certificate: None, ..config("", Protocol::Grpc) };
         Transport::connect(&trusted).unwrap();
     }
 }

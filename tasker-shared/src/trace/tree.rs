@@ -41,11 +41,7 @@ struct Tree<'a> {
 impl<'a> Tree<'a> {
     fn new(log: &'a TaskLog, now: Option<DateTime<Utc>>) -> Self {
         let mut settled: HashMap<_, Vec<_>> = HashMap::new();
-        for row in log
-            .transitions
-            .iter()
-            .filter(|row| row.entity != log.head.task_uuid)
-        {
+        for row in log.transitions.iter().filter(|row| row.entity != log.head.task_uuid) {
             settled.entry(row.at).or_default().push(row);
         }
         for rows in settled.values_mut() {
@@ -54,22 +50,15 @@ impl<'a> Tree<'a> {
         Self {
             log,
             now,
-            attempts: log
-                .attempts
-                .iter()
-                .map(|attempt| ((attempt.step, attempt.attempt), attempt))
-                .collect(),
+            attempts: log.attempts.iter().map(|attempt| ((attempt.step, attempt.attempt), attempt)).collect(),
             settled,
             spans: Vec::with_capacity(log.transitions.len() * 2),
         }
     }
 
     fn build(mut self) -> TaskSpans {
-        let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) = self
-            .log
-            .transitions
-            .iter()
-            .partition(|row| row.entity == self.log.head.task_uuid);
+        let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) =
+            self.log.transitions.iter().partition(|row| row.entity == self.log.head.task_uuid);
         task_rows.sort_unstable_by_key(|row| row.version);
         step_rows.sort_unstable_by_key(|row| (row.entity, row.version));
         self.roots(&task_rows);
@@ -97,11 +86,7 @@ impl<'a> Tree<'a> {
 
     /// One task.orchestration per generation that has ended.
     fn roots(&mut self, task_rows: &[&'a Transition]) {
-        let ends = |row: &&&Transition| {
-            row.to
-                .parse::<TaskState>()
-                .is_ok_and(TaskState::is_terminal)
-        };
+        let ends = |row: &&&Transition| row.to.parse::<TaskState>().is_ok_and(TaskState::is_terminal);
         for row in task_rows.iter().filter(ends) {
             let start = self.generation_began(row.generation, task_rows);
             let mut root = self.root(row.generation, start, row.at);
@@ -114,12 +99,8 @@ impl<'a> Tree<'a> {
             root.attributes.push((names::OUTCOME, outcome.into()));
             let detail = row.detail.as_ref();
             if failed {
-                let kind = detail
-                    .and_then(|d| d.error_type.clone())
-                    .unwrap_or_else(|| "error".into());
-                let message = detail
-                    .and_then(|d| d.reason.clone())
-                    .unwrap_or_else(|| "the task failed".into());
+                let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+                let message = detail.and_then(|d| d.reason.clone()).unwrap_or_else(|| "the task failed".into());
                 fail(&mut root, kind, message, row.at);
             } else if let Some(reason) = detail.and_then(|d| d.reason.clone()) {
                 root.attributes.push((names::REASON, reason.into()));
@@ -129,11 +110,7 @@ impl<'a> Tree<'a> {
         let ended = task_rows.last().is_some_and(|row| ends(&row));
         if let Some(now) = self.now.filter(|_| !ended) {
             let generation = self.log.head.generation;
-            let mut root = self.root(
-                generation,
-                self.generation_began(generation, task_rows),
-                now,
-            );
+            let mut root = self.root(generation, self.generation_began(generation, task_rows), now);
             root.attributes.push((names::IN_PROGRESS, true.into()));
             self.spans.push(root);
         }
@@ -143,20 +120,13 @@ impl<'a> Tree<'a> {
         // Only from a terminal state: the repair of a blocked task stays within its generation.
         let begins = |row: &&&Transition| {
             row.generation == generation
-                && (row.event == TaskEvent::OperatorRetry.as_str()
-                    || row.event == TaskEvent::Rerun.as_str())
-                && row
-                    .from
-                    .parse::<TaskState>()
-                    .is_ok_and(TaskState::is_terminal)
+                && (row.event == TaskEvent::OperatorRetry.as_str() || row.event == TaskEvent::Rerun.as_str())
+                && row.from.parse::<TaskState>().is_ok_and(TaskState::is_terminal)
         };
         if generation == 1 {
             self.log.head.created_at
         } else {
-            task_rows
-                .iter()
-                .find(begins)
-                .map_or(self.log.head.generation_began_at, |row| row.began_at)
+            task_rows.iter().find(begins).map_or(self.log.head.generation_began_at, |row| row.began_at)
         }
     }
 
@@ -164,10 +134,7 @@ impl<'a> Tree<'a> {
         let head = &self.log.head;
         let mut attributes: Vec<(&'static str, Value)> = vec![
             (names::TASK_NAME, head.task_name.to_string().into()),
-            (
-                names::TEMPLATE_VERSION,
-                head.template_version.to_string().into(),
-            ),
+            (names::TEMPLATE_VERSION, head.template_version.to_string().into()),
             (names::PRIORITY, i64::from(head.priority).into()),
             (names::GENERATION, i64::from(generation).into()),
         ];
@@ -183,13 +150,7 @@ impl<'a> Tree<'a> {
             parent_is_remote: head.remote_span_id.is_some(),
             attributes,
             links: links.into_iter().collect(),
-            ..span(
-                names::TASK_ORCHESTRATION,
-                root_id(head, generation),
-                None,
-                start,
-                end,
-            )
+            ..span(names::TASK_ORCHESTRATION, root_id(head, generation), None, start, end)
         }
     }
 
@@ -206,58 +167,30 @@ impl<'a> Tree<'a> {
         moved.attributes = moved_attributes(row, None);
         if row.to == TaskState::Error.as_str() {
             let detail = row.detail.as_ref();
-            let kind = detail
-                .and_then(|d| d.error_type.clone())
-                .unwrap_or_else(|| "error".into());
-            fail(
-                &mut moved,
-                kind,
-                detail.and_then(|d| d.reason.clone()).unwrap_or_default(),
-                row.at,
-            );
+            let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+            fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
         }
         let parent = moved.id;
         self.spans.push(moved);
 
         let rows = self.settled.get(&row.at).map_or(&[][..], Vec::as_slice);
-        let enqueued = || {
-            rows.iter()
-                .filter(|step| step.to == StepState::Enqueued.as_str())
-        };
-        let child = |name, key| {
-            span(
-                name,
-                self.of_task(key, row),
-                Some(parent),
-                row.began_at,
-                row.at,
-            )
-        };
+        let enqueued = || rows.iter().filter(|step| step.to == StepState::Enqueued.as_str());
+        let child = |name, key| span(name, self.of_task(key, row), Some(parent), row.began_at, row.at);
         let made = match (row.from, row.to) {
             ("initializing" | "evaluating_results", "enqueuing_steps") => {
                 let mut found = child(names::STEP_DISCOVERY, SpanKey::Discovery);
-                found
-                    .attributes
-                    .push((names::READY_STEPS, count(enqueued().count())));
+                found.attributes.push((names::READY_STEPS, count(enqueued().count())));
                 found
             }
             ("enqueuing_steps", "steps_in_process") => {
                 let mut sent = child(names::STEP_ENQUEUING, SpanKey::Enqueuing);
                 sent.kind = Kind::Producer;
-                sent.attributes
-                    .push((names::MESSAGING_SYSTEM, "pgmq".into()));
-                sent.attributes
-                    .push((names::MESSAGING_OPERATION, "send".into()));
-                sent.attributes
-                    .push((names::MESSAGING_BATCH_COUNT, count(enqueued().count())));
-                let mut queues =
-                    enqueued().filter_map(|step| Some(&self.log.steps.get(&step.entity)?.queue));
-                if let Some(first) = queues
-                    .next()
-                    .filter(|first| queues.all(|other| other == *first))
-                {
-                    sent.attributes
-                        .push((names::MESSAGING_DESTINATION, first.to_string().into()));
+                sent.attributes.push((names::MESSAGING_SYSTEM, "pgmq".into()));
+                sent.attributes.push((names::MESSAGING_OPERATION, "send".into()));
+                sent.attributes.push((names::MESSAGING_BATCH_COUNT, count(enqueued().count())));
+                let mut queues = enqueued().filter_map(|step| Some(&self.log.steps.get(&step.entity)?.queue));
+                if let Some(first) = queues.next().filter(|first| queues.all(|other| other == *first)) {
+                    sent.attributes.push((names::MESSAGING_DESTINATION, first.to_string().into()));
                 }
                 sent
             }
@@ -270,21 +203,11 @@ impl<'a> Tree<'a> {
                         && step.event != StepEvent::Cancel.as_str()
                 });
                 let links: Vec<Link> = reported
-                    .map(|step| {
-                        self.link(self.of_attempt(
-                            SpanKey::Submission,
-                            step.entity,
-                            step.attempt.unwrap_or(0),
-                        ))
-                    })
+                    .map(|step| self.link(self.of_attempt(SpanKey::Submission, step.entity, step.attempt.unwrap_or(0))))
                     .collect();
-                evaluated
-                    .attributes
-                    .push((names::RESULTS, count(links.len())));
+                evaluated.attributes.push((names::RESULTS, count(links.len())));
                 if links.len() > MAX_LINKS {
-                    evaluated
-                        .attributes
-                        .push((names::LINKS_OMITTED, count(links.len() - MAX_LINKS)));
+                    evaluated.attributes.push((names::LINKS_OMITTED, count(links.len() - MAX_LINKS)));
                 }
                 evaluated.links = links.into_iter().take(MAX_LINKS).collect();
                 evaluated
@@ -326,30 +249,13 @@ impl<'a> Tree<'a> {
 
     /// Waits that the row says it ended; waiting in a queue belongs to the attempt instead.
     fn waits(&mut self, row: &Transition) {
-        for Wait {
-            reason,
-            since,
-            until,
-            ended,
-            ordinal,
-        } in row.detail.iter().flat_map(|detail| &detail.waits)
-        {
+        for Wait { reason, since, until, ended, ordinal } in row.detail.iter().flat_map(|detail| &detail.waits) {
             let id = self.of_step(SpanKey::Wait, row.entity, *ordinal);
             let root = root_id(&self.log.head, row.generation);
-            let mut waited = span(
-                names::STEP_WAIT,
-                id,
-                Some(root),
-                *since,
-                ended.unwrap_or(row.began_at),
-            );
+            let mut waited = span(names::STEP_WAIT, id, Some(root), *since, ended.unwrap_or(row.began_at));
             waited.settled_at = row.at;
-            waited
-                .attributes
-                .push((names::STEP_UUID, row.entity.to_string().into()));
-            waited
-                .attributes
-                .push((names::WAIT_REASON, reason.clone().into()));
+            waited.attributes.push((names::STEP_UUID, row.entity.to_string().into()));
+            waited.attributes.push((names::WAIT_REASON, reason.clone().into()));
             if let Some(until) = until {
                 waited.attributes.push((names::WAIT_UNTIL, time(*until)));
             }
@@ -366,43 +272,20 @@ impl<'a> Tree<'a> {
 
     fn step_move(&self, row: &Transition, parent: SpanId) -> Span {
         let id = self.of_step(SpanKey::StepTransition, row.entity, row.version);
-        let mut moved = span(
-            names::STEP_STATE_TRANSITION,
-            id,
-            Some(parent),
-            row.began_at,
-            row.at,
-        );
+        let mut moved = span(names::STEP_STATE_TRANSITION, id, Some(parent), row.began_at, row.at);
         moved.attributes = moved_attributes(row, Some(row.entity));
         if row.to == StepState::Error.as_str() {
             let detail = row.detail.as_ref();
-            let kind = detail
-                .and_then(|d| d.error_type.clone())
-                .unwrap_or_else(|| "error".into());
-            fail(
-                &mut moved,
-                kind,
-                detail.and_then(|d| d.reason.clone()).unwrap_or_default(),
-                row.at,
-            );
+            let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
+            fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
         }
         moved
     }
 
     /// One attempt: from its Enqueue to the move that closed it (`None`: it is still open).
-    #[expect(
-        clippy::too_many_lines,
-        reason = "the spans of one attempt, read top down"
-    )]
-    fn attempt(
-        &mut self,
-        info: &StepInfo,
-        number: i32,
-        moves: &[&'a Transition],
-        closing: Option<&'a Transition>,
-    ) {
-        let (Some(opening), Some(now)) = (moves.first(), closing.map(|row| row.at).or(self.now))
-        else {
+    #[expect(clippy::too_many_lines, reason = "the spans of one attempt, read top down")]
+    fn attempt(&mut self, info: &StepInfo, number: i32, moves: &[&'a Transition], closing: Option<&'a Transition>) {
+        let (Some(opening), Some(now)) = (moves.first(), closing.map(|row| row.at).or(self.now)) else {
             return;
         };
         let entity = opening.entity;
@@ -426,11 +309,7 @@ impl<'a> Tree<'a> {
             )));
         }
         if number > 1 {
-            execution.links.push(self.link(self.of_attempt(
-                SpanKey::StepExecution,
-                entity,
-                number - 1,
-            )));
+            execution.links.push(self.link(self.of_attempt(SpanKey::StepExecution, entity, number - 1)));
         }
         execution.attributes = vec![
             (names::STEP_UUID, entity.to_string().into()),
@@ -452,55 +331,23 @@ impl<'a> Tree<'a> {
         self.spans.push(execution);
 
         // A lost attempt's closing move opened the next one too: it is this attempt's span.
-        let own = if opens(opening).is_some() && opening.attempt != Some(number) {
-            &moves[1..]
-        } else {
-            moves
-        };
+        let own = if opens(opening).is_some() && opening.attempt != Some(number) { &moves[1..] } else { moves };
         for row in own {
             let step_span = self.step_move(row, id);
             self.spans.push(step_span);
         }
 
-        let claim = moves
-            .iter()
-            .find(|row| row.event == StepEvent::Claim.as_str());
-        let wait_id = span_id(
-            &self.log.head.trace_id,
-            entity,
-            0,
-            unsigned(number),
-            SpanKey::Wait,
-            unsigned(opening.version),
-        );
-        let mut waited = span(
-            names::STEP_WAIT,
-            wait_id,
-            Some(id),
-            opening.at,
-            claim.map_or(end, |row| row.at),
-        );
-        waited
-            .attributes
-            .push((names::STEP_UUID, entity.to_string().into()));
+        let claim = moves.iter().find(|row| row.event == StepEvent::Claim.as_str());
+        let wait_id =
+            span_id(&self.log.head.trace_id, entity, 0, unsigned(number), SpanKey::Wait, unsigned(opening.version));
+        let mut waited = span(names::STEP_WAIT, wait_id, Some(id), opening.at, claim.map_or(end, |row| row.at));
+        waited.attributes.push((names::STEP_UUID, entity.to_string().into()));
         waited.attributes.push((names::WAIT_REASON, "queue".into()));
         self.spans.push(waited);
 
         if let (Some(claim), Some(attempt)) = (claim, attempt) {
-            let report = moves
-                .iter()
-                .find(|row| row.event == StepEvent::Report.as_str())
-                .copied();
-            self.handler(
-                info,
-                number,
-                id,
-                attempt,
-                claim,
-                report,
-                ending.as_ref(),
-                end,
-            );
+            let report = moves.iter().find(|row| row.event == StepEvent::Report.as_str()).copied();
+            self.handler(info, number, id, attempt, claim, report, ending.as_ref(), end);
             if let Some(report) = report {
                 self.submission(number, id, attempt, report);
             }
@@ -514,10 +361,7 @@ impl<'a> Tree<'a> {
         }
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the rows of one attempt, each by its name"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the rows of one attempt, each by its name")]
     fn handler(
         &mut self,
         info: &StepInfo,
@@ -548,26 +392,18 @@ impl<'a> Tree<'a> {
             (names::MESSAGING_OPERATION, "process".into()),
         ];
         if let Some(version) = &attempt.worker_version {
-            ran.attributes
-                .push((names::WORKER_VERSION, version.clone().into()));
+            ran.attributes.push((names::WORKER_VERSION, version.clone().into()));
         }
         if let Some(message) = attempt.message_id {
-            ran.attributes
-                .push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
+            ran.attributes.push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
         }
         if let Some(beat) = ending.and_then(|ending| ending.last_heartbeat_at) {
             ran.attributes.push((names::LAST_HEARTBEAT_AT, time(beat)));
         }
         if let Some(failure) = &attempt.failure {
-            fail(
-                &mut ran,
-                failure.kind.clone(),
-                failure.message.clone(),
-                stop,
-            );
-        } else if let Some((kind, message)) = ending
-            .filter(|_| report.is_none())
-            .and_then(|ending| ending.error.as_ref())
+            fail(&mut ran, failure.kind.clone(), failure.message.clone(), stop);
+        } else if let Some((kind, message)) =
+            ending.filter(|_| report.is_none()).and_then(|ending| ending.error.as_ref())
         {
             fail(&mut ran, kind.clone(), message.clone(), stop);
         } else if ending.is_none() && report.is_none() {
@@ -578,20 +414,12 @@ impl<'a> Tree<'a> {
 
     fn submission(&mut self, number: i32, parent: SpanId, attempt: &Attempt, report: &Transition) {
         let id = self.of_attempt(SpanKey::Submission, report.entity, number);
-        let mut sent = span(
-            names::RESULT_SUBMISSION,
-            id,
-            Some(parent),
-            report.began_at,
-            report.at,
-        );
+        let mut sent = span(names::RESULT_SUBMISSION, id, Some(parent), report.began_at, report.at);
         sent.kind = Kind::Producer;
         sent.service = Service::Worker;
-        sent.attributes
-            .push((names::MESSAGING_DESTINATION, "step_results".into()));
+        sent.attributes.push((names::MESSAGING_DESTINATION, "step_results".into()));
         if let Some(message) = attempt.result_message_id {
-            sent.attributes
-                .push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
+            sent.attributes.push((names::MESSAGING_MESSAGE_ID, message.to_string().into()));
         }
         self.spans.push(sent);
     }
@@ -599,14 +427,7 @@ impl<'a> Tree<'a> {
     // Ids.
 
     fn of_task(&self, key: SpanKey, row: &Transition) -> SpanId {
-        span_id(
-            &self.log.head.trace_id,
-            self.log.head.task_uuid,
-            0,
-            0,
-            key,
-            unsigned(row.version),
-        )
+        span_id(&self.log.head.trace_id, self.log.head.task_uuid, 0, 0, key, unsigned(row.version))
     }
 
     fn of_step(&self, key: SpanKey, step: Uuid, version: i32) -> SpanId {
@@ -618,10 +439,7 @@ impl<'a> Tree<'a> {
     }
 
     fn link(&self, span_id: SpanId) -> Link {
-        Link {
-            trace_id: self.log.head.trace_id,
-            span_id,
-        }
+        Link { trace_id: self.log.head.trace_id, span_id }
     }
 }
 
@@ -637,118 +455,63 @@ impl Ending {
     fn of(closing: &Transition, attempt: Option<&Attempt>) -> Self {
         let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
         let detail = closing.detail.as_ref();
-        let said = || {
-            (
-                detail.and_then(|d| d.error_type.clone()),
-                detail.and_then(|d| d.reason.clone()),
-            )
-        };
+        let said = || (detail.and_then(|d| d.error_type.clone()), detail.and_then(|d| d.reason.clone()));
         let (outcome, error) = match closing.event {
             "Complete" | "CompleteManually" => ("success", None),
             "Skip" => ("skip", None),
-            "LeaseExpired" => (
-                "lost",
-                Some((
-                    "lease_expired".to_owned(),
-                    "the worker was silent for its whole lease".to_owned(),
-                )),
-            ),
+            "LeaseExpired" => {
+                ("lost", Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned())))
+            }
             "Cancel" => (
                 "cancellation",
-                Some((
-                    "cancelled".to_owned(),
-                    said().1.unwrap_or_else(|| "the task ended".to_owned()),
-                )),
+                Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned()))),
             ),
             "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
                 let (kind, reason) = said();
                 let kind = kind.unwrap_or_else(|| "timeout".to_owned());
-                (
-                    "timeout",
-                    Some((
-                        kind,
-                        reason.unwrap_or_else(|| "it took too long".to_owned()),
-                    )),
-                )
+                ("timeout", Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned()))))
             }
             _ => match failure {
-                Some(failure) if failure.kind == "timeout" => (
-                    "timeout",
-                    Some((failure.kind.clone(), failure.message.clone())),
-                ),
-                Some(failure) => (
-                    retried_or_failed(closing),
-                    Some((failure.kind.clone(), failure.message.clone())),
-                ),
+                Some(failure) if failure.kind == "timeout" => {
+                    ("timeout", Some((failure.kind.clone(), failure.message.clone())))
+                }
+                Some(failure) => (retried_or_failed(closing), Some((failure.kind.clone(), failure.message.clone()))),
                 None => {
                     let (kind, reason) = said();
                     (
                         retried_or_failed(closing),
-                        Some((
-                            kind.unwrap_or_else(|| "error".to_owned()),
-                            reason.unwrap_or_default(),
-                        )),
+                        Some((kind.unwrap_or_else(|| "error".to_owned()), reason.unwrap_or_default())),
                     )
                 }
             },
         };
-        Self {
-            outcome,
-            error,
-            last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at),
-        }
+        Self { outcome, error, last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at) }
     }
 }
 
 /// An attempt that failed and is tried again is an `error`, one that ends its step a `failure`.
 fn retried_or_failed(closing: &Transition) -> &'static str {
-    if closing.to == StepState::WaitingForRetry.as_str() {
-        "error"
-    } else {
-        "failure"
-    }
+    if closing.to == StepState::WaitingForRetry.as_str() { "error" } else { "failure" }
 }
 
 /// The attempt that a move opens.
 fn opens(row: &Transition) -> Option<i32> {
-    let attempt = row
-        .attempt
-        .filter(|_| row.to == StepState::Enqueued.as_str())?;
-    Some(if row.event == StepEvent::LeaseExpired.as_str() {
-        attempt + 1
-    } else {
-        attempt
-    })
+    let attempt = row.attempt.filter(|_| row.to == StepState::Enqueued.as_str())?;
+    Some(if row.event == StepEvent::LeaseExpired.as_str() { attempt + 1 } else { attempt })
 }
 
 /// Whether a move ends the attempt that was open before it.
 fn closes(row: &Transition) -> bool {
     row.event == StepEvent::LeaseExpired.as_str()
-        || row
-            .to
-            .parse::<StepState>()
-            .is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
+        || row.to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
 }
 
 /// The id of a generation's task.orchestration.
 pub fn root_id(head: &Head, generation: i32) -> SpanId {
-    span_id(
-        &head.trace_id,
-        head.task_uuid,
-        unsigned(generation),
-        0,
-        SpanKey::Root,
-        0,
-    )
+    span_id(&head.trace_id, head.task_uuid, unsigned(generation), 0, SpanKey::Root, 0)
 }
 
-fn span(
-    name: &'static str,
-    id: SpanId,
-    parent: Option<SpanId>,
-    start: DateTime<Utc>,
-    end: DateTime<Utc>,
-) -> Span {
+fn span(name: &'static str, id: SpanId, parent: Option<SpanId>, start: DateTime<Utc>, end: DateTime<Utc>) -> Span {
     Span {
         id,
         parent,
@@ -781,8 +544,7 @@ fn moved_attributes(row: &Transition, step: Option<Uuid>) -> Vec<(&'static str, 
 }
 
 fn fail(span: &mut Span, kind: String, message: String, at: DateTime<Utc>) {
-    span.attributes
-        .push((names::ERROR_TYPE, kind.clone().into()));
+    span.attributes.push((names::ERROR_TYPE, kind.clone().into()));
     span.events.push(Event {
         name: names::EXCEPTION.into(),
         at,

@@ -21,10 +21,7 @@ pub struct Fail {
 /// returns `then`; with `permanent` it fails for good.
 pub async fn fail(ctx: StepContext, input: Fail) -> Result<Value, StepError> {
     if input.permanent {
-        return Err(StepError::fail(
-            "FailedOnPurpose",
-            "the input says permanent",
-        ));
+        return Err(StepError::fail("FailedOnPurpose", "the input says permanent"));
     }
     if ctx.attempt() <= input.times {
         let message = format!("attempt {} of {} that fail", ctx.attempt(), input.times);

@@ -23,22 +23,9 @@ const MAX_REDIRECTS: usize = 5;
 /// The default limit of a payload.
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// Headers of the answer that the output repeats; cookies and the like stay out of the database.
-const KEPT_HEADERS: [&str; 6] = [
-    "content-type",
-    "etag",
-    "last-modified",
-    "link",
-    "location",
-    "x-request-id",
-];
+const KEPT_HEADERS: [&str; 6] = ["content-type", "etag", "last-modified", "link", "location", "x-request-id"];
 /// Headers that belong to the connection.
-const OWN_HEADERS: [&str; 5] = [
-    "host",
-    "content-length",
-    "transfer-encoding",
-    "connection",
-    "upgrade",
-];
+const OWN_HEADERS: [&str; 5] = ["host", "content-length", "transfer-encoding", "connection", "upgrade"];
 
 /// Input of the `http` handler.
 #[derive(Debug, Deserialize)]
@@ -80,14 +67,8 @@ pub struct Http {
 impl Http {
     /// With the hosts that may be called, as `host` (ports 80 and 443) or `host:port`.
     pub fn new(allowed: impl IntoIterator<Item = String>) -> Self {
-        let allowed = allowed
-            .into_iter()
-            .map(|host| host.to_ascii_lowercase())
-            .collect();
-        Self {
-            allowed,
-            client: Arc::default(),
-        }
+        let allowed = allowed.into_iter().map(|host| host.to_ascii_lowercase()).collect();
+        Self { allowed, client: Arc::default() }
     }
 
     /// Makes the call.
@@ -96,30 +77,17 @@ impl Http {
         if !is_allowed(&self.allowed, &url) {
             return Err(StepError::fail("host_not_allowed", refusal(&url)));
         }
-        let method = request
-            .method
-            .as_deref()
-            .unwrap_or("GET")
-            .to_ascii_uppercase();
-        let method = Method::from_bytes(method.as_bytes())
-            .map_err(|_| invalid("method", "is not an HTTP method"))?;
+        let method = request.method.as_deref().unwrap_or("GET").to_ascii_uppercase();
+        let method = Method::from_bytes(method.as_bytes()).map_err(|_| invalid("method", "is not an HTTP method"))?;
         let shown = format!("{method} {}", without_secrets(&url));
-        let mut outgoing = self
-            .client()?
-            .request(method, url)
-            .headers(headers(&ctx, &request.headers)?);
+        let mut outgoing = self.client()?.request(method, url).headers(headers(&ctx, &request.headers)?);
         outgoing = match request.body {
             None | Some(Value::Null) => outgoing,
             Some(Value::String(text)) => outgoing.body(text),
-            Some(json) if has(&request.headers, CONTENT_TYPE.as_str()) => {
-                outgoing.body(json.to_string())
-            }
+            Some(json) if has(&request.headers, CONTENT_TYPE.as_str()) => outgoing.body(json.to_string()),
             Some(json) => outgoing.json(&json),
         };
-        let answer = outgoing
-            .send()
-            .await
-            .map_err(|error| failed(&shown, error))?;
+        let answer = outgoing.send().await.map_err(|error| failed(&shown, error))?;
         let status = answer.status();
         if status.is_client_error() || status.is_server_error() {
             return Err(refused(&shown, status, answer.headers()));
@@ -142,8 +110,8 @@ impl Http {
                 next.error(refusal)
             }
         });
-        let tls = tls_config(&TraceConfig::default())
-            .map_err(|error| StepError::fail("http_client", error.to_string()))?;
+        let tls =
+            tls_config(&TraceConfig::default()).map_err(|error| StepError::fail("http_client", error.to_string()))?;
         let client = Client::builder()
             .tls_backend_preconfigured(tls)
             .connect_timeout(CONNECT_TIMEOUT)
@@ -160,16 +128,11 @@ fn is_allowed(allowed: &[String], url: &Url) -> bool {
     };
     let usual = matches!((url.scheme(), port), ("http", 80) | ("https", 443));
     matches!(url.scheme(), "http" | "https")
-        && allowed
-            .iter()
-            .any(|entry| (usual && entry == host) || *entry == format!("{host}:{port}"))
+        && allowed.iter().any(|entry| (usual && entry == host) || *entry == format!("{host}:{port}"))
 }
 
 fn refusal(url: &Url) -> String {
-    let port = url
-        .port()
-        .map(|port| format!(":{port}"))
-        .unwrap_or_default();
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let host = url.host_str().unwrap_or("no host");
     format!(
         "url: {}://{host}{port} is not among the hosts that this worker may call; its operator can allow it",
@@ -196,20 +159,13 @@ fn headers(ctx: &StepContext, given: &BTreeMap<String, String>) -> Result<Header
     ctx.inject(&mut context);
     // The trace's headers come last: what the input says of them does not count.
     for (name, value) in given.iter().chain(&context) {
-        let key = HeaderName::try_from(name.as_str())
-            .map_err(|_| invalid("headers", "a name is not a header's name"))?;
+        let key =
+            HeaderName::try_from(name.as_str()).map_err(|_| invalid("headers", "a name is not a header's name"))?;
         if OWN_HEADERS.contains(&key.as_str()) {
-            return Err(invalid(
-                &format!("headers.{key}"),
-                "is set by the client itself; leave it out",
-            ));
+            return Err(invalid(&format!("headers.{key}"), "is set by the client itself; leave it out"));
         }
-        let value = HeaderValue::try_from(value.as_str()).map_err(|_| {
-            invalid(
-                &format!("headers.{key}"),
-                "has characters that a header cannot hold",
-            )
-        })?;
+        let value = HeaderValue::try_from(value.as_str())
+            .map_err(|_| invalid(&format!("headers.{key}"), "has characters that a header cannot hold"))?;
         all.insert(key, value);
     }
     Ok(all)
@@ -218,13 +174,8 @@ fn headers(ctx: &StepContext, given: &BTreeMap<String, String>) -> Result<Header
 fn failed(shown: &str, error: reqwest::Error) -> StepError {
     let kind = match &error {
         error if error.is_redirect() => {
-            let reason = std::error::Error::source(&error)
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            return StepError::fail(
-                "host_not_allowed",
-                format!("{shown} was redirected: {reason}"),
-            );
+            let reason = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            return StepError::fail("host_not_allowed", format!("{shown} was redirected: {reason}"));
         }
         error if error.is_timeout() => "http_timeout",
         error if error.is_connect() => "http_connect",
@@ -239,23 +190,14 @@ fn failed(shown: &str, error: reqwest::Error) -> StepError {
 fn refused(shown: &str, status: StatusCode, headers: &HeaderMap) -> StepError {
     let kind = format!("http_{}", status.as_u16());
     let message = format!("{shown} answered {status}");
-    let again = status.is_server_error()
-        || matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT
-        );
+    let again =
+        status.is_server_error() || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT);
     if !again {
         return StepError::fail(kind, message);
     }
-    let after = headers
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| retry_after(text, Utc::now()));
-    StepError::Retry {
-        kind,
-        message,
-        after,
-    }
+    let after =
+        headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(|text| retry_after(text, Utc::now()));
+    StepError::Retry { kind, message, after }
 }
 
 /// Seconds or an HTTP date; a past one is no delay.
@@ -271,12 +213,7 @@ async fn read(shown: &str, mut answer: reqwest::Response) -> Result<Response, St
     let status = answer.status().as_u16();
     let headers: BTreeMap<String, String> = KEPT_HEADERS
         .iter()
-        .filter_map(|name| {
-            Some((
-                (*name).to_owned(),
-                answer.headers().get(*name)?.to_str().ok()?.to_owned(),
-            ))
-        })
+        .filter_map(|name| Some(((*name).to_owned(), answer.headers().get(*name)?.to_str().ok()?.to_owned())))
         .collect();
     let mut body = Vec::new();
     while let Some(chunk) = answer.chunk().await.map_err(|error| failed(shown, error))? {
@@ -288,20 +225,10 @@ async fn read(shown: &str, mut answer: reqwest::Response) -> Result<Response, St
         }
         body.extend_from_slice(&chunk);
     }
-    let says_json = headers
-        .get("content-type")
-        .is_some_and(|kind| kind.contains("json"));
-    let json = if says_json {
-        serde_json::from_slice(&body).ok()
-    } else {
-        None
-    };
+    let says_json = headers.get("content-type").is_some_and(|kind| kind.contains("json"));
+    let json = if says_json { serde_json::from_slice(&body).ok() } else { None };
     let body = json.unwrap_or_else(|| Value::String(String::from_utf8_lossy(&body).into_owned()));
-    Ok(Response {
-        status,
-        headers,
-        body,
-    })
+    Ok(Response { status, headers, body })
 }
 
 #[cfg(test)]
@@ -325,29 +252,17 @@ mod tests {
             ("ftp://api.example.com", false),
             ("file:///etc/passwd", false),
         ] {
-            assert_eq!(
-                is_allowed(&allowed, &Url::parse(url).unwrap()),
-                expected,
-                "{url}"
-            );
+            assert_eq!(is_allowed(&allowed, &Url::parse(url).unwrap()), expected, "{url}");
         }
         assert!(!is_allowed(&[], &Url::parse("http://localhost").unwrap()));
     }
 
     #[test]
     fn retry_after_is_seconds_or_a_date() {
-        let now = DateTime::parse_from_rfc3339("2015-10-21T07:27:00Z")
-            .unwrap()
-            .to_utc();
+        let now = DateTime::parse_from_rfc3339("2015-10-21T07:27:00Z").unwrap().to_utc();
         assert_eq!(retry_after(" 120 ", now), Some(Duration::from_mins(2)));
-        assert_eq!(
-            retry_after("Wed, 21 Oct 2015 07:28:00 GMT", now),
-            Some(Duration::from_mins(1))
-        );
-        assert_eq!(
-            retry_after("Wed, 21 Oct 2015 07:00:00 GMT", now),
-            Some(Duration::ZERO)
-        );
+        assert_eq!(retry_after("Wed, 21 Oct 2015 07:28:00 GMT", now), Some(Duration::from_mins(1)));
+        assert_eq!(retry_after("Wed, 21 Oct 2015 07:00:00 GMT", now), Some(Duration::ZERO));
         assert_eq!(retry_after("soon", now), None);
     }
 }

@@ -15,8 +15,7 @@ use super::super::definition::Definition;
 use super::super::plan::{Outcome, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    Claim, LEASE, World, event_step, failure, operator, permanent, room_for, success, template,
-    with, with_input,
+    Claim, LEASE, World, event_step, failure, operator, permanent, room_for, success, template, with, with_input,
 };
 use super::super::states::{StepState, TaskState};
 use super::{Event, decide};
@@ -78,18 +77,14 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         0_u8..40,
         prop::collection::vec(behaviour, 0..5),
     )
-        .prop_map(
-            |(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours)| {
-                RandomStep {
-                    parents,
-                    on_exhausted,
-                    max_attempts,
-                    has_queue_timeout,
-                    input,
-                    behaviours,
-                }
-            },
-        )
+        .prop_map(|(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours)| RandomStep {
+            parents,
+            on_exhausted,
+            max_attempts,
+            has_queue_timeout,
+            input,
+            behaviours,
+        })
 }
 
 pub(crate) fn story() -> impl Strategy<Value = Story> {
@@ -100,20 +95,12 @@ pub(crate) fn story() -> impl Strategy<Value = Story> {
         prop::bool::weighted(0.03),
         prop::collection::vec(any::<u16>(), 0..250),
     )
-        .prop_map(
-            |(mut steps, block_on_failure, has_total, invalid, choices)| {
-                for (index, step) in steps.iter_mut().enumerate() {
-                    step.parents.retain(|parent| *parent < index);
-                }
-                Story {
-                    steps,
-                    block_on_failure,
-                    has_total,
-                    invalid,
-                    choices,
-                }
-            },
-        )
+        .prop_map(|(mut steps, block_on_failure, has_total, invalid, choices)| {
+            for (index, step) in steps.iter_mut().enumerate() {
+                step.parents.retain(|parent| *parent < index);
+            }
+            Story { steps, block_on_failure, has_total, invalid, choices }
+        })
 }
 
 impl Story {
@@ -121,11 +108,7 @@ impl Story {
         let words: Vec<String> = (0..)
             .zip(&self.steps)
             .map(|(index, step)| {
-                let parents: Vec<String> = step
-                    .parents
-                    .iter()
-                    .map(|parent| format!("s{parent}"))
-                    .collect();
+                let parents: Vec<String> = step.parents.iter().map(|parent| format!("s{parent}")).collect();
                 format!("s{index}<{}", parents.join(","))
             })
             .collect();
@@ -140,11 +123,9 @@ impl Story {
                 defined.queue_timeout = step.has_queue_timeout.then_some(Duration::from_mins(2));
             });
             definition = match (step.input, step.parents.first()) {
-                (6 | 7, Some(parent)) => with_input(
-                    definition,
-                    &name,
-                    &json!({"n": format!("${{steps.s{parent}.output.n}}")}),
-                ),
+                (6 | 7, Some(parent)) => {
+                    with_input(definition, &name, &json!({"n": format!("${{steps.s{parent}.output.n}}")}))
+                }
                 (8, _) => with_input(definition, &name, &json!({"n": "${input.nothing}"})),
                 _ => definition,
             };
@@ -170,10 +151,7 @@ impl Story {
     fn behaviour(&self, step: u32, attempt: i32) -> Behaviour {
         let behaviours = &self.steps[step as usize].behaviours;
         let attempt = usize::try_from(attempt).unwrap() - 1;
-        behaviours
-            .get(attempt)
-            .copied()
-            .unwrap_or(Behaviour::Succeeds)
+        behaviours.get(attempt).copied().unwrap_or(Behaviour::Succeeds)
     }
 }
 
@@ -213,11 +191,7 @@ impl Driver {
                 self.start(Room::unlimited())?;
             } else if !self.world.messages.is_empty() {
                 self.claim(0);
-            } else if let Some(place) = self
-                .running
-                .iter()
-                .position(|claim| self.will_report(*claim))
-            {
+            } else if let Some(place) = self.running.iter().position(|claim| self.will_report(*claim)) {
                 self.finish(place);
             } else if !self.world.results.is_empty() {
                 let results = std::mem::take(&mut self.world.results);
@@ -254,18 +228,11 @@ impl Driver {
     }
 
     fn behaviour(&self, claim: Claim) -> Behaviour {
-        if self.healed {
-            Behaviour::Succeeds
-        } else {
-            self.story.behaviour(claim.step, claim.attempt)
-        }
+        if self.healed { Behaviour::Succeeds } else { self.story.behaviour(claim.step, claim.attempt) }
     }
 
     fn will_report(&self, claim: Claim) -> bool {
-        !matches!(
-            self.behaviour(claim),
-            Behaviour::IsLost | Behaviour::IsLate | Behaviour::Hangs
-        )
+        !matches!(self.behaviour(claim), Behaviour::IsLost | Behaviour::IsLate | Behaviour::Hangs)
     }
 
     fn choose(&mut self, action: u16, argument: usize) -> TestCaseResult {
@@ -277,14 +244,9 @@ impl Driver {
             3 | 4 if !self.running.is_empty() => self.finish(argument % self.running.len()),
             5..=7 => {
                 let count = self.world.results.len().min(1 + argument % 6);
-                let mut events: Vec<Event> =
-                    self.world.results.drain(..count).map(result).collect();
+                let mut events: Vec<Event> = self.world.results.drain(..count).map(result).collect();
                 // Redelivered hints come along with new ones.
-                let done = self
-                    .world
-                    .steps
-                    .iter()
-                    .filter(|step| step.state == StepState::Complete);
+                let done = self.world.steps.iter().filter(|step| step.state == StepState::Complete);
                 let done: Vec<_> = done.map(|step| (step.index, step.attempt)).collect();
                 if !done.is_empty() && argument.is_multiple_of(3) {
                     events.push(result(done[argument / 3 % done.len()]));
@@ -292,19 +254,15 @@ impl Driver {
                 self.settle(events, self.room(argument / 6))?;
             }
             8 => self.sweep(1 + argument % 8)?,
-            9 => self.world.pass(
-                [1, 800, 3_000, 12_000, 70_000, 3_000_000].map(Duration::from_millis)[argument % 6],
-            ),
+            9 => self.world.pass([1, 800, 3_000, 12_000, 70_000, 3_000_000].map(Duration::from_millis)[argument % 6]),
             10 => self.admit(1 + argument % 4, self.room(argument / 4))?,
             11 if !self.running.is_empty() => {
-                self.world
-                    .heartbeat(self.running[argument % self.running.len()]);
+                self.world.heartbeat(self.running[argument % self.running.len()]);
             }
             12 => self.deliver_again(argument),
             13 if !self.ghosts.is_empty() => {
                 // Whatever it says: if its claim is gone, nothing comes of it.
-                self.world
-                    .report(self.ghosts[argument % self.ghosts.len()], permanent("Late"));
+                self.world.report(self.ghosts[argument % self.ghosts.len()], permanent("Late"));
             }
             14 => self.nonsense(argument)?,
             // Operators act seldom, or nothing would ever be finished.
@@ -319,41 +277,21 @@ impl Driver {
         if argument.is_multiple_of(3) {
             return Room::unlimited();
         }
-        let handlers: Vec<String> = self
-            .world
-            .definition
-            .steps
-            .iter()
-            .map(|step| step.handler.to_string())
-            .collect();
+        let handlers: Vec<String> = self.world.definition.steps.iter().map(|step| step.handler.to_string()).collect();
         let mut offered: Vec<&str> = handlers.iter().map(String::as_str).collect();
         if argument.is_multiple_of(5) {
             offered.remove(argument % offered.len());
         }
-        room_for(
-            i64::try_from(argument % 4).unwrap(),
-            &offered,
-            self.world.task.held_steps > 0,
-        )
+        room_for(i64::try_from(argument % 4).unwrap(), &offered, self.world.task.held_steps > 0)
     }
 
     fn start(&mut self, room: Room) -> TestCaseResult {
-        let Event::Start { step_uuids, .. } = self.world.start_event() else {
-            unreachable!()
-        };
-        self.settle(
-            vec![Event::Start {
-                step_uuids,
-                invalid: self.invalid(),
-            }],
-            room,
-        )
+        let Event::Start { step_uuids, .. } = self.world.start_event() else { unreachable!() };
+        self.settle(vec![Event::Start { step_uuids, invalid: self.invalid() }], room)
     }
 
     fn invalid(&self) -> Option<String> {
-        self.story
-            .invalid
-            .then(|| "total: must be a number".to_owned())
+        self.story.invalid.then(|| "total: must be a number".to_owned())
     }
 
     fn claim(&mut self, place: usize) {
@@ -398,28 +336,17 @@ impl Driver {
             events.push(match (*kind, *step) {
                 ("lease", Some(step)) => Event::LeaseDue { step },
                 ("retry", Some(step)) => Event::RetryDue { step },
-                ("queue_timeout", Some(step)) => Event::QueueDue {
-                    step,
-                    attempt: steps[step as usize].attempt,
-                },
+                ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: steps[step as usize].attempt },
                 ("total_timeout", None) => Event::TotalDue,
                 other => panic!("no such hint: {other:?}"),
             });
             false
         });
-        self.settle(
-            events,
-            self.room(usize::from(now.timestamp_subsec_millis().is_multiple_of(7))),
-        )
+        self.settle(events, self.room(usize::from(now.timestamp_subsec_millis().is_multiple_of(7))))
     }
 
     fn admit(&mut self, most: usize, room: Room) -> TestCaseResult {
-        let held = self
-            .world
-            .steps
-            .iter()
-            .filter(|step| step.held_by.is_some())
-            .take(most);
+        let held = self.world.steps.iter().filter(|step| step.held_by.is_some()).take(most);
         let events = held.map(|step| Event::Admit { step: step.index }).collect();
         self.settle(events, room)
     }
@@ -428,12 +355,8 @@ impl Driver {
     fn deliver_again(&mut self, argument: usize) {
         let world = &mut self.world;
         match argument % 3 {
-            0 if !world.messages.is_empty() => world
-                .messages
-                .push(world.messages[argument % world.messages.len()]),
-            1 if !world.results.is_empty() => world
-                .results
-                .push(world.results[argument % world.results.len()]),
+            0 if !world.messages.is_empty() => world.messages.push(world.messages[argument % world.messages.len()]),
+            1 if !world.results.is_empty() => world.results.push(world.results[argument % world.results.len()]),
             _ if !world.due.is_empty() => world.due.push(world.due[argument % world.due.len()]),
             _ => {}
         }
@@ -448,43 +371,17 @@ impl Driver {
         let step = &self.world.steps[index];
         let (index, attempt) = (step.index, step.attempt);
         let events = match argument % 8 {
-            0 => vec![
-                Event::Result {
-                    step: index,
-                    attempt,
-                },
-                Event::Result {
-                    step: index,
-                    attempt: attempt - 1,
-                },
-            ],
+            0 => vec![Event::Result { step: index, attempt }, Event::Result { step: index, attempt: attempt - 1 }],
             1 => vec![Event::LeaseDue { step: index }],
-            2 => vec![
-                Event::RetryDue { step: index },
-                Event::RetryDue { step: index },
-            ],
-            3 => vec![Event::QueueDue {
-                step: index,
-                attempt,
-            }],
+            2 => vec![Event::RetryDue { step: index }, Event::RetryDue { step: index }],
+            3 => vec![Event::QueueDue { step: index, attempt }],
             4 => vec![Event::Admit { step: index }, Event::Admit { step: index }],
             5 => vec![Event::TotalDue],
             6 => vec![self.world.start_event()],
             _ if argument.is_multiple_of(3) => {
-                vec![Event::Quarantined {
-                    step: index,
-                    attempt,
-                    reason: "it cannot be read".into(),
-                }]
+                vec![Event::Quarantined { step: index, attempt, reason: "it cannot be read".into() }]
             }
-            _ => self
-                .world
-                .results
-                .iter()
-                .copied()
-                .chain([(index, attempt)])
-                .map(result)
-                .collect(),
+            _ => self.world.results.iter().copied().chain([(index, attempt)]).map(result).collect(),
         };
         // A hint that was not taken out of its queue stays there: it comes again.
         self.settle(events, self.room(argument))
@@ -495,15 +392,9 @@ impl Driver {
             0 => Event::Cancel(operator("carl")),
             1 => Event::Terminate(operator("tina")),
             _ => match self.world.retry_event() {
-                Event::Retry {
-                    operator,
-                    step_uuids,
-                    ..
-                } => Event::Retry {
-                    operator,
-                    step_uuids,
-                    invalid: self.invalid(),
-                },
+                Event::Retry { operator, step_uuids, .. } => {
+                    Event::Retry { operator, step_uuids, invalid: self.invalid() }
+                }
                 _ => unreachable!(),
             },
         };
@@ -535,13 +426,7 @@ impl Driver {
         let now = self.world.clock + TimeDelta::milliseconds(1);
         let rows = |events: Vec<Event>| {
             let plan = decide(self.world.snapshot(&events), events, &mut room.clone(), now);
-            (
-                plan.task,
-                plan.steps,
-                plan.new_steps,
-                plan.sends,
-                plan.cancel_open_steps,
-            )
+            (plan.task, plan.steps, plan.new_steps, plan.sends, plan.cancel_open_steps)
         };
         let backwards: Vec<Event> = events.iter().rev().cloned().collect();
         let mut by_halves = events.to_vec();
@@ -599,10 +484,7 @@ fn a_step_that_is_lost_too_often_fails() {
         world.due.clear();
         world.settle(vec![Event::LeaseDue { step: 0 }], &mut Room::unlimited());
     }
-    assert_eq!(
-        (world.task.state, world.step("a").state),
-        (TaskState::Error, StepState::Error)
-    );
+    assert_eq!((world.task.state, world.step("a").state), (TaskState::Error, StepState::Error));
     assert_eq!(world.step("a").failures, 0, "a loss spends no retry");
     let finished = World::started(template("a")).finish_step("a", success());
     assert_eq!(finished.task.state, TaskState::Complete);

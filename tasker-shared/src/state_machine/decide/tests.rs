@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 use super::super::plan::{HeldBy, Outcome, Plan, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    LEASE, World, event_step, failure, is_held, operator, permanent, room_for, success, template,
-    with, with_input,
+    LEASE, World, event_step, failure, is_held, operator, permanent, room_for, success, template, with, with_input,
 };
 use super::super::states::{StepState, TaskState};
 use super::Event;
@@ -21,15 +20,9 @@ use super::Event;
 fn check(world: &mut World, events: Vec<Event>, mut room: Room, expected: &str) -> Plan {
     let taken: Vec<u32> = events.iter().filter_map(event_step).collect();
     world.results.retain(|(step, _)| !taken.contains(step));
-    world.due.retain(|(_, at, step)| {
-        *at > world.clock || step.is_some_and(|step| !taken.contains(&step))
-    });
+    world.due.retain(|(_, at, step)| *at > world.clock || step.is_some_and(|step| !taken.contains(&step)));
     let plan = world.settle(events, &mut room);
-    let expected: Vec<&str> = expected
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
+    let expected: Vec<&str> = expected.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let told = tell(world, &plan);
     assert_eq!(told.lines().collect::<Vec<_>>(), expected, "\n{told}");
     plan
@@ -38,26 +31,12 @@ fn check(world: &mut World, events: Vec<Event>, mut room: Room, expected: &str) 
 fn tell(world: &World, plan: &Plan) -> String {
     let name = |uuid| {
         let step = world.steps.iter().find(|step| step.uuid == uuid);
-        step.map_or("task", |step| {
-            &world.definition.steps[step.index as usize].name
-        })
+        step.map_or("task", |step| &world.definition.steps[step.index as usize].name)
     };
     let mut told = String::new();
     for made in &plan.moves {
-        let by = made
-            .actor
-            .as_ref()
-            .map(|actor| format!(" by {actor}"))
-            .unwrap_or_default();
-        writeln!(
-            told,
-            "{}: {} –{}→ {}{by}",
-            name(made.entity),
-            made.from,
-            made.event,
-            made.to
-        )
-        .unwrap();
+        let by = made.actor.as_ref().map(|actor| format!(" by {actor}")).unwrap_or_default();
+        writeln!(told, "{}: {} –{}→ {}{by}", name(made.entity), made.from, made.event, made.to).unwrap();
     }
     for (step, attempt) in &plan.closed {
         writeln!(told, "close {} {attempt}", name(*step)).unwrap();
@@ -68,29 +47,15 @@ fn tell(world: &World, plan: &Plan) -> String {
         }
     }
     for step in plan.new_steps.iter().filter(|step| step.held_by.is_some()) {
-        writeln!(
-            told,
-            "hold {}: {}",
-            name(step.uuid),
-            step.held_by.unwrap().as_str()
-        )
-        .unwrap();
+        writeln!(told, "hold {}: {}", name(step.uuid), step.held_by.unwrap().as_str()).unwrap();
     }
     for send in &plan.sends {
         writeln!(told, "send {} {}", name(send.step), send.attempt).unwrap();
     }
     for due in &plan.due {
-        let of = due
-            .step
-            .map(|step| format!(" {}", name(step)))
-            .unwrap_or_default();
+        let of = due.step.map(|step| format!(" {}", name(step))).unwrap_or_default();
         // The clock ticks while a plan is applied; a person reads whole seconds.
-        let seconds = (due.at
-            - world
-                .settled
-                .last()
-                .map_or(world.clock, |settled| settled.at))
-        .num_milliseconds();
+        let seconds = (due.at - world.settled.last().map_or(world.clock, |settled| settled.at)).num_milliseconds();
         writeln!(told, "due {}{of} in {} s", due.kind, (seconds + 500) / 1000).unwrap();
     }
     if plan.cancel_open_steps {
@@ -134,15 +99,8 @@ fn start_sends_the_roots() {
         send a 1
         send b 1",
     );
-    assert_eq!(
-        output(&world, "a"),
-        json!({"input": {"total": 7}, "steps": {}})
-    );
-    assert_eq!(
-        world.step("a").enqueued_task_version,
-        Some(3),
-        "it names the move that sends it"
-    );
+    assert_eq!(output(&world, "a"), json!({"input": {"total": 7}, "steps": {}}));
+    assert_eq!(world.step("a").enqueued_task_version, Some(3), "it names the move that sends it");
 }
 
 #[test]
@@ -188,16 +146,8 @@ fn start_without_any_worker_waits() {
         task: enqueuing_steps –StepsEnqueued→ steps_in_process
         send a 1",
     );
-    let wait = &world
-        .log
-        .iter()
-        .find(|row| row.made.event == "Enqueue")
-        .unwrap()
-        .made
-        .detail
-        .as_ref()
-        .unwrap()
-        .waits[0];
+    let wait =
+        &world.log.iter().find(|row| row.made.event == "Enqueue").unwrap().made.detail.as_ref().unwrap().waits[0];
     assert_eq!((&*wait.reason, wait.ordinal), ("worker", 1));
 }
 
@@ -248,15 +198,10 @@ fn start_of_a_limited_task_is_watched() {
 #[test]
 fn invalid_input_ends_the_task_before_it_has_steps() {
     let mut world = World::new(template("a"));
-    let Event::Start { step_uuids, .. } = world.start_event() else {
-        unreachable!()
-    };
+    let Event::Start { step_uuids, .. } = world.start_event() else { unreachable!() };
     check(
         &mut world,
-        vec![Event::Start {
-            step_uuids,
-            invalid: Some("total: must be a number".into()),
-        }],
+        vec![Event::Start { step_uuids, invalid: Some("total: must be a number".into()) }],
         all(),
         "
         task: pending –Start→ initializing
@@ -284,10 +229,7 @@ fn success_hands_the_output_on() {
         close a 1
         send b 1",
     );
-    assert_eq!(
-        output(&world, "b"),
-        json!({"input": {"total": 7}, "steps": {"a": {"n": 5}}})
-    );
+    assert_eq!(output(&world, "b"), json!({"input": {"total": 7}, "steps": {"a": {"n": 5}}}));
 }
 
 #[test]
@@ -437,10 +379,7 @@ fn permanent_failure_fails_the_task() {
         cancel open steps
         because Broken: step a failed: it was Broken",
     );
-    assert_eq!(
-        (world.step("b").state, world.step("c").state),
-        (StepState::Cancelled, StepState::Cancelled)
-    );
+    assert_eq!((world.step("b").state, world.step("c").state), (StepState::Cancelled, StepState::Cancelled));
 }
 
 #[test]
@@ -519,11 +458,7 @@ fn permanent_failure_is_passed_over_where_its_policy_says_so() {
 
 #[test]
 fn a_missing_input_path_fails_the_step_before_it_is_sent() {
-    let definition = with_input(
-        template("a b<a c"),
-        "b",
-        &json!({"x": "${steps.a.output.hold}"}),
-    );
+    let definition = with_input(template("a b<a c"), "b", &json!({"x": "${steps.a.output.hold}"}));
     let mut world = World::started(definition);
     let event = world.run_step("a", success());
     let plan = check(&mut world, vec![event], all(), "
@@ -543,13 +478,18 @@ fn what_was_about_to_be_sent_beside_a_missing_input_is_cancelled() {
     let definition = with_input(template("a b"), "b", &json!({"x": "${input.nothing}"}));
     let mut world = World::new(definition);
     let start = world.start_event();
-    check(&mut world, vec![start], all(), "
+    check(
+        &mut world,
+        vec![start],
+        all(),
+        "
         task: pending –Start→ initializing
         a: pending –Enqueue→ enqueued
         b: pending –Fail→ error
         task: initializing –InvalidInput→ error
         cancel open steps
-        because missing_input: step b failed: input.x reads ${input.nothing}, but input has no key `nothing`");
+        because missing_input: step b failed: input.x reads ${input.nothing}, but input has no key `nothing`",
+    );
     let a = world.step("a");
     assert_eq!(
         (a.state, a.enqueued_task_version),
@@ -565,13 +505,18 @@ fn a_missing_input_of_a_root_blocks_where_the_template_says_so() {
     definition.block_on_failure = true;
     let mut world = World::new(definition);
     let start = world.start_event();
-    check(&mut world, vec![start], all(), "
+    check(
+        &mut world,
+        vec![start],
+        all(),
+        "
         task: pending –Start→ initializing
         a: pending –Fail→ error
         task: initializing –NoDependenciesReady→ waiting_for_dependencies
         task: waiting_for_dependencies –StepFailed→ evaluating_results
         task: evaluating_results –PermanentFailure→ blocked_by_failures
-        because missing_input: step a failed: input.x reads ${input.nothing}, but input has no key `nothing`");
+        because missing_input: step a failed: input.x reads ${input.nothing}, but input has no key `nothing`",
+    );
 }
 
 #[test]
@@ -592,10 +537,7 @@ fn an_expired_lease_sends_the_step_again() {
         send a 2",
     );
     let a = world.step("a");
-    assert_eq!(
-        (a.attempt, a.failures, a.losses, a.claim_token),
-        (2, 0, 1, None)
-    );
+    assert_eq!((a.attempt, a.failures, a.losses, a.claim_token), (2, 0, 1, None));
     assert!(!world.report(claim, success()), "its report comes too late");
 }
 
@@ -620,10 +562,7 @@ fn a_lost_attempt_beside_a_fatal_failure_leaves_a_row_that_tells_the_log() {
         because Broken: step b failed: it was Broken",
     );
     let a = world.step("a");
-    assert_eq!(
-        (a.state, a.attempt, a.enqueued_event),
-        (StepState::Cancelled, 2, Some("LeaseExpired"))
-    );
+    assert_eq!((a.state, a.attempt, a.enqueued_event), (StepState::Cancelled, 2, Some("LeaseExpired")));
     assert_eq!((a.claim_token, a.enqueued_task_version), (None, None));
 }
 
@@ -651,13 +590,7 @@ fn a_report_that_came_before_the_lease_was_looked_at_wins() {
     assert!(world.report(claim, success()));
     check(
         &mut world,
-        vec![
-            Event::LeaseDue { step: 0 },
-            Event::Result {
-                step: 0,
-                attempt: 1,
-            },
-        ],
+        vec![Event::LeaseDue { step: 0 }, Event::Result { step: 0, attempt: 1 }],
         all(),
         "
         a: enqueued_for_orchestration –Complete→ complete
@@ -717,10 +650,7 @@ fn a_step_that_nobody_claims_times_out() {
     }));
     check(
         &mut world,
-        vec![Event::QueueDue {
-            step: 0,
-            attempt: 1,
-        }],
+        vec![Event::QueueDue { step: 0, attempt: 1 }],
         all(),
         "
         due queue_timeout a in 60 s",
@@ -728,10 +658,7 @@ fn a_step_that_nobody_claims_times_out() {
     world.pass(Duration::from_mins(1));
     check(
         &mut world,
-        vec![Event::QueueDue {
-            step: 0,
-            attempt: 1,
-        }],
+        vec![Event::QueueDue { step: 0, attempt: 1 }],
         all(),
         "
         a: enqueued –QueueTimeout→ error
@@ -753,10 +680,7 @@ fn a_queue_timeout_that_is_passed_over_is_still_a_failure() {
     world.pass(Duration::from_mins(1));
     check(
         &mut world,
-        vec![Event::QueueDue {
-            step: 0,
-            attempt: 1,
-        }],
+        vec![Event::QueueDue { step: 0, attempt: 1 }],
         all(),
         "
         a: enqueued –QueueTimeout→ error
@@ -776,15 +700,7 @@ fn a_claimed_step_does_not_time_out_in_its_queue() {
     }));
     world.pass(Duration::from_secs(61));
     world.claim_step("a");
-    check(
-        &mut world,
-        vec![Event::QueueDue {
-            step: 0,
-            attempt: 1,
-        }],
-        all(),
-        "ignored 1",
-    );
+    check(&mut world, vec![Event::QueueDue { step: 0, attempt: 1 }], all(), "ignored 1");
 }
 
 #[test]
@@ -828,12 +744,7 @@ fn cancel_ends_the_task_at_once() {
     );
     assert_eq!(world.task.ended_by, Some("cancel"));
     assert!(!world.heartbeat(claim) && !world.report(claim, success()));
-    check(
-        &mut world,
-        vec![Event::Cancel(operator("carl"))],
-        all(),
-        "ignored 1",
-    );
+    check(&mut world, vec![Event::Cancel(operator("carl"))], all(), "ignored 1");
 }
 
 #[test]
@@ -886,12 +797,7 @@ fn a_start_that_is_cancelled_at_once_leaves_no_open_step() {
         audit cancel by carl
         because no error: because",
     );
-    assert!(
-        world
-            .steps
-            .iter()
-            .all(|step| step.state == StepState::Cancelled)
-    );
+    assert!(world.steps.iter().all(|step| step.state == StepState::Cancelled));
 }
 
 #[test]
@@ -919,10 +825,7 @@ fn an_operator_retries_a_failed_task() {
     );
     assert_eq!((world.task.generation, world.step("a").failures), (2, 0));
     assert_eq!(world.step("c").generation, 1, "what is done stays done");
-    assert_eq!(
-        output(&world, "d"),
-        json!({"input": {"total": 7}, "steps": {"c": {"n": 1}}})
-    );
+    assert_eq!(output(&world, "d"), json!({"input": {"total": 7}, "steps": {"c": {"n": 1}}}));
 }
 
 #[test]
@@ -981,10 +884,7 @@ fn a_step_behind_a_failure_that_was_passed_over_waits_for_its_retry() {
     let mut world = World::started(definition);
     world.finish_step("a", permanent("Broken"));
     world.finish_step("b", permanent("Broken"));
-    assert_eq!(
-        (world.task.state, world.step("c").remaining_dependencies),
-        (TaskState::BlockedByFailures, 1)
-    );
+    assert_eq!((world.task.state, world.step("c").remaining_dependencies), (TaskState::BlockedByFailures, 1));
     let retry = world.retry_event();
     world.settle(vec![retry], &mut all());
     assert_eq!(world.step("c").remaining_dependencies, 2);
@@ -1025,19 +925,8 @@ fn an_operator_retries_a_task_that_never_had_steps() {
 fn an_operator_retries_a_task_whose_input_is_still_invalid() {
     let mut world = World::new(template("a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
-    let Event::Retry {
-        operator,
-        step_uuids,
-        ..
-    } = world.retry_event()
-    else {
-        unreachable!()
-    };
-    let retry = Event::Retry {
-        operator,
-        step_uuids,
-        invalid: Some("total: must be a number".into()),
-    };
+    let Event::Retry { operator, step_uuids, .. } = world.retry_event() else { unreachable!() };
+    let retry = Event::Retry { operator, step_uuids, invalid: Some("total: must be a number".into()) };
     check(
         &mut world,
         vec![retry],
@@ -1114,10 +1003,7 @@ fn duplicate_result_still_brings_its_output() {
         send c 1
         ignored 1",
     );
-    assert_eq!(
-        output(&world, "c"),
-        json!({"input": {"total": 7}, "steps": {"a": {"n": 5}, "b": {"n": 6}}})
-    );
+    assert_eq!(output(&world, "c"), json!({"input": {"total": 7}, "steps": {"a": {"n": 5}, "b": {"n": 6}}}));
 }
 
 #[test]
@@ -1130,25 +1016,13 @@ fn result_of_another_attempt_changes_nothing() {
     world.run_step("a", success());
     check(
         &mut world.clone(),
-        vec![
-            Event::Result {
-                step: 0,
-                attempt: 1,
-            },
-            Event::Result {
-                step: 0,
-                attempt: 3,
-            },
-        ],
+        vec![Event::Result { step: 0, attempt: 1 }, Event::Result { step: 0, attempt: 3 }],
         all(),
         "ignored 2",
     );
     check(
         &mut world,
-        vec![Event::Result {
-            step: 0,
-            attempt: 2,
-        }],
+        vec![Event::Result { step: 0, attempt: 2 }],
         all(),
         "
         a: enqueued_for_orchestration –Complete→ complete
@@ -1226,11 +1100,7 @@ fn new_ready_steps_queue_behind_those_that_wait() {
 fn a_result_that_cannot_be_read_fails_its_attempt() {
     let mut world = World::started(template("a"));
     world.run_step("a", success());
-    let quarantined = |attempt| Event::Quarantined {
-        step: 0,
-        attempt,
-        reason: "not JSON".into(),
-    };
+    let quarantined = |attempt| Event::Quarantined { step: 0, attempt, reason: "not JSON".into() };
     check(&mut world, vec![quarantined(2)], all(), "ignored 1");
     world.results.push((0, 1));
     check(
@@ -1250,43 +1120,19 @@ fn a_result_that_cannot_be_read_fails_its_attempt() {
 #[test]
 fn fan_out_and_join_settle_in_three_passes() {
     let names: Vec<String> = (0..50).map(|n| format!("m{n}")).collect();
-    let words = names
-        .iter()
-        .map(|name| format!("{name}<a"))
-        .collect::<Vec<_>>()
-        .join(" ");
+    let words = names.iter().map(|name| format!("{name}<a")).collect::<Vec<_>>().join(" ");
     let mut world = World::started(template(&format!("a {words} z<{}", names.join(","))));
     let event = world.run_step("a", success());
     assert_eq!(world.settle(vec![event], &mut all()).sends.len(), 50);
-    let events: Vec<Event> = names
-        .iter()
-        .map(|name| world.run_step(name, success()))
-        .collect();
+    let events: Vec<Event> = names.iter().map(|name| world.run_step(name, success())).collect();
     let plan = world.settle(events, &mut all());
     assert_eq!(plan.closed.len(), 50);
-    let task_moves: Vec<&str> = plan
-        .moves
-        .iter()
-        .filter(|made| made.entity == plan.task.uuid)
-        .map(|made| made.event)
-        .collect();
-    assert_eq!(
-        task_moves,
-        ["StepCompleted", "ReadyStepsFound", "StepsEnqueued"],
-        "it is evaluated once"
-    );
-    assert_eq!(
-        plan.sends
-            .iter()
-            .map(|send| send.attempt)
-            .collect::<Vec<_>>(),
-        [1]
-    );
+    let task_moves: Vec<&str> =
+        plan.moves.iter().filter(|made| made.entity == plan.task.uuid).map(|made| made.event).collect();
+    assert_eq!(task_moves, ["StepCompleted", "ReadyStepsFound", "StepsEnqueued"], "it is evaluated once");
+    assert_eq!(plan.sends.iter().map(|send| send.attempt).collect::<Vec<_>>(), [1]);
     assert_eq!(output(&world, "z")["steps"].as_object().unwrap().len(), 50);
-    assert_eq!(
-        world.finish_step("z", success()).task.state,
-        TaskState::Complete
-    );
+    assert_eq!(world.finish_step("z", success()).task.state, TaskState::Complete);
 }
 
 #[test]

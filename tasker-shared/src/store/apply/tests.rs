@@ -32,23 +32,14 @@ type Failure = Box<dyn std::error::Error>;
 
 async fn submitted(conn: &mut PgConnection) -> Result<(Uuid, Arc<Loaded>), Failure> {
     let checked = template::parse("order.yaml", TEMPLATE).expect("the template is good");
-    let id = templates::register(conn, &checked.template)
-        .await?
-        .template_id;
+    let id = templates::register(conn, &checked.template).await?.template_id;
     let request = json!({"namespace": "shop", "template": "order", "input": {}});
-    let task = tasks::submit(conn, &[request]).await?[0]
-        .task_uuid
-        .expect("the request is good");
+    let task = tasks::submit(conn, &[request]).await?[0].task_uuid.expect("the request is good");
     Ok((task, templates::load(conn, &[id]).await?.remove(0)))
 }
 
 /// Decides on the task's row alone and applies the plan.
-async fn settle(
-    conn: &mut PgConnection,
-    task: Uuid,
-    template: &Loaded,
-    events: Vec<Event>,
-) -> Result<Plan, Failure> {
+async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: Vec<Event>) -> Result<Plan, Failure> {
     let row = tasks::lock(conn, &[task]).await?.remove(0);
     let snapshot = Snapshot {
         task: row.task.clone(),
@@ -63,10 +54,7 @@ async fn settle(
 }
 
 fn start() -> Event {
-    Event::Start {
-        step_uuids: (0..3).map(|_| Uuid::new_v4()).collect(),
-        invalid: None,
-    }
+    Event::Start { step_uuids: (0..3).map(|_| Uuid::new_v4()).collect(), invalid: None }
 }
 
 #[tokio::test]
@@ -74,29 +62,18 @@ async fn a_task_that_ends_as_it_begins_leaves_no_open_step() {
     let database = TestDatabase::fresh().await;
     in_tx(&database.pool().await, async |conn| {
         let (task, template) = submitted(conn).await?;
-        let operator = Operator {
-            actor: "carl".into(),
-            reason: None,
-        };
-        settle(
-            conn,
-            task,
-            &template,
-            vec![start(), Event::Cancel(operator)],
-        )
-        .await?;
-        let states: Vec<String> =
-            sqlx::query_scalar("select state from tasker.steps where task_uuid = $1")
-                .bind(task)
-                .fetch_all(&mut *conn)
-                .await?;
+        let operator = Operator { actor: "carl".into(), reason: None };
+        settle(conn, task, &template, vec![start(), Event::Cancel(operator)]).await?;
+        let states: Vec<String> = sqlx::query_scalar("select state from tasker.steps where task_uuid = $1")
+            .bind(task)
+            .fetch_all(&mut *conn)
+            .await?;
         assert_eq!(states, ["cancelled", "cancelled", "cancelled"]);
-        let logged: i64 = sqlx::query_scalar(
-            "select count(*) from tasker.transitions where task_uuid = $1 and event = 'Cancel'",
-        )
-        .bind(task)
-        .fetch_one(&mut *conn)
-        .await?;
+        let logged: i64 =
+            sqlx::query_scalar("select count(*) from tasker.transitions where task_uuid = $1 and event = 'Cancel'")
+                .bind(task)
+                .fetch_one(&mut *conn)
+                .await?;
         assert_eq!(logged, 4, "the task's and each step's");
         Ok::<_, Failure>(())
     })

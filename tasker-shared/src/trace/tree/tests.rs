@@ -105,24 +105,15 @@ fn full(world: &World) -> TaskLog {
         head: head(world),
         transitions: world.log.iter().map(transition).collect(),
         attempts: world.attempts.iter().map(attempt).collect(),
-        steps: world
-            .steps
-            .iter()
-            .map(|step| (step.uuid, info(step.index)))
-            .collect(),
+        steps: world.steps.iter().map(|step| (step.uuid, info(step.index))).collect(),
     }
 }
 
 /// What an orchestrator hands to the exporter after this settle, out of its memory.
 fn slice(world: &World, settled: &Settled) -> TaskLog {
     let all = full(world);
-    let moves = world.log[settled.rows.clone()]
-        .iter()
-        .chain(&settled.rebuilt);
-    let attempts = all
-        .attempts
-        .iter()
-        .filter(|row| settled.closed.contains(&(row.step, row.attempt)));
+    let moves = world.log[settled.rows.clone()].iter().chain(&settled.rebuilt);
+    let attempts = all.attempts.iter().filter(|row| settled.closed.contains(&(row.step, row.attempt)));
     TaskLog {
         head: Head {
             generation: settled.generation,
@@ -145,16 +136,9 @@ fn slices_agree(world: &World) -> TestCaseResult {
     let all = spans(&full(world)).spans;
     let mut exported = Vec::new();
     for settled in &world.settled {
-        let live: Vec<Span> = spans(&slice(world, settled))
-            .spans
-            .into_iter()
-            .filter(|span| span.settled_at == settled.at)
-            .collect();
-        let recovered: Vec<Span> = all
-            .iter()
-            .filter(|span| span.settled_at == settled.at)
-            .cloned()
-            .collect();
+        let live: Vec<Span> =
+            spans(&slice(world, settled)).spans.into_iter().filter(|span| span.settled_at == settled.at).collect();
+        let recovered: Vec<Span> = all.iter().filter(|span| span.settled_at == settled.at).cloned().collect();
         let (live, recovered) = (sorted(live), sorted(recovered));
         for (live, recovered) in live.iter().zip(&recovered) {
             prop_assert_eq!(live, recovered);
@@ -172,9 +156,7 @@ fn tree_is_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
     let ended: BTreeSet<i32> = log
         .transitions
         .iter()
-        .filter(|row| {
-            row.entity == log.head.task_uuid && row.to.parse().is_ok_and(TaskState::is_terminal)
-        })
+        .filter(|row| row.entity == log.head.task_uuid && row.to.parse().is_ok_and(TaskState::is_terminal))
         .map(|row| row.generation)
         .collect();
     let mut seen = BTreeSet::new();
@@ -187,48 +169,20 @@ fn tree_is_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
         };
         let Some(parent) = by_id.get(&parent) else {
             let open = root_id(&log.head, log.head.generation);
-            prop_assert!(
-                parent == open && !ended.contains(&log.head.generation),
-                "{:?} has no parent",
-                span
-            );
+            prop_assert!(parent == open && !ended.contains(&log.head.generation), "{:?} has no parent", span);
             continue;
         };
-        prop_assert!(
-            seen.contains(&parent.id),
-            "{:?} stands before its parent",
-            span
-        );
-        prop_assert!(
-            parent.start <= span.start && span.end <= parent.end,
-            "{:?} leaves {:?}",
-            span,
-            parent
-        );
+        prop_assert!(seen.contains(&parent.id), "{:?} stands before its parent", span);
+        prop_assert!(parent.start <= span.start && span.end <= parent.end, "{:?} leaves {:?}", span, parent);
     }
-    let roots: Vec<SpanId> = all
-        .spans
-        .iter()
-        .filter(|span| span.name == names::TASK_ORCHESTRATION)
-        .map(|span| span.id)
-        .collect();
-    let wanted: BTreeSet<SpanId> = ended
-        .iter()
-        .map(|generation| root_id(&log.head, *generation))
-        .collect();
+    let roots: Vec<SpanId> =
+        all.spans.iter().filter(|span| span.name == names::TASK_ORCHESTRATION).map(|span| span.id).collect();
+    let wanted: BTreeSet<SpanId> = ended.iter().map(|generation| root_id(&log.head, *generation)).collect();
     prop_assert_eq!(roots.len(), wanted.len());
-    prop_assert_eq!(
-        roots.into_iter().collect::<BTreeSet<_>>(),
-        wanted,
-        "one root for each ended generation"
-    );
+    prop_assert_eq!(roots.into_iter().collect::<BTreeSet<_>>(), wanted, "one root for each ended generation");
     for span in &all.spans {
         for link in &span.links {
-            prop_assert!(
-                by_id.contains_key(&link.span_id),
-                "{:?} links to nothing",
-                span
-            );
+            prop_assert!(by_id.contains_key(&link.span_id), "{:?} links to nothing", span);
         }
         if span.name == names::RESULT_EVALUATION {
             prop_assert!(span.links.len() <= MAX_LINKS);
@@ -240,32 +194,14 @@ fn tree_is_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
 /// Every attempt 1..n has one step.execution, linked to the one before it.
 fn attempts_are_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
     let execution = |step, attempt: i32| {
-        span_id(
-            &log.head.trace_id,
-            step,
-            0,
-            u64::from(attempt.unsigned_abs()),
-            SpanKey::StepExecution,
-            0,
-        )
+        span_id(&log.head.trace_id, step, 0, u64::from(attempt.unsigned_abs()), SpanKey::StepExecution, 0)
     };
     for step in log.steps.keys() {
-        let opened = log
-            .transitions
-            .iter()
-            .filter(|row| row.entity == *step && row.to == "enqueued")
-            .count();
+        let opened = log.transitions.iter().filter(|row| row.entity == *step && row.to == "enqueued").count();
         for attempt in 1..=i32::try_from(opened).unwrap() {
-            let found: Vec<&Span> = all
-                .spans
-                .iter()
-                .filter(|span| span.id == execution(*step, attempt))
-                .collect();
+            let found: Vec<&Span> = all.spans.iter().filter(|span| span.id == execution(*step, attempt)).collect();
             prop_assert_eq!(found.len(), 1, "attempt {} of {}", attempt, step);
-            let links_back = found[0]
-                .links
-                .iter()
-                .any(|link| link.span_id == execution(*step, attempt - 1));
+            let links_back = found[0].links.iter().any(|link| link.span_id == execution(*step, attempt - 1));
             prop_assert_eq!(links_back, attempt > 1);
         }
     }
@@ -293,10 +229,7 @@ fn counted(log: &TaskLog) -> BTreeMap<&'static str, usize> {
             continue;
         }
         add(names::STEP_STATE_TRANSITION, 1);
-        add(
-            names::STEP_WAIT,
-            row.detail.as_ref().map_or(0, |detail| detail.waits.len()),
-        );
+        add(names::STEP_WAIT, row.detail.as_ref().map_or(0, |detail| detail.waits.len()));
         match row.event {
             _ if row.to == "enqueued" => {
                 add(names::STEP_EXECUTION, 1);
@@ -322,15 +255,9 @@ fn names_are_counted(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
 
 /// A person may look at any moment, with a clock that is a little off.
 fn every_prefix_can_be_drawn(log: &TaskLog) -> TestCaseResult {
-    let last = log
-        .transitions
-        .last()
-        .map_or(log.head.created_at, |row| row.at);
+    let last = log.transitions.last().map_or(log.head.created_at, |row| row.at);
     for length in 0..=log.transitions.len() {
-        let prefix = TaskLog {
-            transitions: log.transitions[..length].to_vec(),
-            ..log.clone()
-        };
+        let prefix = TaskLog { transitions: log.transitions[..length].to_vec(), ..log.clone() };
         for now in [log.head.created_at - Duration::from_secs(5), last] {
             let drawn = spans_so_far(&prefix, now).spans;
             let ids: BTreeSet<SpanId> = drawn.iter().map(|span| span.id).collect();
@@ -387,24 +314,12 @@ fn rows_in_any_order_give_the_same_spans() {
 fn links_beyond_the_limit_are_counted() {
     let names: Vec<String> = (0..MAX_LINKS + 2).map(|n| format!("s{n}")).collect();
     let mut world = World::started(template(&names.join(" ")));
-    let events = names
-        .iter()
-        .map(|name| world.run_step(name, success()))
-        .collect();
+    let events = names.iter().map(|name| world.run_step(name, success())).collect();
     world.settle(events, &mut Room::unlimited());
     let all = spans(&full(&world)).spans;
-    let evaluated = all
-        .iter()
-        .find(|span| span.name == names::RESULT_EVALUATION)
-        .unwrap();
+    let evaluated = all.iter().find(|span| span.name == names::RESULT_EVALUATION).unwrap();
     assert_eq!(evaluated.links.len(), MAX_LINKS);
-    assert_eq!(
-        evaluated.attributes,
-        [
-            (names::RESULTS, Value::Int(130)),
-            (names::LINKS_OMITTED, Value::Int(2))
-        ]
-    );
+    assert_eq!(evaluated.attributes, [(names::RESULTS, Value::Int(130)), (names::LINKS_OMITTED, Value::Int(2))]);
 }
 
 #[test]
@@ -414,10 +329,7 @@ fn a_result_that_was_cancelled_unseen_is_not_evaluated() {
     let event = world.run_step("b", permanent("Broken"));
     world.settle(vec![event], &mut Room::unlimited());
     let all = spans(&full(&world)).spans;
-    let evaluated = all
-        .iter()
-        .find(|span| span.name == names::RESULT_EVALUATION)
-        .unwrap();
+    let evaluated = all.iter().find(|span| span.name == names::RESULT_EVALUATION).unwrap();
     assert_eq!(evaluated.attributes, [(names::RESULTS, Value::Int(1))]);
 }
 
@@ -426,10 +338,7 @@ fn a_repair_within_a_generation_does_not_move_its_beginning() {
     let mut definition = template("a");
     definition.block_on_failure = true;
     let mut world = World::started(definition);
-    world.settle(
-        vec![Event::Cancel(operator("carl"))],
-        &mut Room::unlimited(),
-    );
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut Room::unlimited());
     let retry = world.retry_event();
     world.settle(vec![retry], &mut Room::unlimited());
     let began = world.generation_began_at;
@@ -441,10 +350,7 @@ fn a_repair_within_a_generation_does_not_move_its_beginning() {
     slices_agree(&world).unwrap();
     let root = root_id(&head(&world), 2);
     let spans = spans(&slice(&world, world.settled.last().unwrap())).spans;
-    assert_eq!(
-        spans.iter().find(|span| span.id == root).unwrap().start,
-        began
-    );
+    assert_eq!(spans.iter().find(|span| span.id == root).unwrap().start, began);
 }
 
 #[test]
@@ -454,23 +360,11 @@ fn an_attempt_that_nobody_claimed_says_which_time_ran_out() {
     });
     let mut world = World::started(definition);
     world.pass(Duration::from_mins(1));
-    let timeout = Event::QueueDue {
-        step: 0,
-        attempt: 1,
-    };
+    let timeout = Event::QueueDue { step: 0, attempt: 1 };
     world.settle(vec![timeout], &mut Room::unlimited());
     let all = spans(&full(&world)).spans;
-    let execution = all
-        .iter()
-        .find(|span| span.name == names::STEP_EXECUTION)
-        .unwrap();
-    let said = |key| {
-        execution
-            .attributes
-            .iter()
-            .find(|(name, _)| *name == key)
-            .map(|(_, value)| value.clone())
-    };
+    let execution = all.iter().find(|span| span.name == names::STEP_EXECUTION).unwrap();
+    let said = |key| execution.attributes.iter().find(|(name, _)| *name == key).map(|(_, value)| value.clone());
     assert_eq!(said(names::OUTCOME), Some("timeout".into()));
     assert_eq!(said(names::ERROR_TYPE), Some("queue_timeout".into()));
 }
@@ -491,10 +385,7 @@ fn draw(world: &World) -> String {
     let all = spans(&full(world)).spans;
     let mut children: BTreeMap<Option<SpanId>, Vec<&Span>> = BTreeMap::new();
     for span in &all {
-        children
-            .entry(span.parent.filter(|_| !span.parent_is_remote))
-            .or_default()
-            .push(span);
+        children.entry(span.parent.filter(|_| !span.parent_is_remote)).or_default().push(span);
     }
     for siblings in children.values_mut() {
         siblings.sort_by_key(|span| (span.start, span.end));
@@ -530,16 +421,7 @@ fn draw_below(
     ];
     for span in children.get(&parent).into_iter().flatten() {
         let ms = |at: DateTime<Utc>| (at - world.created_at).num_milliseconds();
-        write!(
-            drawn,
-            "{:indent$}{} {}..{}",
-            "",
-            span.name,
-            ms(span.start),
-            ms(span.end),
-            indent = depth * 2
-        )
-        .unwrap();
+        write!(drawn, "{:indent$}{} {}..{}", "", span.name, ms(span.start), ms(span.end), indent = depth * 2).unwrap();
         for key in TOLD {
             match span.attributes.iter().find(|(name, _)| *name == key) {
                 Some((_, Value::Str(text))) => write!(drawn, " {text}").unwrap(),
@@ -547,29 +429,17 @@ fn draw_below(
                 _ => {}
             }
         }
-        let step = span
-            .attributes
-            .iter()
-            .find_map(|(name, value)| match value {
-                Value::Str(uuid) if *name == names::STEP_UUID => world
-                    .steps
-                    .iter()
-                    .find(|step| step.uuid.to_string() == *uuid),
-                _ => None,
-            });
+        let step = span.attributes.iter().find_map(|(name, value)| match value {
+            Value::Str(uuid) if *name == names::STEP_UUID => {
+                world.steps.iter().find(|step| step.uuid.to_string() == *uuid)
+            }
+            _ => None,
+        });
         if let Some(step) = step.filter(|_| span.name != names::STEP_EXECUTION) {
-            write!(
-                drawn,
-                " of {}",
-                world.definition.steps[step.index as usize].name
-            )
-            .unwrap();
+            write!(drawn, " of {}", world.definition.steps[step.index as usize].name).unwrap();
         }
         for link in &span.links {
-            let target = all
-                .iter()
-                .find(|other| other.id == link.span_id)
-                .map_or("nothing", |other| other.name);
+            let target = all.iter().find(|other| other.id == link.span_id).map_or("nothing", |other| other.name);
             write!(drawn, " ->{target}").unwrap();
         }
         if let Some(error) = &span.error {
@@ -631,9 +501,6 @@ fn cancelled_while_it_runs_waits_and_is_held() {
     world.finish_step("a", failure("Flaky"));
     let b = world.run_step("b", success());
     world.settle(vec![b], &mut Room::default());
-    world.settle(
-        vec![Event::Cancel(operator("carl"))],
-        &mut Room::unlimited(),
-    );
+    world.settle(vec![Event::Cancel(operator("carl"))], &mut Room::unlimited());
     insta::assert_snapshot!(draw(&world));
 }

@@ -1,0 +1,368 @@
+//! One method per event: what it does to the steps it is about and to those behind them.
+//!
+//! Each answers whether it changed anything; an event that comes late, twice or out of order does not.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::super::plan::{Detail, Due, Failure, Outcome, Step, Wait};
+use super::super::retry::{OnExhausted, Verdict, verdict};
+use super::super::states::{StepEvent, StepState, TaskEvent, TaskState};
+use super::{MAX_LOST, Operator, Pass, Ready, seed};
+
+impl Pass<'_, '_> {
+    pub(super) fn start(&mut self, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
+        if self.plan.task.state != TaskState::Pending {
+            return false;
+        }
+        self.move_task(TaskEvent::Start, TaskState::Initializing, None);
+        if let Some(reason) = invalid {
+            self.fatal = Some(("invalid_input".into(), reason));
+            return true;
+        }
+        self.limit_total();
+        self.create_steps(step_uuids);
+        true
+    }
+
+    /// The total timeout counts from the beginning of the generation.
+    pub(super) fn limit_total(&mut self) {
+        if let Some(total) = self.definition.total {
+            let at = self.plan.task.generation_began_at + total;
+            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
+        }
+    }
+
+    pub(super) fn create_steps(&mut self, step_uuids: Vec<Uuid>) {
+        self.creating = true;
+        self.plan.task.open_steps = i32::try_from(step_uuids.len()).unwrap_or(i32::MAX);
+        self.plan.task_changed = true;
+        for (index, uuid) in (0_u32..).zip(step_uuids) {
+            let dependencies = self.definition.graph.parents(index).len();
+            let priority = self.plan.task.priority + self.definition.steps[index as usize].priority;
+            let dependencies = i32::try_from(dependencies).unwrap_or(i32::MAX);
+            let step = Step::new(uuid, index, self.plan.task.generation, dependencies, priority, self.now);
+            self.steps.insert(index, step);
+            if dependencies == 0 {
+                self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
+            }
+        }
+    }
+
+    pub(super) fn result(&mut self, index: u32, attempt: i32) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        if step.attempt != attempt {
+            return false;
+        }
+        match (step.state, self.outcomes.remove(&index)) {
+            (StepState::EnqueuedForOrchestration, Some(Outcome::Success(output))) => {
+                self.close(index);
+                self.move_step(index, StepEvent::Complete, StepState::Complete, None);
+                self.outputs.insert(index, output);
+                self.evaluated = true;
+                self.only_lost = false;
+                self.dependency_done(index);
+                true
+            }
+            (StepState::EnqueuedAsErrorForOrchestration, Some(Outcome::Failure(failure))) => {
+                self.close(index);
+                self.attempt_failed(index, &failure, StepEvent::ScheduleRetry, StepEvent::Fail);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn quarantined(&mut self, index: u32, attempt: i32, reason: &str) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        let reported =
+            matches!(step.state, StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration);
+        if step.attempt != attempt || !reported {
+            return false;
+        }
+        let detail =
+            Detail { reason: Some(reason.to_owned()), error_type: Some("quarantined".into()), ..Detail::default() };
+        self.close(index);
+        self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
+        self.step_gave_up(index, "quarantined", reason, OnExhausted::Fail);
+        true
+    }
+
+    /// An attempt ended in an error: schedule the next one, or give the step up.
+    pub(super) fn attempt_failed(&mut self, index: u32, failure: &Failure, again: StepEvent, give_up: StepEvent) {
+        self.evaluated = true;
+        self.any_failed = true;
+        self.only_lost = false;
+        let definition = &self.definition.steps[index as usize];
+        let step = self.touch(index);
+        step.failures += 1;
+        let after = failure.retry_after_ms.map(|ms| Duration::from_secs_f64(ms.clamp(0.0, 1e11) / 1000.0));
+        let failures = u32::try_from(step.failures).unwrap_or(u32::MAX);
+        let verdict = verdict(&definition.retry, failures, &failure.kind, failure.retryable, after, seed(step));
+        match verdict {
+            Verdict::Retry(delay) => {
+                let at = self.now + delay;
+                let step = self.touch(index);
+                step.due_at = Some(at);
+                let uuid = step.uuid;
+                self.plan.due.push(Due { kind: "retry", at, step: Some(uuid) });
+                let detail = Detail { until: Some(at), ..Detail::default() };
+                self.move_step(index, again, StepState::WaitingForRetry, Some(detail));
+            }
+            Verdict::GiveUp(reason) => {
+                let detail = Detail {
+                    reason: Some(reason.to_string()),
+                    error_type: Some(failure.kind.clone()),
+                    ..Detail::default()
+                };
+                self.move_step(index, give_up, StepState::Error, Some(detail));
+                self.step_failed(index, &failure.kind, &failure.message);
+            }
+        }
+    }
+
+    /// A step has failed for good: its policy says what that means for the task.
+    pub(super) fn step_failed(&mut self, index: u32, kind: &str, message: &str) {
+        self.step_gave_up(index, kind, message, self.definition.steps[index as usize].retry.on_exhausted);
+    }
+
+    pub(super) fn step_gave_up(&mut self, index: u32, kind: &str, message: &str, policy: OnExhausted) {
+        self.evaluated = true;
+        self.any_failed = true;
+        self.only_lost = false;
+        let definition = &self.definition.steps[index as usize];
+        match policy {
+            OnExhausted::Continue => return self.dependency_done(index),
+            OnExhausted::Fail if !self.definition.block_on_failure => {
+                self.fatal
+                    .get_or_insert_with(|| (kind.to_owned(), format!("step {} failed: {message}", definition.name)));
+            }
+            OnExhausted::Fail | OnExhausted::Block => {}
+        }
+        self.plan.task.failed_steps += 1;
+        self.plan.task.error_type = Some(kind.to_owned());
+        self.plan.task.reason = Some(format!("step {} failed: {message}", definition.name));
+        self.plan.task_changed = true;
+    }
+
+    pub(super) fn dependency_done(&mut self, index: u32) {
+        for &child in self.definition.graph.children(index) {
+            let Some(step) = self.steps.get(&child) else {
+                continue;
+            };
+            if step.state != StepState::Pending {
+                continue;
+            }
+            let step = self.touch(child);
+            step.remaining_dependencies -= 1;
+            if step.remaining_dependencies == 0 {
+                self.ready.push(Ready { step: child, event: StepEvent::Enqueue, waits: Vec::new() });
+            }
+        }
+    }
+
+    pub(super) fn lease_due(&mut self, index: u32) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        let Some(expires) = step.lease_expires_at.filter(|_| step.state == StepState::InProgress) else {
+            return false;
+        };
+        if expires > self.now {
+            return self.lease_renewed(index, expires);
+        }
+        let detail = Detail { last_heartbeat_at: step.last_heartbeat_at, ..Detail::default() };
+        self.evaluated = true;
+        self.close(index);
+        let step = self.touch(index);
+        step.losses += 1;
+        if step.losses > MAX_LOST {
+            let reason =
+                format!("{MAX_LOST} attempts in a row lost their worker; the last one was silent for its whole lease");
+            let detail = Detail { reason: Some(reason.clone()), error_type: Some("lease_expired".into()), ..detail };
+            self.move_step(index, StepEvent::LeaseExpired, StepState::Error, Some(detail));
+            self.step_failed(index, "lease_expired", &reason);
+        } else {
+            self.move_step(index, StepEvent::LeaseExpired, StepState::Enqueued, Some(detail));
+            // The move itself is the Enqueue of the next attempt.
+            self.touch(index).attempt += 1;
+            self.opened(index, StepEvent::LeaseExpired, None);
+            self.ready.push(Ready { step: index, event: StepEvent::LeaseExpired, waits: Vec::new() });
+        }
+        true
+    }
+
+    /// The claim lives; look again when its lease ends. A worker that renews its lease for ever
+    /// but never reports its own timeout is stopped here.
+    pub(super) fn lease_renewed(&mut self, index: u32, expires: DateTime<Utc>) -> bool {
+        let step = &self.steps[&index];
+        let lease = expires - step.last_heartbeat_at.unwrap_or(step.last_at);
+        let Some(run) =
+            self.definition.steps[index as usize].run_timeout.filter(|run| step.last_at + *run + lease <= self.now)
+        else {
+            self.plan.due.push(Due { kind: "lease", at: expires, step: Some(step.uuid) });
+            return true;
+        };
+        let failure = Failure {
+            kind: "timeout".into(),
+            message: format!("it ran longer than {run:?} and its worker never said so"),
+            retryable: true,
+            retry_after_ms: None,
+        };
+        self.close(index);
+        self.attempt_failed(index, &failure, StepEvent::RunTimeout, StepEvent::RunTimeout);
+        true
+    }
+
+    pub(super) fn retry_due(&mut self, index: u32) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        let Some(due) = step.due_at.filter(|_| step.state == StepState::WaitingForRetry) else {
+            return false;
+        };
+        if due > self.now {
+            self.plan.due.push(Due { kind: "retry", at: due, step: Some(step.uuid) });
+            return true;
+        }
+        let wait =
+            Wait { reason: "retry".into(), since: step.last_at, until: Some(due), ended: None, ordinal: step.version };
+        self.wake = Some(TaskEvent::RetryReady);
+        self.ready.push(Ready { step: index, event: StepEvent::RetryReady, waits: vec![wait] });
+        true
+    }
+
+    pub(super) fn queue_due(&mut self, index: u32, attempt: i32) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        let Some(timeout) = self.definition.steps[index as usize].queue_timeout else {
+            return false;
+        };
+        let Some(enqueued) = step.enqueued_at.filter(|_| step.state == StepState::Enqueued && step.attempt == attempt)
+        else {
+            return false;
+        };
+        let at = enqueued + timeout;
+        if at > self.now {
+            self.plan.due.push(Due { kind: "queue_timeout", at, step: Some(step.uuid) });
+            return true;
+        }
+        let reason = format!("no worker claimed it within {timeout:?}");
+        let detail =
+            Detail { reason: Some(reason.clone()), error_type: Some("queue_timeout".into()), ..Detail::default() };
+        self.close(index);
+        self.move_step(index, StepEvent::QueueTimeout, StepState::Error, Some(detail));
+        self.step_failed(index, "queue_timeout", &reason);
+        true
+    }
+
+    pub(super) fn admit(&mut self, index: u32) -> bool {
+        let Some(step) = self.steps.get(&index) else {
+            return false;
+        };
+        if step.state != StepState::Pending || step.held_by.is_none() {
+            return false;
+        }
+        self.wake.get_or_insert(TaskEvent::StepsAdmitted);
+        self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
+        true
+    }
+
+    pub(super) fn end(&mut self, event: TaskEvent, operator: Operator) -> bool {
+        if self.plan.task.state.is_terminal() {
+            return false;
+        }
+        let (action, reason) = (if event == TaskEvent::Cancel { "cancel" } else { "terminate" }, operator.reason);
+        self.plan.task.ended_by = Some(action);
+        self.plan.task.reason = Some(reason.clone().unwrap_or_else(|| format!("{action} by {}", operator.actor)));
+        let detail = Detail { reason: reason.clone(), ..Detail::default() };
+        self.ready.clear();
+        self.move_task_by(event, TaskState::Cancelled, Some(detail), Some(operator.actor.clone()));
+        self.plan.audit = Some((action, operator.actor, reason));
+        self.plan.cancel_open_steps = true;
+        true
+    }
+
+    pub(super) fn total_timeout(&mut self) -> bool {
+        let Some(total) = self.definition.total.filter(|_| !self.plan.task.state.is_terminal()) else {
+            return false;
+        };
+        let at = self.plan.task.generation_began_at + total;
+        if at > self.now {
+            self.plan.due.push(Due { kind: "total_timeout", at, step: None });
+            return true;
+        }
+        let reason = format!("it took longer than the {total:?} its template allows");
+        self.plan.task.error_type = Some("timeout".into());
+        self.plan.task.reason = Some(reason.clone());
+        let detail = Detail { reason: Some(reason), error_type: Some("timeout".into()), ..Detail::default() };
+        self.ready.clear();
+        self.move_task(TaskEvent::TotalTimeout, TaskState::Error, Some(detail));
+        self.plan.cancel_open_steps = true;
+        true
+    }
+
+    pub(super) fn retry(&mut self, operator: Operator, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
+        let from = self.plan.task.state;
+        if !matches!(from, TaskState::Error | TaskState::Cancelled | TaskState::BlockedByFailures) {
+            return false;
+        }
+        if from.is_terminal() {
+            self.plan.task.generation += 1;
+            self.plan.task.generation_began_at = self.now;
+            self.limit_total();
+        }
+        self.plan.task.failed_steps = 0;
+        self.plan.task.error_type = None;
+        self.plan.task.reason = None;
+        self.plan.task.ended_by = None;
+        let detail = Detail { reason: operator.reason.clone(), ..Detail::default() };
+        self.move_task_by(
+            TaskEvent::OperatorRetry,
+            TaskState::EvaluatingResults,
+            Some(detail),
+            Some(operator.actor.clone()),
+        );
+        self.plan.audit = Some(("retry", operator.actor.clone(), operator.reason));
+        if let Some(reason) = invalid {
+            self.fatal = Some(("invalid_input".into(), reason));
+            return true;
+        }
+        if !step_uuids.is_empty() {
+            self.create_steps(step_uuids);
+            return true;
+        }
+        // A failure that `continue` passed over is tried again too, so it is no longer done for
+        // the steps that still wait behind it: they take the recount.
+        let pending: Vec<u32> =
+            self.steps.values().filter(|step| step.state == StepState::Pending).map(|step| step.index).collect();
+        self.touched.extend(pending);
+        let mut again: Vec<u32> = self
+            .steps
+            .values()
+            .filter(|step| matches!(step.state, StepState::Error | StepState::Cancelled))
+            .map(|step| step.index)
+            .collect();
+        again.sort_unstable();
+        for index in again {
+            let generation = self.plan.task.generation;
+            let step = self.touch(index);
+            step.generation = generation;
+            step.failures = 0;
+            step.losses = 0;
+            self.move_step_by(index, StepEvent::OperatorRetry, StepState::Pending, None, Some(operator.actor.clone()));
+            self.plan.task.open_steps += 1;
+            if self.steps[&index].remaining_dependencies == 0 {
+                self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,130 @@
+//! Sending what is ready: its input, its place in the queue, its message.
+
+use serde_json::Value;
+
+use super::super::input::default_input;
+use super::super::plan::{Detail, Due, HeldBy, Send, Wait};
+use super::super::retry::OnExhausted;
+use super::super::states::{StepEvent, StepState};
+use super::{Pass, Ready};
+
+impl Pass<'_, '_> {
+    /// Resolves a ready step's input from the task's input and the outputs of earlier steps.
+    pub(super) fn resolve(&self, index: u32) -> Result<Value, String> {
+        let outputs = |name: &str| {
+            let parent = self.definition.by_name.get(name)?;
+            self.outputs.get(parent)
+        };
+        if let Some(template) = &self.definition.steps[index as usize].input {
+            return template.resolve(&self.plan.task.input, &outputs).map_err(|missing| missing.to_string());
+        }
+        let parents = self.definition.graph.parents(index);
+        let parents = parents.iter().filter_map(|parent| {
+            let name = &*self.definition.steps[*parent as usize].name;
+            Some((name, self.outputs.get(parent)?))
+        });
+        Ok(default_input(&self.plan.task.input, parents))
+    }
+
+    /// Sends what finds room, holds the rest; answers how many were sent.
+    pub(super) fn send_ready(&mut self, task_version: i32) -> usize {
+        let mut sent = 0;
+        // In file order, so that a plan does not depend on the order of the results.
+        self.ready.sort_by_key(|ready| ready.step);
+        // Hints come twice: a step that is due twice is sent once.
+        self.ready.dedup_by_key(|ready| ready.step);
+        for Ready { step: index, event, mut waits } in std::mem::take(&mut self.ready) {
+            let held = self.steps[&index].held_by;
+            let has_input = held.is_some() || event != StepEvent::Enqueue;
+            if !has_input {
+                match self.resolve(index) {
+                    Ok(input) => self.touch(index).input = Some(input),
+                    Err(reason) => {
+                        let detail = Detail {
+                            reason: Some(reason.clone()),
+                            error_type: Some("missing_input".into()),
+                            ..Detail::default()
+                        };
+                        self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
+                        // Nothing was tried, so `on_exhausted` has no say: its dependents are not loaded either.
+                        self.step_gave_up(index, "missing_input", &reason, OnExhausted::Fail);
+                        continue;
+                    }
+                }
+            }
+            // A retry or a lost attempt goes out at once: its place was its own a moment ago.
+            let definition = &self.definition.steps[index as usize];
+            if event == StepEvent::Enqueue
+                && let Err(reason) = self.room.take(&definition.queue, &definition.handler, held.is_some())
+            {
+                self.hold(index, reason);
+                continue;
+            }
+            if let Some(reason) = held {
+                let step = self.touch(index);
+                let since = step.ready_at.take().unwrap_or(step.last_at);
+                step.held_by = None;
+                let ordinal = step.version + 1;
+                waits.push(Wait { reason: reason.as_str().into(), since, until: None, ended: None, ordinal });
+                self.plan.task.held_steps -= 1;
+            }
+            self.send(index, event, waits, task_version);
+            sent += 1;
+        }
+        sent
+    }
+
+    pub(super) fn hold(&mut self, index: u32, reason: HeldBy) {
+        let now = self.now;
+        let step = self.touch(index);
+        if step.held_by.is_none() {
+            step.ready_at = Some(now);
+            self.plan.task.held_steps += 1;
+            self.plan.task_changed = true;
+        }
+        self.touch(index).held_by = Some(reason);
+    }
+
+    pub(super) fn send(&mut self, index: u32, event: StepEvent, waits: Vec<Wait>, task_version: i32) {
+        let definition = &self.definition.steps[index as usize];
+        if event != StepEvent::LeaseExpired {
+            self.touch(index).attempt += 1;
+            let detail = (!waits.is_empty()).then(|| Detail { waits, ..Detail::default() });
+            self.move_step(index, event, StepState::Enqueued, detail);
+        }
+        let uuid = self.steps[&index].uuid;
+        if let Some(enqueue) = self.plan.moves.iter_mut().rfind(|made| made.entity == uuid) {
+            enqueue.task_version = Some(task_version);
+        }
+        self.opened(index, event, Some(task_version));
+        let step = &self.steps[&index];
+        let (attempt, generation, priority) = (step.attempt, step.generation, step.priority);
+        if let Some(timeout) = definition.queue_timeout {
+            self.plan.due.push(Due { kind: "queue_timeout", at: self.now + timeout, step: Some(uuid) });
+        }
+        self.plan.sends.push(Send {
+            priority,
+            queue: definition.queue.clone(),
+            handler: definition.handler.clone(),
+            step: uuid,
+            generation,
+            attempt,
+            task_version,
+        });
+    }
+
+    /// Where the new attempt's Enqueue stands in the log; `task_version` is the task's move that sends it.
+    pub(super) fn opened(&mut self, index: u32, event: StepEvent, task_version: Option<i32>) {
+        let step = self.touch(index);
+        step.due_at = None;
+        step.claim_token = None;
+        step.claimed_by = None;
+        step.lease_expires_at = None;
+        step.enqueued_version = Some(step.version);
+        step.enqueued_task_version = task_version;
+        step.enqueued_event = Some(event.as_str());
+        // The database writes the times of the move itself; `None` asks for it.
+        step.enqueued_began_at = None;
+        step.enqueued_at = None;
+    }
+}
