@@ -59,6 +59,18 @@ create table tasker.message_failures (
   primary key (queue, msg_id)
 );
 
+-- Puts messages back for a moment, as if they had not been read: their task is settled by
+-- somebody else right now, and that says nothing against the message.
+create function tasker.put_back(p_queue text, p_msg_ids bigint[], p_delay interval) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  execute format('update pgmq.%I set vt = clock_timestamp() + $2, read_ct = greatest(read_ct - 1, 0) where msg_id = any($1)',
+    'q_' || p_queue) using p_msg_ids, p_delay;
+end
+$$;
+
 -- Moves messages out of the way, each with its reason and just as it is: what cannot be read
 -- is never parsed. One that is gone already was dealt with by somebody else.
 create function tasker.quarantine_messages(p_queue text, p_msg_ids bigint[], p_reasons text[]) returns void

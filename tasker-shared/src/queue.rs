@@ -107,11 +107,12 @@ pub async fn delete(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], due_i
     Ok(())
 }
 
-/// Puts messages back for a moment: their task is settled by somebody else right now. The
-/// jitter keeps two orchestrators from meeting at the same task again and again.
+/// Puts messages back for a moment, as if they had not been read: their task is settled by
+/// somebody else right now. The jitter keeps two orchestrators from meeting at the same task
+/// again and again.
 pub async fn put_back(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], delay_ms: i32) -> Result<(), Error> {
     sqlx::query!(
-        r#"select count(*) as "n!" from pgmq.set_vt($1, $2::bigint[], clock_timestamp() + make_interval(secs => $3::int / 1000.0))"#,
+        "select tasker.put_back($1, $2, make_interval(secs => $3::int / 1000.0))::text as done",
         queue,
         msg_ids,
         delay_ms

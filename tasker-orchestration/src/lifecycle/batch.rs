@@ -66,9 +66,13 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
     let settled = settle::settle(shared, queue, hints).await?;
     let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
-        let delay = rand::rng().random_range(5..40);
-        let mut conn = shared.reads.acquire().await?;
-        queue::put_back(&mut conn, queue, &ids(&settled.deferred), delay).await?;
+        let delay = rand::rng().random_range(5..20);
+        queue::put_back(&mut *shared.reads.acquire().await?, queue, &ids(&settled.deferred), delay).await?;
+        if settled.deferred.len() * 2 > items.len() {
+            // Most of what there is belongs to tasks that are settled elsewhere: reading the rest
+            // of it now would only put that back too.
+            tokio::time::sleep(Duration::from_millis(delay.unsigned_abs().into())).await;
+        }
     }
     if !settled.unknown.is_empty() {
         let bad =
