@@ -115,7 +115,6 @@ impl Pair {
 }
 
 /// Submits all tasks, waits until the last has ended and its spans are acknowledged.
-#[expect(clippy::too_many_lines, reason = "one measurement, in the order it is made")]
 pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     // As a vacuum that happens to run would cost one run and not the other.
     sqlx::query("vacuum (analyze)").execute(pool).await?;

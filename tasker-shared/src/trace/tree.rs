@@ -283,7 +283,6 @@ impl<'a> Tree<'a> {
     }
 
     /// One attempt: from its Enqueue to the move that closed it (`None`: it is still open).
-    #[expect(clippy::too_many_lines, reason = "the spans of one attempt, read top down")]
     fn attempt(&mut self, info: &StepInfo, number: i32, moves: &[&'a Transition], closing: Option<&'a Transition>) {
         let (Some(opening), Some(now)) = (moves.first(), closing.map(|row| row.at).or(self.now)) else {
             return;
