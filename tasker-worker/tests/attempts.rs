@@ -74,7 +74,6 @@ async fn a_success_is_on_the_attempt_in_the_log_and_in_the_results_queue() {
 }
 
 #[tokio::test]
-#[expect(clippy::too_many_lines, reason = "one table of cases")]
 async fn each_way_to_fail_is_reported_as_what_it_is() {
     let bench = Bench::new().await;
     let handlers =

@@ -63,7 +63,6 @@ async fn call(bench: &Bench, input: Value) -> Result<Value, Value> {
 }
 
 #[tokio::test]
-#[expect(clippy::too_many_lines, reason = "one table of cases")]
 async fn an_allowed_host_is_called_within_the_trace_and_others_are_not() {
     let (host, mut heard) = server().await;
     let bench = Bench::new().await;
