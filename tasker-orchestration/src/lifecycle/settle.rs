@@ -48,6 +48,12 @@ pub(super) struct Work {
     has_steps: bool,
 }
 
+impl Work {
+    fn key(&self, row: &StepRow) -> u32 {
+        self.template.definition.key(row.step.index, row.step.item)
+    }
+}
+
 /// Settles hints that came from one queue (or from none: then `queue` only names the table
 /// that no message is deleted from).
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
@@ -254,8 +260,8 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
     let snapshot = Snapshot {
         task: work.row.task.clone(),
         definition: &work.template.definition,
-        steps: work.steps.values().map(|row| (row.step.index, row.step.clone())).collect(),
-        outcomes: work.steps.values().filter_map(|row| Some((row.step.index, row.outcome.clone()?))).collect(),
+        steps: work.steps.values().map(|row| (work.key(row), row.step.clone())).collect(),
+        outcomes: work.steps.values().filter_map(|row| Some((work.key(row), row.outcome.clone()?))).collect(),
         outputs: work.outputs.clone(),
     };
     let plan = decide(snapshot, events, room, now);
@@ -265,23 +271,23 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
     plan
 }
 
-/// Names the step by its index. A hint about a step that does not exist has nothing to say.
+/// Names the step by its key. A hint about a step that does not exist has nothing to say.
 fn event(work: &Work, look: &Look) -> Option<Event> {
-    let index = |step: &Uuid| work.steps.get(step).map(|row| row.step.index);
+    let key = |step: &Uuid| work.steps.get(step).map(|row| work.key(row));
     Some(match look {
         Look::Start => Event::Start { step_uuids: new_step_uuids(work), invalid: invalid_input(work) },
-        Look::Result(step, attempt) => Event::Result { step: index(step)?, attempt: *attempt },
+        Look::Result(step, attempt) => Event::Result { step: key(step)?, attempt: *attempt },
         Look::Quarantined(step, attempt, reason) => {
-            Event::Quarantined { step: index(step)?, attempt: *attempt, reason: reason.clone() }
+            Event::Quarantined { step: key(step)?, attempt: *attempt, reason: reason.clone() }
         }
-        Look::Lease(step) => Event::LeaseDue { step: index(step)? },
-        Look::Retry(step) => Event::RetryDue { step: index(step)? },
+        Look::Lease(step) => Event::LeaseDue { step: key(step)? },
+        Look::Retry(step) => Event::RetryDue { step: key(step)? },
         Look::Queue(step) => {
             let row = work.steps.get(step)?;
-            Event::QueueDue { step: row.step.index, attempt: row.step.attempt }
+            Event::QueueDue { step: work.key(row), attempt: row.step.attempt }
         }
         Look::Total => Event::TotalDue,
-        Look::Admit(step) => Event::Admit { step: index(step)? },
+        Look::Admit(step) => Event::Admit { step: key(step)? },
         Look::Cancel(operator) => Event::Cancel(operator.clone()),
         Look::Terminate(operator) => Event::Terminate(operator.clone()),
         Look::OperatorRetry(operator) if work.has_steps => {

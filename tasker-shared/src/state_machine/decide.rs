@@ -17,7 +17,7 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::definition::Definition;
+use super::definition::{Definition, StepDefinition};
 use super::plan::{Detail, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
@@ -32,16 +32,16 @@ pub struct Snapshot<'a> {
     pub task: Task,
     /// Its template.
     pub definition: &'a Definition,
-    /// Steps by index. Of an operator's retry: every failed, cancelled or pending one, its
-    /// `remaining_dependencies` recounted from the edges.
+    /// Steps by [`Definition::key`]. Of an operator's retry: every failed, cancelled or pending
+    /// one, its `remaining_dependencies` recounted from the edges.
     pub steps: HashMap<u32, Step>,
-    /// What the workers reported of the steps the events are about.
+    /// What the workers reported of the steps the events are about, by key.
     pub outcomes: HashMap<u32, Outcome>,
     /// Outputs of finished steps, by index.
     pub outputs: HashMap<u32, Value>,
 }
 
-/// Something that happened, or is due. Steps are named by index.
+/// Something that happened, or is due. Steps are named by their key in the snapshot.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The task is to begin; its steps get these uuids. `invalid` says why its input breaks the template's schema.
@@ -53,14 +53,14 @@ pub enum Event {
     },
     /// A result of this claim was reported.
     Result {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
         /// The attempt reported.
         attempt: i32,
     },
     /// The result's message failed again and again for a reason of its own and was quarantined.
     Quarantined {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
         /// The attempt reported.
         attempt: i32,
@@ -69,17 +69,17 @@ pub enum Event {
     },
     /// The lease of the step's claim may have expired.
     LeaseDue {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
     },
     /// The step's retry may be due.
     RetryDue {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
     },
     /// The step may have lain in its queue for too long.
     QueueDue {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
         /// The attempt that was enqueued.
         attempt: i32,
@@ -88,7 +88,7 @@ pub enum Event {
     TotalDue,
     /// A held step may find room now.
     Admit {
-        /// Index of the step.
+        /// Key of the step.
         step: u32,
     },
     /// End it; running handlers are asked to stop.
@@ -244,6 +244,17 @@ impl<'a, 'r> Pass<'a, 'r> {
 
     // Bookkeeping.
 
+    /// The definition of a loaded step. Its key is not its index: an item of a map has a key of
+    /// its own and shares its definition with the others.
+    fn defined(&self, key: u32) -> &'a StepDefinition {
+        &self.definition.steps[self.steps[&key].index as usize]
+    }
+
+    /// Who stands directly behind it: nobody behind an item of a map.
+    fn children(&self, key: u32) -> &'a [u32] {
+        if self.steps[&key].item.is_some() { &[] } else { self.definition.graph.children(key) }
+    }
+
     fn touch(&mut self, index: u32) -> &mut Step {
         self.touched.insert(index);
         self.steps.get_mut(&index).expect("events and edges name loaded steps")
@@ -252,7 +263,7 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn close(&mut self, index: u32) {
         let step = &self.steps[&index];
         self.plan.closed.push((step.uuid, step.attempt));
-        self.room.give_back(&self.definition.steps[index as usize].queue);
+        self.room.give_back(&self.defined(index).queue);
     }
 
     fn move_step(&mut self, index: u32, event: StepEvent, to: StepState, detail: Option<Detail>) {
@@ -329,7 +340,7 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn collect_steps(&mut self) {
         if self.creating {
             let mut created: Vec<Step> = self.steps.drain().map(|(_, step)| step).collect();
-            created.sort_unstable_by_key(|step| step.index);
+            created.sort_unstable_by_key(|step| (step.index, step.item));
             self.plan.new_step_queues =
                 created.iter().map(|step| self.definition.steps[step.index as usize].queue.clone()).collect();
             self.plan.new_steps = created;

@@ -8,6 +8,9 @@ use super::graph::Graph;
 use super::input::InputTemplate;
 use super::retry::RetryPolicy;
 
+/// The most items of one map.
+pub const MAX_ITEMS: u32 = 100_000;
+
 /// One version of a template, immutable.
 #[derive(Debug, Clone)]
 pub struct Definition {
@@ -29,6 +32,15 @@ pub struct Definition {
     pub graph: Graph,
     /// Name -> index.
     pub by_name: HashMap<Arc<str>, u32>,
+}
+
+impl Definition {
+    /// The key of a step in a snapshot: its index, or for an item of a map a number beyond every index.
+    pub fn key(&self, index: u32, item: Option<u32>) -> u32 {
+        let steps = u32::try_from(self.steps.len()).unwrap_or(u32::MAX);
+        // 20,000 steps of 100,000 items each are fewer than 2^31.
+        item.map_or(index, |item| steps + index * MAX_ITEMS + item)
+    }
 }
 
 /// One step of a template.

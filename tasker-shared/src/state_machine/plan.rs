@@ -37,7 +37,10 @@ pub struct Task {
 #[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
 pub struct Step {
     pub uuid: Uuid,
+    /// Its place in the template; all items of a map share it.
     pub index: u32,
+    /// Its place in the list that a map runs over; `None` of every other step.
+    pub item: Option<u32>,
     pub state: StepState,
     pub version: i32,
     pub generation: i32,
@@ -69,6 +72,7 @@ impl Step {
         Self {
             uuid,
             index,
+            item: None,
             state: StepState::Pending,
             version: 0,
             generation,

@@ -74,6 +74,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 step: Step {
                     uuid: id,
                     index: u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?,
+                    item: None,
                     state,
                     version: row.version,
                     generation: row.generation,

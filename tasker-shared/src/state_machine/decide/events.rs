@@ -99,7 +99,7 @@ impl Pass<'_, '_> {
         self.evaluated = true;
         self.any_failed = true;
         self.only_lost = false;
-        let definition = &self.definition.steps[index as usize];
+        let definition = self.defined(index);
         let step = self.touch(index);
         step.failures += 1;
         let after = failure.retry_after_ms.map(|ms| Duration::from_secs_f64(ms.clamp(0.0, 1e11) / 1000.0));
@@ -129,14 +129,14 @@ impl Pass<'_, '_> {
 
     /// A step has failed for good: its policy says what that means for the task.
     pub(super) fn step_failed(&mut self, index: u32, kind: &str, message: &str) {
-        self.step_gave_up(index, kind, message, self.definition.steps[index as usize].retry.on_exhausted);
+        self.step_gave_up(index, kind, message, self.defined(index).retry.on_exhausted);
     }
 
     pub(super) fn step_gave_up(&mut self, index: u32, kind: &str, message: &str, policy: OnExhausted) {
         self.evaluated = true;
         self.any_failed = true;
         self.only_lost = false;
-        let definition = &self.definition.steps[index as usize];
+        let definition = self.defined(index);
         match policy {
             OnExhausted::Continue => return self.dependency_done(index),
             OnExhausted::Fail if !self.definition.block_on_failure => {
@@ -152,7 +152,7 @@ impl Pass<'_, '_> {
     }
 
     pub(super) fn dependency_done(&mut self, index: u32) {
-        for &child in self.definition.graph.children(index) {
+        for &child in self.children(index) {
             let Some(step) = self.steps.get(&child) else {
                 continue;
             };
@@ -203,9 +203,7 @@ impl Pass<'_, '_> {
     pub(super) fn lease_renewed(&mut self, index: u32, expires: DateTime<Utc>) -> bool {
         let step = &self.steps[&index];
         let lease = expires - step.last_heartbeat_at.unwrap_or(step.last_at);
-        let Some(run) =
-            self.definition.steps[index as usize].run_timeout.filter(|run| step.last_at + *run + lease <= self.now)
-        else {
+        let Some(run) = self.defined(index).run_timeout.filter(|run| step.last_at + *run + lease <= self.now) else {
             self.plan.due.push(Due { kind: "lease", at: expires, step: Some(step.uuid) });
             return true;
         };
@@ -242,7 +240,7 @@ impl Pass<'_, '_> {
         let Some(step) = self.steps.get(&index) else {
             return false;
         };
-        let Some(timeout) = self.definition.steps[index as usize].queue_timeout else {
+        let Some(timeout) = self.defined(index).queue_timeout else {
             return false;
         };
         let Some(enqueued) = step.enqueued_at.filter(|_| step.state == StepState::Enqueued && step.attempt == attempt)
@@ -342,13 +340,13 @@ impl Pass<'_, '_> {
         // A failure that `continue` passed over is tried again too, so it is no longer done for
         // the steps that still wait behind it: they take the recount.
         let pending: Vec<u32> =
-            self.steps.values().filter(|step| step.state == StepState::Pending).map(|step| step.index).collect();
+            self.steps.iter().filter(|(_, step)| step.state == StepState::Pending).map(|(key, _)| *key).collect();
         self.touched.extend(pending);
         let mut again: Vec<u32> = self
             .steps
-            .values()
-            .filter(|step| matches!(step.state, StepState::Error | StepState::Cancelled))
-            .map(|step| step.index)
+            .iter()
+            .filter(|(_, step)| matches!(step.state, StepState::Error | StepState::Cancelled))
+            .map(|(key, _)| *key)
             .collect();
         again.sort_unstable();
         for index in again {

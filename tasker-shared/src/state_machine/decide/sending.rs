@@ -15,10 +15,10 @@ impl Pass<'_, '_> {
             let parent = self.definition.by_name.get(name)?;
             self.outputs.get(parent)
         };
-        if let Some(template) = &self.definition.steps[index as usize].input {
+        if let Some(template) = &self.defined(index).input {
             return template.resolve(&self.plan.task.input, &outputs).map_err(|missing| missing.to_string());
         }
-        let parents = self.definition.graph.parents(index);
+        let parents = self.definition.graph.parents(self.steps[&index].index);
         let parents = parents.iter().filter_map(|parent| {
             let name = &*self.definition.steps[*parent as usize].name;
             Some((name, self.outputs.get(parent)?))
@@ -53,7 +53,7 @@ impl Pass<'_, '_> {
                 }
             }
             // A retry or a lost attempt goes out at once: its place was its own a moment ago.
-            let definition = &self.definition.steps[index as usize];
+            let definition = self.defined(index);
             if event == StepEvent::Enqueue
                 && let Err(reason) = self.room.take(&definition.queue, &definition.handler, held.is_some())
             {
@@ -86,7 +86,7 @@ impl Pass<'_, '_> {
     }
 
     pub(super) fn send(&mut self, index: u32, event: StepEvent, waits: Vec<Wait>, task_version: i32) {
-        let definition = &self.definition.steps[index as usize];
+        let definition = self.defined(index);
         if event != StepEvent::LeaseExpired {
             self.touch(index).attempt += 1;
             let detail = (!waits.is_empty()).then(|| Detail { waits, ..Detail::default() });
