@@ -236,13 +236,16 @@ end
 $$;
 select tasker.ensure_partitions();
 
--- What a person did to a task, in the same transaction as its effect. Append-only.
+-- What a person did to a task (or to a schedule or a queue: `subject`), in the same transaction
+-- as its effect. Append-only.
 create table tasker.audit (
   audit_id   bigint generated always as identity primary key,
-  task_uuid  uuid not null,
+  task_uuid  uuid,
+  subject    text,
   action     text not null,
   actor      text not null,
   reason     text,
-  at         timestamptz not null default clock_timestamp()
+  at         timestamptz not null default clock_timestamp(),
+  constraint audit_is_about_something check (num_nonnulls(task_uuid, subject) > 0)
 );
 create index audit_by_task on tasker.audit (task_uuid);

@@ -101,6 +101,9 @@ enum Command {
     /// Submit and follow tasks (a task is one run of a workflow)
     #[command(subcommand)]
     Task(commands::task::Task),
+    /// Submit tasks by the clock: cron, an interval, or once
+    #[command(subcommand)]
+    Schedule(commands::schedule::Schedule),
     /// Look at the trace of a task
     #[command(subcommand)]
     Trace(commands::trace::Trace),
@@ -145,6 +148,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Worker(command) => command.run(&global).await,
         Command::Template(command) => command.run(&global).await,
         Command::Task(command) => command.run(&global).await,
+        Command::Schedule(command) => command.run(&global).await,
         Command::Trace(command) => command.run(&global).await,
         Command::Queue(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,

@@ -151,6 +151,8 @@ fn every_verb_has_help_with_examples() {
         "task",
         "task submit",
         "task list",
+        "schedule",
+        "schedule set",
         "trace show",
         "queue",
         "migrate",
@@ -476,4 +478,45 @@ async fn the_demo_sends_every_span_to_the_collector() {
         .map(|span| span.span.name.as_str())
         .collect();
     assert_eq!(orphans, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedule_is_set_looked_at_triggered_and_deleted() {
+    let shop = Shop::new().await;
+    let input = r#"{"order_id": "${schedule.at}"}"#;
+    let cron = ["--cron", "30 2 * * *", "--time-zone", "Europe/Paris", "--overlap", "skip", "--input", input];
+    let set =
+        |extra: &[&str]| shop.tasker(&[&["schedule", "set", "shop/nightly", "--template", "order"], extra].concat());
+    assert_eq!(set(&cron).exits_with(0).stdout, "shop/nightly is created\n");
+    assert_eq!(set(&cron).exits_with(0).stdout, "shop/nightly is unchanged\n");
+    assert!(set(&["--cron", "0 0 30 2 *"]).exits_with(1).stderr.contains("never fires"));
+    assert!(set(&["--cron", "@daily", "--every", "1h"]).exits_with(2).stderr.contains("cannot be used with"));
+    let shown = shop.json(&["schedule", "show", "shop/nightly"]);
+    assert_eq!(
+        (&shown["overlap"], &shown["time_zone"], &shown["planned"]),
+        (&json!("skip"), &json!("Europe/Paris"), &json!(false))
+    );
+    let task = shop.json(&["schedule", "trigger", "shop/nightly", "--reason", "try it"])["task_uuid"].clone();
+    assert!(shop.tasker(&["schedule", "trigger", "shop/nightly"]).exits_with(1).stderr.contains("is still pending"));
+    let listed = shop.json(&["schedule", "list", "--namespace", "shop"]);
+    assert_eq!((&listed[0]["runs"], &listed[0]["last_task"]), (&json!(1), &task));
+    assert!(shop.tasker(&["schedule", "list"]).exits_with(0).stdout.contains("30 2 * * * (Europe/Paris)"));
+    shop.tasker(&["schedule", "pause", "shop/nightly"]).exits_with(0);
+    assert!(shop.tasker(&["schedule", "show", "shop/nightly"]).exits_with(0).stdout.contains("next: paused"));
+    shop.tasker(&["schedule", "resume", "shop/nightly"]).exits_with(0);
+    shop.tasker(&["schedule", "delete", "shop/nightly"]).exits_with(0);
+    shop.tasker(&["schedule", "delete", "shop/nightly"]).exits_with(3);
+}
+
+#[test]
+fn every_schedule_file_of_the_examples_is_a_schedule() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/schedules");
+    let mut count = 0;
+    for file in std::fs::read_dir(folder).unwrap() {
+        let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+        let schedule = tasker_shared::schedule::Schedule::from_yaml(&text).unwrap();
+        schedule.timing("2026-01-01T00:00:00Z".parse().unwrap()).unwrap();
+        count += 1;
+    }
+    assert!(count > 0);
 }

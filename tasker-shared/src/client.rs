@@ -15,6 +15,8 @@ use sqlx::postgres::PgListener;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::schedule::{Schedule, Timing};
+use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
@@ -236,6 +238,62 @@ impl Client {
         accepted(task, requests::retry(&mut conn, task, actor, reason).await?)
     }
 
+    /// Creates a schedule, or changes the one of that name; answers created, changed or unchanged.
+    /// What would never tick is refused.
+    pub async fn set_schedule(&self, schedule: &Schedule, actor: Option<&str>) -> Result<String, ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        let timing = schedule.timing(views::now(&mut conn).await?);
+        let every_ms = match timing.map_err(|refused| ClientError::Refused(refused.to_string()))? {
+            Timing::Every { every, .. } => Some(every.num_milliseconds()),
+            _ => None,
+        };
+        schedules::set(&mut conn, schedule, every_ms, actor).await.map_err(refused)
+    }
+
+    /// Every schedule, or those of one namespace, by name.
+    pub async fn schedules(&self, namespace: Option<&str>) -> Result<Vec<ScheduleView>, ClientError> {
+        Ok(schedules::list(&mut *self.pool.acquire().await?, namespace, None).await?)
+    }
+
+    /// One schedule; `None` if there is none of that name.
+    pub async fn schedule(&self, namespace: &str, name: &str) -> Result<Option<ScheduleView>, ClientError> {
+        Ok(schedules::list(&mut *self.pool.acquire().await?, Some(namespace), Some(name)).await?.pop())
+    }
+
+    /// Pauses or resumes a schedule. What would have run while it was paused never runs.
+    pub async fn pause_schedule(
+        &self,
+        (namespace, name): (&str, &str),
+        pause: bool,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        schedule_accepted(schedules::pause(&mut conn, (namespace, name), pause, actor, reason).await?)
+    }
+
+    /// Deletes a schedule; the tasks it has submitted stay.
+    pub async fn delete_schedule(
+        &self,
+        (namespace, name): (&str, &str),
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        schedule_accepted(schedules::delete(&mut conn, (namespace, name), actor, reason).await?)
+    }
+
+    /// Runs a schedule now and answers the task; its next tick comes as planned.
+    pub async fn trigger_schedule(
+        &self,
+        (namespace, name): (&str, &str),
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<Uuid, ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        schedules::trigger(&mut conn, (namespace, name), actor, reason).await?.map_err(ClientError::Refused)
+    }
+
     /// The task as it is now.
     pub async fn get(&self, task: Uuid) -> Result<TaskView, ClientError> {
         let found = views::these(&mut *self.pool.acquire().await?, &[task]).await?.pop();
@@ -344,6 +402,22 @@ fn accepted(task: Uuid, answer: String) -> Result<(), ClientError> {
         "accepted" => Ok(()),
         "no such task" => Err(ClientError::NotFound(task)),
         _ => Err(ClientError::Refused(answer)),
+    }
+}
+
+fn schedule_accepted(answer: String) -> Result<(), ClientError> {
+    if answer == "accepted" { Ok(()) } else { Err(ClientError::Refused(answer)) }
+}
+
+/// What a function of ours refused with words for the caller (SQLSTATE 22023, 42501).
+fn refused(error: store::Error) -> ClientError {
+    match &error {
+        store::Error::Database(sqlx::Error::Database(answer))
+            if answer.code().is_some_and(|code| code == "22023" || code == "42501") =>
+        {
+            ClientError::Refused(answer.message().to_owned())
+        }
+        _ => error.into(),
     }
 }
 

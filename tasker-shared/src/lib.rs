@@ -10,6 +10,7 @@ pub mod message;
 pub mod migrate;
 pub mod postgres;
 pub mod queue;
+pub mod schedule;
 pub mod state_machine;
 pub mod store;
 pub mod telemetry;

@@ -194,7 +194,7 @@ impl Task {
 }
 
 /// Who is asking, for the audit; the database's user otherwise.
-fn actor() -> Option<String> {
+pub fn actor() -> Option<String> {
     std::env::var("USER").ok().filter(|user| !user.is_empty())
 }
 
@@ -205,7 +205,7 @@ fn accepted(global: &Global, task: Uuid, text: &str) -> anyhow::Result<()> {
     output::line(format!("accepted: {text}"))
 }
 
-fn read_input(text: &str) -> anyhow::Result<Value> {
+pub fn read_input(text: &str) -> anyhow::Result<Value> {
     let read = match text.strip_prefix('@') {
         Some(path) => std::fs::read_to_string(path).with_context(|| format!("input: cannot read {path}"))?,
         None if text == "-" => {

@@ -5,6 +5,7 @@ pub mod admission;
 mod batch;
 pub mod initialize;
 pub mod results;
+pub mod schedules;
 pub mod settle;
 pub mod sweep;
 

@@ -1,4 +1,4 @@
-//! What nobody sends a message for: due retries, lost claims, timeouts, delayed starts.
+//! What nobody sends a message for: due retries, lost claims, timeouts, delayed starts, schedules.
 //!
 //! A due hint is read like a message: put off for a moment, settled, deleted in the same
 //! transaction. It decides nothing; the rows do.
@@ -7,7 +7,7 @@ use tasker_shared::queue::{self, DueHint, STEP_RESULTS};
 use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
 
-use super::{Error, Hint, Look, Shared, settle};
+use super::{Error, Hint, Look, Shared, schedules, settle};
 
 /// Hints taken in one go.
 const TAKE: i32 = 500;
@@ -21,6 +21,10 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     if !hints.is_empty() {
         // What is deferred stays put off and comes back.
         settle::settle(shared, STEP_RESULTS, hints).await?;
+    }
+    let schedules: Vec<i64> = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
+    if !schedules.is_empty() {
+        schedules::run(shared, &schedules).await?;
     }
     Ok(taken)
 }

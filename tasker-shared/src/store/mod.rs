@@ -4,6 +4,7 @@ pub mod apply;
 pub mod exports;
 pub mod protocol;
 pub mod requests;
+pub mod schedules;
 pub mod steps;
 pub mod tasks;
 pub mod templates;
