@@ -153,7 +153,7 @@ create table tasker.steps (
   constraint steps_dependencies_are_not_negative check (remaining_dependencies >= 0),
   constraint steps_in_progress_is_claimed check (
     state <> 'in_progress' or (claim_token is not null and lease_expires_at is not null)),
-  constraint steps_held_is_pending check (held_by is null or (state = 'pending' and ready_at is not null)),
+  constraint steps_held_is_due check (held_by is null or (state in ('pending', 'waiting_for_retry') and ready_at is not null)),
   constraint steps_retry_has_a_due_time check (state <> 'waiting_for_retry' or due_at is not null)
 ) with (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
 create unique index steps_by_task on tasker.steps (task_uuid, step_index);

@@ -82,6 +82,7 @@ begin
     with picked as materialized (
       select msg_id from pgmq.%1$I
       where vt <= clock_timestamp() and coalesce(message->>'handler' = any($1), true)
+        and not exists (select from tasker.paused_queues p where p.queue = $3)
       order by msg_id limit $2 for update skip locked
     ), taken as (
       delete from pgmq.%1$I q using picked where q.msg_id = picked.msg_id

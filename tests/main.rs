@@ -16,6 +16,7 @@ mod export_recovery;
 mod export_wire;
 mod failure;
 mod feature_examples;
+mod flow;
 mod held_steps;
 mod hierarchy;
 mod idempotency;

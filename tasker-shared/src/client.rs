@@ -20,7 +20,7 @@ use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, requests, tasks, transitions};
+use crate::store::{self, flow, requests, tasks, transitions};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -294,6 +294,28 @@ impl Client {
         schedules::trigger(&mut conn, (namespace, name), actor, reason).await?.map_err(ClientError::Refused)
     }
 
+    /// Sends nothing more to a queue of steps and claims nothing from it; what runs runs on.
+    pub async fn pause_queue(
+        &self,
+        queue: &str,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        granted(flow::pause(&mut conn, queue, false, actor, reason).await?)
+    }
+
+    /// Lets a paused queue go on.
+    pub async fn resume_queue(
+        &self,
+        queue: &str,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        granted(flow::pause(&mut conn, queue, true, actor, reason).await?)
+    }
+
     /// The task as it is now.
     pub async fn get(&self, task: Uuid) -> Result<TaskView, ClientError> {
         let found = views::these(&mut *self.pool.acquire().await?, &[task]).await?.pop();
@@ -395,6 +417,10 @@ impl Client {
         listener.listen(FINISHED).await?;
         Ok(Watch { pool: self.pool.clone(), listener, reader, renew_at: Instant::now() + RENEW_EVERY })
     }
+}
+
+fn granted(answer: String) -> Result<(), ClientError> {
+    if answer == "accepted" { Ok(()) } else { Err(ClientError::Refused(answer)) }
 }
 
 fn accepted(task: Uuid, answer: String) -> Result<(), ClientError> {

@@ -6,6 +6,7 @@ use sqlx::PgConnection;
 use tasker_shared::store::why::duration;
 use tasker_shared::store::{requests, views};
 
+use super::task::actor;
 use crate::Global;
 use crate::failure::{NOT_FOUND, failure};
 use crate::output::{self, Format, Table};
@@ -16,13 +17,29 @@ use crate::run;
 #[command(after_help = "\
 Examples:
   tasker queue list
+  tasker queue pause worker_shop --reason 'the payment provider is down'
+  tasker queue resume worker_shop
   tasker queue quarantine --queue task_requests -o json
   tasker queue quarantine requeue 17")]
 pub enum Queue {
     /// List the queues: how deep, how old, how much is held back
     List,
+    /// Send nothing more to a queue of steps and claim nothing from it; what runs runs on
+    Pause(Pause),
+    /// Let a paused queue go on
+    Resume(Pause),
     /// List the messages in quarantine, or deal with one
     Quarantine(Quarantine),
+}
+
+/// Which queue, and why.
+#[derive(Debug, clap::Args)]
+pub struct Pause {
+    /// As `tasker queue list` shows it, such as worker_shop
+    queue: String,
+    /// Why, for the audit and for whoever asks what a task waits for
+    #[arg(long)]
+    reason: Option<String>,
 }
 
 /// Messages that could not become a task or be tied to one, each with its reason.
@@ -61,6 +78,14 @@ impl Queue {
         let mut conn = connected.client.pool().acquire().await?;
         match self {
             Self::List => list(global, &mut conn).await,
+            Self::Pause(Pause { queue, reason }) => {
+                connected.client.pause_queue(&queue, actor().as_deref(), reason.as_deref()).await?;
+                accepted(global, &queue, "nothing more is sent to it or claimed from it; what runs runs on")
+            }
+            Self::Resume(Pause { queue, reason }) => {
+                connected.client.resume_queue(&queue, actor().as_deref(), reason.as_deref()).await?;
+                accepted(global, &queue, "it goes on")
+            }
             Self::Quarantine(Quarantine { verb: Some(Verb::Requeue { id }), .. }) => {
                 match requests::requeue(&mut conn, id).await? {
                     Some(queue) if global.output == Format::Json => {
@@ -84,12 +109,19 @@ impl Queue {
     }
 }
 
+fn accepted(global: &Global, queue: &str, text: &str) -> anyhow::Result<()> {
+    if global.output == Format::Json {
+        return output::json(&json!({"queue": queue, "accepted": true}));
+    }
+    output::line(format!("accepted: {text}"))
+}
+
 async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
     let queues = views::queues(conn).await?;
     if global.output == Format::Json {
         return output::json(&queues);
     }
-    let mut table = Table::new(["QUEUE", "DEPTH", "VISIBLE", "OLDEST", "HELD", "WORKERS", "QUARANTINED"]);
+    let mut table = Table::new(["QUEUE", "DEPTH", "VISIBLE", "OLDEST", "HELD", "WORKERS", "QUARANTINED", "PAUSED BY"]);
     for queue in queues {
         let of_workers = queue.queue.starts_with("worker_");
         table.row([
@@ -100,6 +132,7 @@ async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
             if of_workers { queue.held.to_string() } else { "-".into() },
             if of_workers { queue.workers.to_string() } else { "-".into() },
             queue.quarantined.to_string(),
+            output::cell(queue.paused.as_deref()),
         ]);
     }
     table.print("there is no queue")

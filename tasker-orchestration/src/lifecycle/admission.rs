@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use tasker_shared::queue::{self, RoomRow};
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
-use tasker_shared::store::Error;
+use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
 
@@ -46,11 +46,15 @@ impl Admission {
 /// every later one wait behind it for ever.
 #[instrument(level = "debug", skip_all)]
 pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
-    let rows = queue::room(&mut *shared.reads.acquire().await?).await?;
+    let mut conn = shared.reads.acquire().await?;
+    let rows = queue::room(&mut conn).await?;
+    let paused = flow::paused(&mut conn).await?;
+    drop(conn);
     shared.admission.with_room(|room| {
         let mut fresh = Room::default();
         for row in &rows {
-            let held_before = room.queue(&row.queue).is_none_or(|queue| queue.holding);
+            let held_before =
+                room.is_paused(&row.queue) || room.queue(&row.queue).is_none_or(|queue| queue.holding);
             let queue = QueueRoom {
                 left: row.room,
                 capacity: row.capacity,
@@ -59,9 +63,10 @@ pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
             };
             fresh.set(row.queue.as_str().into(), queue);
         }
+        fresh.set_paused(paused.clone());
         *room = fresh;
     });
-    Ok(rows.into_iter().filter(|row| row.holding && row.room > 0).collect())
+    Ok(rows.into_iter().filter(|row| row.holding && row.room > 0 && !paused.contains(&row.queue)).collect())
 }
 
 /// Sends held steps for which there is room now, priority first; answers whether it found any,

@@ -134,6 +134,8 @@ fn yes() -> bool {
 pub enum HeldBy {
     Room,
     Worker,
+    Limit,
+    Paused,
 }
 
 impl HeldBy {
@@ -142,6 +144,8 @@ impl HeldBy {
         match self {
             Self::Room => "room",
             Self::Worker => "worker",
+            Self::Limit => "limit",
+            Self::Paused => "paused",
         }
     }
 }
@@ -153,6 +157,8 @@ impl std::str::FromStr for HeldBy {
         match word {
             "room" => Ok(Self::Room),
             "worker" => Ok(Self::Worker),
+            "limit" => Ok(Self::Limit),
+            "paused" => Ok(Self::Paused),
             _ => Err(format!("{word:?} is not a reason to hold a step")),
         }
     }
@@ -162,6 +168,8 @@ impl std::str::FromStr for HeldBy {
 #[derive(Debug, Clone, Default)]
 pub struct Room {
     queues: HashMap<Arc<str>, QueueRoom>,
+    /// Queues that an operator has paused, known to have room or not.
+    paused: HashSet<String>,
     unlimited: bool,
 }
 
@@ -188,7 +196,17 @@ impl QueueRoom {
 impl Room {
     /// Everything may be sent.
     pub fn unlimited() -> Self {
-        Self { queues: HashMap::new(), unlimited: true }
+        Self { unlimited: true, ..Self::default() }
+    }
+
+    /// Sets which queues are paused, all others are not.
+    pub fn set_paused(&mut self, queues: HashSet<String>) {
+        self.paused = queues;
+    }
+
+    /// Whether an operator has paused the queue.
+    pub fn is_paused(&self, queue: &str) -> bool {
+        self.paused.contains(queue)
     }
 
     /// Sets what is known of one queue.
@@ -208,6 +226,9 @@ impl Room {
 
     /// Takes a place, or says why there is none. `admitting` lets a step that already waited pass those that wait.
     pub fn take(&mut self, queue: &str, handler: &str, admitting: bool) -> Result<(), HeldBy> {
+        if self.is_paused(queue) {
+            return Err(HeldBy::Paused);
+        }
         if self.unlimited {
             return Ok(());
         }

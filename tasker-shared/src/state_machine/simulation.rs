@@ -471,27 +471,24 @@ impl World {
         let mut closed = Vec::new();
         for step in self.steps.iter_mut().filter(|step| !step.state.is_terminal()) {
             let has_attempt = step.state.is_in_flight();
-            let wait = if step.state == StepState::WaitingForRetry {
-                Some(Wait {
-                    reason: "retry".into(),
-                    since: step.last_at,
-                    until: step.due_at,
-                    ended: None,
-                    ordinal: step.version,
-                })
-            } else {
-                step.held_by.map(|held| Wait {
-                    reason: held.as_str().into(),
-                    since: step.ready_at.unwrap(),
-                    until: None,
-                    ended: None,
-                    ordinal: step.version + 1,
-                })
-            };
+            let retry = (step.state == StepState::WaitingForRetry).then(|| Wait {
+                reason: "retry".into(),
+                since: step.last_at,
+                until: step.due_at,
+                ended: step.ready_at,
+                ordinal: step.version,
+            });
+            let held = step.held_by.map(|held| Wait {
+                reason: held.as_str().into(),
+                since: step.ready_at.unwrap(),
+                until: None,
+                ended: None,
+                ordinal: step.version + 1,
+            });
             let detail = Detail {
                 reason: self.task.reason.clone(),
                 error_type: Some("cancelled".into()),
-                waits: wait.into_iter().collect(),
+                waits: retry.into_iter().chain(held).collect(),
                 ..Detail::default()
             };
             if has_attempt {
@@ -654,7 +651,8 @@ impl World {
             );
         }
         if step.held_by.is_some() {
-            assert!(step.state == StepState::Pending && step.ready_at.is_some(), "steps_held_is_pending: {step:?}");
+            let is_due = matches!(step.state, StepState::Pending | StepState::WaitingForRetry);
+            assert!(is_due && step.ready_at.is_some(), "steps_held_is_due: {step:?}");
         }
         let due = |kind: &str| self.due.iter().any(|(of, _, whose)| *of == kind && *whose == Some(step.index));
         let token = match step.state {
@@ -665,7 +663,7 @@ impl World {
             StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration => {
                 self.results.contains(&(step.index, step.attempt))
             }
-            StepState::WaitingForRetry => step.due_at.is_some() && due("retry"),
+            StepState::WaitingForRetry => step.due_at.is_some() && (due("retry") || step.held_by.is_some()),
             StepState::Pending => {
                 let parents = self.definition.graph.parents(step.index);
                 let open = parents.iter().filter(|parent| {

@@ -21,11 +21,11 @@ with ended as (
   select o.task_uuid, o.step_uuid, o.version + 1, o.generation, case when o.has_attempt then o.attempt end,
     o.state, 'cancelled', 'Cancel', case when o.has_attempt then o.claim_token end, $2, $3,
     jsonb_strip_nulls(jsonb_build_object('reason', o.reason, 'error_type', 'cancelled',
-      'waits', case
-        when o.state = 'waiting_for_retry' then jsonb_build_array(jsonb_build_object(
-          'reason', 'retry', 'since', o.last_at, 'until', o.due_at, 'ordinal', o.version))
-        when o.held_by is not null then jsonb_build_array(jsonb_build_object(
-          'reason', o.held_by, 'since', o.ready_at, 'ordinal', o.version + 1)) end))
+      'waits', nullif(
+        case when o.state = 'waiting_for_retry' then jsonb_build_array(jsonb_build_object(
+          'reason', 'retry', 'since', o.last_at, 'until', o.due_at, 'ended', o.ready_at, 'ordinal', o.version)) else '[]' end
+        || case when o.held_by is not null then jsonb_build_array(jsonb_build_object(
+          'reason', o.held_by, 'since', o.ready_at, 'ordinal', o.version + 1)) else '[]' end, '[]')))
   from open o join moved m on m.step_uuid = o.step_uuid
 )
 select o.task_uuid as "task_uuid!", o.step_uuid as "step_uuid!", o.attempt as "attempt!", o.has_attempt as "has_attempt!",

@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod exports;
+pub mod flow;
 pub mod protocol;
 pub mod requests;
 pub mod schedules;

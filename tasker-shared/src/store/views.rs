@@ -390,6 +390,8 @@ pub struct QueueView {
     pub workers: i64,
     /// Messages of it in quarantine.
     pub quarantined: i64,
+    /// Who paused it and why, as `actor: reason`.
+    pub paused: Option<String>,
 }
 
 /// Every queue.
@@ -401,7 +403,8 @@ pub async fn queues(conn: &mut PgConnection) -> Result<Vec<QueueView>, Error> {
              (select count(*) from tasker.steps s where s.queue = m.queue_name and s.held_by is not null) as "held!",
              (select count(*) from tasker.workers w
               where m.queue_name = any(w.queues) and w.seen_at > clock_timestamp() - interval '30 s') as "workers!",
-             (select count(*) from tasker.quarantine q where q.queue = m.queue_name) as "quarantined!"
+             (select count(*) from tasker.quarantine q where q.queue = m.queue_name) as "quarantined!",
+             (select concat_ws(': ', p.actor, p.reason) from tasker.paused_queues p where p.queue = m.queue_name) as paused
            from pgmq.metrics_all() m order by 1"#
     )
     .fetch_all(conn)

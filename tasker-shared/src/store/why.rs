@@ -40,6 +40,8 @@ pub struct OpenSteps {
     pub count: i64,
     /// Whether a live worker offers the handler on the queue.
     pub offered: bool,
+    /// Who paused the queue and why, as `actor: reason`.
+    pub paused: Option<String>,
     /// The first of them: the earliest due, or the longest in its state.
     pub name: String,
     /// Who holds the first one.
@@ -75,6 +77,7 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              g.since as "since!", g.failures as "failures!", g.max_attempts as "max_attempts!", g.count as "count!",
              exists (select from tasker.workers w where g.queue = any(w.queues) and g.handler = any(w.handlers)
                        and w.seen_at > clock_timestamp() - interval '30 s') as "offered!",
+             (select concat_ws(': ', p.actor, p.reason) from tasker.paused_queues p where p.queue = g.queue) as paused,
              (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
               where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error
            from (
@@ -175,7 +178,15 @@ impl Situation {
                 let worker = group.worker.as_deref().unwrap_or("an unknown worker");
                 format!("{name} is in progress on worker {worker} since {since}, attempt {attempt} of {max_attempts}")
             }
-            ("waiting_for_retry", _) => {
+            ("pending" | "enqueued" | "waiting_for_retry", held)
+                if group.paused.is_some() && (group.state == "enqueued" || held.is_some()) =>
+            {
+                let paused = group.paused.as_deref().unwrap_or_default();
+                let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
+                format!("{what} held since {since}: queue {queue} is paused by {paused}")
+            }
+            ("waiting_for_retry", Some(_)) => format!("the retry of {name} is about to be sent"),
+            ("waiting_for_retry", None) => {
                 let due = group.due_at.unwrap_or(self.now);
                 let at = self.clock(due);
                 let late = if due < self.now && !self.orchestrator { "; no orchestrator is running" } else { "" };
@@ -192,7 +203,7 @@ impl Situation {
                 format!("{who} room in queue {queue}: every slot of its workers is taken since {since}")
             }
             ("pending", Some("limit")) => format!("{who} a limit of queue {queue} to allow more"),
-            ("pending", Some("paused")) => format!("{who} queue {queue}, which is paused"),
+            ("pending", Some("paused")) => format!("{who} queue {queue}, which was paused until just now"),
             ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) if self.orchestrator => {
                 format!("the result of {name} is being evaluated")
             }

@@ -222,17 +222,18 @@ impl Pass<'_, '_> {
         let Some(step) = self.steps.get(&index) else {
             return false;
         };
-        let Some(due) = step.due_at.filter(|_| step.state == StepState::WaitingForRetry) else {
+        // One that is due and held is on its way already.
+        let waits = step.state == StepState::WaitingForRetry && step.held_by.is_none();
+        let Some(due) = step.due_at.filter(|_| waits) else {
             return false;
         };
         if due > self.now {
             self.plan.due.push(Due { kind: "retry", at: due, step: Some(step.uuid) });
             return true;
         }
-        let wait =
-            Wait { reason: "retry".into(), since: step.last_at, until: Some(due), ended: None, ordinal: step.version };
+        let waits = vec![retry_wait(step)];
         self.wake = Some(TaskEvent::RetryReady);
-        self.ready.push(Ready { step: index, event: StepEvent::RetryReady, waits: vec![wait] });
+        self.ready.push(Ready { step: index, event: StepEvent::RetryReady, waits });
         true
     }
 
@@ -265,11 +266,16 @@ impl Pass<'_, '_> {
         let Some(step) = self.steps.get(&index) else {
             return false;
         };
-        if step.state != StepState::Pending || step.held_by.is_none() {
-            return false;
-        }
+        let ready = match step.state {
+            _ if step.held_by.is_none() => return false,
+            StepState::Pending => Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() },
+            StepState::WaitingForRetry => {
+                Ready { step: index, event: StepEvent::RetryReady, waits: vec![retry_wait(step)] }
+            }
+            _ => return false,
+        };
         self.wake.get_or_insert(TaskEvent::StepsAdmitted);
-        self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
+        self.ready.push(ready);
         true
     }
 
@@ -362,5 +368,16 @@ impl Pass<'_, '_> {
             }
         }
         true
+    }
+}
+
+/// The wait for a retry; one that was held when it came due had ended by then.
+fn retry_wait(step: &Step) -> Wait {
+    Wait {
+        reason: "retry".into(),
+        since: step.last_at,
+        until: step.due_at,
+        ended: step.ready_at,
+        ordinal: step.version,
     }
 }

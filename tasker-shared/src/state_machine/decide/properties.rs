@@ -15,7 +15,7 @@ use super::super::definition::Definition;
 use super::super::plan::{Outcome, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    Claim, LEASE, World, event_step, failure, operator, permanent, room_for, success, template, with, with_input,
+    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, success, template, with, with_input,
 };
 use super::super::states::{StepState, TaskState};
 use super::{Event, decide};
@@ -282,7 +282,11 @@ impl Driver {
         if argument.is_multiple_of(5) {
             offered.remove(argument % offered.len());
         }
-        room_for(i64::try_from(argument % 4).unwrap(), &offered, self.world.task.held_steps > 0)
+        let mut room = room_for(i64::try_from(argument % 4).unwrap(), &offered, self.world.task.held_steps > 0);
+        if argument.is_multiple_of(7) {
+            room.set_paused([QUEUE.to_owned()].into());
+        }
+        room
     }
 
     fn start(&mut self, room: Room) -> TestCaseResult {

@@ -52,11 +52,7 @@ impl Pass<'_, '_> {
                     }
                 }
             }
-            // A retry or a lost attempt goes out at once: its place was its own a moment ago.
-            let definition = self.defined(index);
-            if event == StepEvent::Enqueue
-                && let Err(reason) = self.room.take(&definition.queue, &definition.handler, held.is_some())
-            {
+            if let Err(reason) = self.admission(index, event, held.is_some()) {
                 self.hold(index, reason);
                 continue;
             }
@@ -72,6 +68,20 @@ impl Pass<'_, '_> {
             sent += 1;
         }
         sent
+    }
+
+    /// Whether a ready step may be sent now, or why not.
+    ///
+    /// A retry needs no room, its place was its own a moment ago; but it heeds a pause. A lost
+    /// attempt goes out again at once, whatever holds others: its place is still its own, and
+    /// what lies in a paused queue is not claimed.
+    fn admission(&mut self, index: u32, event: StepEvent, admitting: bool) -> Result<(), HeldBy> {
+        let definition = self.defined(index);
+        match event {
+            StepEvent::Enqueue => self.room.take(&definition.queue, &definition.handler, admitting),
+            StepEvent::RetryReady if self.room.is_paused(&definition.queue) => Err(HeldBy::Paused),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn hold(&mut self, index: u32, reason: HeldBy) {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::plan::{HeldBy, Outcome, Plan, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    LEASE, World, event_step, failure, is_held, operator, permanent, room_for, success, template, with, with_input,
+    LEASE, QUEUE, World, event_step, failure, is_held, operator, permanent, room_for, success, template, with, with_input,
 };
 use super::super::states::{StepState, TaskState};
 use super::Event;
@@ -1161,4 +1161,89 @@ fn several_events_settle_in_one_pass() {
         send d 1
         due retry b in 1 s",
     );
+}
+
+fn paused() -> Room {
+    let mut room = Room::unlimited();
+    room.set_paused([QUEUE.to_owned()].into());
+    room
+}
+
+#[test]
+fn what_becomes_ready_for_a_paused_queue_is_held_until_it_goes_on() {
+    let mut world = World::started(template("a b<a"));
+    let done = world.run_step("a", success());
+    check(
+        &mut world,
+        vec![done],
+        paused(),
+        "
+        a: enqueued_for_orchestration –Complete→ complete
+        task: steps_in_process –StepCompleted→ evaluating_results
+        task: evaluating_results –NoDependenciesReady→ waiting_for_dependencies
+        close a 1
+        hold b: paused",
+    );
+    let admit = || vec![Event::Admit { step: 1 }];
+    check(&mut world, admit(), paused(), "hold b: paused");
+    let plan = check(
+        &mut world,
+        admit(),
+        all(),
+        "
+        b: pending –Enqueue→ enqueued
+        task: waiting_for_dependencies –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send b 1",
+    );
+    assert_eq!(waits(&plan, "Enqueue"), ["paused"]);
+}
+
+#[test]
+fn a_retry_for_a_paused_queue_is_held_as_it_is() {
+    let mut world = World::started(template("a"));
+    let failed = world.finish_step("a", failure("Flaky"));
+    assert_eq!(failed.task.state, TaskState::WaitingForRetry);
+    world.pass(Duration::from_secs(2));
+    let due = || vec![Event::RetryDue { step: 0 }];
+    check(&mut world, due(), paused(), "hold a: paused");
+    assert_eq!((world.step("a").state, world.task.held_steps), (StepState::WaitingForRetry, 1));
+    check(&mut world, due(), all(), "ignored 1");
+    let plan = check(
+        &mut world,
+        vec![Event::Admit { step: 0 }],
+        all(),
+        "
+        a: waiting_for_retry –RetryReady→ enqueued
+        task: waiting_for_retry –StepsAdmitted→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        send a 2",
+    );
+    assert_eq!(waits(&plan, "RetryReady"), ["retry", "paused"]);
+    assert_eq!(world.task.held_steps, 0);
+}
+
+#[test]
+fn a_lost_attempt_goes_out_again_whatever_is_paused() {
+    let mut world = World::started(template("a"));
+    world.claim_step("a");
+    world.pass(LEASE);
+    check(
+        &mut world,
+        vec![Event::LeaseDue { step: 0 }],
+        paused(),
+        "
+        a: in_progress –LeaseExpired→ enqueued
+        task: steps_in_process –AttemptLost→ evaluating_results
+        task: evaluating_results –ReadyStepsFound→ enqueuing_steps
+        task: enqueuing_steps –StepsEnqueued→ steps_in_process
+        close a 1
+        send a 2",
+    );
+}
+
+/// The reasons of the waits that a move of this event ended.
+fn waits(plan: &Plan, event: &str) -> Vec<String> {
+    let made = plan.moves.iter().find(|made| made.event == event).expect("the move was made");
+    made.detail.iter().flat_map(|detail| &detail.waits).map(|wait| wait.reason.clone()).collect()
 }

@@ -145,8 +145,8 @@ fn the_document_lists_every_state_of_a_step() {
 fn the_document_lists_every_reason_to_hold_a_step() {
     let found: Vec<HeldBy> = table("Steps that are ready and not sent").iter().map(|row| word(row[0])).collect();
     // A new reason does not compile here, and then belongs in the document too.
-    let known = [HeldBy::Room, HeldBy::Worker].map(|held| match held {
-        HeldBy::Room | HeldBy::Worker => held,
+    let known = [HeldBy::Room, HeldBy::Worker, HeldBy::Limit, HeldBy::Paused].map(|held| match held {
+        HeldBy::Room | HeldBy::Worker | HeldBy::Limit | HeldBy::Paused => held,
     });
     assert_eq!(found, known);
 }
