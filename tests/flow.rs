@@ -9,10 +9,6 @@ async fn held(world: &World, reason: &'static str) -> i64 {
     query.bind(reason).fetch_one(&world.pool).await.expect("steps")
 }
 
-async fn until_held(world: &World, reason: &'static str, count: i64) {
-    eventually("its steps are held", async || (held(world, reason).await == count).then_some(())).await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_queue_is_neither_fed_nor_claimed_and_loses_nothing() {
     let world = World::start(Setup { orchestrators: 2, workers: 0, rust_workers: 0, ..Setup::by_hand() }).await;

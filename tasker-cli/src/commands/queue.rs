@@ -35,7 +35,7 @@ pub enum Queue {
 /// Which queue, and why.
 #[derive(Debug, clap::Args)]
 pub struct Pause {
-    /// As `tasker queue list` shows it, such as worker_shop
+    /// As `tasker queue list` shows it, such as `worker_shop`
     queue: String,
     /// Why, for the audit and for whoever asks what a task waits for
     #[arg(long)]
