@@ -76,9 +76,6 @@ async fn a_paused_queue_is_neither_fed_nor_claimed_and_loses_nothing() {
     let audit = world
         .words("select format('%s %s by %s: %s', action, subject, actor, reason) from tasker.audit order by audit_id")
         .await;
-    assert_eq!(
-        audit,
-        ["pause queue worker_tests by ana: the bank is down", "resume queue worker_tests by ana: "]
-    );
+    assert_eq!(audit, ["pause queue worker_tests by ana: the bank is down", "resume queue worker_tests by ana: "]);
     world.end().await;
 }

@@ -295,12 +295,7 @@ impl Client {
     }
 
     /// Sends nothing more to a queue of steps and claims nothing from it; what runs runs on.
-    pub async fn pause_queue(
-        &self,
-        queue: &str,
-        actor: Option<&str>,
-        reason: Option<&str>,
-    ) -> Result<(), ClientError> {
+    pub async fn pause_queue(&self, queue: &str, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
         granted(flow::pause(&mut conn, queue, false, actor, reason).await?)
     }

@@ -53,8 +53,7 @@ pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
     shared.admission.with_room(|room| {
         let mut fresh = Room::default();
         for row in &rows {
-            let held_before =
-                room.is_paused(&row.queue) || room.queue(&row.queue).is_none_or(|queue| queue.holding);
+            let held_before = room.is_paused(&row.queue) || room.queue(&row.queue).is_none_or(|queue| queue.holding);
             let queue = QueueRoom {
                 left: row.room,
                 capacity: row.capacity,

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use super::super::plan::{HeldBy, Outcome, Plan, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    LEASE, QUEUE, World, event_step, failure, is_held, operator, permanent, room_for, success, template, with, with_input,
+    LEASE, QUEUE, World, event_step, failure, is_held, operator, permanent, room_for, success, template, with,
+    with_input,
 };
 use super::super::states::{StepState, TaskState};
 use super::Event;
