@@ -129,7 +129,9 @@ create table tasker.steps (
   -- Budgets count within a generation, attempt numbers never restart.
   failures               int not null default 0,
   losses                 int not null default 0,
+  -- Dependencies that are neither done nor skipped, and those that were skipped.
   remaining_dependencies int not null,
+  skipped_dependencies   int not null default 0,
   input                  jsonb,
   -- The open attempt: where its Enqueue stands in the log, and who holds it.
   enqueued_version       int,
@@ -150,7 +152,7 @@ create table tasker.steps (
   constraint steps_state_is_known check (state in (
     'pending', 'enqueued', 'in_progress', 'enqueued_for_orchestration', 'enqueued_as_error_for_orchestration',
     'waiting_for_retry', 'waiting', 'complete', 'error', 'cancelled', 'skipped', 'resolved_manually')),
-  constraint steps_dependencies_are_not_negative check (remaining_dependencies >= 0),
+  constraint steps_dependencies_are_not_negative check (remaining_dependencies >= 0 and skipped_dependencies >= 0),
   constraint steps_in_progress_is_claimed check (
     state <> 'in_progress' or (claim_token is not null and lease_expires_at is not null)),
   constraint steps_held_is_due check (held_by is null or (state in ('pending', 'waiting_for_retry') and ready_at is not null)),

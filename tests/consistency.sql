@@ -9,8 +9,9 @@ with counted as (
   from tasker.tasks t left join tasker.steps s on s.task_uuid = t.task_uuid
   group by t.task_uuid
 ), open_parents as (
-  select s.task_uuid, s.step_uuid, s.step_index, s.state, s.remaining_dependencies,
-    count(p.*) filter (where p.state not in ('complete', 'resolved_manually')
+  select s.task_uuid, s.step_uuid, s.step_index, s.state, s.remaining_dependencies, s.skipped_dependencies,
+    count(p.*) filter (where p.state = 'skipped') as skipped,
+    count(p.*) filter (where p.state not in ('complete', 'resolved_manually', 'skipped')
       and not (p.state = 'error' and coalesce(d.definition->'steps'->p.step_index->'retry'->>'on_exhausted', '') = 'continue')) as remaining
   from tasker.steps s
   join tasker.tasks t on t.task_uuid = s.task_uuid
@@ -18,6 +19,9 @@ with counted as (
   left join tasker.template_edges e on e.template_id = t.template_id and e.child_index = s.step_index
   left join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
   where s.state not in ('error', 'cancelled')
+    -- Once a step has left pending, a join has all it waits for and counts no more.
+    and (s.state = 'pending' or coalesce(d.definition->'steps'->s.step_index->>'join', 'all') = 'all')
+    and s.state <> 'skipped'
   group by s.step_uuid
 ), entity as (
   select t.task_uuid, t.task_uuid as entity_uuid, t.state, t.version from tasker.tasks t
@@ -33,8 +37,9 @@ select format('task %s is %s and counts %s, but has %s (open, in flight, retryin
 from counted
 where (open_steps, in_flight_steps, retrying_steps, held_steps) is distinct from (open, in_flight, retrying, held)
 union all
-select format('step %s of task %s is %s with %s dependencies left, but %s parents are open', step_index, task_uuid, state, remaining_dependencies, remaining)
-from open_parents where remaining_dependencies <> remaining
+select format('step %s of task %s is %s with %s dependencies left and %s skipped, but %s parents are open and %s skipped',
+  step_index, task_uuid, state, remaining_dependencies, skipped_dependencies, remaining, skipped)
+from open_parents where (remaining_dependencies, skipped_dependencies) <> (remaining, skipped)
 union all
 select format('entity %s: row %s of the log goes %s -> %s at %s, after row %s went to %s at %s', entity_uuid, version,
   from_state, to_state, at, before_version, before_state, before_at)

@@ -7,6 +7,7 @@
 //! TASKER_STORM=1 cargo test -p tasker-tests --test promises -- two_orchestrators killed
 //! ```
 
+mod branches;
 mod harness;
 
 mod architecture;

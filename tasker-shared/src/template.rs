@@ -20,6 +20,8 @@ use serde_json::Value;
 
 pub use self::duration::{format_duration, parse_duration};
 pub use self::schema::{InputSchema, check_input};
+use crate::state_machine::condition::Condition;
+pub use crate::state_machine::definition::Join;
 pub use crate::state_machine::graph::MAX_STEPS;
 use crate::state_machine::graph::{Graph, GraphError};
 pub use crate::state_machine::input::MAX_DEPTH;
@@ -134,6 +136,15 @@ pub struct StepDefinition {
     /// Names of the steps this one waits for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub depends_on: Vec<String>,
+    /// Which of them must be done before it runs.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub join: Join,
+    /// What must hold once they are done, or the step is skipped; see [`Condition`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
+    /// Of a decision: names of direct dependents among which its output chooses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub branches: Vec<String>,
     /// The handler's input with `${…}` references; see [`InputTemplate`].
     /// Without it, [`crate::state_machine::input::default_input`] applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -242,6 +253,14 @@ pub enum Error {
         /// The first broken reference.
         error: InputError,
     },
+    /// A `when` cannot be read.
+    #[error("the stored template definition of step {step} is broken: when {error}; register it again")]
+    ReadStoredCondition {
+        /// The step's name.
+        step: String,
+        /// What is wrong with it.
+        error: String,
+    },
 }
 
 /// Reads and checks a template file; JSON text is accepted too, as YAML is a
@@ -278,6 +297,14 @@ impl StepDefinition {
     pub fn input_template(&self) -> Result<Option<InputTemplate>, Error> {
         let parsed = self.input.as_ref().map(InputTemplate::parse).transpose();
         parsed.map_err(|mut errors| Error::ReadStoredInput { step: self.name.clone(), error: errors.swap_remove(0) })
+    }
+}
+
+impl StepDefinition {
+    /// The parsed `when:`; `None` without one.
+    pub fn condition(&self) -> Result<Option<Condition>, Error> {
+        let parsed = self.when.as_deref().map(Condition::parse).transpose();
+        parsed.map_err(|error| Error::ReadStoredCondition { step: self.name.clone(), error })
     }
 }
 

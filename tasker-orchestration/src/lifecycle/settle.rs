@@ -10,10 +10,10 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use tasker_shared::queue;
-use tasker_shared::state_machine::plan::{Plan, Room};
+use tasker_shared::state_machine::plan::{Lacks, Plan, Room};
 use tasker_shared::state_machine::{Event, Snapshot, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
-use tasker_shared::store::steps::{self, StepRow};
+use tasker_shared::store::steps::{self, Output, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
 use tasker_shared::store::tx::in_tx;
@@ -44,6 +44,10 @@ pub(super) struct Work {
     pub steps: HashMap<Uuid, StepRow>,
     /// Outputs of steps that are not loaded, by index.
     pub outputs: HashMap<u32, Value>,
+    /// Steps that were asked for an output and have none to come, or none yet.
+    pub absent: HashSet<u32>,
+    /// What decisions lacked and was asked for: what is still lacking does not exist.
+    asked: Lacks,
     /// Only asked of a task that an operator retries.
     has_steps: bool,
 }
@@ -51,6 +55,16 @@ pub(super) struct Work {
 impl Work {
     fn key(&self, row: &StepRow) -> u32 {
         self.template.definition.key(row.step.index, row.step.item)
+    }
+}
+
+impl Work {
+    /// What the plan lacks that was not asked for yet.
+    fn lacking(&self, plan: &Plan) -> Lacks {
+        Lacks {
+            steps: plan.lacks.steps.difference(&self.asked.steps).copied().collect(),
+            outputs: plan.lacks.outputs.difference(&self.asked.outputs).copied().collect(),
+        }
     }
 }
 
@@ -65,7 +79,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
         let hints = without_strangers(hints, &works, &mut settled);
         load_outputs(conn, &mut works, &hints).await?;
-        let plans = shared.admission.with_room(|room| decide_all(&works, &hints, room, now));
+        let plans = decide_with_all_it_needs(shared, conn, &mut works, &hints, now).await?;
 
         let moved: Vec<(&TaskRow, &Plan)> =
             works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
@@ -170,7 +184,15 @@ async fn load(
             problem: "no such template".into(),
         })?;
         let has_steps = with_steps.contains(&row.task.uuid);
-        works.push(Work { row, template, steps: HashMap::new(), outputs: HashMap::new(), has_steps });
+        works.push(Work {
+            row,
+            template,
+            steps: HashMap::new(),
+            outputs: HashMap::new(),
+            absent: HashSet::new(),
+            asked: Lacks::default(),
+            has_steps,
+        });
     }
     let places: HashMap<Uuid, usize> =
         works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
@@ -228,17 +250,67 @@ async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint
     if wanted.is_empty() {
         return Ok(());
     }
-    let wanted: Vec<(Uuid, u32)> = wanted.into_iter().collect();
-    let mut outputs = steps::outputs(conn, &wanted).await?;
+    read_outputs(conn, works, &wanted.into_iter().collect::<Vec<_>>()).await
+}
+
+async fn read_outputs(conn: &mut PgConnection, works: &mut [Work], wanted: &[(Uuid, u32)]) -> Result<(), Error> {
+    let mut outputs = steps::outputs(conn, wanted).await?;
     for work in works {
         let task = work.row.task.uuid;
         for (_, index) in wanted.iter().filter(|(of, _)| *of == task) {
-            if let Some(output) = outputs.remove(&(task, *index)) {
-                work.outputs.insert(*index, output);
+            match outputs.remove(&(task, *index)) {
+                Some(Output::Given(output)) => drop(work.outputs.insert(*index, output)),
+                Some(Output::Absent) => drop(work.absent.insert(*index)),
+                None => {}
             }
         }
     }
     Ok(())
+}
+
+/// Decides, and where a skipped step reaches further than what was loaded, loads that and decides
+/// again. Each step is skipped once, so this reads each step once more in all; a batch whose
+/// templates skip nothing decides once.
+async fn decide_with_all_it_needs(
+    shared: &Shared,
+    conn: &mut PgConnection,
+    works: &mut [Work],
+    hints: &[Hint],
+    now: DateTime<Utc>,
+) -> Result<Vec<Plan>, Error> {
+    let can_skip = works.iter().any(|work| work.template.definition.can_skip);
+    loop {
+        let (plans, lacking) = shared.admission.with_room(|room| {
+            let before = can_skip.then(|| room.clone());
+            let plans = decide_all(works, hints, room, now);
+            let lacking: Vec<Lacks> = works.iter().zip(&plans).map(|(work, plan)| work.lacking(plan)).collect();
+            if let Some(before) = before.filter(|_| lacking.iter().any(|lacks| *lacks != Lacks::default())) {
+                *room = before;
+            }
+            (plans, lacking)
+        });
+        if lacking.iter().all(|lacks| *lacks == Lacks::default()) {
+            return Ok(plans);
+        }
+        let (mut places, mut wanted) = (Vec::new(), Vec::new());
+        for (work, lacks) in works.iter_mut().zip(lacking) {
+            let task = work.row.task.uuid;
+            places.extend(lacks.steps.iter().map(|step| (task, *step)));
+            wanted.extend(lacks.outputs.iter().map(|step| (task, *step)));
+            work.asked.steps.extend(lacks.steps);
+            work.asked.outputs.extend(lacks.outputs);
+        }
+        if !places.is_empty() {
+            for row in steps::load_behind(conn, &places).await? {
+                if let Some(work) = works.iter_mut().find(|work| work.row.task.uuid == row.task_uuid) {
+                    work.steps.insert(row.step.uuid, row);
+                }
+            }
+        }
+        if !wanted.is_empty() {
+            read_outputs(conn, works, &wanted).await?;
+        }
+    }
 }
 
 /// One plan per task, in the same order.
@@ -263,6 +335,7 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
         steps: work.steps.values().map(|row| (work.key(row), row.step.clone())).collect(),
         outcomes: work.steps.values().filter_map(|row| Some((work.key(row), row.outcome.clone()?))).collect(),
         outputs: work.outputs.clone(),
+        absent: work.absent.clone(),
     };
     let plan = decide(snapshot, events, room, now);
     if plan.ignored > 0 {

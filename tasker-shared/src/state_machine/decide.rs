@@ -5,20 +5,21 @@
 //! that of the events and of the steps directly behind them, never of the whole task.
 //!
 //! `events` says what each event does to its step, `sending` how a ready step goes out, `task`
-//! what the task itself makes of it all.
+//! what the task itself makes of it all, `skipping` who runs at all.
 
 mod events;
 mod sending;
+mod skipping;
 mod task;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::{Definition, StepDefinition};
-use super::plan::{Detail, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
+use super::plan::{Detail, Lacks, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 /// How often an attempt may be lost before the step fails; a loss spends no retry.
@@ -39,6 +40,9 @@ pub struct Snapshot<'a> {
     pub outcomes: HashMap<u32, Outcome>,
     /// Outputs of finished steps, by index.
     pub outputs: HashMap<u32, Value>,
+    /// Steps that were asked for an output and have none, because they were skipped or are still
+    /// open: whatever is read of it is null.
+    pub absent: HashSet<u32>,
 }
 
 /// Something that happened, or is due. Steps are named by their key in the snapshot.
@@ -163,7 +167,12 @@ struct Pass<'a, 'r> {
     touched: BTreeSet<u32>,
     outcomes: HashMap<u32, Outcome>,
     outputs: HashMap<u32, Value>,
+    absent: HashSet<u32>,
     ready: Vec<Ready>,
+    /// To be skipped, and why.
+    skips: Vec<(u32, String)>,
+    /// Steps whose count of skipped dependencies changed.
+    skip_counted: BTreeSet<u32>,
     creating: bool,
     /// Something ended, so the task passes through `evaluating_results`.
     evaluated: bool,
@@ -178,7 +187,7 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, outcomes, mut outputs } = snapshot;
+        let Snapshot { task, definition, steps, outcomes, mut outputs, absent } = snapshot;
         // An event may name a step that is complete already (a hint that came twice, or late):
         // its output is here and nowhere else, and the steps behind it may need it now.
         for (index, outcome) in &outcomes {
@@ -197,7 +206,10 @@ impl<'a, 'r> Pass<'a, 'r> {
             touched: BTreeSet::new(),
             outcomes,
             outputs,
+            absent,
             ready: Vec::new(),
+            skips: Vec::new(),
+            skip_counted: BTreeSet::new(),
             creating: false,
             evaluated: false,
             any_failed: false,
@@ -218,6 +230,8 @@ impl<'a, 'r> Pass<'a, 'r> {
                 closed: Vec::new(),
                 audit: None,
                 ignored: 0,
+                skip_counts: Vec::new(),
+                lacks: Lacks::default(),
             },
         }
     }
@@ -338,6 +352,8 @@ impl<'a, 'r> Pass<'a, 'r> {
     }
 
     fn collect_steps(&mut self) {
+        let counted = self.skip_counted.iter().map(|key| &self.steps[key]);
+        self.plan.skip_counts = counted.map(|step| (step.uuid, step.skipped_dependencies)).collect();
         if self.creating {
             let mut created: Vec<Step> = self.steps.drain().map(|(_, step)| step).collect();
             created.sort_unstable_by_key(|step| (step.index, step.item));

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+use super::condition::Condition;
 use super::graph::Graph;
 use super::input::InputTemplate;
 use super::retry::RetryPolicy;
@@ -32,6 +35,9 @@ pub struct Definition {
     pub graph: Graph,
     /// Name -> index.
     pub by_name: HashMap<Arc<str>, u32>,
+    /// Whether a step may come to be skipped: only then is more looked at than what stands
+    /// directly behind an event.
+    pub can_skip: bool,
 }
 
 impl Definition {
@@ -62,6 +68,26 @@ pub struct StepDefinition {
     pub run_timeout: Option<Duration>,
     /// The input with its `${…}` references; `None` hands over the task's input and the parents' outputs.
     pub input: Option<InputTemplate>,
-    /// The steps whose outputs it reads, by index: those its input names, or its parents.
+    /// The steps whose outputs it reads, by index: those its input names, or its parents, and
+    /// what its condition looks at.
     pub needs: Vec<u32>,
+    /// What must hold once its dependencies are done, or it is skipped.
+    pub when: Option<Condition>,
+    /// Of a decision: the dependents among which its output chooses.
+    pub branches: Vec<u32>,
+    /// Which of its dependencies must be done.
+    pub join: Join,
+}
+
+/// Which of a step's dependencies must be done before it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Join {
+    /// All of them; it is skipped as soon as one is skipped.
+    #[default]
+    All,
+    /// All that were not skipped, and at least one.
+    Taken,
+    /// The first that is done.
+    Any,
 }

@@ -21,6 +21,8 @@ pub struct InputTemplate {
     root: Part,
     /// The steps whose output is needed: sorted, each once.
     steps: Vec<String>,
+    /// Where `${item}` or `${item_index}` is read first.
+    item: Option<Vec<Segment>>,
 }
 
 /// Whatever holds no reference is kept as the value it is.
@@ -41,12 +43,38 @@ enum Piece {
     Reference(Reference),
 }
 
-/// `input.a.b[0]` or `steps.<name>.output.a`.
+/// `input.a.b[0]`, `steps.<name>.output.a`, `item.a` or `item_index`.
 #[derive(Debug, Clone, PartialEq)]
-struct Reference {
-    /// `None` reads the task's input.
-    step: Option<String>,
+pub struct Reference {
+    root: Root,
     path: Vec<Segment>,
+}
+
+/// Where a reference begins.
+#[derive(Debug, Clone, PartialEq)]
+enum Root {
+    /// The task's input.
+    Input,
+    /// The output of this step.
+    Step(String),
+    /// The item of the list that a map runs over.
+    Item,
+    /// Its place in that list, from 0.
+    ItemIndex,
+}
+
+/// What references read.
+#[derive(Clone, Copy)]
+pub struct Scope<'a, 'f> {
+    /// The task's input.
+    pub input: &'a Value,
+    /// A step's output; `None` if it has none.
+    pub outputs: &'f dyn Fn(&str) -> Option<&'a Value>,
+    /// Whether a step without output was skipped, or is still open behind a `join: any`: whatever
+    /// is read of it is null.
+    pub absent: &'f dyn Fn(&str) -> bool,
+    /// Of a map's step: the item, and its place in the list.
+    pub item: Option<(&'a Value, &'a Value)>,
 }
 
 /// One move down into a JSON value.
@@ -76,12 +104,19 @@ impl fmt::Display for Path<'_> {
 
 impl fmt::Display for Reference {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(to, "{}{}", root_name(self.step.as_deref()), Path(&self.path))
+        write!(to, "{}{}", self.root, Path(&self.path))
     }
 }
 
-fn root_name(step: Option<&str>) -> String {
-    step.map_or_else(|| "input".to_owned(), |step| format!("steps.{step}.output"))
+impl fmt::Display for Root {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input => to.write_str("input"),
+            Self::Step(step) => write!(to, "steps.{step}.output"),
+            Self::Item => to.write_str("item"),
+            Self::ItemIndex => to.write_str("item_index"),
+        }
+    }
 }
 
 /// A `${…}` that cannot be read.
@@ -144,6 +179,8 @@ pub enum Found {
         /// What the reference needs there.
         wanted: &'static str,
     },
+    /// The step is not a map, so there is no item.
+    NoItem,
     /// The input would grow beyond [`MAX_RESOLVED_BYTES`].
     TooLarge,
     /// The input would nest deeper than [`MAX_DEPTH`].
@@ -152,8 +189,13 @@ pub enum Found {
 
 impl fmt::Display for MissingPath {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(to, "input{} reads ${{{}}}, but ", Path(&self.at), self.reference)?;
-        match &self.found {
+        write!(to, "input{} reads ${{{}}}, but {}", Path(&self.at), self.reference, self.found)
+    }
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             Found::NoOutput { step } => write!(to, "step {step} has no output"),
             Found::NoKey { within, key } => write!(to, "{within} has no key `{key}`"),
             Found::TooShort { within, items: 1 } => write!(to, "{within} has only 1 item"),
@@ -161,6 +203,7 @@ impl fmt::Display for MissingPath {
             Found::OtherKind { within, kind, wanted } => {
                 write!(to, "{within} is {kind}, not {wanted}")
             }
+            Found::NoItem => write!(to, "this step has no for_each"),
             Found::TooLarge => write!(to, "the input would exceed {MAX_RESOLVED_BYTES} bytes"),
             Found::TooDeep => write!(to, "the input would nest deeper than {MAX_DEPTH} levels"),
         }
@@ -173,7 +216,7 @@ impl InputTemplate {
     /// Reads the references of an `input:`; the errors are everything that is
     /// wrong with them, at least one.
     pub fn parse(input: &Value) -> Result<Self, Vec<InputError>> {
-        let mut parse = Parse { at: Vec::new(), steps: Vec::new(), errors: Vec::new() };
+        let mut parse = Parse { at: Vec::new(), steps: Vec::new(), item: None, errors: Vec::new() };
         let root = parse.part(input);
         if !parse.errors.is_empty() {
             return Err(parse.errors);
@@ -181,12 +224,17 @@ impl InputTemplate {
         let mut steps = parse.steps;
         steps.sort_unstable();
         steps.dedup();
-        Ok(Self { root, steps })
+        Ok(Self { root, steps, item: parse.item })
     }
 
     /// The steps whose output is needed, in alphabetical order, each once.
     pub fn references(&self) -> impl Iterator<Item = &str> {
         self.steps.iter().map(String::as_str)
+    }
+
+    /// Where the input reads the item of a map; `None` if it reads none.
+    pub fn reads_item(&self) -> Option<&[Segment]> {
+        self.item.as_deref()
     }
 
     /// Calls `visit` with each step that is read and where in the input.
@@ -204,7 +252,12 @@ impl InputTemplate {
         task_input: &'a Value,
         outputs: &dyn Fn(&str) -> Option<&'a Value>,
     ) -> Result<Value, MissingPath> {
-        Resolve { task_input, outputs, at: Vec::new(), room: MAX_RESOLVED_BYTES }.part(&self.root)
+        self.resolve_in(Scope { input: task_input, outputs, absent: &|_| false, item: None })
+    }
+
+    /// The same, with everything that a reference may read.
+    pub fn resolve_in(&self, scope: Scope<'_, '_>) -> Result<Value, MissingPath> {
+        Resolve { scope, at: Vec::new(), room: MAX_RESOLVED_BYTES }.part(&self.root)
     }
 }
 
@@ -234,6 +287,7 @@ pub fn depth(value: &Value, limit: usize) -> usize {
 struct Parse {
     at: Vec<Segment>,
     steps: Vec<String>,
+    item: Option<Vec<Segment>>,
     errors: Vec<InputError>,
 }
 
@@ -295,7 +349,10 @@ impl Parse {
                 };
                 match Reference::parse(&after[..end]) {
                     Ok(reference) => {
-                        self.steps.extend(reference.step.clone());
+                        self.steps.extend(reference.step().map(str::to_owned));
+                        if matches!(reference.root, Root::Item | Root::ItemIndex) {
+                            self.item.get_or_insert_with(|| self.at.clone());
+                        }
                         if !literal.is_empty() {
                             pieces.push(Piece::Literal(std::mem::take(&mut literal)));
                         }
@@ -338,6 +395,63 @@ impl Part {
 }
 
 impl Reference {
+    /// Parses a text that is one reference from `${` to `}`.
+    pub fn parse_whole(text: &str) -> Result<Self, String> {
+        let inner = text.trim().strip_prefix("${").and_then(|rest| rest.strip_suffix('}'));
+        let Some(inner) = inner.filter(|inner| !inner.contains('}')) else {
+            return Err("is not one reference; write it as \"${input.key}\" or \"${steps.name.output.key}\"".into());
+        };
+        Self::parse(inner)
+    }
+
+    /// The step whose output it reads.
+    pub fn step(&self) -> Option<&str> {
+        if let Root::Step(step) = &self.root { Some(step) } else { None }
+    }
+
+    /// Whether it reads the item of a map.
+    pub fn is_of_item(&self) -> bool {
+        matches!(self.root, Root::Item | Root::ItemIndex)
+    }
+
+    /// Where in the task's input it leads; `None` if it reads something else.
+    pub fn input_path(&self) -> Option<&[Segment]> {
+        (self.root == Root::Input).then_some(&*self.path)
+    }
+
+    /// The value it leads to.
+    pub fn read<'a>(&self, scope: Scope<'a, '_>) -> Result<&'a Value, Found> {
+        const NULL: &Value = &Value::Null;
+        let mut value = match &self.root {
+            Root::Input => scope.input,
+            Root::Step(step) => match (scope.outputs)(step) {
+                Some(output) => output,
+                None if (scope.absent)(step) => return Ok(NULL),
+                None => return Err(Found::NoOutput { step: step.clone() }),
+            },
+            Root::Item => scope.item.ok_or(Found::NoItem)?.0,
+            Root::ItemIndex => scope.item.ok_or(Found::NoItem)?.1,
+        };
+        for (walked, segment) in self.path.iter().enumerate() {
+            let within = || format!("{}{}", self.root, Path(&self.path[..walked]));
+            value = match (segment, value) {
+                (Segment::Key(key), Value::Object(map)) => {
+                    map.get(key).ok_or_else(|| Found::NoKey { within: within(), key: key.clone() })
+                }
+                (Segment::Index(index), Value::Array(items)) => {
+                    items.get(*index).ok_or_else(|| Found::TooShort { within: within(), items: items.len() })
+                }
+                (Segment::Key(_), other) => {
+                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "an object" })
+                }
+                (Segment::Index(_), other) => {
+                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "a list" })
+                }
+            }?;
+        }
+        Ok(value)
+    }
+
     /// Parses what stands between `${` and `}`.
     fn parse(text: &str) -> Result<Self, String> {
         let shown: String = text.chars().take(80).collect();
@@ -351,21 +465,26 @@ impl Reference {
             return wrong("is not a path of keys");
         };
         let mut segments = path.into_iter();
-        let step = match segments.next() {
-            Some(Segment::Key(root)) if root == "input" => None,
+        let root = match segments.next() {
+            Some(Segment::Key(root)) if root == "input" => Root::Input,
+            Some(Segment::Key(root)) if root == "item" => Root::Item,
+            Some(Segment::Key(root)) if root == "item_index" => Root::ItemIndex,
             Some(Segment::Key(root)) if root == "steps" => {
                 let Some(Segment::Key(step)) = segments.next() else {
                     return wrong("names no step");
                 };
                 match segments.next() {
-                    Some(Segment::Key(output)) if output == "output" => Some(step),
+                    Some(Segment::Key(output)) if output == "output" => Root::Step(step),
                     _ => return wrong("reads something other than the step's output"),
                 }
             }
             _ => return wrong("starts with neither `input` nor `steps`"),
         };
-        let path = segments.collect();
-        Ok(Self { step, path })
+        let path: Vec<Segment> = segments.collect();
+        if root == Root::ItemIndex && !path.is_empty() {
+            return wrong("reads inside a number");
+        }
+        Ok(Self { root, path })
     }
 }
 
@@ -409,13 +528,13 @@ fn visit_part<'a>(part: &'a Part, at: &mut Vec<Segment>, visit: &mut impl FnMut(
             }
         }
         Part::Whole(reference) => {
-            if let Some(step) = &reference.step {
+            if let Some(step) = reference.step() {
                 visit(at, step);
             }
         }
         Part::Text(pieces) => {
             for piece in pieces {
-                if let Piece::Reference(Reference { step: Some(step), .. }) = piece {
+                if let Piece::Reference(Reference { root: Root::Step(step), .. }) = piece {
                     visit(at, step);
                 }
             }
@@ -424,8 +543,7 @@ fn visit_part<'a>(part: &'a Part, at: &mut Vec<Segment>, visit: &mut impl FnMut(
 }
 
 struct Resolve<'a, 'f> {
-    task_input: &'a Value,
-    outputs: &'f dyn Fn(&str) -> Option<&'a Value>,
+    scope: Scope<'a, 'f>,
     at: Vec<Segment>,
     /// Bytes of JSON that references may still bring in.
     room: usize,
@@ -493,31 +611,7 @@ impl<'a> Resolve<'a, '_> {
     }
 
     fn read(&self, reference: &Reference) -> Result<&'a Value, MissingPath> {
-        let mut value = match &reference.step {
-            None => self.task_input,
-            Some(step) => {
-                (self.outputs)(step).ok_or_else(|| self.missing(reference, Found::NoOutput { step: step.clone() }))?
-            }
-        };
-        for (walked, segment) in reference.path.iter().enumerate() {
-            let within = || format!("{}{}", root_name(reference.step.as_deref()), Path(&reference.path[..walked]));
-            value = match (segment, value) {
-                (Segment::Key(key), Value::Object(map)) => {
-                    map.get(key).ok_or_else(|| Found::NoKey { within: within(), key: key.clone() })
-                }
-                (Segment::Index(index), Value::Array(items)) => {
-                    items.get(*index).ok_or_else(|| Found::TooShort { within: within(), items: items.len() })
-                }
-                (Segment::Key(_), other) => {
-                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "an object" })
-                }
-                (Segment::Index(_), other) => {
-                    Err(Found::OtherKind { within: within(), kind: kind(other), wanted: "a list" })
-                }
-            }
-            .map_err(|found| self.missing(reference, found))?;
-        }
-        Ok(value)
+        reference.read(self.scope).map_err(|found| self.missing(reference, found))
     }
 
     fn take_room(&mut self, reference: &Reference, value: &Value) -> Result<(), MissingPath> {
@@ -551,7 +645,8 @@ fn take_bytes(value: &Value, room: &mut usize) -> bool {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+/// What a message calls a kind of value.
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

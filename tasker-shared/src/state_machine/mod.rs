@@ -3,6 +3,7 @@
 //! [`states`] says what may move, [`decide`] says what moves now. Nothing here imports
 //! anything of ours; a test reads the imports and checks.
 
+pub mod condition;
 pub mod decide;
 pub mod definition;
 pub mod graph;

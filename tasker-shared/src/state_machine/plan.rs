@@ -1,6 +1,6 @@
 //! What `decide` reads and what it answers: plain data, no behaviour but bookkeeping.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -47,7 +47,9 @@ pub struct Step {
     pub attempt: i32,
     pub failures: i32,
     pub losses: i32,
+    /// Dependencies that are neither done nor skipped.
     pub remaining_dependencies: i32,
+    pub skipped_dependencies: i32,
     pub priority: i32,
     pub claim_token: Option<Uuid>,
     pub claimed_by: Option<String>,
@@ -80,6 +82,7 @@ impl Step {
             failures: 0,
             losses: 0,
             remaining_dependencies: dependencies,
+            skipped_dependencies: 0,
             priority,
             claim_token: None,
             claimed_by: None,
@@ -369,6 +372,20 @@ pub struct Plan {
     pub audit: Option<(&'static str, String, Option<String>)>,
     /// Events that changed nothing: duplicates, late or stale ones.
     pub ignored: u32,
+    /// Steps of which a dependency was skipped, and how many are now.
+    pub skip_counts: Vec<(Uuid, i32)>,
+    /// What the snapshot did not hold. Load it and decide again; what was asked for before and is
+    /// still lacking does not exist.
+    pub lacks: Lacks,
+}
+
+/// What decisions lacked, by key.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lacks {
+    /// Steps that a skipped one is followed by.
+    pub steps: BTreeSet<u32>,
+    /// Outputs that a step which became ready reads.
+    pub outputs: BTreeSet<u32>,
 }
 
 impl Plan {

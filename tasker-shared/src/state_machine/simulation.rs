@@ -4,7 +4,7 @@
 //! worker protocol does, and after every settle recounts what the rows claim. It decides
 //! nothing itself, and a rule that it checks is written here a second time on purpose.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::condition::Condition;
 use super::decide::{Event, Operator, Snapshot, decide};
-use super::definition::{Definition, StepDefinition};
+use super::definition::{Definition, Join, StepDefinition};
 use super::graph::Graph;
-use super::input::InputTemplate;
-use super::plan::{Detail, Due, Failure, HeldBy, Move, Outcome, Plan, QueueRoom, Room, Step, Task, Wait};
+use super::input::{InputTemplate, Scope};
+use super::plan::{Detail, Due, Failure, HeldBy, Lacks, Move, Outcome, Plan, QueueRoom, Room, Step, Task, Wait};
 use super::retry::{OnExhausted, RetryPolicy};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
@@ -280,8 +281,56 @@ impl World {
 
     // Settling.
 
-    /// Loads what an orchestrator loads for these events, and no more.
-    pub fn snapshot(&self, events: &[Event]) -> Snapshot<'_> {
+    /// Loads what an orchestrator loads for these events, and then what deciding them lacked, and no more.
+    pub fn snapshot(&self, events: &[Event], now: DateTime<Utc>) -> Snapshot<'_> {
+        let mut snapshot = self.first_snapshot(events);
+        let mut asked = Lacks::default();
+        loop {
+            let lacks = decide(snapshot.clone(), events.to_vec(), &mut Room::unlimited(), now).lacks;
+            let steps: Vec<u32> = lacks.steps.difference(&asked.steps).copied().collect();
+            let outputs: Vec<u32> = lacks.outputs.difference(&asked.outputs).copied().collect();
+            if steps.is_empty() && outputs.is_empty() {
+                return snapshot;
+            }
+            assert!(self.definition.can_skip, "a task that cannot skip needs no second look: {lacks:?}");
+            for step in steps {
+                snapshot.steps.insert(step, loaded(&self.steps[step as usize]));
+                asked.steps.insert(step);
+            }
+            for step in outputs {
+                match (self.output_of(step), self.steps[step as usize].state) {
+                    (Some(output), _) => drop(snapshot.outputs.insert(step, output.clone())),
+                    (None, StepState::Error | StepState::Cancelled | StepState::ResolvedManually) => {}
+                    (None, _) => drop(snapshot.absent.insert(step)),
+                }
+                asked.outputs.insert(step);
+            }
+        }
+    }
+
+    fn output_of(&self, index: u32) -> Option<&Value> {
+        let step = self.steps.get(index as usize).filter(|step| step.state == StepState::Complete)?;
+        match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
+            Outcome::Success(output) => Some(output),
+            Outcome::Failure(_) => None,
+        }
+    }
+
+    /// The parents of a step by how they stand: open, done, skipped.
+    fn parents(&self, index: u32, done: impl Fn(&Step) -> bool) -> (i32, i32, i32) {
+        let mut counts = (0, 0, 0);
+        for parent in self.definition.graph.parents(index) {
+            let parent = &self.steps[*parent as usize];
+            match parent.state {
+                StepState::Skipped => counts.2 += 1,
+                _ if done(parent) => counts.1 += 1,
+                _ => counts.0 += 1,
+            }
+        }
+        counts
+    }
+
+    fn first_snapshot(&self, events: &[Event]) -> Snapshot<'_> {
         let graph = &self.definition.graph;
         let retried = events.iter().any(|event| matches!(event, Event::Retry { .. }));
         let about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
@@ -289,12 +338,10 @@ impl World {
         if retried {
             let unfinished = [StepState::Error, StepState::Cancelled, StepState::Pending];
             for step in self.steps.iter().filter(|step| unfinished.contains(&step.state)) {
-                let open = graph.parents(step.index).iter().filter(|parent| {
-                    let state = self.steps[**parent as usize].state;
-                    !matches!(state, StepState::Complete | StepState::ResolvedManually)
-                });
-                let remaining = i32::try_from(open.count()).unwrap();
-                steps.insert(step.index, Step { remaining_dependencies: remaining, ..loaded(step) });
+                let done = |step: &Step| matches!(step.state, StepState::Complete | StepState::ResolvedManually);
+                let (open, _, skipped) = self.parents(step.index, done);
+                let counted = Step { remaining_dependencies: open, skipped_dependencies: skipped, ..loaded(step) };
+                steps.insert(step.index, counted);
             }
         } else {
             let behind = about.iter().flat_map(|step| graph.children(*step));
@@ -310,7 +357,8 @@ impl World {
         });
         let outcomes = outcomes.collect();
         let outputs = self.outputs(&steps, &about, retried);
-        Snapshot { task: self.task.clone(), definition: &self.definition, steps, outcomes, outputs }
+        let absent = HashSet::new();
+        Snapshot { task: self.task.clone(), definition: &self.definition, steps, outcomes, outputs, absent }
     }
 
     /// The outputs that an orchestrator reads: those which steps about to become ready need and
@@ -350,8 +398,8 @@ impl World {
     /// One settle: decide, apply, check every rule.
     pub fn settle(&mut self, events: Vec<Event>, room: &mut Room) -> Plan {
         let began_at = self.tick();
-        let plan = decide(self.snapshot(&events), events.clone(), &mut room.clone(), began_at);
-        let again = decide(self.snapshot(&events), events, room, began_at);
+        let plan = decide(self.snapshot(&events, began_at), events.clone(), &mut room.clone(), began_at);
+        let again = decide(self.snapshot(&events, began_at), events, room, began_at);
         assert_eq!(format!("{plan:?}"), format!("{again:?}"), "deciding twice gives two plans");
         if plan.is_empty() {
             return plan;
@@ -423,6 +471,11 @@ impl World {
             assert_eq!(row.version, *version_before, "compare-and-set of step {}", new.index);
             update(row, new, began_at, at);
         }
+        for (uuid, skipped) in &plan.skip_counts {
+            if let Some(row) = self.steps.iter_mut().find(|row| row.uuid == *uuid) {
+                row.skipped_dependencies = *skipped;
+            }
+        }
         for made in &plan.moves {
             self.log.push(Row { made: made.clone(), began_at, at });
         }
@@ -441,16 +494,16 @@ impl World {
 
     /// A step's input, out of every output there is; `None` if it reads one that is not there.
     fn expected_input(&self, index: u32) -> Option<Value> {
-        let output = |index: u32| {
-            let step = self.steps.get(index as usize).filter(|step| step.state == StepState::Complete)?;
-            match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
-                Outcome::Success(output) => Some(output),
-                Outcome::Failure(_) => None,
-            }
-        };
+        let output = |index: u32| self.output_of(index);
         let defined = &self.definition.steps[index as usize];
         if let Some(template) = &defined.input {
-            return template.resolve(&self.task.input, &|name| output(self.definition.by_name[name])).ok();
+            let absent = |name: &str| {
+                let state = self.steps[self.definition.by_name[name] as usize].state;
+                state == StepState::Skipped || !state.is_terminal()
+            };
+            let outputs = |name: &str| output(self.definition.by_name[name]);
+            let scope = Scope { input: &self.task.input, outputs: &outputs, absent: &absent, item: None };
+            return template.resolve_in(scope).ok();
         }
         let parents = self.definition.graph.parents(index).iter();
         let steps: serde_json::Map<String, Value> = parents
@@ -665,13 +718,15 @@ impl World {
             }
             StepState::WaitingForRetry => step.due_at.is_some() && (due("retry") || step.held_by.is_some()),
             StepState::Pending => {
-                let parents = self.definition.graph.parents(step.index);
-                let open = parents.iter().filter(|parent| {
-                    let parent = &self.steps[**parent as usize];
-                    parent.state != StepState::Complete && !self.counts_as_done(parent)
-                });
-                assert_eq!(step.remaining_dependencies, i32::try_from(open.count()).unwrap(), "{step:?}");
-                step.remaining_dependencies > 0 || step.held_by.is_some()
+                let done = |step: &Step| step.state == StepState::Complete || self.counts_as_done(step);
+                let (open, done, skipped) = self.parents(step.index, done);
+                assert_eq!((step.remaining_dependencies, step.skipped_dependencies), (open, skipped), "{step:?}");
+                let waits = match self.definition.steps[step.index as usize].join {
+                    Join::All => skipped == 0 && open > 0,
+                    Join::Taken => open > 0,
+                    Join::Any => open > 0 && done == 0,
+                };
+                waits || step.held_by.is_some()
             }
             _ => true,
         };
@@ -697,7 +752,7 @@ impl World {
         let kind = last.and_then(|row| row.made.detail.as_ref()?.error_type.as_deref());
         step.state == StepState::Error
             && policy == OnExhausted::Continue
-            && !matches!(kind, Some("missing_input" | "quarantined"))
+            && !matches!(kind, Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition"))
     }
 
     /// Versions are consecutive, times never go back, attempts are 1..n.
@@ -863,6 +918,9 @@ pub(crate) fn template(words: &str) -> Definition {
         run_timeout: Some(Duration::from_secs(30)),
         input: None,
         needs: graph.parents(index).to_vec(),
+        when: None,
+        branches: Vec::new(),
+        join: Join::All,
     });
     Definition {
         template_id: 1,
@@ -874,6 +932,7 @@ pub(crate) fn template(words: &str) -> Definition {
         steps: steps.collect(),
         by_name,
         graph,
+        can_skip: false,
     }
 }
 
@@ -882,6 +941,31 @@ pub(crate) fn with(mut definition: Definition, step: &str, change: impl FnOnce(&
     let index = definition.by_name[step] as usize;
     change(&mut definition.steps[index]);
     definition
+}
+
+/// Makes a step a decision among its dependents of these names.
+pub(crate) fn with_branches(mut definition: Definition, step: &str, branches: &[&str]) -> Definition {
+    definition.can_skip = true;
+    let branches = branches.iter().map(|name| definition.by_name[*name]).collect();
+    with(definition, step, |step| step.branches = branches)
+}
+
+/// Gives a step a condition.
+pub(crate) fn with_when(mut definition: Definition, step: &str, when: &str) -> Definition {
+    definition.can_skip = true;
+    let when = Condition::parse(when).unwrap();
+    let need = when.reference().step().map(|name| definition.by_name[name]);
+    with(definition, step, |step| {
+        let new = need.filter(|need| !step.needs.contains(need));
+        step.needs.extend(new);
+        step.when = Some(when);
+    })
+}
+
+/// Lets a step join its dependencies in another way.
+pub(crate) fn with_join(mut definition: Definition, step: &str, join: Join) -> Definition {
+    definition.can_skip |= join == Join::Any;
+    with(definition, step, |step| step.join = join)
 }
 
 /// Gives a step an explicit input.

@@ -147,6 +147,10 @@ pub async fn apply(
 
     // Before the end is written down: a task that ends as it begins cancels its new steps too.
     insert_steps(conn, batch, began_at, row.at).await?;
+    let skip_counts: Vec<(Uuid, i32)> = batch.iter().flat_map(|(_, plan)| &plan.skip_counts).copied().collect();
+    if !skip_counts.is_empty() {
+        super::steps::set_skip_counts(conn, &skip_counts).await?;
+    }
     let cancelled = if ending.is_empty() {
         Vec::new()
     } else {

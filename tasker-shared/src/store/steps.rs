@@ -82,6 +82,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     failures: row.failures,
                     losses: row.losses,
                     remaining_dependencies: row.remaining_dependencies,
+                    skipped_dependencies: row.skipped_dependencies,
                     priority: row.priority,
                     claim_token: row.claim_token,
                     claimed_by: row.claimed_by,
@@ -125,6 +126,7 @@ pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Res
                     attempt: row.attempt,
                     failures: row.failures,
                     losses: row.losses,
+                    skipped_dependencies: row.skipped_dependencies,
                     ready_at: row.ready_at,
                     held_by: row.held_by.and_then(|word| word.parse().ok()),
                     ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
@@ -165,7 +167,7 @@ pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<O
 }
 
 /// Every step of these tasks that failed, was cancelled or is pending, its
-/// `remaining_dependencies` recounted from the edges; and which of the tasks have steps at all.
+/// dependencies recounted from the edges; and which of the tasks have steps at all.
 pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
     let with_steps = sqlx::query_scalar!(
         r#"select t.task_uuid from unnest($1::uuid[]) t(task_uuid)
@@ -178,23 +180,26 @@ pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Re
     .flatten()
     .collect();
     let counts = sqlx::query!(
-        r#"select s.step_uuid,
-             (select count(*) from tasker.template_edges e
-              join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
-              where e.template_id = t.template_id and e.child_index = s.step_index
-                and p.state not in ('complete', 'resolved_manually'))::int as "open_parents!"
+        r#"select s.step_uuid, p.open::int as "open!", p.skipped::int as "skipped!"
            from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
+           cross join lateral (
+             select count(*) filter (where p.state not in ('complete', 'resolved_manually', 'skipped')) as open,
+               count(*) filter (where p.state = 'skipped') as skipped
+             from tasker.template_edges e
+             join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
+             where e.template_id = t.template_id and e.child_index = s.step_index) p
            where t.task_uuid = any($1) and s.state in ('error', 'cancelled', 'pending')"#,
         task_uuids
     )
     .fetch_all(&mut *conn)
     .await?;
-    let counts: HashMap<Uuid, i32> = counts.into_iter().map(|row| (row.step_uuid, row.open_parents)).collect();
+    let counts: HashMap<Uuid, (i32, i32)> =
+        counts.into_iter().map(|row| (row.step_uuid, (row.open, row.skipped))).collect();
     let ids: Vec<Uuid> = counts.keys().copied().collect();
     let mut rows = load(conn, &ids).await?;
     rows.retain_mut(|row| match counts.get(&row.step.uuid) {
-        Some(open) => {
-            row.step.remaining_dependencies = *open;
+        Some((open, skipped)) => {
+            (row.step.remaining_dependencies, row.step.skipped_dependencies) = (*open, *skipped);
             true
         }
         None => false,
@@ -202,15 +207,25 @@ pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Re
     Ok((with_steps, rows))
 }
 
-/// Outputs of finished steps: `(task, step index) -> output`.
-pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<HashMap<(Uuid, u32), Value>, Error> {
+/// What a step that was asked for its output has.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// It is complete, and this is its output.
+    Given(Value),
+    /// It was skipped, or it is still open.
+    Absent,
+}
+
+/// Outputs of steps: `(task, step index) -> output`. What failed or was cancelled is not in the answer.
+pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<HashMap<(Uuid, u32), Output>, Error> {
     let tasks: Vec<Uuid> = wanted.iter().map(|(task, _)| *task).collect();
     let indexes: Vec<i32> = wanted.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
     let rows = sqlx::query!(
-        r#"select s.task_uuid, s.step_index, a.output as "output?"
+        r#"select s.task_uuid, s.step_index, s.state, a.output as "output?"
            from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
-           join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index and s.state = 'complete'
-           join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt"#,
+           join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index
+             and s.state not in ('error', 'cancelled', 'resolved_manually')
+           left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt"#,
         &tasks,
         &indexes
     )
@@ -218,6 +233,25 @@ pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<
     .await?;
     Ok(rows
         .into_iter()
-        .filter_map(|row| Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), row.output?)))
+        .filter_map(|row| {
+            let output =
+                if row.state == StepState::Complete.as_str() { Output::Given(row.output?) } else { Output::Absent };
+            Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), output))
+        })
         .collect())
+}
+
+/// Writes how many dependencies of these steps were skipped; the batch that skipped them has
+/// locked and written their rows.
+pub(super) async fn set_skip_counts(conn: &mut PgConnection, counts: &[(Uuid, i32)]) -> Result<(), Error> {
+    let (steps, skipped): (Vec<Uuid>, Vec<i32>) = counts.iter().copied().unzip();
+    sqlx::query!(
+        "update tasker.steps s set skipped_dependencies = n.skipped
+         from unnest($1::uuid[], $2::int[]) n(step_uuid, skipped) where s.step_uuid = n.step_uuid",
+        &steps,
+        &skipped
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 
 use super::Error;
 use crate::state_machine::{Definition, StepDefinition};
-use crate::template::{self, InputSchema, OnFailure, Template};
+use crate::template::{self, InputSchema, Join, OnFailure, Template};
 
 /// A template could not be registered or read.
 #[derive(Debug, thiserror::Error)]
@@ -163,10 +163,13 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
     let mut steps = Vec::with_capacity(template.steps.len());
     for (index, step) in (0_u32..).zip(&template.steps) {
         let input = step.input_template()?;
-        let needs = match &input {
+        let mut needs: Vec<u32> = match &input {
             Some(input) => input.references().filter_map(|name| by_name.get(name).copied()).collect(),
             None => graph.parents(index).to_vec(),
         };
+        let when = step.condition()?;
+        let looked_at = when.as_ref().and_then(|when| by_name.get(when.reference().step()?).copied());
+        needs.extend(looked_at.filter(|step| !needs.contains(step)));
         steps.push(StepDefinition {
             name: names[index as usize].clone(),
             handler: step.handler.as_str().into(),
@@ -177,8 +180,12 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
             run_timeout: Some(step.timeouts.run),
             input,
             needs,
+            when,
+            branches: step.branches.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect(),
+            join: step.join,
         });
     }
+    let can_skip = steps.iter().any(|step| step.when.is_some() || !step.branches.is_empty() || step.join == Join::Any);
     let schema = template
         .input_schema
         .as_ref()
@@ -194,6 +201,7 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
         steps,
         graph,
         by_name,
+        can_skip,
     };
     Ok(Loaded { definition, schema })
 }

@@ -11,9 +11,10 @@ use super::duration::{format_duration, parse_duration};
 use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
-    Checked, Incoming, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS, OnExhausted, OnFailure,
+    Checked, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS, OnExhausted, OnFailure,
     Problem, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace,
 };
+use crate::state_machine::condition::Condition;
 use crate::state_machine::graph::{Graph, GraphError};
 use crate::state_machine::input::{InputTemplate, Path, Segment};
 
@@ -22,8 +23,8 @@ pub(super) const TEMPLATE_KEYS: [&str; 9] =
     ["namespace", "name", "version", "description", "input_schema", "on_failure", "timeouts", "trace", "steps"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 8] =
-    ["name", "handler", "depends_on", "input", "queue", "priority", "retry", "timeouts"];
+pub(super) const STEP_KEYS: [&str; 11] =
+    ["name", "handler", "depends_on", "join", "when", "branches", "input", "queue", "priority", "retry", "timeouts"];
 pub(super) const RETRY_KEYS: [&str; 7] = [
     "max_attempts",
     "initial_interval",
@@ -161,6 +162,10 @@ impl Read<'_> {
         }
         let graph = self.graph(&steps, fields.get("steps"));
         self.references(&steps, graph.as_ref());
+        if let Some(graph) = &graph {
+            self.branches(&steps, graph);
+        }
+        self.conditions(&steps, input_schema.as_ref());
 
         let template = Template {
             namespace: namespace?,
@@ -311,6 +316,17 @@ impl Read<'_> {
         let name = self.required(&fields, "name", Self::name);
         let handler = self.required(&fields, "handler", Self::handler);
         let depends_on = self.optional(&fields, "depends_on", |read, node, path| read.list(node, path, Self::text));
+        let join = self.optional(&fields, "join", |read, node, path| {
+            read.choice(node, path, &[("all", Join::All), ("taken", Join::Taken), ("any", Join::Any)])
+        });
+        let when = self.optional(&fields, "when", Self::text);
+        let branches = self.optional(&fields, "branches", |read, node, path| {
+            let names = read.list(node, path, Self::text)?;
+            if names.is_empty() {
+                read.wrong(node.place, path, "is an empty list; name the dependents to choose among");
+            }
+            Some(names)
+        });
         let input = self.optional(&fields, "input", |_, node, _| Some(node.to_value()));
         let queue = self.optional(&fields, "queue", Self::namespace);
         let priority =
@@ -323,6 +339,9 @@ impl Read<'_> {
             // the handler to be right.
             handler: handler.unwrap_or_default(),
             depends_on: depends_on.unwrap_or_default(),
+            join: join.unwrap_or_default(),
+            when,
+            branches: branches.unwrap_or_default(),
             input,
             queue,
             priority: priority.unwrap_or_default(),
@@ -473,6 +492,58 @@ impl Read<'_> {
         None
     }
 
+    /// A decision chooses among its direct dependents, and must have an output to choose by.
+    fn branches(&mut self, steps: &[ReadStep<'_>], graph: &Graph) {
+        for (index, step) in (0..).zip(steps) {
+            let definition = &step.definition;
+            let dependents: Vec<&str> = graph.children(index).iter().map(|child| graph.name(*child)).collect();
+            for (position, branch) in definition.branches.iter().enumerate() {
+                let path = [key("branches"), Segment::Index(position)];
+                let key_path = format!("steps[{}]{}", step.index, Path(&path));
+                if definition.branches[..position].contains(branch) {
+                    self.wrong(step.place(&path), key_path, format!("names `{}` a second time", shown(branch)));
+                } else if !dependents.contains(&branch.as_str()) {
+                    let near = did_you_mean(branch, dependents.iter().copied());
+                    let message = format!(
+                        "`{}` does not depend on `{}`, so it cannot be one of its branches; add `{}` to its depends_on{near}",
+                        shown(branch),
+                        definition.name,
+                        definition.name
+                    );
+                    self.wrong(step.place(&path), key_path, message);
+                }
+            }
+            if !definition.branches.is_empty() && definition.retry.on_exhausted == OnExhausted::Continue {
+                let path = [key("retry"), key("on_exhausted")];
+                let message = "a decision that has failed chooses nothing to continue with; use fail or block";
+                self.wrong(step.place(&path), format!("steps[{}]{}", step.index, Path(&path)), message);
+            }
+            if definition.join != Join::All && definition.depends_on.is_empty() {
+                let message = "there is nothing to join: the step has no depends_on";
+                self.wrong(step.place(&[key("join")]), format!("steps[{}].join", step.index), message);
+            }
+        }
+    }
+
+    /// Conditions must parse, and compare with what the input's schema allows there to be.
+    fn conditions(&mut self, steps: &[ReadStep<'_>], schema: Option<&serde_json::Value>) {
+        for step in steps {
+            let Some(text) = &step.definition.when else {
+                continue;
+            };
+            let problem = match Condition::parse(text) {
+                Err(message) => Some(message),
+                Ok(condition) if condition.reference().is_of_item() => {
+                    Some("is decided once for the whole step, so it cannot read an item; let the handler decide".into())
+                }
+                Ok(condition) => mismatch(&condition, schema),
+            };
+            if let Some(message) = problem {
+                self.wrong(step.place(&[key("when")]), format!("steps[{}].when", step.index), message);
+            }
+        }
+    }
+
     /// References must parse, and may read the outputs of ancestors only.
     fn references(&mut self, steps: &[ReadStep<'_>], graph: Option<&Graph>) {
         let index_of: std::collections::HashMap<&str, u32> =
@@ -481,6 +552,17 @@ impl Read<'_> {
         let mut pairs = Vec::new();
         let mut places = Vec::new();
         for (index, step) in (0..).zip(steps) {
+            if let Some(Ok(condition)) = step.definition.when.as_deref().map(Condition::parse)
+                && let Some(read) = condition.reference().step()
+            {
+                let at = (step.place(&[key("when")]), format!("steps[{}].when", step.index));
+                if let Some(&target) = index_of.get(read) {
+                    pairs.push((index, target));
+                    places.push(at);
+                } else {
+                    self.wrong(at.0, at.1, format!("reads the output of `{}`, which is not a step", shown(read)));
+                }
+            }
             let Some(input) = &step.definition.input else {
                 continue;
             };
@@ -738,6 +820,28 @@ fn is_handler(text: &str) -> bool {
 
 fn is_version(text: &str) -> bool {
     (1..=MAX_VERSION_CHARS).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// Why a condition on the task's input can never be what its author meant: the schema allows only
+/// values of another type there.
+fn mismatch(condition: &Condition, schema: Option<&serde_json::Value>) -> Option<String> {
+    let (wanted, path) = (condition.types()?, condition.reference().input_path()?);
+    let mut schema = schema?;
+    for segment in path {
+        schema = match segment {
+            Segment::Key(key) => schema.get("properties")?.get(key)?,
+            Segment::Index(_) => schema.get("items")?,
+        };
+    }
+    let declared: Vec<&str> = match schema.get("type")? {
+        serde_json::Value::String(one) => vec![one],
+        serde_json::Value::Array(some) => some.iter().filter_map(serde_json::Value::as_str).collect(),
+        _ => return None,
+    };
+    let fits = declared.iter().any(|declared| wanted.contains(declared));
+    (!fits && !declared.is_empty()).then(|| {
+        format!("compares with a {}, but the input_schema says that this is a {}", wanted[0], declared.join(" or "))
+    })
 }
 
 /// A JSON pointer as a path into the node it was made for.

@@ -69,6 +69,8 @@ steps:
   - name: charge
     handler: payments.charge
     depends_on: [reserve, fraud_check]
+    join: taken
+    when: ${input.total} > 0
     input: {amount: "${input.total}", hold: "${steps.reserve.output.hold_id}"}
     queue: slow
     priority: -5
@@ -90,6 +92,9 @@ steps:
             name: "charge".into(),
             handler: "payments.charge".into(),
             depends_on: vec!["reserve".into(), "fraud_check".into()],
+            join: Join::Taken,
+            when: Some("${input.total} > 0".into()),
+            branches: Vec::new(),
             input: Some(json!({
                 "amount": "${input.total}",
                 "hold": "${steps.reserve.output.hold_id}"
@@ -313,6 +318,49 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
         (format!("{GOOD}  - just_a_name\n"), 10, "steps[2]", "is a text, not a mapping"),
         (with("[a]", "a"), 9, "steps[1].depends_on", "is a text, not a list; write it as [a, b]"),
         (with("[a]", "[a, 1]"), 9, "steps[1].depends_on[1]", "is a number, not a text"),
+        // The graph.
+        (step("join: some"), 10, "steps[1].join", "`some` is not one of: all, taken, any"),
+        (with("    handler: orders.a", "    handler: orders.a\n    join: any"), 7, "steps[0].join", "nothing to join"),
+        (step("branches: []"), 10, "steps[1].branches", "is an empty list"),
+        (
+            step("branches: [a]"),
+            10,
+            "steps[1].branches[0]",
+            "`a` does not depend on `b`, so it cannot be one of its branches",
+        ),
+        (
+            with("    handler: orders.a", "    handler: orders.a\n    branches: [bb]"),
+            7,
+            "steps[0].branches[0]",
+            "did you mean `b`?",
+        ),
+        (
+            with("    handler: orders.a", "    handler: orders.a\n    branches: [b, b]"),
+            7,
+            "steps[0].branches[1]",
+            "a second time",
+        ),
+        (
+            with(
+                "    handler: orders.a",
+                "    handler: orders.a\n    branches: [b]\n    retry: {on_exhausted: continue}",
+            ),
+            8,
+            "steps[0].retry.on_exhausted",
+            "chooses nothing to continue with",
+        ),
+        (step("when: input.total > 3"), 10, "steps[1].when", "does not begin with a reference"),
+        (step("when: '${input.total} > true'"), 10, "steps[1].when", "has no order"),
+        (step("when: '${steps.b.output.x} > 3'"), 10, "steps[1].when", "reads its own output"),
+        (step("when: '${steps.c.output.x} > 3'"), 10, "steps[1].when", "`c`, which is not a step"),
+        (step("when: 3"), 10, "steps[1].when", "is a number, not a text"),
+        (
+            with("steps:", "input_schema: {properties: {total: {type: string}}}\nsteps:")
+                .replace("[a]", "[a]\n    when: ${input.total} > 3"),
+            11,
+            "steps[1].when",
+            "compares with a number, but the input_schema says that this is a string",
+        ),
         (step("priority: high"), 10, "steps[1].priority", "is a text, not a whole number"),
         (step("priority: 1.5"), 10, "steps[1].priority", "1.5 is not a whole number from -2147483648"),
         (step("priority: 2147483648"), 10, "steps[1].priority", "to 2147483647"),
@@ -542,6 +590,18 @@ fn refused_example_of_the_document_is_told_as_it_says() {
     }
 }
 
+#[test]
+fn every_example_of_a_feature_lints_clean() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/features");
+    let files = std::fs::read_dir(folder).expect("examples/features").map(|file| file.unwrap().path());
+    for file in files.filter(|file| file.extension().is_some_and(|extension| extension == "yaml")) {
+        let text = std::fs::read_to_string(&file).unwrap();
+        if let Err(problems) = parse(&file.to_string_lossy(), &text) {
+            panic!("{}", told(&problems));
+        }
+    }
+}
+
 /// The tables list every key with its default, and nothing else.
 #[test]
 fn tables_of_the_document_list_every_key_with_its_default() {
@@ -584,6 +644,7 @@ fn tables_of_the_document_list_every_key_with_its_default() {
         ("steps[].timeouts.queue", "none".to_owned()),
         ("steps[].timeouts.total", "none".to_owned()),
         ("steps[].priority", "0".to_owned()),
+        ("steps[].join", "all".to_owned()),
         ("timeouts.total", "none".to_owned()),
         ("on_failure", "fail".to_owned()),
         ("trace.incoming", "join".to_owned()),

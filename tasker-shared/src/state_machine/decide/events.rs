@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::super::plan::{Detail, Due, Failure, Outcome, Step, Wait};
 use super::super::retry::{OnExhausted, Verdict, verdict};
 use super::super::states::{StepEvent, StepState, TaskEvent, TaskState};
+use super::skipping::Standing;
 use super::{MAX_LOST, Operator, Pass, Ready, seed};
 
 impl Pass<'_, '_> {
@@ -61,10 +62,18 @@ impl Pass<'_, '_> {
         match (step.state, self.outcomes.remove(&index)) {
             (StepState::EnqueuedForOrchestration, Some(Outcome::Success(output))) => {
                 self.close(index);
+                let not_chosen = match self.not_chosen(index, &output) {
+                    Ok(not_chosen) => not_chosen,
+                    Err(reason) => {
+                        self.fail_by_definition(index, "unknown_branch", reason);
+                        return true;
+                    }
+                };
                 self.move_step(index, StepEvent::Complete, StepState::Complete, None);
                 self.outputs.insert(index, output);
                 self.evaluated = true;
                 self.only_lost = false;
+                self.skip_branches(index, &not_chosen);
                 self.dependency_done(index);
                 true
             }
@@ -151,20 +160,12 @@ impl Pass<'_, '_> {
         self.plan.task_changed = true;
     }
 
-    pub(super) fn dependency_done(&mut self, index: u32) {
-        for &child in self.children(index) {
-            let Some(step) = self.steps.get(&child) else {
-                continue;
-            };
-            if step.state != StepState::Pending {
-                continue;
-            }
-            let step = self.touch(child);
-            step.remaining_dependencies -= 1;
-            if step.remaining_dependencies == 0 {
-                self.ready.push(Ready { step: child, event: StepEvent::Enqueue, waits: Vec::new() });
-            }
-        }
+    /// What the template and the data say together cannot be done: the step fails for good, and
+    /// `on_exhausted` has no say, because trying again or going on without it was never the question.
+    pub(super) fn fail_by_definition(&mut self, index: u32, kind: &str, reason: String) {
+        let detail = Detail { reason: Some(reason.clone()), error_type: Some(kind.into()), ..Detail::default() };
+        self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
+        self.step_gave_up(index, kind, &reason, OnExhausted::Fail);
     }
 
     pub(super) fn lease_due(&mut self, index: u32) -> bool {
@@ -363,7 +364,7 @@ impl Pass<'_, '_> {
             step.losses = 0;
             self.move_step_by(index, StepEvent::OperatorRetry, StepState::Pending, None, Some(operator.actor.clone()));
             self.plan.task.open_steps += 1;
-            if self.steps[&index].remaining_dependencies == 0 {
+            if self.standing(index) == Standing::Ready {
                 self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
             }
         }

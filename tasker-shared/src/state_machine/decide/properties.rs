@@ -11,11 +11,12 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 use serde_json::json;
 
-use super::super::definition::Definition;
-use super::super::plan::{Outcome, Room};
+use super::super::definition::{Definition, Join};
+use super::super::plan::{Outcome, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, success, template, with, with_input,
+    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, success, template, with,
+    with_branches, with_input, with_join, with_when,
 };
 use super::super::states::{StepState, TaskState};
 use super::{Event, decide};
@@ -45,6 +46,10 @@ pub(crate) struct RandomStep {
     /// 0..=5 take the parents' outputs as they come, 6 and 7 read one, 8 reads what no output has.
     input: u8,
     behaviours: Vec<Behaviour>,
+    /// 0 and 1 change how it joins, 2 and 3 give it a condition, 4 and 5 make it a decision.
+    graph: u8,
+    /// Of a decision: the dependents it chooses, one bit each; 0x80 chooses one that is unknown.
+    choice: u8,
 }
 
 /// A random template, and what becomes of its tasks.
@@ -76,14 +81,21 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         prop::bool::weighted(0.15),
         0_u8..40,
         prop::collection::vec(behaviour, 0..5),
+        0_u8..16,
+        any::<u8>(),
     )
-        .prop_map(|(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours)| RandomStep {
-            parents,
-            on_exhausted,
-            max_attempts,
-            has_queue_timeout,
-            input,
-            behaviours,
+        .prop_map(|(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours, graph, choice)| {
+            RandomStep {
+                parents,
+                on_exhausted,
+                max_attempts,
+                has_queue_timeout,
+                input,
+                behaviours,
+                graph,
+                // An unknown branch is rare.
+                choice: if choice.is_multiple_of(16) { choice | 0x80 } else { choice & 0x7f },
+            }
         })
 }
 
@@ -129,8 +141,46 @@ impl Story {
                 (8, _) => with_input(definition, &name, &json!({"n": "${input.nothing}"})),
                 _ => definition,
             };
+            definition = match (step.graph, step.parents.first()) {
+                (0, Some(_)) => with_join(definition, &name, Join::Taken),
+                (1, Some(_)) => with_join(definition, &name, Join::Any),
+                (2, Some(parent)) => {
+                    with_when(definition, &name, &format!("${{steps.s{parent}.output.n}} > {}", step.choice % 8))
+                }
+                (3, _) => with_when(definition, &name, "${input.total} != 7"),
+                (4 | 5, _) => {
+                    let branches = self.branches(index);
+                    let branches: Vec<&str> = branches.iter().map(String::as_str).collect();
+                    with_branches(definition, &name, &branches)
+                }
+                _ => definition,
+            };
         }
         definition
+    }
+
+    /// The dependents of a step, as far as it may choose among them: every second one is not a branch.
+    fn branches(&self, index: usize) -> Vec<String> {
+        let dependents = (0..self.steps.len()).filter(|child| self.steps[*child].parents.contains(&index));
+        dependents.filter(|child| !child.is_multiple_of(3)).map(|child| format!("s{child}")).collect()
+    }
+
+    /// What a step's handler answers.
+    fn output(&self, index: u32, healed: bool) -> serde_json::Value {
+        let step = &self.steps[index as usize];
+        if !matches!(step.graph, 4 | 5) {
+            return json!({"n": index});
+        }
+        let branches = self.branches(index as usize);
+        let mut chosen: Vec<&str> = (0..)
+            .zip(&branches)
+            .filter(|(bit, _)| step.choice & (1 << (bit % 7)) != 0)
+            .map(|(_, name)| name.as_str())
+            .collect();
+        if step.choice & 0x80 != 0 && !healed && !branches.is_empty() {
+            chosen.push("nowhere");
+        }
+        json!({"n": index, "branches": chosen})
     }
 
     /// Cuts a story down, for tests whose cost grows with the square of it.
@@ -308,7 +358,7 @@ impl Driver {
         let claim = self.running.remove(place);
         self.world.pass(Duration::from_millis(3));
         let outcome = match self.behaviour(claim) {
-            Behaviour::Succeeds => Outcome::Success(json!({"n": claim.step})),
+            Behaviour::Succeeds => Outcome::Success(self.story.output(claim.step, self.healed)),
             Behaviour::Fails => failure("Flaky"),
             Behaviour::FailsForGood => permanent("Broken"),
             Behaviour::AsksForNow => match failure("Busy") {
@@ -429,7 +479,7 @@ impl Driver {
     fn check_order(&self, events: &[Event], room: &Room) -> TestCaseResult {
         let now = self.world.clock + TimeDelta::milliseconds(1);
         let rows = |events: Vec<Event>| {
-            let plan = decide(self.world.snapshot(&events), events, &mut room.clone(), now);
+            let plan = decide(self.world.snapshot(&events, now), events, &mut room.clone(), now);
             (plan.task, plan.steps, plan.new_steps, plan.sends, plan.cancel_open_steps)
         };
         let backwards: Vec<Event> = events.iter().rev().cloned().collect();
@@ -474,7 +524,8 @@ proptest! {
         driver.heal()?;
         let world = &driver.world;
         prop_assert_eq!(world.task.state, TaskState::Complete, "{:?}", world.task);
-        prop_assert!(world.steps.iter().all(|step| step.state == StepState::Complete), "{:?}", world.steps);
+        let done = |step: &Step| matches!(step.state, StepState::Complete | StepState::Skipped);
+        prop_assert!(world.steps.iter().all(done), "{:?}", world.steps);
     }
 }
 

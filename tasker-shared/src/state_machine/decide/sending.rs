@@ -2,21 +2,19 @@
 
 use serde_json::Value;
 
-use super::super::input::default_input;
+use super::super::input::{Scope, default_input};
 use super::super::plan::{Detail, Due, HeldBy, Send, Wait};
-use super::super::retry::OnExhausted;
 use super::super::states::{StepEvent, StepState};
 use super::{Pass, Ready};
 
 impl Pass<'_, '_> {
     /// Resolves a ready step's input from the task's input and the outputs of earlier steps.
     pub(super) fn resolve(&self, index: u32) -> Result<Value, String> {
-        let outputs = |name: &str| {
-            let parent = self.definition.by_name.get(name)?;
-            self.outputs.get(parent)
-        };
         if let Some(template) = &self.defined(index).input {
-            return template.resolve(&self.plan.task.input, &outputs).map_err(|missing| missing.to_string());
+            let outputs = |name: &str| self.output_named(name);
+            let absent = |name: &str| self.is_absent(name);
+            let scope = Scope { input: &self.plan.task.input, outputs: &outputs, absent: &absent, item: None };
+            return template.resolve_in(scope).map_err(|missing| missing.to_string());
         }
         let parents = self.definition.graph.parents(self.steps[&index].index);
         let parents = parents.iter().filter_map(|parent| {
@@ -29,25 +27,43 @@ impl Pass<'_, '_> {
     /// Sends what finds room, holds the rest; answers how many were sent.
     pub(super) fn send_ready(&mut self, task_version: i32) -> usize {
         let mut sent = 0;
+        // A step whose condition does not hold is skipped, and others may become ready by that.
+        while !self.ready.is_empty() {
+            sent += self.send_these(task_version);
+        }
+        sent
+    }
+
+    fn send_these(&mut self, task_version: i32) -> usize {
+        let mut sent = 0;
         // In file order, so that a plan does not depend on the order of the results.
         self.ready.sort_by_key(|ready| ready.step);
         // Hints come twice: a step that is due twice is sent once.
         self.ready.dedup_by_key(|ready| ready.step);
         for Ready { step: index, event, mut waits } in std::mem::take(&mut self.ready) {
+            if event == StepEvent::Enqueue && self.steps[&index].state != StepState::Pending {
+                continue;
+            }
             let held = self.steps[&index].held_by;
             let has_input = held.is_some() || event != StepEvent::Enqueue;
             if !has_input {
+                self.note_lacking_outputs(index);
+                match self.condition_holds(index) {
+                    None | Some(Ok(true)) => {}
+                    Some(Ok(false)) => {
+                        let when = self.defined(index).when.as_ref().map_or("", |when| when.text());
+                        self.skip(index, format!("its condition does not hold: {when}"));
+                        continue;
+                    }
+                    Some(Err(reason)) => {
+                        self.fail_by_definition(index, "invalid_condition", reason);
+                        continue;
+                    }
+                }
                 match self.resolve(index) {
                     Ok(input) => self.touch(index).input = Some(input),
                     Err(reason) => {
-                        let detail = Detail {
-                            reason: Some(reason.clone()),
-                            error_type: Some("missing_input".into()),
-                            ..Detail::default()
-                        };
-                        self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
-                        // Nothing was tried, so `on_exhausted` has no say: its dependents are not loaded either.
-                        self.step_gave_up(index, "missing_input", &reason, OnExhausted::Fail);
+                        self.fail_by_definition(index, "missing_input", reason);
                         continue;
                     }
                 }

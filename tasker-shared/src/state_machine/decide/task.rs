@@ -51,6 +51,9 @@ impl Pass<'_, '_> {
         if sent > 0 {
             self.move_task(TaskEvent::ReadyStepsFound, TaskState::EnqueuingSteps, None);
             self.move_task(TaskEvent::StepsEnqueued, TaskState::StepsInProcess, None);
+        } else if self.plan.task.open_steps == 0 && self.plan.task.failed_steps == 0 {
+            // Every step was skipped.
+            self.move_task(TaskEvent::NoStepsFound, TaskState::Complete, None);
         } else {
             self.move_task(TaskEvent::NoDependenciesReady, TaskState::WaitingForDependencies, None);
             if self.any_failed && self.plan.task.held_steps == 0 {

@@ -1,6 +1,6 @@
 //! Plans against real rows: what the simulated world of `state_machine` takes for granted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde_json::json;
@@ -47,6 +47,7 @@ async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: 
         steps: HashMap::new(),
         outcomes: HashMap::new(),
         outputs: HashMap::new(),
+        absent: HashSet::new(),
     };
     let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
     apply(conn, &[(&row, &plan)], row.read_at, None).await?;
