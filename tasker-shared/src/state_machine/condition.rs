@@ -33,8 +33,8 @@ const SHAPE: &str = "write `${path} == value` (or !=, <, <=, >, >= with a number
 
 impl Condition {
     /// Reads a condition; the error says what is wrong and what to write.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let trimmed = text.trim();
+    pub fn parse(written: &str) -> Result<Self, String> {
+        let trimmed = written.trim();
         let end = trimmed.find('}').filter(|_| trimmed.starts_with("${"));
         let Some(end) = end else {
             return Err(format!("does not begin with a reference; {SHAPE}"));

@@ -65,7 +65,7 @@ impl Pass<'_, '_> {
                 let not_chosen = match self.not_chosen(index, &output) {
                     Ok(not_chosen) => not_chosen,
                     Err(reason) => {
-                        self.fail_by_definition(index, "unknown_branch", reason);
+                        self.fail_by_definition(index, "unknown_branch", &reason);
                         return true;
                     }
                 };
@@ -162,10 +162,10 @@ impl Pass<'_, '_> {
 
     /// What the template and the data say together cannot be done: the step fails for good, and
     /// `on_exhausted` has no say, because trying again or going on without it was never the question.
-    pub(super) fn fail_by_definition(&mut self, index: u32, kind: &str, reason: String) {
-        let detail = Detail { reason: Some(reason.clone()), error_type: Some(kind.into()), ..Detail::default() };
+    pub(super) fn fail_by_definition(&mut self, index: u32, kind: &str, reason: &str) {
+        let detail = Detail { reason: Some(reason.to_owned()), error_type: Some(kind.into()), ..Detail::default() };
         self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
-        self.step_gave_up(index, kind, &reason, OnExhausted::Fail);
+        self.step_gave_up(index, kind, reason, OnExhausted::Fail);
     }
 
     pub(super) fn lease_due(&mut self, index: u32) -> bool {

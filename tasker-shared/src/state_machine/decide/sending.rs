@@ -56,14 +56,14 @@ impl Pass<'_, '_> {
                         continue;
                     }
                     Some(Err(reason)) => {
-                        self.fail_by_definition(index, "invalid_condition", reason);
+                        self.fail_by_definition(index, "invalid_condition", &reason);
                         continue;
                     }
                 }
                 match self.resolve(index) {
                     Ok(input) => self.touch(index).input = Some(input),
                     Err(reason) => {
-                        self.fail_by_definition(index, "missing_input", reason);
+                        self.fail_by_definition(index, "missing_input", &reason);
                         continue;
                     }
                 }
