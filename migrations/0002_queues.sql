@@ -142,27 +142,45 @@ create table tasker.export_batches (
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
 
 create function tasker.wake(p_queue text) returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-  select pg_notify('tasker', p_queue)
-  where exists (select from tasker.readers where queue = p_queue and asleep)
+begin
+  if exists (select from tasker.readers where queue = p_queue and asleep) then
+    perform pg_notify('tasker', p_queue);
+  end if;
+end
 $$;
 
--- Reads messages and keeps the reader's `asleep` mark true to what it found.
-create function tasker.receive(p_queue text, p_reader text, p_vt_seconds int, p_max int)
-returns table (msg_id bigint, read_ct int, enqueued_at timestamptz, message jsonb, headers jsonb)
+-- What a settle does to queues, in one statement: deletes the messages and due hints it has
+-- dealt with and sends the messages of steps, given in the order in which they are to be read.
+-- It writes PGMQ's tables itself, as PGMQ's own functions would (docs/adr/0005): those plan
+-- their statement anew at each call, which costs more than the statement.
+create function tasker.conclude(
+  p_queue text, p_msg_ids bigint[], p_due_ids bigint[], p_destinations text[], p_bodies jsonb[], p_headers jsonb[]
+) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rows bigint;
+  v_destination text;
 begin
-  return query
-    select m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers
-    from pgmq.read(p_queue, p_vt_seconds, p_max) m;
-  get diagnostics v_rows = row_count;
-  update tasker.readers r set asleep = (v_rows = 0), seen_at = clock_timestamp()
-  where r.queue = p_queue and r.reader = p_reader and r.asleep <> (v_rows = 0);
+  if p_queue = 'step_results' then
+    delete from pgmq.q_step_results where msg_id = any(p_msg_ids);
+  elsif p_queue = 'task_requests' then
+    delete from pgmq.q_task_requests where msg_id = any(p_msg_ids);
+  end if;
+  if cardinality(p_due_ids) > 0 then
+    delete from tasker.due where due_id = any(p_due_ids);
+  end if;
+  for v_destination in select distinct d from unnest(p_destinations) d loop
+    execute format(
+      'insert into pgmq.%I (vt, message, headers)
+       select clock_timestamp(), m.body, m.headers
+       from unnest($1, $2, $3) with ordinality as m(destination, body, headers, place)
+       where m.destination = $4 order by m.place', 'q_' || v_destination)
+    using p_destinations, p_bodies, p_headers, v_destination;
+    perform tasker.wake(v_destination);
+  end loop;
 end
 $$;

@@ -7,27 +7,37 @@ create table tasker.role_namespaces (
   primary key (role_name, namespace)
 );
 
+-- These small ones are PL/pgSQL because it keeps their plans; a SQL function with a
+-- `search_path` of its own is neither inlined nor planned once.
 create function tasker.is_owner() returns boolean
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select pg_has_role(session_user, (select nspowner from pg_namespace where nspname = 'tasker'), 'member')
+begin
+  return pg_has_role(session_user, (select nspowner from pg_namespace where nspname = 'tasker'), 'member');
+end
 $$;
 
 create function tasker.may_use(p_namespace text) returns boolean
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select tasker.is_owner()
+begin
+  return tasker.is_owner()
       or exists (select from tasker.role_namespaces r
-                 where r.namespace = p_namespace and pg_has_role(session_user, r.role_name, 'member'))
+                 where r.namespace = p_namespace and pg_has_role(session_user, r.role_name, 'member'));
+end
 $$;
 
 -- `alter database … set tasker.max_payload_bytes = …` changes it.
 create function tasker.max_payload_bytes() returns int
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
-as $$ select coalesce(nullif(current_setting('tasker.max_payload_bytes', true), '')::int, 1048576) $$;
+as $$
+begin
+  return coalesce(nullif(current_setting('tasker.max_payload_bytes', true), '')::int, 1048576);
+end
+$$;
 
 -- Why a payload cannot be kept, or null. PostgreSQL holds numbers and depths that other
 -- programs cannot read back, and one such value would fail every batch that it is part of.
@@ -97,6 +107,7 @@ returns table (ordinal int, task_uuid uuid, is_new boolean, error text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -207,8 +218,8 @@ begin
   from unnest(v_items) i where i.error is null and i.is_new;
 
   if exists (select from unnest(v_items) i where i.error is null and i.is_new and i.run_at is null) then
-    perform pgmq.send_batch('task_requests',
-      array_agg(jsonb_build_object('v', 1, 'type', 'start', 'task', i.task_uuid)))
+    insert into pgmq.q_task_requests (vt, message)
+    select v_at, jsonb_build_object('v', 1, 'type', 'start', 'task', i.task_uuid)
     from unnest(v_items) i where i.error is null and i.is_new and i.run_at is null;
     perform tasker.wake('task_requests');
   end if;

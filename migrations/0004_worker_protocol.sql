@@ -250,7 +250,12 @@ begin
 
   if v_accepted is not null then
     v_began := clock_timestamp();
-    v_ids := array(select pgmq.send_batch('step_results', v_messages, v_headers));
+    with sent as (
+      insert into pgmq.q_step_results (vt, message, headers)
+      select v_began, m.body, m.headers from unnest(v_messages, v_headers) with ordinality as m(body, headers, place)
+      order by m.place returning msg_id
+    )
+    select array_agg(msg_id order by msg_id) into v_ids from sent;
     perform tasker.wake('step_results');
     v_at := clock_timestamp();
 

@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
+use sqlx::Postgres;
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
-use tasker_shared::queue::{self, STEP_RESULTS, TASK_REQUESTS};
+use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS};
 use tasker_shared::trace::config::TraceConfig;
@@ -76,7 +78,7 @@ impl Orchestrator {
         let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS)).await?;
         let read_settings: Vec<(&str, &str)> =
             HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
-        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 4, &read_settings)).await?;
+        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 5, &read_settings)).await?;
         let instance = Uuid::new_v4();
         let exporter = if options.trace.enabled {
             Some(Exporter::start(&options.trace, pool.clone(), instance).await?)
@@ -242,19 +244,12 @@ async fn register(shared: &Shared, queue: &str, reader: &str, stop: &Cancellatio
 }
 
 async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
-    let name = reader(shared.instance, 0);
-    register(&shared, TASK_REQUESTS, &name, &stop).await;
+    let mut inbox = Inbox { queue: TASK_REQUESTS, reader: reader(shared.instance, 0), batch, line: None };
+    register(&shared, inbox.queue, &inbox.reader, &stop).await;
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
-            let messages = queue::receive(
-                &mut *shared.reads.acquire().await.map_err(store::Error::from)?,
-                TASK_REQUESTS,
-                &name,
-                READ_SECONDS,
-                batch,
-            )
-            .await?;
+            let messages = inbox.receive(&shared).await?;
             let found = messages.len();
             if found > 0 {
                 initialize::initialize(&shared, messages).await?;
@@ -266,19 +261,12 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
 }
 
 async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
-    let name = reader(shared.instance, settler + 1);
-    register(&shared, STEP_RESULTS, &name, &stop).await;
+    let mut inbox = Inbox { queue: STEP_RESULTS, reader: reader(shared.instance, settler + 1), batch, line: None };
+    register(&shared, inbox.queue, &inbox.reader, &stop).await;
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
-            let messages = queue::receive(
-                &mut *shared.reads.acquire().await.map_err(store::Error::from)?,
-                STEP_RESULTS,
-                &name,
-                READ_SECONDS,
-                batch,
-            )
-            .await?;
+            let messages = inbox.receive(&shared).await?;
             let found = messages.len();
             if found > 0 {
                 // A full batch means there is more: let another settler look at once.
@@ -290,6 +278,28 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
             Ok::<_, crate::lifecycle::Error>(found)
         };
         after_turn("results", turn.await, &mut pause, &wakes.results, &stop).await;
+    }
+}
+
+/// One loop's way to its queue: a connection of its own, because giving it back to the pool
+/// between two reads costs two more round trips.
+struct Inbox {
+    queue: &'static str,
+    reader: String,
+    batch: i32,
+    line: Option<PoolConnection<Postgres>>,
+}
+
+impl Inbox {
+    async fn receive(&mut self, shared: &Shared) -> Result<Vec<Message>, store::Error> {
+        let mut line = match self.line.take() {
+            Some(line) => line,
+            None => shared.reads.acquire().await?,
+        };
+        // A connection that failed is not kept.
+        let messages = queue::receive(&mut line, self.queue, &self.reader, READ_SECONDS, self.batch).await?;
+        self.line = Some(line);
+        Ok(messages)
     }
 }
 

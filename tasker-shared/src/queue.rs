@@ -46,6 +46,8 @@ pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Err
 
 /// Reads up to `max` messages, hidden from others for `vt_seconds`; an empty answer marks the
 /// reader asleep. May run on a connection that commits asynchronously.
+///
+/// The statements are those of PGMQ's `read`, planned once; see `docs/adr/0005`.
 pub async fn receive(
     conn: &mut PgConnection,
     queue: &str,
@@ -53,17 +55,13 @@ pub async fn receive(
     vt_seconds: i32,
     max: i32,
 ) -> Result<Vec<Message>, Error> {
-    let rows = sqlx::query!(
-        r#"select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!",
-             message::text as message, headers::text as headers
-           from tasker.receive($1, $2, $3, $4)"#,
-        queue,
-        reader,
-        vt_seconds,
-        max
-    )
-    .fetch_all(conn)
-    .await?;
+    let vt = f64::from(vt_seconds);
+    let max = i64::from(max);
+    let rows = if queue == TASK_REQUESTS {
+        sqlx::query_file_as!(Row, "src/queue/receive_requests.sql", vt, max, reader).fetch_all(conn).await?
+    } else {
+        sqlx::query_file_as!(Row, "src/queue/receive_results.sql", vt, max, reader).fetch_all(conn).await?
+    };
     Ok(rows
         .into_iter()
         .map(|row| Message {
@@ -79,28 +77,46 @@ pub async fn receive(
         .collect())
 }
 
-/// Sends messages with their headers, and wakes a sleeping reader of the queue.
-pub async fn send(conn: &mut PgConnection, queue: &str, bodies: &[Value], headers: &[Value]) -> Result<(), Error> {
-    sqlx::query!(
-        r#"with sent as materialized (select pgmq.send_batch($1, $2::jsonb[], $3::jsonb[]) as id)
-           select count(*) as "sent!", (select tasker.wake($1))::text as woken from sent"#,
-        queue,
-        bodies,
-        headers
-    )
-    .fetch_one(conn)
-    .await?;
-    Ok(())
+struct Row {
+    msg_id: i64,
+    read_ct: i32,
+    enqueued_at: DateTime<Utc>,
+    message: Option<String>,
+    headers: Option<String>,
 }
 
-/// Deletes messages and due hints that a settle has dealt with: one statement for both.
-pub async fn delete(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], due_ids: &[i64]) -> Result<(), Error> {
+/// Messages to send: their queues, bodies and headers, in the order in which they are to be read.
+#[derive(Debug, Default)]
+#[expect(missing_docs, reason = "three columns of one table")]
+pub struct Outbox {
+    pub queues: Vec<String>,
+    pub bodies: Vec<Value>,
+    pub headers: Vec<Value>,
+}
+
+/// What a settle does to queues; nothing by default.
+#[derive(Debug, Default)]
+pub struct Traffic<'a> {
+    /// The queue that the messages came from.
+    pub queue: &'a str,
+    /// Messages that are dealt with.
+    pub done: &'a [i64],
+    /// Due hints that are dealt with.
+    pub due: &'a [i64],
+    /// Messages to send.
+    pub outbox: Outbox,
+}
+
+/// Deletes what is dealt with, sends what is to be sent, and wakes sleeping readers: one statement.
+pub async fn conclude(conn: &mut PgConnection, traffic: &Traffic<'_>) -> Result<(), Error> {
     sqlx::query!(
-        r#"with due as (delete from tasker.due where due_id = any($3))
-           select count(*) as "deleted!" from pgmq.delete($1, $2::bigint[])"#,
-        queue,
-        msg_ids,
-        due_ids
+        "select tasker.conclude($1, $2, $3, $4, $5, $6)::text as done",
+        traffic.queue,
+        traffic.done,
+        traffic.due,
+        &traffic.outbox.queues,
+        &traffic.outbox.bodies,
+        &traffic.outbox.headers
     )
     .fetch_one(conn)
     .await?;

@@ -260,8 +260,8 @@ const STATEMENTS: &[(&str, &str)] = &[
     (
         "settling",
         "and (query like '-- A batch of plans%' or query like '-- The steps that events%' or query like '-- Steps by their place%'
-          or query like '%tasker.receive(%' or query like '%for no key update skip locked%' or query like 'with sent as%'
-          or query like 'with due as%' or query like 'insert into tasker.steps%' or query like '%unnest($1::uuid[], $2::int[]) w%a.output%'
+          or query like 'with picked as materialized%' or query like '%for no key update skip locked%'
+          or query like '%tasker.conclude(%' or query like 'insert into tasker.steps%' or query like '%unnest($1::uuid[], $2::int[]) w%a.output%'
           or query in ('BEGIN', 'COMMIT'))",
     ),
     ("claims", "and query like '%tasker.claim_steps(%'"),

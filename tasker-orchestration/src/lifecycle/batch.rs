@@ -10,6 +10,7 @@ use serde_json::Value;
 use tasker_shared::message::ResultHint;
 use tasker_shared::queue::{self, Message};
 use tasker_shared::store::tx::in_tx;
+use uuid::Uuid;
 
 use super::{Error, Hint, Look, Shared, initialize, settle};
 
@@ -28,6 +29,14 @@ pub(super) enum Item {
 }
 
 impl Item {
+    /// The task it is about, if there is one yet.
+    pub(super) fn task(&self) -> Option<Uuid> {
+        match self {
+            Self::Submit(..) => None,
+            Self::Settle(hint, _) => Some(hint.task),
+        }
+    }
+
     fn message(&self) -> &Message {
         match self {
             Self::Submit(_, message) | Self::Settle(_, message) => message,

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use tasker_shared::message::Request;
-use tasker_shared::queue::{self, Message, TASK_REQUESTS};
+use tasker_shared::queue::{self, Message, Outbox, TASK_REQUESTS, Traffic};
 use tasker_shared::store::tasks;
 use tasker_shared::store::tx::in_tx;
 use tracing::instrument;
@@ -66,7 +66,8 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         if !bad.is_empty() {
             queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
         }
-        queue::delete(conn, TASK_REQUESTS, &done, &[]).await?;
+        let outbox = Outbox::default();
+        queue::conclude(conn, &Traffic { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
         Ok::<_, Error>(created)
     })
     .await?;

@@ -3,6 +3,7 @@
 pub mod actions;
 pub mod admission;
 mod batch;
+mod busy;
 pub mod initialize;
 pub mod results;
 pub mod schedules;
@@ -21,6 +22,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 pub use self::admission::Admission;
+use self::busy::Busy;
 
 /// What every part of one orchestrator shares.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub struct Shared {
     pub exporter: Option<Exporter>,
     /// How much may be sent.
     pub admission: Admission,
+    /// Who settles what in this process.
+    busy: Busy,
     /// Wakes the sweep: something is due earlier than it thought.
     pub due: Notify,
     templates: Mutex<HashMap<i32, Arc<Loaded>>>,
@@ -49,6 +53,7 @@ impl Shared {
             instance,
             exporter,
             admission: Admission::default(),
+            busy: Busy::default(),
             due: Notify::new(),
             templates: Mutex::default(),
         }

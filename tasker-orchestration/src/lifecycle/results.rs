@@ -1,11 +1,16 @@
 //! What `step_results` brings: hints that an attempt was reported.
 
+use std::time::Duration;
+
 use tasker_shared::message::ResultHint;
 use tasker_shared::queue::{Message, STEP_RESULTS};
 use tracing::instrument;
 
 use super::batch::{self, Item};
 use super::{Error, Hint, Look, Shared};
+
+/// A settler whose results all wait with others looks again after this, at the latest.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
 
 /// Settles one batch of results.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
@@ -24,5 +29,14 @@ pub async fn settle_results(shared: &Shared, messages: Vec<Message>) -> Result<(
     if !bad.is_empty() {
         batch::quarantine(shared, STEP_RESULTS, bad).await?;
     }
-    batch::run(shared, STEP_RESULTS, items).await
+    let (mut entered, mut mine) = shared.busy.enter(items);
+    if mine.is_empty() {
+        // All of it waits with others: reading more would only make their next batch longer.
+        let _ = tokio::time::timeout(LONGEST_WAIT, shared.busy.left()).await;
+    }
+    while !mine.is_empty() {
+        batch::run(shared, STEP_RESULTS, mine).await?;
+        mine = entered.next();
+    }
+    Ok(())
 }

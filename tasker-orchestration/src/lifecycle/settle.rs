@@ -3,13 +3,13 @@
 //! A batch of hints settles in one transaction with set-based statements, so the cost of a
 //! step falls as the load rises. This file must never decide anything itself.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
-use tasker_shared::queue;
+use tasker_shared::queue::{self, Outbox, Traffic};
 use tasker_shared::state_machine::plan::{Lacks, Plan, Room};
 use tasker_shared::state_machine::{Event, Snapshot, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
@@ -84,18 +84,16 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let moved: Vec<(&TaskRow, &Plan)> =
             works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
         let export = export_batch(shared, &moved);
+        let done: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
+        let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
+        let traffic = Traffic { queue, done: &done, due: &due, outbox: outbox(&works, &plans) };
         let applied = if moved.is_empty() {
+            queue::conclude(conn, &traffic).await?;
             Applied { at: now, cancelled: Vec::new() }
         } else {
-            apply(conn, &moved, now, export.as_ref()).await?
+            apply(conn, &moved, now, export.as_ref(), &traffic).await?
         };
-        send(conn, &works, &plans).await?;
         tell_workers(conn, &applied).await?;
-        let messages: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
-        let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
-        if !messages.is_empty() || !due.is_empty() {
-            queue::delete(conn, queue, &messages, &due).await?;
-        }
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
@@ -404,28 +402,29 @@ fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBa
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
-/// By destination queue: each message's priority, body and headers.
-type Outbox<'a> = BTreeMap<&'a str, Vec<(i32, Value, Value)>>;
+/// A message with its priority and destination.
+type Letter<'a> = (i32, &'a str, Value, Value);
 
-/// Sends the steps that became ready: one statement per destination queue.
-async fn send(conn: &mut PgConnection, works: &[Work], plans: &[Plan]) -> Result<(), Error> {
-    let mut outbox = Outbox::new();
+/// The messages of the steps that became ready.
+fn outbox(works: &[Work], plans: &[Plan]) -> Outbox {
+    let mut letters: Vec<Letter<'_>> = Vec::new();
     for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
-        enqueue_steps(work, plan, &mut outbox);
+        enqueue_steps(work, plan, &mut letters);
     }
-    for (name, mut messages) in outbox {
-        // A queue is read in the order it was written in, so the urgent are written first.
-        messages.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
-        let (bodies, headers): (Vec<Value>, Vec<Value>) =
-            messages.into_iter().map(|(_, body, headers)| (body, headers)).unzip();
-        queue::send(conn, name, &bodies, &headers).await?;
+    // A queue is read in the order it was written in, so the urgent are written first.
+    letters.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
+    let mut outbox = Outbox::default();
+    for (_, queue, body, headers) in letters {
+        outbox.queues.push(queue.to_owned());
+        outbox.bodies.push(body);
+        outbox.headers.push(headers);
     }
-    Ok(())
+    outbox
 }
 
 /// Writes the messages of one task's steps, with the context that their attempts will continue.
 #[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %work.row.task.uuid))]
-fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
+fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, letters: &mut Vec<Letter<'a>>) {
     let row = &work.row;
     let baggage = baggage(row);
     for sent in &plan.sends {
@@ -449,7 +448,7 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, outbox: &mut Outbox<'a>) {
             headers["tracestate"] = state.clone().into();
         }
         let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
-        outbox.entry(&sent.queue).or_default().push((sent.priority, body, headers));
+        letters.push((sent.priority, &sent.queue, body, headers));
     }
 }
 

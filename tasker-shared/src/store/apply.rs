@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::Error;
 use super::tasks::TaskRow;
+use crate::queue::Traffic;
 use crate::state_machine::plan::Plan;
 
 /// What a batch became.
@@ -42,7 +43,8 @@ pub struct ExportBatch {
     pub task_uuids: Vec<Uuid>,
 }
 
-/// Writes the plans: compare-and-set of every row, one log row per move, all with one time.
+/// Writes the plans: compare-and-set of every row, one log row per move, all with one time;
+/// and what the settle does to queues, in the same statement.
 ///
 /// Errors with [`Error::Conflict`] if any row is not as it was read; the caller rolls back.
 #[expect(clippy::too_many_lines, reason = "one line a column of one statement")]
@@ -51,6 +53,7 @@ pub async fn apply(
     batch: &[(&TaskRow, &Plan)],
     began_at: DateTime<Utc>,
     export: Option<&ExportBatch>,
+    traffic: &Traffic<'_>,
 ) -> Result<Applied, Error> {
     let ending: Vec<Uuid> =
         batch.iter().filter(|(_, plan)| plan.cancel_open_steps).map(|(_, plan)| plan.task.uuid).collect();
@@ -62,12 +65,14 @@ pub async fn apply(
 
     let mut tasks = TaskColumns::default();
     let mut steps = StepColumns::default();
+    let mut created = NewStepColumns::default();
     let mut log = LogColumns::default();
     let mut due = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut audit = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (_, plan) in batch {
         tasks.push(plan);
         steps.push(plan);
+        created.push(plan);
         log.push(plan);
         for hint in &plan.due {
             due.0.push(hint.at);
@@ -139,18 +144,40 @@ pub async fn apply(
         export.map(|export| export.instance),
         &export.map_or_else(Vec::new, |export| export.task_uuids.clone()),
         &steps.enqueued_event as &[Option<&str>],
+        &created.steps.uuid,
+        &created.task,
+        &created.index,
+        &created.queue as &[&str],
+        &created.priority,
+        &created.steps.state as &[&str],
+        &created.steps.version,
+        &created.steps.generation,
+        &created.steps.attempt,
+        &created.steps.remaining,
+        &created.steps.input as &[Option<Value>],
+        &created.steps.ready_at as &[Option<DateTime<Utc>>],
+        &created.steps.held_by as &[Option<&str>],
+        &created.steps.enqueued_version as &[Option<i32>],
+        &created.steps.enqueued_task_version as &[Option<i32>],
+        &created.steps.enqueued_event as &[Option<&str>],
+        &created.steps.enqueued,
+        traffic.queue,
+        traffic.done,
+        traffic.due,
+        &traffic.outbox.queues,
+        &traffic.outbox.bodies,
+        &traffic.outbox.headers,
     )
     .fetch_one(&mut *conn)
     .await?;
     check("tasks", row.tasks, tasks.uuid.len())?;
     check("steps", row.steps, steps.uuid.len())?;
 
-    // Before the end is written down: a task that ends as it begins cancels its new steps too.
-    insert_steps(conn, batch, began_at, row.at).await?;
     let skip_counts: Vec<(Uuid, i32)> = batch.iter().flat_map(|(_, plan)| &plan.skip_counts).copied().collect();
     if !skip_counts.is_empty() {
         super::steps::set_skip_counts(conn, &skip_counts).await?;
     }
+    // New steps exist by now: a task that ends as it begins cancels them too.
     let cancelled = if ending.is_empty() {
         Vec::new()
     } else {
@@ -177,63 +204,6 @@ fn check(table: &'static str, changed: i64, wanted: usize) -> Result<(), Error> 
 /// The latest time that any row to be written bears: times of an entity never go back.
 fn latest(batch: &[(&TaskRow, &Plan)]) -> Option<DateTime<Utc>> {
     batch.iter().flat_map(|(_, plan)| plan.steps.iter().map(|(step, _)| step.last_at).chain([plan.task.last_at])).max()
-}
-
-/// Steps are created in the state the plan gives them, so that a root step costs one write.
-async fn insert_steps(
-    conn: &mut PgConnection,
-    batch: &[(&TaskRow, &Plan)],
-    began_at: DateTime<Utc>,
-    at: DateTime<Utc>,
-) -> Result<(), Error> {
-    let mut steps = StepColumns::default();
-    let (mut task, mut index, mut queue, mut priority) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (_, plan) in batch {
-        for (step, definition_queue) in plan.new_steps.iter().zip(&plan.new_step_queues) {
-            steps.push_step(step, 0);
-            task.push(plan.task.uuid);
-            index.push(i32::try_from(step.index).unwrap_or(i32::MAX));
-            queue.push(&**definition_queue);
-            priority.push(step.priority);
-        }
-    }
-    if task.is_empty() {
-        return Ok(());
-    }
-    sqlx::query!(
-        "insert into tasker.steps (step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-           remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
-           enqueued_began_at, enqueued_at, last_at)
-         select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
-           n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
-           case when n.enqueued then $16::timestamptz end, case when n.enqueued then $17::timestamptz end, $17
-         from unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::int[], $6::text[], $7::int[], $8::int[], $9::int[],
-             $10::int[], $11::jsonb[], $12::timestamptz[], $13::text[], $14::int[], $15::int[], $18::bool[], $19::text[])
-           as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-             remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued, enqueued_event)",
-        &steps.uuid,
-        &task,
-        &index,
-        &queue as &[&str],
-        &priority,
-        &steps.state as &[&str],
-        &steps.version,
-        &steps.generation,
-        &steps.attempt,
-        &steps.remaining,
-        &steps.input as &[Option<Value>],
-        &steps.ready_at as &[Option<DateTime<Utc>>],
-        &steps.held_by as &[Option<&str>],
-        &steps.enqueued_version as &[Option<i32>],
-        &steps.enqueued_task_version as &[Option<i32>],
-        began_at,
-        at,
-        &steps.enqueued,
-        &steps.enqueued_event as &[Option<&str>]
-    )
-    .execute(conn)
-    .await?;
-    Ok(())
 }
 
 #[derive(Default)]
@@ -322,6 +292,27 @@ impl<'a> StepColumns<'a> {
         self.enqueued_version.push(step.enqueued_version);
         self.enqueued_task_version.push(step.enqueued_task_version);
         self.enqueued_event.push(step.enqueued_event);
+    }
+}
+
+#[derive(Default)]
+struct NewStepColumns<'a> {
+    steps: StepColumns<'a>,
+    task: Vec<Uuid>,
+    index: Vec<i32>,
+    queue: Vec<&'a str>,
+    priority: Vec<i32>,
+}
+
+impl<'a> NewStepColumns<'a> {
+    fn push(&mut self, plan: &'a Plan) {
+        for (step, queue) in plan.new_steps.iter().zip(&plan.new_step_queues) {
+            self.steps.push_step(step, 0);
+            self.task.push(plan.task.uuid);
+            self.index.push(i32::try_from(step.index).unwrap_or(i32::MAX));
+            self.queue.push(queue);
+            self.priority.push(step.priority);
+        }
     }
 }
 

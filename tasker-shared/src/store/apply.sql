@@ -1,5 +1,6 @@
--- A batch of plans in one statement: compare-and-set of tasks and steps, the log, the due
--- hints, the audit, and one export batch. Every row gets the same `at`.
+-- A batch of plans in one statement: compare-and-set of tasks and steps, new steps, the log,
+-- the due hints, the audit, one export batch, and what the queues take and give. Every row
+-- gets the same `at`.
 with clock as materialized (
   select greatest(clock_timestamp(), $1::timestamptz) as at
 ), task as (
@@ -40,6 +41,18 @@ with clock as materialized (
       remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version, enqueued_event)
   where s.step_uuid = n.step_uuid and s.version = n.version_before
   returning 1
+), created as (
+  -- In the state the plan gives them, so that a root step costs one write.
+  insert into tasker.steps (step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
+    remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
+    enqueued_began_at, enqueued_at, last_at)
+  select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
+    n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
+    case when n.enqueued then $2 end, case when n.enqueued then c.at end, c.at
+  from clock c, unnest($56::uuid[], $57::uuid[], $58::int[], $59::text[], $60::int[], $61::text[], $62::int[], $63::int[], $64::int[],
+      $65::int[], $66::jsonb[], $67::timestamptz[], $68::text[], $69::int[], $70::int[], $71::text[], $72::bool[])
+    as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
+      remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event, enqueued)
 ), logged as (
   insert into tasker.transitions (task_uuid, entity_uuid, version, task_version, generation, attempt,
     from_state, to_state, event, actor, claim_token, began_at, at, detail)
@@ -62,6 +75,7 @@ with clock as materialized (
   select $52, $53, $54::uuid[], c.at from clock c where cardinality($54::uuid[]) > 0
 )
 select c.at as "at!",
+  tasker.conclude($73, $74::bigint[], $75::bigint[], $76::text[], $77::jsonb[], $78::jsonb[])::text as concluded,
   (select count(*) from task) as "tasks!", (select count(*) from step) as "steps!",
   (select count(pg_notify('tasker_finished', f.task_uuid::text)) from task f
    where f.finished_at is not null

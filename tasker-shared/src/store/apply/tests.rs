@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::apply;
 use crate::postgres::testing::TestDatabase;
+use crate::queue::Traffic;
 use crate::state_machine::decide::Operator;
 use crate::state_machine::plan::{Plan, Room};
 use crate::state_machine::{Event, Snapshot, decide};
@@ -50,7 +51,7 @@ async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: 
         absent: HashSet::new(),
     };
     let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
-    apply(conn, &[(&row, &plan)], row.read_at, None).await?;
+    apply(conn, &[(&row, &plan)], row.read_at, None, &Traffic::default()).await?;
     Ok(plan)
 }
 

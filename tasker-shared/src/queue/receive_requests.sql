@@ -1,0 +1,14 @@
+with picked as materialized (
+  select msg_id from pgmq.q_task_requests where vt <= clock_timestamp() order by msg_id limit $2 for update skip locked
+), taken as (
+  update pgmq.q_task_requests m
+  set last_read_at = clock_timestamp(), vt = clock_timestamp() + make_interval(secs => $1), read_ct = m.read_ct + 1
+  from picked p where m.msg_id = p.msg_id
+  returning m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers
+), marked as (
+  update tasker.readers r set asleep = not exists (select from picked), seen_at = clock_timestamp()
+  where r.queue = 'task_requests' and r.reader = $3 and r.asleep = exists (select from picked)
+)
+select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!",
+  message::text as "message", headers::text as "headers"
+from taken
