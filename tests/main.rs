@@ -28,6 +28,8 @@ mod no_worker_lost;
 mod operator_retry;
 mod orchestrator_killed_under_load;
 mod remote_parent;
+mod retention;
 mod retry;
 mod schedules;
 mod two_orchestrators_two_workers;
+mod versions;

@@ -110,6 +110,9 @@ enum Command {
     /// Look at queues, and at messages that nobody could use
     #[command(subcommand)]
     Queue(commands::queue::Queue),
+    /// Say how long finished tasks are kept, and remove what is past its time
+    #[command(subcommand)]
+    Retention(commands::retention::Retention),
     /// Create or update the schema of the database
     Migrate(commands::migrate::Migrate),
     /// Control the managed local PostgreSQL
@@ -151,6 +154,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Schedule(command) => command.run(&global).await,
         Command::Trace(command) => command.run(&global).await,
         Command::Queue(command) => command.run(&global).await,
+        Command::Retention(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,
         Command::Bench(command) => bench::run(command, &global).await,

@@ -153,6 +153,7 @@ fn every_verb_has_help_with_examples() {
         "task list",
         "schedule",
         "schedule set",
+        "retention",
         "trace show",
         "queue",
         "migrate",
@@ -519,4 +520,67 @@ fn every_schedule_file_of_the_examples_is_a_schedule() {
         count += 1;
     }
     assert!(count > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_diff_says_what_changed() {
+    let mut shop = Shop::new().await;
+    let later = TEMPLATE
+        .replace("version: \"1\"", "version: \"2\"")
+        .replace("depends_on: [try], ", "")
+        .replace("handler: echo, input: {try: \"${steps.try.output}\"}", "handler: noop");
+    let checked = template::parse("order.yaml", &later).unwrap();
+    templates::register(&mut shop.conn, &checked.template).await.unwrap();
+    let text = shop.tasker(&["template", "diff", "shop/order", "1", "2"]).exits_with(0).stdout;
+    assert!(text.contains("handler: \"echo\" → \"noop\"") && text.contains("- done depends on try"), "{text}");
+    let json = shop.json(&["template", "diff", "shop/order", "2", "1"]);
+    assert_eq!(json["edges_added"], json!([{"from": "try", "to": "done"}]));
+    assert!(shop.tasker(&["template", "diff", "shop/order", "1", "1"]).exits_with(0).stdout.starts_with("nothing but"));
+    shop.tasker(&["template", "diff", "shop/order", "1", "9"]).exits_with(3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retention_is_set_counted_and_run() {
+    let mut shop = Shop::new().await;
+    assert!(shop.tasker(&["retention", "list"]).exits_with(0).stdout.starts_with("there is no policy"));
+    for n in 0..3 {
+        let input = format!("{{\"order_id\": \"{n}\"}}");
+        shop.tasker(&["task", "submit", "shop/order", "--input", &input]).exits_with(0);
+    }
+    // Two of the three ended long ago.
+    shop.sql(
+        "with old as (select task_uuid, tasker.uuid7_floor(created_at - interval '9 days') as new_uuid from tasker.tasks order by task_uuid limit 2)
+         update tasker.tasks t set task_uuid = encode(substring(uuid_send(old.new_uuid) from 1 for 6) || substring(uuid_send(t.task_uuid) from 7), 'hex')::uuid,
+           state = 'complete', finished_at = created_at - interval '8 days'
+         from old where old.task_uuid = t.task_uuid",
+    )
+    .await;
+    assert!(
+        shop.tasker(&["retention", "set", "--namespace", "shop", "--keep", "1m"])
+            .exits_with(1)
+            .stderr
+            .contains("an hour at least")
+    );
+    shop.tasker(&["retention", "set", "--namespace", "*", "--keep", "7d", "--quarantine", "1d", "--archive"])
+        .exits_with(0);
+    let listed = shop.json(&["retention", "list"]);
+    assert_eq!(
+        listed["policies"],
+        json!([{"namespace": "*", "keep_s": 604_800, "keep_quarantine_s": 86_400, "archive": true}])
+    );
+    assert_eq!(shop.json(&["retention", "run", "--dry-run"])["tasks"], 0, "an archive is required");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    assert_eq!(shop.json(&["retention", "run", "--dry-run", "--archive", path])["tasks"], 2);
+    assert_eq!(shop.json(&["retention", "run", "--archive", path])["tasks"], 2);
+    let archived = std::fs::read_to_string(path).unwrap();
+    assert_eq!(
+        archived
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["task"]["namespace"].clone())
+            .collect::<Vec<_>>(),
+        ["shop", "shop"]
+    );
+    assert_eq!(shop.json(&["task", "list"]).as_array().unwrap().len(), 1);
+    shop.tasker(&["retention", "unset", "--namespace", "*"]).exits_with(0);
 }

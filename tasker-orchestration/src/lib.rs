@@ -4,6 +4,7 @@
 //! [`lifecycle::sweep`] feed it, [`runtime`] runs the loops.
 
 pub mod lifecycle;
+pub mod retention;
 pub mod runtime;
 
 pub use runtime::{Options, Orchestrator};

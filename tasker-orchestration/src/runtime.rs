@@ -3,6 +3,7 @@
 //! LISTEN/NOTIFY is a hint; each loop also polls, with a jittered pause that backs off to 5 s,
 //! because a sender may have looked at our `asleep` mark just before we set it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::lifecycle::{Shared, admission, initialize, results, sweep};
+use crate::retention;
 
 /// How an orchestrator runs.
 #[derive(Debug, Clone)]
@@ -31,11 +33,13 @@ pub struct Options {
     pub batch: i32,
     /// Loops that settle results side by side: while one waits for its commit, another works.
     pub settlers: usize,
+    /// Where retention archives tasks before it removes them, one file a day; `None` archives nothing.
+    pub archive_dir: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { trace: TraceConfig::default(), batch: 500, settlers: 2 }
+        Self { trace: TraceConfig::default(), batch: 500, settlers: 2, archive_dir: None }
     }
 }
 
@@ -99,6 +103,7 @@ impl Orchestrator {
         }
         loops.spawn(run_sweep(shared.clone(), stop.clone()));
         loops.spawn(run_admission(shared.clone(), stop.clone()));
+        loops.spawn(retention::run(shared.pool.clone(), options.archive_dir.clone(), stop.clone()));
         Ok(Self { shared, stop, loops })
     }
 

@@ -20,7 +20,7 @@ use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, flow, requests, tasks, transitions};
+use crate::store::{self, flow, requests, retention, tasks, transitions};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -309,6 +309,20 @@ impl Client {
     ) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
         granted(flow::pause(&mut conn, queue, true, actor, reason).await?)
+    }
+
+    /// Says how long finished tasks and quarantined messages of a namespace are kept (`*`: of all
+    /// that have no policy of their own). With neither time the policy is removed.
+    pub async fn set_retention(
+        &self,
+        namespace: &str,
+        keep: Option<Duration>,
+        keep_quarantine: Option<Duration>,
+        archive: bool,
+        actor: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        retention::set(&mut conn, namespace, keep, keep_quarantine, archive, actor).await.map_err(refused)
     }
 
     /// The task as it is now.

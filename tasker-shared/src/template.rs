@@ -5,6 +5,7 @@
 //! template is reported with file, line, column and key; `docs/templates.md`
 //! is the reference of the format, and a test compares the two.
 
+pub mod diff;
 mod duration;
 mod read;
 mod schema;

@@ -5,6 +5,7 @@ pub mod demo;
 pub mod migrate;
 pub mod orchestrator;
 pub mod queue;
+pub mod retention;
 pub mod schedule;
 pub mod task;
 pub mod template;

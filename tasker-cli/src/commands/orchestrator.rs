@@ -1,5 +1,6 @@
 //! `tasker orchestrator`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tasker_orchestration::{Options, Orchestrator as Running};
@@ -31,19 +32,23 @@ pub struct Run {
     /// Loops that settle results side by side
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
     settlers: u16,
+    /// Where retention archives tasks before it removes them, as JSON lines, a file a day
+    #[arg(long, env = "TASKER_ARCHIVE_DIR", value_name = "FOLDER")]
+    archive_dir: Option<PathBuf>,
 }
 
 impl Orchestrator {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Run(Run { batch, settlers }) = self;
+        let Self::Run(Run { batch, settlers, archive_dir }) = self;
         let stop = run::stop_signal()?;
         let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "info")?;
         let connected = run::connect(global).await?;
         if trace.enabled {
             tracing::info!(endpoint = trace.printable_endpoint(), "traces are exported");
         }
-        let orchestrator = Running::start(&connected.url, &Options { trace, batch, settlers: settlers.into() }).await?;
+        let orchestrator =
+            Running::start(&connected.url, &Options { trace, batch, settlers: settlers.into(), archive_dir }).await?;
         tracing::info!("the orchestrator runs");
         stop.cancelled().await;
         tracing::info!("stopping: the batches that have begun are finished");

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use serde_json::json;
+use serde_json::{Value, json};
+use sqlx::PgConnection;
 use tasker_shared::store::templates::{self, TemplateError};
 use tasker_shared::store::{tx, views};
 use tasker_shared::template::{self, Checked, Template as Definition, format_duration};
@@ -19,7 +20,8 @@ use crate::run;
 Examples:
   tasker template lint order.yaml
   tasker template apply order.yaml
-  tasker template show fulfillment/order@1.0.0")]
+  tasker template show fulfillment/order@1.0.0
+  tasker template diff fulfillment/order 1.0.0 1.1.0")]
 pub enum Template {
     /// Register templates; a version that exists never changes
     Apply {
@@ -43,6 +45,15 @@ pub enum Template {
     Show {
         /// NAMESPACE/NAME, or NAMESPACE/NAME@VERSION; the latest version if none is given
         template: TemplateName,
+    },
+    /// Say what changed between two versions; running tasks stay on theirs
+    Diff {
+        /// NAMESPACE/NAME
+        template: TemplateName,
+        /// The earlier version
+        before: String,
+        /// The later version
+        after: String,
     },
 }
 
@@ -87,6 +98,7 @@ impl Template {
             Self::Apply { files } => apply(global, &files).await,
             Self::List { namespace } => list(global, namespace.as_deref()).await,
             Self::Show { template } => show(global, &template).await,
+            Self::Diff { template, before, after } => diff(global, &template, before, after).await,
         }
     }
 }
@@ -184,16 +196,32 @@ async fn list(global: &Global, namespace: Option<&str>) -> anyhow::Result<()> {
     table.print("no template is registered; `tasker template apply FILE` registers one")
 }
 
+/// The definition of a registered template, as it is stored.
+async fn stored(conn: &mut PgConnection, wanted: &TemplateName) -> anyhow::Result<Value> {
+    let found = views::definition(conn, &wanted.namespace, &wanted.name, wanted.version.as_deref()).await?;
+    found.map(|(_, definition)| definition).ok_or_else(|| {
+        failure(NOT_FOUND, format!("no template {wanted} is registered; `tasker template list` shows those that are"))
+    })
+}
+
+async fn diff(global: &Global, name: &TemplateName, before: String, after: String) -> anyhow::Result<()> {
+    let connected = run::connect(global).await?;
+    let mut conn = connected.client.pool().acquire().await?;
+    let version = |version| TemplateName { version: Some(version), ..name.clone() };
+    let before = template::from_json(stored(&mut conn, &version(before)).await?)?;
+    let after = template::from_json(stored(&mut conn, &version(after)).await?)?;
+    let diff = template::diff::diff(&before, &after);
+    match global.output {
+        Format::Json => output::json(&diff),
+        Format::Table if diff.is_empty() => output::line("nothing but the version differs"),
+        Format::Table => output::line(diff.to_string().trim_end()),
+    }
+}
+
 async fn show(global: &Global, wanted: &TemplateName) -> anyhow::Result<()> {
     let connected = run::connect(global).await?;
     let mut conn = connected.client.pool().acquire().await?;
-    let found = views::definition(&mut conn, &wanted.namespace, &wanted.name, wanted.version.as_deref()).await?;
-    let Some((_, definition)) = found else {
-        return Err(failure(
-            NOT_FOUND,
-            format!("no template {wanted} is registered; `tasker template list` shows those that are"),
-        ));
-    };
+    let definition = stored(&mut conn, wanted).await?;
     if global.output == Format::Json {
         return output::json(&definition);
     }

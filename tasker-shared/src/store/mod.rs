@@ -5,6 +5,7 @@ pub mod exports;
 pub mod flow;
 pub mod protocol;
 pub mod requests;
+pub mod retention;
 pub mod schedules;
 pub mod steps;
 pub mod tasks;

@@ -196,8 +196,11 @@ impl Situation {
                 format!("{name} is in queue {queue} since {since}, attempt {attempt} of {max_attempts}")
             }
             ("enqueued", _) | ("pending", Some("worker")) => {
-                let live = if group.offered { "one is live now" } else { "none is live" };
-                format!("{who} a worker that offers handler {handler} on queue {queue}; {live}")
+                if group.offered {
+                    format!("{who} handler {handler} on queue {queue}, which a worker offers now")
+                } else {
+                    format!("{who} handler {handler}, and no worker offers it on queue {queue}")
+                }
             }
             ("pending", Some("room")) => {
                 format!("{who} room in queue {queue}: every slot of its workers is taken since {since}")
@@ -364,14 +367,13 @@ steps:
         let mut shop = Shop::new().await;
         shop.task_is("state = 'waiting_for_dependencies', held_steps = 1").await;
         shop.step_is("ship", "held_by = 'worker', ready_at = now()").await;
-        let wanted =
-            "waiting: ship needs a worker that offers handler orders.ship on queue worker_shop__slow; none is live";
+        let wanted = "waiting: ship needs handler orders.ship, and no worker offers it on queue worker_shop__slow";
         assert_eq!(shop.sentence().await, wanted);
         let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
         seen.open[0].count = 3;
         assert_eq!(seen.sentence(), wanted.replace("ship needs", "3 steps need"));
         shop.sql("select tasker.worker_hello('w1', 'shop', '{worker_shop__slow}', '{orders.ship}', 1)").await;
-        assert!(shop.sentence().await.ends_with("; one is live now"));
+        assert!(shop.sentence().await.ends_with(", which a worker offers now"));
     }
 
     #[tokio::test]

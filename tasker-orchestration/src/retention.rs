@@ -1,0 +1,174 @@
+//! Removes what has been kept long enough, slowly and in small transactions.
+//!
+//! One process at a time, by an advisory lock. It walks the tasks in the order they were created,
+//! never touches one that is open, and never makes the hot path wait: it skips what is locked.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tasker_shared::store::tx::in_tx;
+use tasker_shared::store::{self, retention};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Between passes, when there is nothing to remove: one statement.
+pub const IDLE: Duration = Duration::from_mins(1);
+/// Between the transactions of a pass.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Small things are tidied up after a removal, and this often.
+const TIDY_EVERY: Duration = Duration::from_mins(30);
+
+/// Removal failed; what was committed is removed, the rest stays.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The archive.
+    #[error("the archive {path} cannot be written: {source}; nothing was removed that is not in it")]
+    Archive {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// What a pass did, or would do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Tasks, with everything that is theirs.
+    pub tasks: i64,
+    /// Quarantined messages.
+    pub messages: i64,
+    /// Weeks of the log that were dropped whole.
+    pub weeks: i32,
+    /// Another process is removing right now, so this one left it.
+    pub busy: bool,
+}
+
+/// One pass over the tasks. With an archive each task is written to it, as one line of JSON,
+/// before it is removed; after a crash in between it is written a second time.
+///
+/// `pause` lies between transactions; `stop` ends the pass early.
+pub async fn pass(
+    pool: &PgPool,
+    archive: Option<&Path>,
+    pause: Duration,
+    stop: &CancellationToken,
+) -> Result<Removed, Error> {
+    let archiving = archive.is_some();
+    let mut removed = Removed::default();
+    let mut after = Uuid::nil();
+    let mut weeks = None;
+    while !stop.is_cancelled() {
+        let found = retention::find(&mut *pool.acquire().await?, after, archiving).await?;
+        if !found.tasks.is_empty() {
+            let weeks = match &weeks {
+                Some(weeks) => weeks,
+                None => weeks.insert(retention::expired_weeks(&mut *pool.acquire().await?, archiving).await?),
+            };
+            let done = in_tx(pool, async |conn| {
+                if !retention::lock(conn).await? {
+                    return Ok(None);
+                }
+                let tasks = retention::lock_tasks(conn, &found.tasks, archiving).await?;
+                if let Some(path) = archive {
+                    let lines = retention::archive(conn, &tasks).await?;
+                    append(path, &lines).map_err(|source| Error::Archive { path: path.to_owned(), source })?;
+                }
+                Ok::<_, Error>(Some(retention::remove(conn, &tasks, weeks).await?))
+            })
+            .await?;
+            match done {
+                Some(tasks) => removed.tasks += tasks,
+                None => return Ok(Removed { busy: true, ..removed }),
+            }
+        }
+        let Some(next) = found.next_after else {
+            break;
+        };
+        after = next;
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+    Ok(removed)
+}
+
+/// Removes old quarantined messages, sums counters up, and drops weeks of the log that a pass has emptied.
+pub async fn tidy(pool: &PgPool, removed: &mut Removed) -> Result<(), Error> {
+    let mut conn = pool.acquire().await?;
+    removed.messages += retention::tidy(&mut conn).await?;
+    removed.weeks += retention::drop_weeks(&mut conn).await?;
+    Ok(())
+}
+
+/// What a pass would remove: how many tasks have expired.
+pub async fn expired(pool: &PgPool, archiving: bool) -> Result<i64, Error> {
+    let (mut count, mut after) = (0, Uuid::nil());
+    loop {
+        let found = retention::find(&mut *pool.acquire().await?, after, archiving).await?;
+        count += i64::try_from(found.tasks.len()).unwrap_or(i64::MAX);
+        match found.next_after {
+            Some(next) => after = next,
+            None => return Ok(count),
+        }
+    }
+}
+
+/// On the disk when it returns: what is removed afterwards is nowhere else.
+fn append(path: &Path, lines: &[String]) -> std::io::Result<()> {
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let mut file: File = OpenOptions::new().create(true).append(true).open(path)?;
+    let mut text = lines.join("\n");
+    text.push('\n');
+    file.write_all(text.as_bytes())?;
+    file.sync_data()
+}
+
+/// The loop of an orchestrator. With a directory, each day's tasks go to a file of their own there.
+pub(crate) async fn run(pool: PgPool, archive: Option<PathBuf>, stop: CancellationToken) {
+    let mut rest = IDLE;
+    let mut tidied = None::<Instant>;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(rest) => {}
+        }
+        let began = Instant::now();
+        let file = archive
+            .as_ref()
+            .map(|folder| folder.join(format!("tasks-{}.jsonl", chrono::Utc::now().format("%Y-%m-%d"))));
+        let turn = async {
+            let mut removed = pass(&pool, file.as_deref(), PAUSE, &stop).await?;
+            if removed.tasks > 0 || tidied.is_none_or(|at| at.elapsed() > TIDY_EVERY) {
+                tidy(&pool, &mut removed).await?;
+                tidied = Some(Instant::now());
+            }
+            Ok::<_, Error>(removed)
+        };
+        match turn.await {
+            Ok(Removed { tasks: 0, messages: 0, weeks: 0, .. }) => {}
+            Ok(Removed { tasks, messages, weeks, .. }) => {
+                tracing::info!(tasks, messages, weeks, "retention removed what was past its time");
+            }
+            Err(error) => tracing::warn!(%error, "retention could not remove what is past its time; trying again"),
+        }
+        // A pass over very many rows that are all to be kept is not begun again at once.
+        rest = IDLE.max(began.elapsed() * 10);
+    }
+}

@@ -1,0 +1,150 @@
+//! Retention: what is removed, in bounded batches, each a transaction of its own.
+//!
+//! Nothing here runs on the hot path, and nothing open is ever touched.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::Error;
+
+/// Rows of `tasker.tasks` that one statement looks at.
+const SCAN: i32 = 20_000;
+/// Tasks removed in one transaction.
+const BATCH: i32 = 500;
+/// Quarantined messages removed in one transaction.
+const MESSAGES: i32 = 5_000;
+/// Key of the advisory lock: "taskerR" in ASCII. One process removes at a time.
+const LOCK: i64 = 0x0074_6173_6b65_7252;
+
+/// The policy of a namespace; `*` stands for all that have none of their own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Policy {
+    /// The namespace, or `*`.
+    pub namespace: String,
+    /// How long a finished task is kept; for ever if not given.
+    pub keep_s: Option<i64>,
+    /// How long a quarantined message is kept; for ever if not given.
+    pub keep_quarantine_s: Option<i64>,
+    /// Whether only somebody who writes an archive may remove.
+    pub archive: bool,
+}
+
+/// Sets the policy of a namespace; with neither time it is removed.
+pub async fn set(
+    conn: &mut PgConnection,
+    namespace: &str,
+    keep: Option<Duration>,
+    keep_quarantine: Option<Duration>,
+    archive: bool,
+    actor: Option<&str>,
+) -> Result<(), Error> {
+    let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
+    sqlx::query!(
+        "select tasker.set_retention($1, make_interval(secs => $2), make_interval(secs => $3), $4,
+           coalesce($5, session_user::text))::text as done",
+        namespace,
+        seconds(keep),
+        seconds(keep_quarantine),
+        archive,
+        actor
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(())
+}
+
+/// Every policy, by namespace.
+pub async fn list(conn: &mut PgConnection) -> Result<Vec<Policy>, Error> {
+    Ok(sqlx::query_as!(
+        Policy,
+        r#"select namespace, extract(epoch from keep)::bigint as keep_s,
+             extract(epoch from keep_quarantine)::bigint as keep_quarantine_s, archive
+           from tasker.retention order by namespace"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// What to remove in one transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Expired tasks, oldest first.
+    pub tasks: Vec<Uuid>,
+    /// Where the walk goes on; `None` when it is done.
+    pub next_after: Option<Uuid>,
+}
+
+/// Looks for expired tasks created after this one. One statement, bounded.
+pub async fn find(conn: &mut PgConnection, after: Uuid, archiving: bool) -> Result<Found, Error> {
+    let row = sqlx::query!(
+        r#"select tasks as "tasks!", next_after from tasker.expired_tasks($1, $2, $3, $4)"#,
+        after,
+        SCAN,
+        BATCH,
+        archiving
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(Found { tasks: row.tasks, next_after: row.next_after })
+}
+
+/// Weeks of the log that will be dropped whole once their tasks are gone.
+pub async fn expired_weeks(conn: &mut PgConnection, archiving: bool) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.expired_weeks($1) as "weeks!""#, archiving).fetch_one(conn).await?)
+}
+
+/// Takes the right to remove, until the transaction ends; false if another process has it.
+pub async fn lock(conn: &mut PgConnection) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "mine!""#, LOCK).fetch_one(conn).await?)
+}
+
+/// Locks those of the tasks that are still expired; whoever acts on one meanwhile keeps it.
+pub async fn lock_tasks(conn: &mut PgConnection, tasks: &[Uuid], archiving: bool) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.lock_expired($1, $2) as "tasks!""#, tasks, archiving)
+        .fetch_one(conn)
+        .await?)
+}
+
+/// Everything there is about these tasks, a line of JSON each.
+pub async fn archive(conn: &mut PgConnection, tasks: &[Uuid]) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(r#"select line as "line!" from tasker.archive_tasks($1)"#, tasks).fetch_all(conn).await?)
+}
+
+/// Removes locked tasks with all that is theirs.
+pub async fn remove(conn: &mut PgConnection, tasks: &[Uuid], weeks: &[String]) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.remove_tasks($1, $2) as "removed!""#, tasks, weeks).fetch_one(conn).await?)
+}
+
+/// Drops weeks of the log that have no task any more; answers how many.
+pub async fn drop_weeks(conn: &mut PgConnection) -> Result<i32, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.drop_empty_weeks() as "dropped!""#).fetch_one(conn).await?)
+}
+
+/// Removes old quarantined messages (answers how many) and sums counters up.
+pub async fn tidy(conn: &mut PgConnection) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(r#"select quarantined as "quarantined!" from tasker.tidy($1)"#, MESSAGES)
+        .fetch_one(conn)
+        .await?)
+}
+
+/// The oldest row of a table that grows or drains: see `tasker.oldest_rows`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of the function")]
+pub struct OldestRow {
+    pub what: String,
+    pub oldest_at: chrono::DateTime<chrono::Utc>,
+    pub age_s: f64,
+}
+
+/// How old the oldest row of each table is, for a metric.
+pub async fn oldest_rows(conn: &mut PgConnection) -> Result<Vec<OldestRow>, Error> {
+    Ok(sqlx::query_as!(
+        OldestRow,
+        r#"select what as "what!", oldest_at as "oldest_at!", age_s as "age_s!" from tasker.oldest_rows()"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
