@@ -148,6 +148,9 @@ create table tasker.steps (
   due_at                 timestamptz,
   ready_at               timestamptz,
   held_by                text,
+  -- Where it waits among those held by a limit or for their turn: fair key, handler and limits.
+  -- Set when such a step is held, by a statement of its own, and never changed by another.
+  lane                   text collate "C",
   last_at                timestamptz not null,
   constraint steps_state_is_known check (state in (
     'pending', 'enqueued', 'in_progress', 'enqueued_for_orchestration', 'enqueued_as_error_for_orchestration',
@@ -160,7 +163,8 @@ create table tasker.steps (
 ) with (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
 create unique index steps_by_task on tasker.steps (task_uuid, step_index);
 -- Its columns change only when a step is held, so an ordinary step's updates stay HOT.
-create index steps_held on tasker.steps (queue, priority desc, ready_at) where held_by is not null;
+create index steps_held on tasker.steps (queue, priority desc, ready_at) where held_by is not null and lane is null;
+create index steps_in_lanes on tasker.steps (queue, priority desc, lane, ready_at) where held_by is not null and lane is not null;
 
 -- The append-only log. `entity_uuid` is the task itself or one of its steps, `version` the
 -- entity's ordinal; applying one move twice violates the primary key.

@@ -83,23 +83,25 @@ begin
     into v_depth using v.handlers, v.slots * 2;
     return query select v.queue, v.slots * 2, v.slots * 2 - v_depth, v.handlers,
       -- What no live worker offers waits by itself and holds up nobody else.
-      exists (select from tasker.held_steps(v.queue, v.handlers, 1));
+      exists (select from tasker.held_steps(v.queue, v.handlers, 1))
+        or exists (select from tasker.steps s where s.queue = v.queue and s.held_by is not null and s.lane is not null);
   end loop;
 end
 $$;
 
 -- Held steps whose turn it is: priority first, then the time they became ready.
+-- Those that wait in a lane are found by `tasker.held_lanes`.
 create function tasker.held_steps(p_queue text, p_handlers text[], p_max int)
-returns table (task_uuid uuid, step_uuid uuid)
+returns table (task_uuid uuid, step_uuid uuid, priority int, ready_at timestamptz, handler text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
-  select s.task_uuid, s.step_uuid
+  select s.task_uuid, s.step_uuid, s.priority, s.ready_at, d.handler
   from tasker.steps s
   join tasker.tasks t on t.task_uuid = s.task_uuid
   join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
-  where s.queue = p_queue and s.held_by is not null and d.handler = any(p_handlers)
+  where s.queue = p_queue and s.held_by is not null and s.lane is null and d.handler = any(p_handlers)
   order by s.priority desc, s.ready_at limit p_max
 $$;
 revoke all on function tasker.take_due, tasker.room, tasker.held_steps from public;

@@ -75,3 +75,44 @@ async fn a_paused_queue_is_neither_fed_nor_claimed_and_loses_nothing() {
     assert_eq!(audit, ["pause queue worker_tests by ana: the bank is down", "resume queue worker_tests by ana: "]);
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn never_more_than_the_limit_of_a_key_are_in_flight_and_all_end() {
+    let world = World::start(Setup { orchestrators: 2, workers: 1, rust_workers: 1, ..Setup::default() }).await;
+    world
+        .register(
+            "limited",
+            "steps:
+  - {name: a, handler: flaky, concurrency: {key: '${input.customer}', limit: 2}, retry: {initial_interval: 10ms}}
+  - {name: b, handler: ok, depends_on: [a]}",
+        )
+        .await;
+    let mut tasks = Vec::new();
+    for n in 0..60 {
+        let input = serde_json::json!({"customer": format!("c{}", n % 3)});
+        let request = serde_json::json!({"template": "limited", "input": input});
+        tasks.push(world.submit_with(request).await.expect("submitted"));
+    }
+    assert_eq!(world.finish(&tasks).await, ["complete"; 60]);
+    world.queues_drained().await;
+    world.assert_complete().await;
+    // What the log says is exact: attempts of one key that were open at the same time.
+    let most = world
+        .number(
+            "with span as (
+               select t.input->>'customer' as customer, r.entity_uuid as step, r.at as began,
+                 (select min(e.at) from tasker.transitions e where e.task_uuid = r.task_uuid and e.entity_uuid = r.entity_uuid
+                    and e.version > r.version and e.to_state in ('complete', 'waiting_for_retry', 'error', 'cancelled')) as ended
+               from tasker.transitions r join tasker.steps s on s.step_uuid = r.entity_uuid and s.step_index = 0
+               join tasker.tasks t on t.task_uuid = r.task_uuid where r.to_state = 'enqueued')
+             select max(n) from (select count(*) as n from span a join span b
+               on a.customer = b.customer and b.began <= a.began and a.began < b.ended group by a.step, a.began) s",
+        )
+        .await;
+    assert_eq!(most, 2, "the limit is used, and kept");
+    let spans = world.spans_of(tasks[0]);
+    let waits: Vec<_> = spans.iter().filter_map(|span| span.text("wait.reason")).collect();
+    assert_eq!(waits.iter().filter(|reason| **reason == "limit").count(), 2, "its first attempt and its retry: {waits:?}");
+    assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
+    world.end().await;
+}

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::lifecycle::admission::Found;
 use crate::lifecycle::{Shared, admission, initialize, results, sweep};
 use crate::retention;
 
@@ -341,6 +342,7 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
             if partitions_checked.is_none_or(|at| at.elapsed() > Duration::from_hours(6)) {
                 queue::ensure_partitions(&mut conn).await?;
                 partitions_checked = Some(Instant::now());
+                while store::flow::forget_limits(&mut conn).await? > 0 {}
             }
             let next = queue::next_due_ms(&mut conn).await?;
             let next = next.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
@@ -366,17 +368,21 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
 /// Keeps the estimate of room fresh while it is used, and lets held steps in.
 async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
     while !stop.is_cancelled() {
-        match admission::admit(&shared).await {
-            Ok(true) => continue,
-            Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "held steps could not be admitted; trying again"),
-        }
+        let began = Instant::now();
+        let pause = match admission::admit(&shared).await {
+            Ok(Found::More) => continue,
+            Ok(Found::Nothing(next)) => next.unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE),
+            Err(error) => {
+                tracing::warn!(%error, "held steps could not be admitted; trying again");
+                LONGEST_PAUSE
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => {}
             () = shared.admission.wake.notified() => {}
-            () = tokio::time::sleep(LONGEST_PAUSE) => {}
+            () = tokio::time::sleep(pause) => {}
         }
         // However often it is woken: counting a queue is not free.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20).saturating_sub(began.elapsed())).await;
     }
 }

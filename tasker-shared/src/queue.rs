@@ -225,22 +225,35 @@ pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
         .collect())
 }
 
-/// Held steps of a queue whose turn it is, `(task, step)`.
+/// A held step that waits in no lane.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
+pub struct HeldStep {
+    pub task_uuid: Uuid,
+    pub step_uuid: Uuid,
+    pub priority: i32,
+    pub ready_at: DateTime<Utc>,
+    pub handler: String,
+}
+
+/// Held steps of a queue whose turn it is, but for those that wait in lanes.
 pub async fn held_steps(
     conn: &mut PgConnection,
     queue: &str,
     handlers: &[String],
     max: i32,
-) -> Result<Vec<(Uuid, Uuid)>, Error> {
-    let rows = sqlx::query!(
-        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!" from tasker.held_steps($1, $2, $3)"#,
+) -> Result<Vec<HeldStep>, Error> {
+    let rows = sqlx::query_as!(
+        HeldStep,
+        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", priority as "priority!", ready_at as "ready_at!",
+             handler as "handler!" from tasker.held_steps($1, $2, $3)"#,
         queue,
         handlers,
         max
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|row| (row.task_uuid, row.step_uuid)).collect())
+    Ok(rows)
 }
 
 /// Tells workers that steps they hold were cancelled; reaches them when the transaction commits.

@@ -14,6 +14,7 @@ mod tests;
 mod yaml;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,7 @@ pub use self::schema::{InputSchema, check_input};
 use crate::state_machine::condition::Condition;
 pub use crate::state_machine::definition::Join;
 pub use crate::state_machine::graph::MAX_STEPS;
+use crate::state_machine::flow::{Allows, Rule};
 use crate::state_machine::graph::{Graph, GraphError};
 pub use crate::state_machine::input::MAX_DEPTH;
 use crate::state_machine::input::{InputError, InputTemplate};
@@ -66,6 +68,15 @@ pub struct Template {
     /// How tasks appear in traces.
     #[serde(default, skip_serializing_if = "is_default")]
     pub trace: Trace,
+    /// Limits how many attempts of all its steps together are in flight at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
+    /// Limits how many attempts of all its steps together are sent in a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// Held steps of equal priority take turns by this key of their task's input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fair_key: Option<String>,
     /// The steps, in file order; a step's index in this list is its identity in
     /// the [`Graph`].
     pub steps: Vec<StepDefinition>,
@@ -89,6 +100,31 @@ pub struct TaskTimeouts {
     /// From submission to the end of the task; none by default.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "milliseconds::optional")]
     pub total: Option<Duration>,
+}
+
+/// How many attempts may be in flight at once, over all tasks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Concurrency {
+    /// Which tasks share the limit, such as `${input.customer_id}`; all by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// How many, at least 1.
+    pub limit: i32,
+}
+
+/// How many attempts may be sent in a time, over all tasks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Which tasks share the limit, such as `${input.customer_id}`; all by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// How many, at least 1: also the most that are sent at once.
+    pub limit: i32,
+    /// In which time.
+    #[serde(with = "milliseconds")]
+    pub per: Duration,
 }
 
 /// How tasks of a template appear in traces.
@@ -156,6 +192,12 @@ pub struct StepDefinition {
     /// Higher is admitted first among ready steps of one queue; 0 by default.
     #[serde(default, skip_serializing_if = "is_default")]
     pub priority: i32,
+    /// Limits how many of its attempts are in flight at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
+    /// Limits how many of its attempts are sent in a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
     /// How failed attempts are retried.
     #[serde(default, skip_serializing_if = "is_default")]
     pub retry: RetryPolicy,
@@ -246,6 +288,14 @@ pub enum Error {
     /// Its steps are not a DAG.
     #[error("the stored template definition has broken dependencies: {0}; register it again")]
     CheckStoredGraph(#[from] GraphError),
+    /// The key of a limit, or the fair key, holds a broken reference.
+    #[error("a key in the stored definition of {of} is broken: {error}; register the template again")]
+    ReadStoredKey {
+        /// The step, or the template.
+        of: String,
+        /// What is wrong with the key.
+        error: String,
+    },
     /// An `input` holds a broken reference.
     #[error("the stored template definition of step {step} is broken: {error}; register it again")]
     ReadStoredInput {
@@ -286,6 +336,25 @@ pub fn to_json(template: &Template) -> Value {
 }
 
 impl Template {
+    /// The limits of each step, in order: its own, and those that all steps share.
+    pub fn limits(&self) -> Result<Vec<Vec<Rule>>, Error> {
+        let shared = rules(&format!("{}/{}", self.namespace, self.name), self.concurrency.as_ref(), self.rate.as_ref());
+        let shared = shared.map_err(|error| Error::ReadStoredKey { of: "the template".into(), error })?;
+        let of_step = |step: &StepDefinition| {
+            let scope = format!("{}/{}.{}", self.namespace, self.name, step.name);
+            let own = rules(&scope, step.concurrency.as_ref(), step.rate.as_ref());
+            let own = own.map_err(|error| Error::ReadStoredKey { of: format!("step {}", step.name), error })?;
+            Ok(own.into_iter().chain(shared.iter().cloned()).collect())
+        };
+        self.steps.iter().map(of_step).collect()
+    }
+
+    /// The parsed `fair_key:`; `None` without one.
+    pub fn fair_key_template(&self) -> Result<Option<InputTemplate>, Error> {
+        let parsed = self.fair_key.as_deref().map(key_template).transpose();
+        parsed.map_err(|error| Error::ReadStoredKey { of: "the template".into(), error })
+    }
+
     /// The steps as a DAG.
     pub fn graph(&self) -> Result<Graph, Error> {
         let steps = self.steps.iter().map(|step| (step.name.as_str(), step.depends_on.as_slice()));
@@ -307,6 +376,27 @@ impl StepDefinition {
         let parsed = self.when.as_deref().map(Condition::parse).transpose();
         parsed.map_err(|error| Error::ReadStoredCondition { step: self.name.clone(), error })
     }
+}
+
+fn rules(scope: &str, concurrency: Option<&Concurrency>, rate: Option<&Rate>) -> Result<Vec<Rule>, String> {
+    let scope: Arc<str> = scope.into();
+    let rule = |key: Option<&String>, allows| {
+        let key = key.map(|key| key_template(key)).transpose()?;
+        Ok(Rule { scope: scope.clone(), key, allows })
+    };
+    let at_once = concurrency.map(|limit| rule(limit.key.as_ref(), Allows::AtOnce(limit.limit)));
+    let rate = rate.map(|limit| rule(limit.key.as_ref(), Allows::Rate(limit.limit, limit.per)));
+    at_once.into_iter().chain(rate).collect()
+}
+
+/// A key is a text with references to the task's input: it is known before any step has run.
+pub(crate) fn key_template(key: &str) -> Result<InputTemplate, String> {
+    let template = InputTemplate::parse(&Value::String(key.to_owned()))
+        .map_err(|mut errors| errors.swap_remove(0).message)?;
+    if template.references().next().is_some() {
+        return Err("reads the output of a step; a key may read the task's input only, as ${input.…}".into());
+    }
+    Ok(template)
 }
 
 /// The PGMQ queue that a step's attempts are sent to: `worker_<namespace>`, or

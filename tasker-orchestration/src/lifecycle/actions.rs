@@ -31,6 +31,9 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     if done.plans.iter().any(|plan| !plan.due.is_empty()) {
         shared.due.notify_one();
     }
+    if frees_places(shared, &done) {
+        shared.admission.wake.notify_one();
+    }
     shared.admission.settled();
     // The room may be older than the queue or the worker that these steps wait for: look at once.
     if done.works.iter().zip(&done.plans).any(|(work, plan)| plan.task.held_steps > work.row.task.held_steps) {
@@ -42,6 +45,22 @@ pub(super) fn run(shared: &Shared, done: Committed) {
         ended(work, plan);
     }
     export(shared, done);
+}
+
+/// Whether an attempt that may have had a place under a limit was closed.
+fn frees_places(shared: &Shared, done: &Committed) -> bool {
+    let cancelled = done.applied.cancelled.iter().any(|step| step.had_attempt);
+    if !cancelled && done.plans.iter().all(|plan| plan.closed.is_empty()) {
+        return false;
+    }
+    // What an end cancelled was never loaded: any step of its template may have been among it.
+    shared.admission.with_room(|room| room.has_limits())
+        || done.works.iter().zip(&done.plans).any(|(work, plan)| {
+            let steps = &work.template.definition.steps;
+            let limited = |index: u32| !steps[index as usize].limits.is_empty();
+            (plan.cancel_open_steps && steps.iter().any(|step| !step.limits.is_empty()))
+                || plan.closed.iter().any(|(step, _)| work.steps.get(step).is_some_and(|row| limited(row.step.index)))
+        })
 }
 
 /// Says that a task has ended.

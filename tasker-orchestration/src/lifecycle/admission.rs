@@ -4,23 +4,33 @@
 //! it without a statement. What finds no room is held in the database, so a wrong estimate
 //! costs a little delay or a slightly longer queue, never a step.
 
-use std::sync::Mutex;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use tasker_shared::queue::{self, RoomRow};
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
+use tasker_shared::store::flow::Lane;
 use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
 
+use super::turns::{self, Candidate, Left};
 use super::{Hint, Look, Shared, settle};
 
 /// Steps admitted in one pass, at most.
-const PASS: i32 = 1000;
+const PASS: usize = 1000;
+/// Lanes looked at in one pass, at most: see `tasker.held_lanes`.
+const LANES: i32 = 2000;
+/// When all of them are blocked and there are more: the pause before the others are looked at.
+const UNLOOKED: Duration = Duration::from_millis(100);
 
 /// The room of every queue.
 #[derive(Debug, Default)]
 pub struct Admission {
     room: Mutex<Room>,
+    /// By queue: where the next pass goes on among the lanes, so that each fair key has its turn.
+    turns: Mutex<HashMap<String, String>>,
     /// Wakes the admit loop.
     pub wake: Notify,
 }
@@ -37,6 +47,15 @@ impl Admission {
             self.wake.notify_one();
         }
     }
+
+    fn turn(&self, queue: &str) -> String {
+        let turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.get(queue).cloned().unwrap_or_default()
+    }
+
+    fn set_turn(&self, queue: &str, turn: String) {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.to_owned(), turn);
+    }
 }
 
 /// Reads the room anew; answers the queues that hold steps back and have room for some.
@@ -48,7 +67,7 @@ impl Admission {
 pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
     let mut conn = shared.reads.acquire().await?;
     let rows = queue::room(&mut conn).await?;
-    let paused = flow::paused(&mut conn).await?;
+    let rules = flow::rules(&mut conn).await?;
     drop(conn);
     shared.admission.with_room(|room| {
         let mut fresh = Room::default();
@@ -62,33 +81,123 @@ pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
             };
             fresh.set(row.queue.as_str().into(), queue);
         }
-        fresh.set_paused(paused.clone());
+        fresh.set_paused(rules.paused.clone());
+        fresh.set_limits(rules.limits);
         *room = fresh;
     });
-    Ok(rows.into_iter().filter(|row| row.holding && row.room > 0 && !paused.contains(&row.queue)).collect())
+    Ok(rows.into_iter().filter(|row| row.holding && row.room > 0 && !rules.paused.contains(&row.queue)).collect())
 }
 
-/// Sends held steps for which there is room now, priority first; answers whether it found any,
-/// so that a next pass may find more.
+/// What a pass of the admission found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// Something, so a next pass may find more.
+    More,
+    /// Nothing; a rate lets the next through at this time at the latest.
+    Nothing(Option<Duration>),
+}
+
+/// Sends held steps for which there is room now: priority first, then fair keys in turn.
 #[instrument(level = "debug", skip_all)]
-pub async fn admit(shared: &Shared) -> Result<bool, super::Error> {
-    let mut more = false;
+pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
+    let (mut more, mut next) = (false, None);
     for row in refresh(shared).await? {
-        let max = i32::try_from(row.room).unwrap_or(PASS).min(PASS);
-        let held =
-            queue::held_steps(&mut *shared.reads.acquire().await.map_err(Error::from)?, &row.queue, &row.handlers, max)
-                .await?;
-        let all_fit = held.len() < usize::try_from(max).unwrap_or_default();
-        shared.admission.with_room(|room| room.set_holding(&row.queue, !all_fit));
-        if held.is_empty() {
+        let max = usize::try_from(row.room).unwrap_or(PASS).min(PASS);
+        let turn = choose(shared, &row, max).await.map_err(super::Error::from)?;
+        // What limits hold back makes nobody else wait.
+        shared.admission.with_room(|room| room.set_holding(&row.queue, turn.steps.len() >= max));
+        next = [next, turn.next].into_iter().flatten().min();
+        more |= !turn.steps.is_empty();
+        if turn.steps.is_empty() {
             continue;
         }
-        more = true;
-        let hints = held
-            .into_iter()
-            .map(|(task, step)| Hint { task, look: Look::Admit(step), msg_id: None, due_id: None })
-            .collect();
-        settle::settle(shared, queue::STEP_RESULTS, hints).await?;
+        let hints = turn.steps.into_iter().map(|candidate| Hint {
+            task: candidate.task,
+            look: Look::Admit(candidate.step),
+            msg_id: None,
+            due_id: None,
+        });
+        settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?;
     }
-    Ok(more)
+    Ok(if more { Found::More } else { Found::Nothing(next) })
+}
+
+/// Whose turn it is in one queue.
+struct Turn {
+    steps: Vec<Candidate>,
+    /// When to look again, whatever happens: when a rate lets the next through, or soon, if there
+    /// are more lanes than one pass looks at.
+    next: Option<Duration>,
+}
+
+/// Reads what is held, without locks: those who are chosen are looked at again under them.
+/// The cost is that of the pass and of the lanes that are blocked, never of what waits in them.
+async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Error> {
+    let mut conn = shared.reads.acquire().await?;
+    let after = shared.admission.turn(&row.queue);
+    let most = i32::try_from(max).unwrap_or(i32::MAX);
+    let plain = queue::held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
+    let found = flow::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
+    let unlooked = found.len() >= usize::try_from(LANES).unwrap_or(usize::MAX);
+    let last = found.last().map(|lane| lane.lane.clone());
+
+    let namespace = row.queue.trim_start_matches("worker_").split("__").next().unwrap_or_default();
+    let limits_of = |handler: &str| shared.admission.with_room(|room| room.limits_of(namespace, handler));
+    let lanes: Vec<(Lane, Vec<String>)> = found
+        .into_iter()
+        .filter_map(|lane| {
+            let (_, handler, limits) = turns::parts(&lane.lane);
+            row.handlers.iter().any(|offered| offered == handler).then_some(())?;
+            let limits = limits.map(str::to_owned).chain(limits_of(handler)).collect();
+            Some((lane, limits))
+        })
+        .collect();
+    let plain: Vec<Candidate> = plain
+        .into_iter()
+        .map(|held| Candidate {
+            task: held.task_uuid,
+            step: held.step_uuid,
+            priority: held.priority,
+            fair: String::new(),
+            ready_at: held.ready_at,
+            limits: limits_of(&held.handler),
+            in_lane: false,
+        })
+        .collect();
+
+    let names: BTreeSet<&String> =
+        lanes.iter().flat_map(|(_, names)| names).chain(plain.iter().flat_map(|held| &held.limits)).collect();
+    let names: Vec<String> = names.into_iter().cloned().collect();
+    let uses = if names.is_empty() { Vec::new() } else { flow::limit_use(&mut conn, &names).await? };
+    let next = uses.iter().filter_map(|limit| limit.next_ms).min_by(f64::total_cmp);
+    let mut limits: Left = uses.iter().map(|limit| (limit.name.clone(), limit.free())).collect();
+
+    let quotas = turns::quotas(&lanes, &limits, max);
+    let mut candidates = plain;
+    if !quotas.is_empty() {
+        let asked: Vec<(&Lane, i32)> = quotas.iter().map(|(place, quota)| (&lanes[*place].0, *quota)).collect();
+        for first in flow::first_in_lanes(&mut conn, &row.queue, &asked).await? {
+            let place = usize::try_from(first.place - 1).unwrap_or_default();
+            let Some((lane, names)) = quotas.get(place).map(|(place, _)| &lanes[*place]) else {
+                continue;
+            };
+            candidates.push(Candidate {
+                task: first.task_uuid,
+                step: first.step_uuid,
+                priority: lane.priority,
+                fair: turns::parts(&lane.lane).0.to_owned(),
+                ready_at: first.ready_at,
+                limits: names.clone(),
+                in_lane: true,
+            });
+        }
+    }
+    let (steps, served) = turns::take(candidates, &mut limits, &after, max);
+    // If nobody was served, the lanes that were not looked at come first next time.
+    if let Some(turn) = served.or(last.filter(|_| unlooked)) {
+        shared.admission.set_turn(&row.queue, turn);
+    }
+    let next = next.map(|ms| Duration::from_secs_f64(ms.clamp(1.0, 1e6) / 1000.0));
+    let soon = (unlooked && steps.is_empty()).then_some(UNLOOKED);
+    Ok(Turn { steps, next: next.into_iter().chain(soon).min() })
 }

@@ -9,6 +9,7 @@ pub mod results;
 pub mod schedules;
 pub mod settle;
 pub mod sweep;
+mod turns;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -10,9 +10,11 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use tasker_shared::queue::{self, Outbox, Traffic};
+use tasker_shared::state_machine::flow::Places;
 use tasker_shared::state_machine::plan::{Lacks, Plan, Room};
 use tasker_shared::state_machine::{Event, Snapshot, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
+use tasker_shared::store::flow::{self, Wanted};
 use tasker_shared::store::steps::{self, Output, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
@@ -79,7 +81,8 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         let (mut works, now) = load(shared, conn, rows, &hints).await?;
         let hints = without_strangers(hints, &works, &mut settled);
         load_outputs(conn, &mut works, &hints).await?;
-        let plans = decide_with_all_it_needs(shared, conn, &mut works, &hints, now).await?;
+        let places = lock_limits(shared, conn, &works, &hints).await?;
+        let (plans, places) = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
 
         let moved: Vec<(&TaskRow, &Plan)> =
             works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
@@ -93,6 +96,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         } else {
             apply(conn, &moved, now, export.as_ref(), &traffic).await?
         };
+        record_flow(conn, &plans, &places).await?;
         tell_workers(conn, &applied).await?;
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
@@ -266,29 +270,82 @@ async fn read_outputs(conn: &mut PgConnection, works: &mut [Work], wanted: &[(Uu
     Ok(())
 }
 
+/// Takes the locks of the limits that apply to the held steps these hints admit: none to lock
+/// costs nothing. After the tasks and steps, before any queue.
+async fn lock_limits(
+    shared: &Shared,
+    conn: &mut PgConnection,
+    works: &[Work],
+    hints: &[Hint],
+) -> Result<Places, Error> {
+    let admitted: Vec<(Uuid, Uuid)> = hints
+        .iter()
+        .filter_map(|hint| match hint.look {
+            Look::Admit(step) => Some((hint.task, step)),
+            _ => None,
+        })
+        .collect();
+    if admitted.is_empty() {
+        return Ok(Places::default());
+    }
+    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
+    let mut wanted: BTreeMap<String, Wanted> = BTreeMap::new();
+    for (task, step) in admitted {
+        let Some((work, row)) = works.get(&task).and_then(|work| Some((work, work.steps.get(&step)?))) else {
+            continue;
+        };
+        let definition = &work.template.definition;
+        // A key that leads nowhere failed its step when it became ready.
+        let limits = definition.limits(row.step.index, &work.row.task.input).unwrap_or_default();
+        let handler = &definition.steps[row.step.index as usize].handler;
+        let set = shared.admission.with_room(|room| room.limits_of(&definition.namespace, handler));
+        let limits = limits.into_iter().map(|limit| (limit.name, Some(limit.allows)));
+        for (name, allows) in limits.chain(set.into_iter().map(|name| (name, None))) {
+            let namespace = definition.namespace.clone();
+            wanted.entry(name.clone()).or_insert(Wanted { namespace, name, allows });
+        }
+    }
+    if wanted.is_empty() {
+        return Ok(Places::default());
+    }
+    let wanted: Vec<Wanted> = wanted.into_values().collect();
+    Ok(flow::lock(conn, &wanted).await?)
+}
+
+/// Writes what only held and limited steps have: their lanes, and the places that were taken.
+async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places: &Places) -> Result<(), Error> {
+    let lanes: Vec<(Uuid, String)> = plans.iter().flat_map(|plan| plan.lanes.iter().cloned()).collect();
+    if !lanes.is_empty() {
+        flow::set_lanes(conn, &lanes).await?;
+    }
+    Ok(flow::record(conn, places).await?)
+}
+
 /// Decides, and where a skipped step reaches further than what was loaded, loads that and decides
 /// again. Each step is skipped once, so this reads each step once more in all; a batch whose
 /// templates skip nothing decides once.
 async fn decide_with_all_it_needs(
     shared: &Shared,
     conn: &mut PgConnection,
-    works: &mut [Work],
-    hints: &[Hint],
+    (works, hints): (&mut [Work], &[Hint]),
+    places: &Places,
     now: DateTime<Utc>,
-) -> Result<Vec<Plan>, Error> {
+) -> Result<(Vec<Plan>, Places), Error> {
     let can_skip = works.iter().any(|work| work.template.definition.can_skip);
     loop {
-        let (plans, lacking) = shared.admission.with_room(|room| {
+        let (plans, places, lacking) = shared.admission.with_room(|room| {
             let before = can_skip.then(|| room.clone());
+            room.set_places(places.clone());
             let plans = decide_all(works, hints, room, now);
+            let places = room.set_places(Places::default());
             let lacking: Vec<Lacks> = works.iter().zip(&plans).map(|(work, plan)| work.lacking(plan)).collect();
             if let Some(before) = before.filter(|_| lacking.iter().any(|lacks| *lacks != Lacks::default())) {
                 *room = before;
             }
-            (plans, lacking)
+            (plans, places, lacking)
         });
         if lacking.iter().all(|lacks| *lacks == Lacks::default()) {
-            return Ok(plans);
+            return Ok((plans, places));
         }
         let (mut places, mut wanted) = (Vec::new(), Vec::new());
         for (work, lacks) in works.iter_mut().zip(lacking) {

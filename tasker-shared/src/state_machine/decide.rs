@@ -226,6 +226,7 @@ impl<'a, 'r> Pass<'a, 'r> {
                 new_step_queues: Vec::new(),
                 sends: Vec::new(),
                 due: Vec::new(),
+                lanes: Vec::new(),
                 cancel_open_steps: false,
                 closed: Vec::new(),
                 audit: None,

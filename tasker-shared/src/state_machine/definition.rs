@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::condition::Condition;
+use super::flow::Rule;
 use super::graph::Graph;
 use super::input::InputTemplate;
 use super::retry::RetryPolicy;
@@ -38,6 +39,8 @@ pub struct Definition {
     /// Whether a step may come to be skipped: only then is more looked at than what stands
     /// directly behind an event.
     pub can_skip: bool,
+    /// Whose turn held steps are, when they are equally urgent; `None`: all one's.
+    pub fair_key: Option<InputTemplate>,
 }
 
 impl Definition {
@@ -77,6 +80,8 @@ pub struct StepDefinition {
     pub branches: Vec<u32>,
     /// Which of its dependencies must be done.
     pub join: Join,
+    /// Its limits, and those that all steps of the template share.
+    pub limits: Vec<Rule>,
 }
 
 /// Which of a step's dependencies must be done before it runs.

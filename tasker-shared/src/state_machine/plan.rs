@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::flow::{self, Places};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState};
 
 /// A task's row, as far as decisions depend on it.
@@ -173,6 +174,10 @@ pub struct Room {
     queues: HashMap<Arc<str>, QueueRoom>,
     /// Queues that an operator has paused, known to have room or not.
     paused: HashSet<String>,
+    /// Limits of namespaces and handlers, by name; those of templates are in the templates.
+    limits: HashSet<String>,
+    /// What limits have left, while held steps are admitted.
+    places: Places,
     unlimited: bool,
 }
 
@@ -205,6 +210,42 @@ impl Room {
     /// Sets which queues are paused, all others are not.
     pub fn set_paused(&mut self, queues: HashSet<String>) {
         self.paused = queues;
+    }
+
+    /// Sets the limits of namespaces and handlers, by name.
+    pub fn set_limits(&mut self, names: HashSet<String>) {
+        self.limits = names;
+    }
+
+    /// The limits that apply to a step beside those of its template, by name.
+    pub fn limits_of(&self, namespace: &str, handler: &str) -> Vec<String> {
+        if self.limits.is_empty() && self.places.is_empty() {
+            return Vec::new();
+        }
+        let mut names = vec![flow::namespace_limit(namespace), flow::handler_limit(namespace, handler)];
+        // One that was set a moment ago may be known to those who admit, and to nobody else yet.
+        names.retain(|name| self.limits.contains(name) || self.places.knows(name));
+        names
+    }
+
+    /// Sets what limits have left, and takes what was there before.
+    pub fn set_places(&mut self, places: Places) -> Places {
+        std::mem::replace(&mut self.places, places)
+    }
+
+    /// Takes a place under each of these limits, or none at all.
+    pub fn take_places(&mut self, step: Uuid, names: &[String]) -> bool {
+        self.unlimited || self.places.take(step, names)
+    }
+
+    /// Whether everything may be sent.
+    pub fn is_unlimited(&self) -> bool {
+        self.unlimited
+    }
+
+    /// Whether any namespace or handler is limited.
+    pub fn has_limits(&self) -> bool {
+        !self.limits.is_empty()
     }
 
     /// Whether an operator has paused the queue.
@@ -364,6 +405,8 @@ pub struct Plan {
     pub sends: Vec<Send>,
     /// Hints to look later.
     pub due: Vec<Due>,
+    /// The lanes in which held steps wait: see [`super::definition::Definition::lane`].
+    pub lanes: Vec<(Uuid, String)>,
     /// Move every other open step to cancelled.
     pub cancel_open_steps: bool,
     /// Attempts that this plan closes: `(step, attempt)`.

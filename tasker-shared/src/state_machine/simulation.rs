@@ -924,6 +924,7 @@ pub(crate) fn template(words: &str) -> Definition {
         when: None,
         branches: Vec::new(),
         join: Join::All,
+        limits: Vec::new(),
     });
     Definition {
         template_id: 1,
@@ -936,6 +937,7 @@ pub(crate) fn template(words: &str) -> Definition {
         by_name,
         graph,
         can_skip: false,
+        fair_key: None,
     }
 }
 

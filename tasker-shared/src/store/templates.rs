@@ -161,6 +161,7 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
     let names: Vec<Arc<str>> = template.steps.iter().map(|step| step.name.as_str().into()).collect();
     let by_name: HashMap<Arc<str>, u32> = names.iter().cloned().zip(0_u32..).collect();
     let mut steps = Vec::with_capacity(template.steps.len());
+    let mut limits = template.limits()?.into_iter();
     for (index, step) in (0_u32..).zip(&template.steps) {
         let input = step.input_template()?;
         let mut needs: Vec<u32> = match &input {
@@ -183,6 +184,7 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
             when,
             branches: step.branches.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect(),
             join: step.join,
+            limits: limits.next().unwrap_or_default(),
         });
     }
     let can_skip = steps.iter().any(|step| step.when.is_some() || !step.branches.is_empty() || step.join == Join::Any);
@@ -198,6 +200,7 @@ fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
         version: template.version.as_str().into(),
         block_on_failure: template.on_failure == OnFailure::Block,
         total: template.timeouts.total,
+        fair_key: template.fair_key_template()?,
         steps,
         graph,
         by_name,

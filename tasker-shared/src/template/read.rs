@@ -11,20 +11,48 @@ use super::duration::{format_duration, parse_duration};
 use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
-    Checked, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS, OnExhausted, OnFailure,
-    Problem, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace,
+    Checked, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS,
+    OnExhausted, OnFailure, Problem, Rate, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace,
+    key_template,
 };
 use crate::state_machine::condition::Condition;
 use crate::state_machine::graph::{Graph, GraphError};
 use crate::state_machine::input::{InputTemplate, Path, Segment};
 
 /// The keys of each mapping, as `docs/templates.md` lists them.
-pub(super) const TEMPLATE_KEYS: [&str; 9] =
-    ["namespace", "name", "version", "description", "input_schema", "on_failure", "timeouts", "trace", "steps"];
+pub(super) const TEMPLATE_KEYS: [&str; 12] = [
+    "namespace",
+    "name",
+    "version",
+    "description",
+    "input_schema",
+    "on_failure",
+    "timeouts",
+    "trace",
+    "concurrency",
+    "rate",
+    "fair_key",
+    "steps",
+];
+pub(super) const CONCURRENCY_KEYS: [&str; 2] = ["key", "limit"];
+pub(super) const RATE_KEYS: [&str; 3] = ["key", "limit", "per"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 11] =
-    ["name", "handler", "depends_on", "join", "when", "branches", "input", "queue", "priority", "retry", "timeouts"];
+pub(super) const STEP_KEYS: [&str; 13] = [
+    "name",
+    "handler",
+    "depends_on",
+    "join",
+    "when",
+    "branches",
+    "input",
+    "queue",
+    "priority",
+    "concurrency",
+    "rate",
+    "retry",
+    "timeouts",
+];
 pub(super) const RETRY_KEYS: [&str; 7] = [
     "max_attempts",
     "initial_interval",
@@ -49,6 +77,7 @@ const MAX_DESCRIPTION_CHARS: usize = 1000;
 const MAX_ERROR_TYPES: usize = 100;
 const MAX_ERROR_TYPE_CHARS: usize = 100;
 const MAX_ATTEMPTS: u32 = 1_000_000;
+const MAX_LIMIT: i32 = 1_000_000;
 const MAX_COEFFICIENT: f64 = 1000.0;
 const SHORTEST_HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -156,6 +185,9 @@ impl Read<'_> {
         });
         let timeouts = self.optional(&fields, "timeouts", Self::task_timeouts);
         let trace = self.optional(&fields, "trace", Self::trace);
+        let concurrency = self.optional(&fields, "concurrency", Self::concurrency);
+        let rate = self.optional(&fields, "rate", Self::rate);
+        let fair_key = self.optional(&fields, "fair_key", Self::limit_key);
         let steps = self.required(&fields, "steps", Self::steps)?;
         if let Some(namespace) = &namespace {
             self.queue_lengths(namespace, &steps);
@@ -176,6 +208,9 @@ impl Read<'_> {
             on_failure: on_failure.unwrap_or_default(),
             timeouts: timeouts.unwrap_or_default(),
             trace: trace.unwrap_or_default(),
+            concurrency,
+            rate,
+            fair_key,
             steps: steps.into_iter().map(|step| step.definition).collect(),
         };
         self.size(root.place, &template);
@@ -331,6 +366,8 @@ impl Read<'_> {
         let queue = self.optional(&fields, "queue", Self::namespace);
         let priority =
             self.optional(&fields, "priority", |read, node, path| read.whole(node, path, i32::MIN..=i32::MAX));
+        let concurrency = self.optional(&fields, "concurrency", Self::concurrency);
+        let rate = self.optional(&fields, "rate", Self::rate);
         let retry = self.optional(&fields, "retry", Self::retry);
         let timeouts = self.optional(&fields, "timeouts", Self::step_timeouts);
         Some(StepDefinition {
@@ -345,9 +382,49 @@ impl Read<'_> {
             input,
             queue,
             priority: priority.unwrap_or_default(),
+            concurrency,
+            rate,
             retry: retry.unwrap_or_default(),
             timeouts: timeouts.unwrap_or_default(),
         })
+    }
+
+    fn concurrency(&mut self, node: &Node, path: &str) -> Option<Concurrency> {
+        let fields = self.fields(node, path, &CONCURRENCY_KEYS)?;
+        let key = self.optional(&fields, "key", Self::limit_key);
+        Some(Concurrency { key, limit: self.required(&fields, "limit", Self::limit)? })
+    }
+
+    fn rate(&mut self, node: &Node, path: &str) -> Option<Rate> {
+        let fields = self.fields(node, path, &RATE_KEYS)?;
+        let key = self.optional(&fields, "key", Self::limit_key);
+        let limit = self.required(&fields, "limit", Self::limit);
+        let per = self.required(&fields, "per", Self::duration);
+        Some(Rate { key, limit: limit?, per: per? })
+    }
+
+    fn limit(&mut self, node: &Node, path: &str) -> Option<i32> {
+        if matches!(&node.kind, Kind::Number(number) if number.as_i64() == Some(0)) {
+            let message = "0 would let nothing run, ever; pause the queue with `tasker queue pause` instead";
+            self.wrong(node.place, path, message);
+            return None;
+        }
+        self.whole(node, path, 1..=MAX_LIMIT)
+    }
+
+    fn limit_key(&mut self, node: &Node, path: &str) -> Option<String> {
+        let key = self.text(node, path)?;
+        match key_template(&key) {
+            Ok(_) if !key.is_empty() => Some(key),
+            Ok(_) => {
+                self.wrong(node.place, path, "is empty; write a text such as ${input.customer_id}");
+                None
+            }
+            Err(message) => {
+                self.wrong(node.place, path, message);
+                None
+            }
+        }
     }
 
     fn retry(&mut self, node: &Node, path: &str) -> Option<RetryPolicy> {

@@ -101,6 +101,8 @@ steps:
             })),
             queue: Some("slow".into()),
             priority: -5,
+            concurrency: None,
+            rate: None,
             retry: RetryPolicy {
                 max_attempts: 5,
                 initial_interval: Duration::from_millis(250),
@@ -361,6 +363,22 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
             "steps[1].when",
             "compares with a number, but the input_schema says that this is a string",
         ),
+        (step("concurrency: {limit: 0}"), 10, "steps[1].concurrency.limit", "0 would let nothing run, ever; pause"),
+        (step("concurrency: {limit: -1}"), 10, "steps[1].concurrency.limit", "-1 is not a whole number from 1"),
+        (step("concurrency: {key: '${input.a}'}"), 10, "steps[1].concurrency.limit", "is missing"),
+        (
+            step("concurrency: {key: '${steps.a.output.b}', limit: 1}"),
+            10,
+            "steps[1].concurrency.key",
+            "a key may read the task's input only",
+        ),
+        (step("concurrency: {key: '${input.', limit: 1}"), 10, "steps[1].concurrency.key", ""),
+        (step("concurrency: {key: '', limit: 1}"), 10, "steps[1].concurrency.key", "is empty"),
+        (step("rate: {limit: 0, per: 1s}"), 10, "steps[1].rate.limit", "would let nothing run"),
+        (step("rate: {limit: 5}"), 10, "steps[1].rate.per", "is missing"),
+        (step("rate: {limit: 5, per: 0s}"), 10, "steps[1].rate.per", "must be more than zero"),
+        (root("concurrency: 3"), 4, "concurrency", "is a number, not a mapping"),
+        (root("fair_key: [a]"), 4, "fair_key", "is a list, not a text"),
         (step("priority: high"), 10, "steps[1].priority", "is a text, not a whole number"),
         (step("priority: 1.5"), 10, "steps[1].priority", "1.5 is not a whole number from -2147483648"),
         (step("priority: 2147483648"), 10, "steps[1].priority", "to 2147483647"),
@@ -624,9 +642,16 @@ fn tables_of_the_document_list_every_key_with_its_default() {
     list("timeouts.", &read::TASK_TIMEOUT_KEYS);
     list("trace.", &read::TRACE_KEYS);
     list("steps[].", &read::STEP_KEYS);
+    for of in ["", "steps[]."] {
+        list(&format!("{of}concurrency."), &read::CONCURRENCY_KEYS);
+        list(&format!("{of}rate."), &read::RATE_KEYS);
+    }
     list("steps[].retry.", &read::RETRY_KEYS);
     list("steps[].timeouts.", &read::STEP_TIMEOUT_KEYS);
     for parent in ["timeouts", "trace", "steps[].retry", "steps[].timeouts"] {
+        known.remove(parent);
+    }
+    for parent in ["concurrency", "rate", "steps[].concurrency", "steps[].rate"] {
         known.remove(parent);
     }
     assert_eq!(documented.keys().cloned().collect::<BTreeSet<_>>(), known);

@@ -42,7 +42,7 @@ impl Pass<'_, '_> {
         self.plan.task_changed = true;
         for (index, uuid) in (0_u32..).zip(step_uuids) {
             let dependencies = self.definition.graph.parents(index).len();
-            let priority = self.plan.task.priority + self.definition.steps[index as usize].priority;
+            let priority = self.plan.task.priority.saturating_add(self.definition.steps[index as usize].priority);
             let dependencies = i32::try_from(dependencies).unwrap_or(i32::MAX);
             let step = Step::new(uuid, index, self.plan.task.generation, dependencies, priority, self.now);
             self.steps.insert(index, step);

@@ -12,6 +12,7 @@ use proptest::test_runner::TestCaseResult;
 use serde_json::json;
 
 use super::super::definition::{Definition, Join};
+use super::super::flow::{Free, Places};
 use super::super::plan::{Outcome, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
@@ -59,6 +60,8 @@ pub(crate) struct Story {
     block_on_failure: bool,
     has_total: bool,
     invalid: bool,
+    /// At most so many steps in flight, by a limit of the namespace.
+    limit: Option<i32>,
     choices: Vec<u16>,
 }
 
@@ -105,13 +108,14 @@ pub(crate) fn story() -> impl Strategy<Value = Story> {
         any::<bool>(),
         prop::bool::weighted(0.1),
         prop::bool::weighted(0.03),
+        prop::option::weighted(0.4, 1_i32..5),
         prop::collection::vec(any::<u16>(), 0..250),
     )
-        .prop_map(|(mut steps, block_on_failure, has_total, invalid, choices)| {
+        .prop_map(|(mut steps, block_on_failure, has_total, invalid, limit, choices)| {
             for (index, step) in steps.iter_mut().enumerate() {
                 step.parents.retain(|parent| *parent < index);
             }
-            Story { steps, block_on_failure, has_total, invalid, choices }
+            Story { steps, block_on_failure, has_total, invalid, limit, choices }
         })
 }
 
@@ -246,7 +250,7 @@ impl Driver {
             } else if !self.world.results.is_empty() {
                 let results = std::mem::take(&mut self.world.results);
                 self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
-            } else if self.world.task.held_steps > 0 {
+            } else if self.world.task.held_steps > 0 && self.has_places() {
                 self.admit(usize::MAX, Room::unlimited())?;
             } else if let Some(at) = self.world.due.iter().map(|(_, at, _)| *at).min() {
                 for claim in self.running.clone() {
@@ -337,6 +341,26 @@ impl Driver {
             room.set_paused([QUEUE.to_owned()].into());
         }
         room
+    }
+
+    /// The same room under the story's limit, with the places it has left: as who admits knows them.
+    fn limited(&self, room: Room) -> Room {
+        let Some(most) = self.story.limit else {
+            return room;
+        };
+        let handlers: Vec<String> = self.world.definition.steps.iter().map(|step| step.handler.to_string()).collect();
+        let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
+        let mut room = if room.is_unlimited() { room_for(1000, &handlers, false) } else { room };
+        room.set_limits(["shop".to_owned()].into());
+        let mut places = Places::default();
+        let left = i64::from(most - self.world.task.in_flight_steps);
+        places.set("shop".into(), Free { limit_id: 1, places: Some(left), tokens: None });
+        room.set_places(places);
+        room
+    }
+
+    fn has_places(&self) -> bool {
+        self.story.limit.is_none_or(|most| self.world.task.in_flight_steps < most)
     }
 
     fn start(&mut self, room: Room) -> TestCaseResult {
@@ -465,10 +489,12 @@ impl Driver {
         if events.is_empty() {
             return Ok(());
         }
+        let mut room = self.limited(room);
         self.check_order(&events, &room)?;
         let before = self.world.task.state;
-        let mut room = room;
         let plan = self.world.settle(events, &mut room);
+        let in_flight = self.world.task.in_flight_steps;
+        prop_assert!(self.story.limit.is_none_or(|most| in_flight <= most), "{in_flight} are in flight");
         if before.is_terminal() && !self.world.task.state.is_terminal() {
             prop_assert!(plan.audit.is_some(), "only an operator begins a generation");
         }

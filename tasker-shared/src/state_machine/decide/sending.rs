@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::super::definition::StepDefinition;
 use super::super::input::{Scope, default_input};
 use super::super::plan::{Detail, Due, HeldBy, Send, Wait};
 use super::super::states::{StepEvent, StepState};
@@ -60,7 +61,7 @@ impl Pass<'_, '_> {
                         continue;
                     }
                 }
-                match self.resolve(index) {
+                match self.checked_lane(index).and_then(|()| self.resolve(index)) {
                     Ok(input) => self.touch(index).input = Some(input),
                     Err(reason) => {
                         self.fail_by_definition(index, "missing_input", &reason);
@@ -93,22 +94,71 @@ impl Pass<'_, '_> {
     /// what lies in a paused queue is not claimed.
     fn admission(&mut self, index: u32, event: StepEvent, admitting: bool) -> Result<(), HeldBy> {
         let definition = self.defined(index);
-        match event {
-            StepEvent::Enqueue => self.room.take(&definition.queue, &definition.handler, admitting),
-            StepEvent::RetryReady if self.room.is_paused(&definition.queue) => Err(HeldBy::Paused),
-            _ => Ok(()),
+        if !matches!(event, StepEvent::Enqueue | StepEvent::RetryReady) {
+            return Ok(());
         }
+        if self.room.is_paused(&definition.queue) {
+            return Err(HeldBy::Paused);
+        }
+        let limited = self.is_limited(definition) && !self.room.is_unlimited();
+        if limited && !admitting {
+            return Err(HeldBy::Limit);
+        }
+        if event == StepEvent::Enqueue {
+            self.room.take(&definition.queue, &definition.handler, admitting)?;
+        }
+        if limited && !self.take_places(index, definition) {
+            if event == StepEvent::Enqueue {
+                self.room.give_back(&definition.queue);
+            }
+            return Err(HeldBy::Limit);
+        }
+        Ok(())
+    }
+
+    /// Whether any limit applies to it. Steps that are limited are always held first: only who
+    /// admits them has the locks to say what is left.
+    pub(super) fn is_limited(&self, definition: &StepDefinition) -> bool {
+        !definition.limits.is_empty()
+            || !self.room.limits_of(&self.definition.namespace, &definition.handler).is_empty()
+    }
+
+    fn take_places(&mut self, index: u32, definition: &StepDefinition) -> bool {
+        let step = &self.steps[&index];
+        let Ok(limits) = self.definition.limits(step.index, &self.plan.task.input) else {
+            return false;
+        };
+        let mut names: Vec<String> = limits.into_iter().map(|limit| limit.name).collect();
+        names.extend(self.room.limits_of(&self.definition.namespace, &definition.handler));
+        self.room.take_places(step.uuid, &names)
+    }
+
+    /// Where its keys lead is known before it is ready; that they lead nowhere fails it.
+    fn checked_lane(&self, index: u32) -> Result<(), String> {
+        let index = self.steps[&index].index;
+        if self.definition.has_lane(index) {
+            self.definition.lane(index, &self.plan.task.input)?;
+        }
+        Ok(())
     }
 
     pub(super) fn hold(&mut self, index: u32, reason: HeldBy) {
-        let now = self.now;
+        let (now, place) = (self.now, self.steps[&index].index);
         let step = self.touch(index);
-        if step.held_by.is_none() {
+        let before = step.held_by.replace(reason);
+        let uuid = step.uuid;
+        if before.is_none() {
             step.ready_at = Some(now);
             self.plan.task.held_steps += 1;
             self.plan.task_changed = true;
         }
-        self.touch(index).held_by = Some(reason);
+        let in_lane = self.definition.has_lane(place) || reason == HeldBy::Limit;
+        if in_lane
+            && before.is_none_or(|before| before != reason)
+            && let Ok(lane) = self.definition.lane(place, &self.plan.task.input)
+        {
+            self.plan.lanes.push((uuid, lane));
+        }
     }
 
     pub(super) fn send(&mut self, index: u32, event: StepEvent, waits: Vec<Wait>, task_version: i32) {

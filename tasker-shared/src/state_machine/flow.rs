@@ -1,0 +1,186 @@
+//! Limits and fair turns: which limits apply to a step, and what they have left.
+//!
+//! A place under a concurrency limit is not counted up and down: it is a row beside the step,
+//! and counts for as long as the step is in flight. So whatever closes an attempt gives its
+//! place back, in the same transaction and without a word.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::definition::Definition;
+use super::input::InputTemplate;
+
+/// The most bytes of a key.
+pub const MAX_KEY_BYTES: usize = 200;
+
+/// Separates the parts of a lane; no key holds it.
+pub const LANE_SEPARATOR: char = '\u{1f}';
+
+/// A limit as a template declares it, on a step or on all its steps together.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    /// What it is about: `shop/order.charge`, or `shop/order` for all steps of the template.
+    pub scope: Arc<str>,
+    /// Which tasks share it; `None`: all.
+    pub key: Option<InputTemplate>,
+    /// How much it allows.
+    pub allows: Allows,
+}
+
+/// How much a limit allows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Allows {
+    /// So many attempts in flight at once.
+    AtOnce(i32),
+    /// So many attempts sent in each such time; a bucket of as many tokens, refilled evenly.
+    Rate(i32, Duration),
+}
+
+/// A limit that applies to one step of one task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limit {
+    /// Its name, unique in the database: `shop/order.charge/customer-42`.
+    pub name: String,
+    /// How much it allows.
+    pub allows: Allows,
+}
+
+/// The name of the limit of a namespace.
+pub fn namespace_limit(namespace: &str) -> String {
+    namespace.to_owned()
+}
+
+/// The name of the limit of a handler.
+pub fn handler_limit(namespace: &str, handler: &str) -> String {
+    format!("{namespace}:{handler}")
+}
+
+impl Definition {
+    /// The limits that the template sets for a step of a task with this input; the problem of the
+    /// first key that leads nowhere.
+    pub fn limits(&self, index: u32, input: &Value) -> Result<Vec<Limit>, String> {
+        let rules = self.steps[index as usize].limits.iter();
+        rules
+            .map(|rule| {
+                let key = rule.key.as_ref().map(|key| resolve(key, input)).transpose();
+                let (what, prefix) = match rule.allows {
+                    Allows::AtOnce(_) => ("concurrency", ""),
+                    Allows::Rate(..) => ("rate", "rate "),
+                };
+                let name = match key.map_err(|problem| format!("{what}.key: {problem}"))? {
+                    Some(key) => format!("{prefix}{}/{key}", rule.scope),
+                    None => format!("{prefix}{}", rule.scope),
+                };
+                Ok(Limit { name, allows: rule.allows })
+            })
+            .collect()
+    }
+
+    /// The lane in which a step waits when it is held: steps of one lane are subject to the same
+    /// limits and have one fair key. The fair key comes first, then the handler, then the limits.
+    pub fn lane(&self, index: u32, input: &Value) -> Result<String, String> {
+        let fair = self.fair_key.as_ref().map(|key| resolve(key, input)).transpose();
+        let mut lane = fair.map_err(|problem| format!("fair_key: {problem}"))?.unwrap_or_default();
+        lane.push(LANE_SEPARATOR);
+        lane.push_str(&self.steps[index as usize].handler);
+        for limit in self.limits(index, input)? {
+            lane.push(LANE_SEPARATOR);
+            lane.push_str(&limit.name);
+        }
+        Ok(lane)
+    }
+
+    /// Whether its template alone gives a step a lane.
+    pub fn has_lane(&self, index: u32) -> bool {
+        self.fair_key.is_some() || !self.steps[index as usize].limits.is_empty()
+    }
+}
+
+fn resolve(key: &InputTemplate, input: &Value) -> Result<String, String> {
+    let key = match key.resolve(input, &|_| None).map_err(|missing| missing.to_string())? {
+        Value::String(text) => text,
+        Value::Number(number) => number.to_string(),
+        Value::Bool(yes) => yes.to_string(),
+        Value::Null => return Err("leads to null; it must lead to a text, a number or a boolean".into()),
+        Value::Array(_) | Value::Object(_) => {
+            return Err("leads to a list or an object; it must lead to a text, a number or a boolean".into());
+        }
+    };
+    if key.is_empty() || key.len() > MAX_KEY_BYTES || key.chars().any(char::is_control) {
+        return Err(format!("must have 1 to {MAX_KEY_BYTES} bytes and no control characters, it has {} bytes", key.len()));
+    }
+    Ok(key)
+}
+
+/// What limits have left, read under their locks by whoever admits held steps; everybody else has none.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    free: HashMap<String, Free>,
+    taken: Vec<(Uuid, i64)>,
+}
+
+/// What one limit has left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Free {
+    /// Its row.
+    pub limit_id: i64,
+    /// Places; `None`: it does not limit how many are in flight.
+    pub places: Option<i64>,
+    /// Tokens; `None`: it does not limit how many begin.
+    pub tokens: Option<f64>,
+}
+
+impl Free {
+    /// How many more it lets through.
+    pub fn left(&self) -> i64 {
+        #[expect(clippy::cast_possible_truncation, reason = "a bucket holds at most as many tokens as an i32")]
+        let tokens = self.tokens.map_or(i64::MAX, |tokens| tokens.floor() as i64);
+        self.places.unwrap_or(i64::MAX).min(tokens)
+    }
+
+    /// Takes one.
+    pub fn take(&mut self) {
+        self.places = self.places.map(|places| places - 1);
+        self.tokens = self.tokens.map(|tokens| tokens - 1.0);
+    }
+}
+
+impl Places {
+    /// Says what a limit has left.
+    pub fn set(&mut self, name: String, free: Free) {
+        self.free.insert(name, free);
+    }
+
+    /// Whether it knows no limit.
+    pub fn is_empty(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    /// Whether it knows this limit.
+    pub fn knows(&self, name: &str) -> bool {
+        self.free.contains_key(name)
+    }
+
+    /// Takes a place under each of these limits, or none at all. What is not known has nothing left.
+    pub fn take(&mut self, step: Uuid, names: &[String]) -> bool {
+        if !names.iter().all(|name| self.free.get(name).is_some_and(|free| free.left() > 0)) {
+            return false;
+        }
+        for name in names {
+            if let Some(free) = self.free.get_mut(name) {
+                free.take();
+                self.taken.push((step, free.limit_id));
+            }
+        }
+        true
+    }
+
+    /// The places that were taken, as `(step, limit)`.
+    pub fn taken(&self) -> &[(Uuid, i64)] {
+        &self.taken
+    }
+}
