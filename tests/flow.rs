@@ -112,7 +112,11 @@ async fn never_more_than_the_limit_of_a_key_are_in_flight_and_all_end() {
     assert_eq!(most, 2, "the limit is used, and kept");
     let spans = world.spans_of(tasks[0]);
     let waits: Vec<_> = spans.iter().filter_map(|span| span.text("wait.reason")).collect();
-    assert_eq!(waits.iter().filter(|reason| **reason == "limit").count(), 2, "its first attempt and its retry: {waits:?}");
+    assert_eq!(
+        waits.iter().filter(|reason| **reason == "limit").count(),
+        2,
+        "its first attempt and its retry: {waits:?}"
+    );
     assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
     world.end().await;
 }

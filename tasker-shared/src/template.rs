@@ -24,8 +24,8 @@ pub use self::duration::{format_duration, parse_duration};
 pub use self::schema::{InputSchema, check_input};
 use crate::state_machine::condition::Condition;
 pub use crate::state_machine::definition::Join;
-pub use crate::state_machine::graph::MAX_STEPS;
 use crate::state_machine::flow::{Allows, Rule};
+pub use crate::state_machine::graph::MAX_STEPS;
 use crate::state_machine::graph::{Graph, GraphError};
 pub use crate::state_machine::input::MAX_DEPTH;
 use crate::state_machine::input::{InputError, InputTemplate};
@@ -391,8 +391,8 @@ fn rules(scope: &str, concurrency: Option<&Concurrency>, rate: Option<&Rate>) ->
 
 /// A key is a text with references to the task's input: it is known before any step has run.
 pub(crate) fn key_template(key: &str) -> Result<InputTemplate, String> {
-    let template = InputTemplate::parse(&Value::String(key.to_owned()))
-        .map_err(|mut errors| errors.swap_remove(0).message)?;
+    let template =
+        InputTemplate::parse(&Value::String(key.to_owned())).map_err(|mut errors| errors.swap_remove(0).message)?;
     if template.references().next().is_some() {
         return Err("reads the output of a step; a key may read the task's input only, as ${input.…}".into());
     }

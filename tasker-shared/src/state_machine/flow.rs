@@ -111,7 +111,10 @@ fn resolve(key: &InputTemplate, input: &Value) -> Result<String, String> {
         }
     };
     if key.is_empty() || key.len() > MAX_KEY_BYTES || key.chars().any(char::is_control) {
-        return Err(format!("must have 1 to {MAX_KEY_BYTES} bytes and no control characters, it has {} bytes", key.len()));
+        return Err(format!(
+            "must have 1 to {MAX_KEY_BYTES} bytes and no control characters, it has {} bytes",
+            key.len()
+        ));
     }
     Ok(key)
 }

@@ -51,7 +51,11 @@ pub async fn rules(conn: &mut PgConnection) -> Result<Rules, Error> {
     .await?;
     let mut rules = Rules::default();
     for row in rows {
-        if row.paused { rules.paused.insert(row.name) } else { rules.limits.insert(row.name) };
+        if row.paused {
+            rules.paused.insert(row.name)
+        } else {
+            rules.limits.insert(row.name)
+        };
     }
     Ok(rules)
 }

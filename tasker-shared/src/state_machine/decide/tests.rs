@@ -1270,7 +1270,10 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
         hold b: limit
         hold c: limit",
     );
-    assert_eq!(plan.lanes.iter().map(|(_, lane)| lane.as_str()).collect::<Vec<_>>(), ["\u{1f}do.a", "\u{1f}do.b", "\u{1f}do.c"]);
+    assert_eq!(
+        plan.lanes.iter().map(|(_, lane)| lane.as_str()).collect::<Vec<_>>(),
+        ["\u{1f}do.a", "\u{1f}do.b", "\u{1f}do.c"]
+    );
     let admit = (0..3).map(|step| Event::Admit { step }).collect();
     let plan = check(
         &mut world,
@@ -1318,7 +1321,8 @@ fn a_key_names_the_limit_and_one_that_leads_nowhere_fails_its_step() {
     let mut definition = keyed("${input.total}");
     definition.fair_key = Some(InputTemplate::parse(&json!("t${input.total}")).unwrap());
     assert_eq!(definition.lane(0, &json!({"total": 7})).unwrap(), "t7\u{1f}do.a\u{1f}shop/order.a/7");
-    for input in [json!({"total": null}), json!({"total": []}), json!({"total": ""}), json!({"total": "x".repeat(201)})] {
+    for input in [json!({"total": null}), json!({"total": []}), json!({"total": ""}), json!({"total": "x".repeat(201)})]
+    {
         definition.limits(0, &input).expect_err("no key");
     }
     let mut world = World::new(keyed("${input.nobody}"));
