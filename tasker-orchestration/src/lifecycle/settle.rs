@@ -3,7 +3,7 @@
 //! A batch of hints settles in one transaction with set-based statements, so the cost of a
 //! step falls as the load rises. This file must never decide anything itself.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};

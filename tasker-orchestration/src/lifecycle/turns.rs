@@ -4,6 +4,7 @@
 //! that was served last; within a key the longest ready goes first. What a limit would hold back
 //! is passed over, so it is in nobody's way.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
@@ -55,13 +56,14 @@ pub(super) fn take(
     after: &str,
     max: usize,
 ) -> (Vec<Candidate>, Option<String>) {
-    candidates.sort_by(|a, b| (-a.priority, a.ready_at, a.step).cmp(&(-b.priority, b.ready_at, b.step)));
+    candidates.sort_unstable_by_key(|held| (Reverse(held.priority), held.ready_at, held.step));
     let mut rounds: HashMap<(i32, &str), u32> = HashMap::new();
-    let mut order: Vec<(i32, u32, bool, &str, usize)> = Vec::with_capacity(candidates.len());
+    let mut order: Vec<(Reverse<i32>, u32, bool, &str, usize)> = Vec::with_capacity(candidates.len());
     for (place, candidate) in candidates.iter().enumerate() {
         let round = rounds.entry((candidate.priority, &candidate.fair)).or_default();
         *round += 1;
-        order.push((-candidate.priority, *round, *behind(&candidate.fair) <= *after, &candidate.fair, place));
+        let served = *behind(&candidate.fair) <= *after;
+        order.push((Reverse(candidate.priority), *round, served, &candidate.fair, place));
     }
     order.sort_unstable();
     let (mut taken, mut next) = (Vec::new(), None);
