@@ -146,7 +146,10 @@ begin
     insert into tasker.due (due_at, kind, worker, step_uuids)
     select min(c.lease_expires_at), 'lease', p_worker, array_agg(c.step_uuid) from claimed c having count(*) > 0
   )
-  select c.task_uuid, c.step_uuid, c.name, c.generation, c.attempt, c.claim_token, c.handler, c.input,
+  select c.task_uuid, c.step_uuid, c.name, c.generation, c.attempt, c.claim_token, c.handler,
+    -- (On an array or a text `?` asks something else.)
+    case when c.input ? '$tasker.by_reference' and jsonb_typeof(c.input) = 'object'
+      then tasker.resolve_input(c.task_uuid, c.input) else c.input end,
     c.correlation_id, c.traceparent, c.tracestate, c.baggage, c.last_at,
     c.last_at + make_interval(secs => c.run_ms / 1000.0), c.heartbeat_ms, c.max_attempts
   from claimed c;
@@ -347,6 +350,29 @@ as $$
   join tasker.steps s on s.task_uuid = t.task_uuid and s.step_index = d.step_index
   join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
   where t.task_uuid = p_task and s.state = 'complete' and tasker.may_use(t.namespace)
+$$;
+
+-- Puts back what a stored input leaves out: large values are kept once, as the task's input or on
+-- the attempt that reported them, and named where they are read.
+create function tasker.resolve_input(p_task uuid, p_stored jsonb) returns jsonb
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_input jsonb := p_stored->'input';
+  v_left  jsonb;
+  v_value jsonb;
+  v_at    text[];
+begin
+  for v_left in select jsonb_array_elements(p_stored->'$tasker.by_reference') loop
+    v_at := array(select jsonb_array_elements_text(v_left->'at'));
+    v_value := case when v_left->>'step' is null then (select t.input from tasker.tasks t where t.task_uuid = p_task)
+      else tasker.step_output(p_task, v_left->>'step') end
+      #> array(select jsonb_array_elements_text(v_left->'path'));
+    v_input := case when cardinality(v_at) = 0 then coalesce(v_value, 'null') else jsonb_set(v_input, v_at, coalesce(v_value, 'null')) end;
+  end loop;
+  return v_input;
+end
 $$;
 
 -- Promise 4: every non-terminal task holds a progress token: a message, a live claim, a due

@@ -22,6 +22,7 @@ mod held_steps;
 mod hierarchy;
 mod idempotency;
 mod input_schema;
+mod large_payloads;
 mod late_and_duplicate_results;
 mod malformed_messages;
 mod no_worker_lost;

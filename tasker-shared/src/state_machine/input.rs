@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// The deepest JSON that is accepted anywhere, counting objects and lists.
 pub const MAX_DEPTH: usize = 64;
@@ -264,10 +264,116 @@ impl InputTemplate {
 /// What a step without `input:` receives: the task's input, and its parents'
 /// outputs by name, as `{"input": …, "steps": {"<parent>": <output>}}`. A
 /// parent without output is left out by the caller.
-pub fn default_input<'a>(task_input: &Value, parents: impl Iterator<Item = (&'a str, &'a Value)>) -> Value {
-    let steps = parents.map(|(name, output)| (name.to_owned(), output.clone()));
-    let steps = Value::Object(steps.collect());
-    Value::Object(Map::from_iter([("input".to_owned(), task_input.clone()), ("steps".to_owned(), steps)]))
+///
+/// Errors, in words for a person, if that would nest deeper than [`MAX_DEPTH`] or exceed
+/// [`MAX_RESOLVED_BYTES`].
+pub fn default_input<'a>(
+    task_input: &Value,
+    parents: impl Iterator<Item = (&'a str, &'a Value)>,
+) -> Result<Value, String> {
+    let mut room = MAX_RESOLVED_BYTES;
+    let mut fits = |what: &str, value: &Value, below: usize| {
+        let problem = if depth(value, MAX_DEPTH - below) > MAX_DEPTH - below {
+            format!("nest deeper than {MAX_DEPTH} levels")
+        } else if !take_bytes(value, &mut room) {
+            format!("exceed {MAX_RESOLVED_BYTES} bytes")
+        } else {
+            return Ok(value.clone());
+        };
+        Err(format!("with {what} the input would {problem}; give the step an `input` that takes only what it needs"))
+    };
+    let input = fits("the task's input", task_input, 1)?;
+    let mut steps = Map::new();
+    for (name, output) in parents {
+        steps.insert(name.to_owned(), fits(&format!("the output of {name}"), output, 2)?);
+    }
+    Ok(Value::Object(Map::from_iter([("input".to_owned(), input), ("steps".to_owned(), Value::Object(steps))])))
+}
+
+/// A value of more bytes than this is not copied into the inputs that read it: they name it.
+pub const MAX_INLINE_BYTES: usize = 64 * 1024;
+
+/// The key by which a stored input says that parts of it are kept elsewhere; `tasker.resolve_input`
+/// puts them back when the step is claimed.
+pub const BY_REFERENCE: &str = "$tasker.by_reference";
+
+/// The input as it is stored: large values that references brought in whole are left out and
+/// named, `{"$tasker.by_reference": [{at, step, path}], "input": …}`. Without any it is stored as it is.
+///
+/// `template` is the one that the input was resolved with, `None` for [`default_input`].
+pub fn stored_input(template: Option<&InputTemplate>, mut input: Value) -> Value {
+    let mut left_out = Vec::new();
+    if let Some(template) = template {
+        leave_out(&template.root, &mut input, &mut Vec::new(), &mut left_out);
+    } else if let Value::Object(parts) = &mut input {
+        for (part, value) in parts.iter_mut() {
+            match (part.as_str(), value) {
+                ("input", value) if is_large(value) => {
+                    left_out.push(json!({"at": ["input"], "step": null, "path": []}));
+                    *value = Value::Null;
+                }
+                ("steps", Value::Object(outputs)) => {
+                    for (step, output) in outputs.iter_mut().filter(|(_, output)| is_large(output)) {
+                        left_out.push(json!({"at": ["steps", step], "step": step, "path": []}));
+                        *output = Value::Null;
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    // An input that happens to have our key is wrapped as well, so that it is never misread.
+    if left_out.is_empty() && input.get(BY_REFERENCE).is_none() {
+        return input;
+    }
+    json!({BY_REFERENCE: left_out, "input": input})
+}
+
+fn is_large(value: &Value) -> bool {
+    !take_bytes(value, &mut { MAX_INLINE_BYTES })
+}
+
+/// Walks a template and what it was resolved to side by side.
+fn leave_out(part: &Part, value: &mut Value, at: &mut Vec<Segment>, left_out: &mut Vec<Value>) {
+    match (part, value) {
+        (Part::List(parts), Value::Array(items)) => {
+            for (index, (part, item)) in parts.iter().zip(items).enumerate() {
+                at.push(Segment::Index(index));
+                leave_out(part, item, at, left_out);
+                at.pop();
+            }
+        }
+        (Part::Map(parts), Value::Object(map)) => {
+            for (key, part) in parts {
+                if let Some(item) = map.get_mut(key) {
+                    at.push(Segment::Key(key.clone()));
+                    leave_out(part, item, at, left_out);
+                    at.pop();
+                }
+            }
+        }
+        (Part::Whole(reference), value) if is_large(value) => {
+            let step = match &reference.root {
+                Root::Input => None,
+                Root::Step(step) => Some(step),
+                // An item is nobody's output: its copy is the only one.
+                Root::Item | Root::ItemIndex => return,
+            };
+            left_out.push(json!({"at": words(at), "step": step, "path": words(&reference.path)}));
+            *value = Value::Null;
+        }
+        _ => {}
+    }
+}
+
+/// A path as PostgreSQL writes one.
+fn words(path: &[Segment]) -> Vec<String> {
+    path.iter()
+        .map(|segment| match segment {
+            Segment::Key(key) => key.clone(),
+            Segment::Index(index) => index.to_string(),
+        })
+        .collect()
 }
 
 /// How deep a value nests: 0 for a scalar, 1 for a flat object or list. Stops
@@ -834,7 +940,64 @@ mod tests {
     fn default_input_holds_the_task_input_and_the_parents() {
         let (input, reserve) = (task_input(), reserve());
         let parents = [("reserve", &reserve)];
-        assert_eq!(default_input(&input, parents.into_iter()), json!({"input": input, "steps": {"reserve": reserve}}));
+        assert_eq!(
+            default_input(&input, parents.into_iter()),
+            Ok(json!({"input": input, "steps": {"reserve": reserve}}))
+        );
+    }
+
+    #[test]
+    fn default_input_nests_no_deeper_and_grows_no_larger_than_the_limits() {
+        let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        let (flat, deep, deeper) = (json!({}), nested(MAX_DEPTH - 2), nested(MAX_DEPTH - 1));
+        let with = |input: &Value, parent: &Value| default_input(input, [("reserve", parent)].into_iter());
+        assert_eq!(with(&flat, &deep).map(|input| depth(&input, 1000)), Ok(MAX_DEPTH));
+        assert!(with(&deeper, &flat).is_ok());
+        let error = with(&flat, &deeper).unwrap_err();
+        assert!(error.starts_with("with the output of reserve the input would nest deeper than 64 levels;"), "{error}");
+        assert!(with(&nested(MAX_DEPTH), &flat).unwrap_err().starts_with("with the task's input"));
+        let big = json!("x".repeat(MAX_RESOLVED_BYTES / 2));
+        assert!(with(&big, &big).unwrap_err().contains("would exceed 16777216 bytes"));
+    }
+
+    #[test]
+    fn large_values_are_named_where_they_are_read_whole_and_nowhere_else() {
+        let big = json!("x".repeat(MAX_INLINE_BYTES + 1));
+        let input = json!({"small": 1, "big": big});
+        let output = json!({"lines": [1, big], "id": "h-7"});
+        let outputs = |_: &str| Some(&output);
+        let stored = |template: Value| {
+            let template = InputTemplate::parse(&template).unwrap();
+            stored_input(Some(&template), template.resolve(&input, &outputs).unwrap())
+        };
+        let small = json!({"a": "${input.small}", "b": "${steps.s.output.id}"});
+        assert_eq!(stored(small), json!({"a": 1, "b": "h-7"}));
+        assert_eq!(
+            stored(json!({"a": ["${input.small}", "${steps.s.output.lines[1]}"], "b": "${input}"})),
+            json!({BY_REFERENCE: [
+                {"at": ["a", "1"], "step": "s", "path": ["lines", "1"]},
+                {"at": ["b"], "step": null, "path": []},
+            ], "input": {"a": [1, null], "b": null}})
+        );
+        assert_eq!(
+            stored(json!("${steps.s.output}")),
+            json!({BY_REFERENCE: [{"at": [], "step": "s", "path": []}], "input": null})
+        );
+        // Inside a longer text it is a text of its own.
+        assert_eq!(stored(json!({"a": "no ${input.big}"})), json!({"a": format!("no {}", big.as_str().unwrap())}));
+        assert_eq!(
+            stored_input(None, default_input(&input, [("s", &output), ("t", &json!(2))].into_iter()).unwrap()),
+            json!({BY_REFERENCE: [
+                {"at": ["input"], "step": null, "path": []},
+                {"at": ["steps", "s"], "step": "s", "path": []},
+            ], "input": {"input": null, "steps": {"s": null, "t": 2}}})
+        );
+    }
+
+    #[test]
+    fn an_input_with_our_own_key_is_never_misread() {
+        let strange = json!({BY_REFERENCE: [{"at": [], "step": "s", "path": []}]});
+        assert_eq!(stored_input(None, strange.clone()), json!({BY_REFERENCE: [], "input": strange}));
     }
 
     fn json_value() -> impl Strategy<Value = Value> {

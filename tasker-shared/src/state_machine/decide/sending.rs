@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::super::definition::StepDefinition;
-use super::super::input::{Scope, default_input};
+use super::super::input::{Scope, default_input, stored_input};
 use super::super::plan::{Detail, Due, HeldBy, Send, Wait};
 use super::super::states::{StepEvent, StepState};
 use super::{Pass, Ready};
@@ -22,7 +22,7 @@ impl Pass<'_, '_> {
             let name = &*self.definition.steps[*parent as usize].name;
             Some((name, self.outputs.get(parent)?))
         });
-        Ok(default_input(&self.plan.task.input, parents))
+        default_input(&self.plan.task.input, parents)
     }
 
     /// Sends what finds room, holds the rest; answers how many were sent.
@@ -69,7 +69,13 @@ impl Pass<'_, '_> {
                     }
                 }
             }
-            if let Err(reason) = self.admission(index, event, held.is_some()) {
+            let admitted = self.admission(index, event, held.is_some());
+            // Only now, and only for a handler: whoever reads an input before it is sent needs it whole.
+            if !has_input && let Some(input) = self.touch(index).input.take() {
+                let stored = stored_input(self.defined(index).input.as_ref(), input);
+                self.touch(index).input = Some(stored);
+            }
+            if let Err(reason) = admitted {
                 self.hold(index, reason);
                 continue;
             }
