@@ -110,6 +110,9 @@ enum Command {
     /// Look at queues, and at messages that nobody could use
     #[command(subcommand)]
     Queue(commands::queue::Queue),
+    /// Limit how much of a namespace or a handler is in flight, or begins in a time
+    #[command(subcommand)]
+    Limit(commands::limit::Limit),
     /// Say how long finished tasks are kept, and remove what is past its time
     #[command(subcommand)]
     Retention(commands::retention::Retention),
@@ -154,6 +157,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Schedule(command) => command.run(&global).await,
         Command::Trace(command) => command.run(&global).await,
         Command::Queue(command) => command.run(&global).await,
+        Command::Limit(command) => command.run(&global).await,
         Command::Retention(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,

@@ -156,6 +156,7 @@ fn every_verb_has_help_with_examples() {
         "retention",
         "trace show",
         "queue",
+        "limit",
         "migrate",
         "db",
     ] {

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::schedule::{Schedule, Timing};
+use crate::store::flow::{LimitUse, SetLimit};
 use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
@@ -323,6 +324,33 @@ impl Client {
     ) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
         retention::set(&mut conn, namespace, keep, keep_quarantine, archive, actor).await.map_err(refused)
+    }
+
+    /// Limits a namespace or one handler in it; it takes effect for what is not yet sent.
+    pub async fn set_limit(
+        &self,
+        limit: &SetLimit,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        granted(flow::set_limit(&mut conn, limit, actor, reason).await?)
+    }
+
+    /// Removes the limit of a namespace, or of one handler in it.
+    pub async fn remove_limit(
+        &self,
+        (namespace, handler): (&str, Option<&str>),
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        granted(flow::remove_limit(&mut conn, (namespace, handler), actor, reason).await?)
+    }
+
+    /// The limits, those of templates among them, and what of each is used.
+    pub async fn limits(&self, namespace: Option<&str>) -> Result<Vec<LimitUse>, ClientError> {
+        Ok(flow::limits(&mut *self.pool.acquire().await?, namespace).await?)
     }
 
     /// The task as it is now.

@@ -2,6 +2,7 @@
 
 pub mod db;
 pub mod demo;
+pub mod limit;
 pub mod migrate;
 pub mod orchestrator;
 pub mod queue;

@@ -9,8 +9,9 @@ use serde::Serialize;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::Error;
 use super::views::{self, TaskView};
+use super::{Error, flow};
+use crate::state_machine::flow::{LANE_SEPARATOR, handler_limit, namespace_limit};
 
 /// What the sentence is made from.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -42,6 +43,11 @@ pub struct OpenSteps {
     pub offered: bool,
     /// Who paused the queue and why, as `actor: reason`.
     pub paused: Option<String>,
+    /// The lane of the first one: see `tasker.steps`.
+    #[serde(skip)]
+    pub lane: Option<String>,
+    /// Which limit lets nothing through now, where one holds them.
+    pub limit: Option<String>,
     /// The first of them: the earliest due, or the longest in its state.
     pub name: String,
     /// Who holds the first one.
@@ -70,7 +76,7 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
     )
     .fetch_one(&mut *conn)
     .await?;
-    let open = sqlx::query_as!(
+    let mut open = sqlx::query_as!(
         OpenSteps,
         r#"select distinct on (g.place, g.state, g.held_by, g.queue, g.handler)
              g.state as "state!", g.held_by, g.queue as "queue!", g.handler as "handler!", g.name as "name!", g.worker, g.due_at,
@@ -78,10 +84,11 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              exists (select from tasker.workers w where g.queue = any(w.queues) and g.handler = any(w.handlers)
                        and w.seen_at > clock_timestamp() - interval '30 s') as "offered!",
              (select concat_ws(': ', p.actor, p.reason) from tasker.paused_queues p where p.queue = g.queue) as paused,
+             g.lane, null::text as "limit",
              (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
               where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error
            from (
-             select s.step_uuid, s.attempt, s.state, s.held_by, d.queue, d.handler, d.name, s.claimed_by as worker,
+             select s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler, d.name, s.claimed_by as worker,
                s.due_at, coalesce(s.ready_at, s.last_at) as since, s.failures, d.max_attempts,
                count(*) over (partition by s.state, s.held_by, d.queue, d.handler) as count,
                case s.state when 'error' then 0 when 'in_progress' then 1 when 'enqueued' then 2 when 'waiting_for_retry' then 4
@@ -96,9 +103,20 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
            limit 1000"#,
         task_uuid
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
+    for group in open.iter_mut().filter(|group| group.held_by.as_deref() == Some("limit")) {
+        group.limit = full_limit(conn, &task.namespace, group).await?;
+    }
     Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open }))
+}
+
+/// The first limit of the group's lane that lets nothing through now, in words.
+async fn full_limit(conn: &mut PgConnection, namespace: &str, group: &OpenSteps) -> Result<Option<String>, Error> {
+    let of_lane = group.lane.as_deref().unwrap_or_default().split(LANE_SEPARATOR).skip(2).map(str::to_owned);
+    let names =
+        of_lane.chain([namespace_limit(namespace), handler_limit(namespace, &group.handler)]).collect::<Vec<_>>();
+    Ok(flow::limit_use(conn, &names).await?.iter().find_map(flow::LimitUse::why))
 }
 
 impl Situation {
@@ -185,6 +203,11 @@ impl Situation {
                 let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
                 format!("{what} held since {since}: queue {queue} is paused by {paused}")
             }
+            ("pending" | "waiting_for_retry", Some("limit")) => {
+                let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
+                let limit = group.limit.as_deref().unwrap_or("its limits let it through now, it is about to be sent");
+                format!("{what} held since {since}: {limit}")
+            }
             ("waiting_for_retry", Some(_)) => format!("the retry of {name} is about to be sent"),
             ("waiting_for_retry", None) => {
                 let due = group.due_at.unwrap_or(self.now);
@@ -205,7 +228,6 @@ impl Situation {
             ("pending", Some("room")) => {
                 format!("{who} room in queue {queue}: every slot of its workers is taken since {since}")
             }
-            ("pending", Some("limit")) => format!("{who} a limit of queue {queue} to allow more"),
             ("pending", Some("paused")) => format!("{who} queue {queue}, which was paused until just now"),
             ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) if self.orchestrator => {
                 format!("the result of {name} is being evaluated")
