@@ -251,6 +251,7 @@ create table tasker.audit (
   action     text not null,
   actor      text not null,
   reason     text,
+  details    jsonb,
   at         timestamptz not null default clock_timestamp(),
   constraint audit_is_about_something check (num_nonnulls(task_uuid, subject) > 0)
 );

@@ -349,7 +349,7 @@ as $$
   join tasker.template_steps d on d.template_id = t.template_id and d.name = p_step_name
   join tasker.steps s on s.task_uuid = t.task_uuid and s.step_index = d.step_index
   join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
-  where t.task_uuid = p_task and s.state = 'complete' and tasker.may_use(t.namespace)
+  where t.task_uuid = p_task and s.state in ('complete', 'resolved_manually') and tasker.may_use(t.namespace)
 $$;
 
 -- Puts back what a stored input leaves out: large values are kept once, as the task's input or on

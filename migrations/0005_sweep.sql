@@ -101,7 +101,7 @@ as $$
   from tasker.steps s
   join tasker.tasks t on t.task_uuid = s.task_uuid
   join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
-  where s.queue = p_queue and s.held_by is not null and s.lane is null and d.handler = any(p_handlers)
+  where s.queue = p_queue and s.held_by is not null and s.lane is null and d.handler = any(p_handlers) and t.state <> 'suspended'
   order by s.priority desc, s.ready_at limit p_max
 $$;
 revoke all on function tasker.take_due, tasker.room, tasker.held_steps from public;

@@ -203,6 +203,7 @@ as $$
   from unnest(p_priorities, p_lanes, p_quotas) with ordinality as l(priority, lane, quota, place)
   cross join lateral (
     select s.task_uuid, s.step_uuid, s.ready_at from tasker.steps s
+    join tasker.tasks t on t.task_uuid = s.task_uuid and t.state <> 'suspended'
     where s.queue = p_queue and s.held_by is not null and s.lane is not null and s.priority = l.priority and s.lane = l.lane collate "C"
     order by s.ready_at limit l.quota) f
 $$;

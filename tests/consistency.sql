@@ -10,7 +10,10 @@ with counted as (
   group by t.task_uuid
 ), open_parents as (
   select s.task_uuid, s.step_uuid, s.step_index, s.state, s.remaining_dependencies, s.skipped_dependencies,
-    count(p.*) filter (where p.state = 'skipped') as skipped,
+    -- What an operator skipped is done for those behind it.
+    count(p.*) filter (where p.state = 'skipped' and not exists (
+      select from tasker.transitions r where r.task_uuid = p.task_uuid and r.entity_uuid = p.step_uuid
+        and r.version = p.version and r.actor is not null)) as skipped,
     count(p.*) filter (where p.state not in ('complete', 'resolved_manually', 'skipped')
       and not (p.state = 'error' and coalesce(d.definition->'steps'->p.step_index->'retry'->>'on_exhausted', '') = 'continue')) as remaining
   from tasker.steps s
@@ -22,6 +25,9 @@ with counted as (
     -- Once a step has left pending, a join has all it waits for and counts no more.
     and (s.state = 'pending' or coalesce(d.definition->'steps'->s.step_index->>'join', 'all') = 'all')
     and s.state <> 'skipped'
+    -- A step that was settled by hand counts no more either.
+    and not exists (select from tasker.transitions r where r.task_uuid = s.task_uuid and r.entity_uuid = s.step_uuid
+      and r.version = s.version and r.event in ('ResolveManually', 'CompleteManually'))
   group by s.step_uuid
 ), entity as (
   select t.task_uuid, t.task_uuid as entity_uuid, t.state, t.version from tasker.tasks t

@@ -32,5 +32,6 @@ mod remote_parent;
 mod retention;
 mod retry;
 mod schedules;
+mod suspend;
 mod two_orchestrators_two_workers;
 mod versions;

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::state_machine::decide::Operator;
+use crate::state_machine::decide::{ByHand, Operator};
 
 /// What a message of `task_requests` asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,9 +19,24 @@ pub enum Request {
     Cancel(Uuid, Operator),
     /// End a task, dropping its handlers.
     Terminate(Uuid, Operator),
-    /// Try again what failed.
-    Retry(Uuid, Operator),
+    /// Try again what failed, or only the steps of these names.
+    Retry(Uuid, Operator, Vec<String>),
+    /// Run the steps of these names again, and all that follow from them.
+    Rerun(Uuid, Operator, Vec<String>),
+    /// Send nothing until it is resumed.
+    Suspend(Uuid, Operator),
+    /// Go on.
+    Resume(Uuid, Operator),
+    /// The failures of a blocked task are final.
+    GiveUp(Uuid, Operator),
+    /// A blocked task was settled outside.
+    ResolveTask(Uuid, Operator),
+    /// Settle the step of this name by hand, with this output.
+    ByHand(Uuid, Operator, String, ByHand, Option<Value>),
 }
+
+/// What `type` may say; `start` is ours alone.
+const TYPES: &str = "submit, cancel, terminate, suspend, resume, retry, rerun, give_up, resolve, skip_step, resolve_step or complete_step";
 
 /// A message of `step_results`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +55,9 @@ impl Request {
     /// Errors with the field, what is wrong with it and what to do.
     pub fn parse(message: &Value, headers: Option<&Value>) -> Result<Self, String> {
         let object = versioned(message)?;
-        let kind = object
-            .get("type")
-            .and_then(Value::as_str)
-            .ok_or("type: is missing; use submit, cancel, terminate or retry")?;
+        let kind =
+            object.get("type").and_then(Value::as_str).ok_or_else(|| format!("type: is missing; use {TYPES}"))?;
+        let task = || uuid(object, "task");
         match kind {
             "submit" => {
                 let mut request = object.clone();
@@ -55,11 +69,31 @@ impl Request {
                 }
                 Ok(Self::Submit(Value::Object(request)))
             }
-            "start" => Ok(Self::Start(uuid(object, "task")?)),
-            "cancel" => Ok(Self::Cancel(uuid(object, "task")?, operator(object))),
-            "terminate" => Ok(Self::Terminate(uuid(object, "task")?, operator(object))),
-            "retry" => Ok(Self::Retry(uuid(object, "task")?, operator(object))),
-            other => Err(format!("type: {:?} is not known; use submit, cancel, terminate or retry", clip(other))),
+            "start" => Ok(Self::Start(task()?)),
+            "cancel" => Ok(Self::Cancel(task()?, operator(object))),
+            "terminate" => Ok(Self::Terminate(task()?, operator(object))),
+            "suspend" => Ok(Self::Suspend(task()?, operator(object))),
+            "resume" => Ok(Self::Resume(task()?, operator(object))),
+            "retry" => Ok(Self::Retry(task()?, operator(object), names(object)?)),
+            "rerun" => match names(object)? {
+                from if from.is_empty() => Err("steps: is missing; name the steps to run again".into()),
+                from => Ok(Self::Rerun(task()?, operator(object), from)),
+            },
+            "give_up" => Ok(Self::GiveUp(task()?, operator(object))),
+            "resolve" => Ok(Self::ResolveTask(task()?, operator(object))),
+            "skip_step" | "resolve_step" | "complete_step" => {
+                let step = object.get("step").and_then(Value::as_str).ok_or("step: must be the name of a step")?;
+                let act = match kind {
+                    "skip_step" => ByHand::Skip,
+                    "resolve_step" => ByHand::Resolve,
+                    _ => ByHand::Complete,
+                };
+                let output = object.get("output").filter(|_| act != ByHand::Skip).cloned();
+                // What its handler would have come to is at least null.
+                let output = output.or((act == ByHand::Complete).then_some(Value::Null));
+                Ok(Self::ByHand(task()?, operator(object), step.to_owned(), act, output))
+            }
+            other => Err(format!("type: {:?} is not known; use {TYPES}", clip(other))),
         }
     }
 }
@@ -97,6 +131,18 @@ fn uuid(object: &Map<String, Value>, key: &str) -> Result<Uuid, String> {
         .and_then(Value::as_str)
         .and_then(|text| Uuid::try_parse(text).ok())
         .ok_or_else(|| format!("{key}: must be a uuid in text form"))
+}
+
+/// The names in `steps`; none if it is not there.
+fn names(object: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let wrong = || "steps: must be a list of step names".to_owned();
+    match object.get("steps") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(names)) => {
+            names.iter().map(|name| name.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
+        }
+        Some(_) => Err(wrong()),
+    }
 }
 
 fn operator(object: &Map<String, Value>) -> Operator {

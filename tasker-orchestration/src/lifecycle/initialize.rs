@@ -10,7 +10,7 @@ use tracing::instrument;
 use uuid::Uuid;
 
 use super::batch::{self, Item};
-use super::{Error, Hint, Look, Shared};
+use super::{Act, Error, Hint, Look, Shared};
 
 /// Deals with one batch of requests.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
@@ -27,7 +27,15 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
             Ok(Request::Start(task)) => (task, Look::Start),
             Ok(Request::Cancel(task, operator)) => (task, Look::Cancel(operator)),
             Ok(Request::Terminate(task, operator)) => (task, Look::Terminate(operator)),
-            Ok(Request::Retry(task, operator)) => (task, Look::OperatorRetry(operator)),
+            Ok(Request::Retry(task, operator, only)) => (task, Look::Operate(operator, Act::Retry(only))),
+            Ok(Request::Rerun(task, operator, from)) => (task, Look::Operate(operator, Act::Rerun(from))),
+            Ok(Request::Suspend(task, operator)) => (task, Look::Suspend(operator)),
+            Ok(Request::Resume(task, operator)) => (task, Look::Operate(operator, Act::Resume)),
+            Ok(Request::GiveUp(task, operator)) => (task, Look::GiveUp(operator)),
+            Ok(Request::ResolveTask(task, operator)) => (task, Look::ResolveTask(operator)),
+            Ok(Request::ByHand(task, operator, step, act, output)) => {
+                (task, Look::Operate(operator, Act::ByHand(step, act, output)))
+            }
             Err(reason) => {
                 bad.push((message.msg_id, reason));
                 continue;

@@ -14,8 +14,9 @@ mod turns;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
-use tasker_shared::state_machine::decide::Operator;
+use tasker_shared::state_machine::decide::{ByHand, Operator};
 use tasker_shared::store;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
 use tasker_shared::trace::export::Exporter;
@@ -129,8 +130,38 @@ pub enum Look {
     Cancel(Operator),
     /// An operator ends it at once.
     Terminate(Operator),
-    /// An operator tries again.
-    OperatorRetry(Operator),
+    /// An operator suspends it.
+    Suspend(Operator),
+    /// An operator makes the failures of a blocked task final.
+    GiveUp(Operator),
+    /// An operator settled a blocked task outside.
+    ResolveTask(Operator),
+    /// An operator's act that is about the whole task.
+    Operate(Operator, Act),
+}
+
+/// What an operator does that every step of the task is loaded for. Steps go by their names.
+#[derive(Debug, Clone)]
+pub enum Act {
+    /// Go on.
+    Resume,
+    /// Try again what failed, or these only.
+    Retry(Vec<String>),
+    /// Run these again, and what follows from them.
+    Rerun(Vec<String>),
+    /// Settle this one, perhaps with an output.
+    ByHand(String, ByHand, Option<Value>),
+}
+
+impl Act {
+    /// The steps that it names.
+    pub fn names(&self) -> &[String] {
+        match self {
+            Self::Resume => &[],
+            Self::Retry(names) | Self::Rerun(names) => names,
+            Self::ByHand(name, ..) => std::slice::from_ref(name),
+        }
+    }
 }
 
 impl Look {

@@ -10,9 +10,10 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 use tasker_shared::queue::{self, Outbox, Traffic};
+use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::flow::Places;
-use tasker_shared::state_machine::plan::{Lacks, Plan, Room};
-use tasker_shared::state_machine::{Event, Snapshot, decide};
+use tasker_shared::state_machine::plan::{Lacks, Outcome, Plan, Room};
+use tasker_shared::state_machine::{Event, Snapshot, StepState, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::flow::{self, Wanted};
 use tasker_shared::store::steps::{self, Output, StepRow};
@@ -24,7 +25,7 @@ use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Error, Hint, Look, Shared, actions};
+use super::{Act, Error, Hint, Look, Shared, actions};
 use tasker_shared::message::step_message;
 
 /// What became of a batch.
@@ -50,11 +51,16 @@ pub(super) struct Work {
     pub absent: HashSet<u32>,
     /// What decisions lacked and was asked for: what is still lacking does not exist.
     asked: Lacks,
-    /// Only asked of a task that an operator retries.
-    has_steps: bool,
+    /// Every step is loaded, because an operator's act is about all of it.
+    whole: bool,
 }
 
 impl Work {
+    /// The place of a step in the template.
+    fn index(&self, name: &str) -> Option<u32> {
+        self.template.definition.by_name.get(name).copied()
+    }
+
     fn key(&self, row: &StepRow) -> u32 {
         self.template.definition.key(row.step.index, row.step.item)
     }
@@ -97,7 +103,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
             apply(conn, &moved, now, export.as_ref(), &traffic).await?
         };
         record_flow(conn, &plans, &places).await?;
-        tell_workers(conn, &applied).await?;
+        tell_workers(conn, &applied, &plans).await?;
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
@@ -139,7 +145,9 @@ fn without_strangers(hints: Vec<Hint>, works: &[Work], settled: &mut Settled) ->
     let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
     let known = |hint: &Hint| {
         let has = |step| works.get(&hint.task).is_some_and(|work| work.steps.contains_key(&step));
-        hint.msg_id.is_none() || hint.look.step().is_none_or(has)
+        let knows = |name: &String| works.get(&hint.task).is_some_and(|work| work.index(name).is_some());
+        let names: &[String] = if let Look::Operate(_, act) = &hint.look { act.names() } else { &[] };
+        hint.msg_id.is_none() || (hint.look.step().is_none_or(has) && names.iter().all(knows))
     };
     let (known, strangers): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(known);
     settled.unknown.extend(strangers.into_iter().map(|hint| (hint, "step: no such step of this task")));
@@ -165,13 +173,13 @@ async fn load(
     }
     let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).collect();
     let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
-    let retried: Vec<Uuid> =
-        hints.iter().filter(|hint| matches!(hint.look, Look::OperatorRetry(_))).map(|hint| hint.task).collect();
-    let mut with_steps: HashSet<Uuid> = HashSet::new();
-    if !retried.is_empty() {
-        let (tasks, unfinished) = steps::load_unfinished(conn, &retried).await?;
-        with_steps.extend(tasks);
-        loaded.extend(unfinished);
+    let whole: HashSet<Uuid> =
+        hints.iter().filter(|hint| matches!(hint.look, Look::Operate(..))).map(|hint| hint.task).collect();
+    if !whole.is_empty() {
+        let mut all = steps::load_all(conn, &whole.iter().copied().collect::<Vec<_>>()).await?;
+        // Of those that other events are about, more is known.
+        all.append(&mut loaded);
+        loaded = all;
     }
     now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
 
@@ -185,7 +193,7 @@ async fn load(
             id: row.task.uuid.to_string(),
             problem: "no such template".into(),
         })?;
-        let has_steps = with_steps.contains(&row.task.uuid);
+        let whole = whole.contains(&row.task.uuid);
         works.push(Work {
             row,
             template,
@@ -193,24 +201,49 @@ async fn load(
             outputs: HashMap::new(),
             absent: HashSet::new(),
             asked: Lacks::default(),
-            has_steps,
+            whole,
         });
     }
     let places: HashMap<Uuid, usize> =
         works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
     let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| {
-        for row in rows {
+        for mut row in rows {
             if let Some(place) = places.get(&row.task_uuid) {
+                // A row that knows more of the attempt takes the place of one that knew what it counts for.
+                row.passed |= works[*place].steps.get(&row.step.uuid).is_some_and(|before| before.passed);
                 works[*place].steps.insert(row.step.uuid, row);
             }
         }
     };
     put(&mut works, loaded);
+    if !whole.is_empty() {
+        let by_hand = by_hand(&works, hints);
+        if !by_hand.is_empty() {
+            steps::lock_claimable(conn, &by_hand).await?;
+            let rows = steps::load(conn, &by_hand).await?;
+            now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
+            put(&mut works, rows);
+        }
+    }
     let behind = behind(&works);
     if !behind.is_empty() {
         put(&mut works, steps::load_behind(conn, &behind).await?);
     }
     Ok((works, now))
+}
+
+/// The steps that operators settle by hand: their attempts may be open.
+fn by_hand(works: &[Work], hints: &[Hint]) -> Vec<Uuid> {
+    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
+    let of = |hint: &Hint| {
+        let Look::Operate(_, Act::ByHand(name, ..)) = &hint.look else {
+            return None;
+        };
+        let work = works.get(&hint.task)?;
+        let index = work.index(name)?;
+        work.steps.values().find(|row| row.step.index == index).map(|row| row.step.uuid)
+    };
+    hints.iter().filter_map(of).collect()
 }
 
 /// The places of the direct dependents that are not loaded yet.
@@ -229,17 +262,28 @@ fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
 /// for a chain, one statement for a join.
 async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint]) -> Result<(), Error> {
     let mut wanted: BTreeSet<(Uuid, u32)> = BTreeSet::new();
-    let retried: HashSet<Uuid> =
-        hints.iter().filter(|hint| matches!(hint.look, Look::OperatorRetry(_))).map(|hint| hint.task).collect();
     for work in works.iter() {
         let definition = &work.template.definition;
-        let ended: HashSet<u32> = work.steps.values().filter(|row| row.reported).map(|row| row.step.index).collect();
+        let succeeded = |row: &&StepRow| row.reported && matches!(row.outcome, Some(Outcome::Success(_)));
+        let ended: HashSet<u32> = work.steps.values().filter(succeeded).map(|row| row.step.index).collect();
+        let reported: HashSet<u32> = work.steps.values().filter(|row| row.reported).map(|row| row.step.index).collect();
+        // What an operator's act may send: what it depends on has ended, in whatever way, or is
+        // settled now. Rather too many than too few: it only costs reading an output in vain.
+        let again = run_again(work, hints);
+        let over = |row: &&StepRow| row.reported || row.step.state.is_terminal();
+        let over: HashSet<u32> = if work.whole {
+            work.steps.values().filter(over).map(|row| row.step.index).collect()
+        } else {
+            HashSet::new()
+        };
         for row in work.steps.values() {
             let (step, parents) = (&row.step, definition.graph.parents(row.step.index));
-            let may_become_ready = if retried.contains(&work.row.task.uuid) {
-                step.remaining_dependencies == 0
+            let may_become_ready = if work.whole {
+                let open = matches!(step.state, StepState::Pending | StepState::Error | StepState::Cancelled);
+                let next = open && step.held_by.is_none() && parents.iter().all(|parent| over.contains(parent));
+                next || again.contains(&step.index)
             } else {
-                let here = parents.iter().filter(|parent| ended.contains(parent)).count();
+                let here = parents.iter().filter(|parent| reported.contains(parent)).count();
                 step.held_by.is_none()
                     && usize::try_from(step.remaining_dependencies).is_ok_and(|left| (1..=here).contains(&left))
             };
@@ -368,6 +412,19 @@ async fn decide_with_all_it_needs(
     }
 }
 
+/// The steps that an operator names to be run again.
+fn run_again(work: &Work, hints: &[Hint]) -> HashSet<u32> {
+    if !work.whole {
+        return HashSet::new();
+    }
+    let of_task = hints.iter().filter(|hint| hint.task == work.row.task.uuid);
+    let named = of_task.filter_map(|hint| match &hint.look {
+        Look::Operate(_, Act::Rerun(names)) => Some(names),
+        _ => None,
+    });
+    named.flatten().filter_map(|name| work.index(name)).collect()
+}
+
 /// One plan per task, in the same order.
 fn decide_all(works: &[Work], hints: &[Hint], room: &mut Room, now: DateTime<Utc>) -> Vec<Plan> {
     let mut by_task: HashMap<Uuid, Vec<&Look>> = HashMap::new();
@@ -389,6 +446,7 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
         definition: &work.template.definition,
         steps: work.steps.values().map(|row| (work.key(row), row.step.clone())).collect(),
         outcomes: work.steps.values().filter_map(|row| Some((work.key(row), row.outcome.clone()?))).collect(),
+        passed: work.steps.values().filter(|row| row.passed).map(|row| work.key(row)).collect(),
         outputs: work.outputs.clone(),
         absent: work.absent.clone(),
     };
@@ -418,11 +476,27 @@ fn event(work: &Work, look: &Look) -> Option<Event> {
         Look::Admit(step) => Event::Admit { step: key(step)? },
         Look::Cancel(operator) => Event::Cancel(operator.clone()),
         Look::Terminate(operator) => Event::Terminate(operator.clone()),
-        Look::OperatorRetry(operator) if work.has_steps => {
-            Event::Retry { operator: operator.clone(), step_uuids: Vec::new(), invalid: None }
-        }
-        Look::OperatorRetry(operator) => {
-            Event::Retry { operator: operator.clone(), step_uuids: new_step_uuids(work), invalid: invalid_input(work) }
+        Look::Suspend(operator) => Event::Suspend(operator.clone()),
+        Look::GiveUp(operator) => Event::GiveUp(operator.clone()),
+        Look::ResolveTask(operator) => Event::ResolveTask(operator.clone()),
+        Look::Operate(operator, act) => operate(work, operator.clone(), act)?,
+    })
+}
+
+fn operate(work: &Work, operator: Operator, act: &Act) -> Option<Event> {
+    let indexes = |names: &[String]| names.iter().filter_map(|name| work.index(name)).collect();
+    Some(match act {
+        Act::Resume => Event::Resume(operator),
+        Act::Retry(only) if work.steps.is_empty() => Event::Retry {
+            operator,
+            only: indexes(only),
+            step_uuids: new_step_uuids(work),
+            invalid: invalid_input(work),
+        },
+        Act::Retry(only) => Event::Retry { operator, only: indexes(only), step_uuids: Vec::new(), invalid: None },
+        Act::Rerun(from) => Event::Rerun { operator, from: indexes(from) },
+        Act::ByHand(name, act, output) => {
+            Event::ByHand { operator, step: work.index(name)?, act: *act, output: output.clone() }
         }
     })
 }
@@ -487,20 +561,16 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, letters: &mut Vec<Letter<'a>>)
     for sent in &plan.sends {
         // The attempt's handler.execution is known before it runs: it is what the worker continues.
         let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
-        let sender = span_id(
-            &row.trace_id,
-            row.task.uuid,
-            0,
-            0,
-            SpanKey::Enqueuing,
-            u64::from(sent.task_version.unsigned_abs()),
-        );
         let parent = Traceparent { trace_id: row.trace_id, span_id: handler, flags: row.trace_flags };
         let mut headers = json!({
             "traceparent": parent.to_string(),
             "baggage": baggage,
-            "x-tasker-sender": tasker_shared::trace::otlp::hex(&sender),
         });
+        if let Some(version) = sent.task_version {
+            let ordinal = u64::from(version.unsigned_abs());
+            let sender = span_id(&row.trace_id, row.task.uuid, 0, 0, SpanKey::Enqueuing, ordinal);
+            headers["x-tasker-sender"] = tasker_shared::trace::otlp::hex(&sender).into();
+        }
         if let Some(state) = &row.tracestate {
             headers["tracestate"] = state.clone().into();
         }
@@ -517,8 +587,9 @@ fn baggage(row: &TaskRow) -> String {
     baggage.to_string()
 }
 
-async fn tell_workers(conn: &mut PgConnection, applied: &Applied) -> Result<(), Error> {
-    let workers: BTreeSet<&String> = applied.cancelled.iter().filter_map(|step| step.claimed_by.as_ref()).collect();
+async fn tell_workers(conn: &mut PgConnection, applied: &Applied, plans: &[Plan]) -> Result<(), Error> {
+    let cancelled = applied.cancelled.iter().filter_map(|step| step.claimed_by.as_ref());
+    let workers: BTreeSet<&String> = cancelled.chain(plans.iter().flat_map(|plan| &plan.tell)).collect();
     if !workers.is_empty() {
         queue::notify_cancelled(conn, &workers.into_iter().cloned().collect::<Vec<_>>()).await?;
     }

@@ -4,10 +4,11 @@
 //! come first, then the task passes at most once through `evaluating_results`. The cost is
 //! that of the events and of the steps directly behind them, never of the whole task.
 //!
-//! `events` says what each event does to its step, `sending` how a ready step goes out, `task`
-//! what the task itself makes of it all, `skipping` who runs at all.
+//! `events` says what each event does to its step, `operators` what people do, `sending` how a
+//! ready step goes out, `task` what the task itself makes of it all, `skipping` who runs at all.
 
 mod events;
+mod operators;
 mod sending;
 mod skipping;
 mod task;
@@ -33,9 +34,10 @@ pub struct Snapshot<'a> {
     pub task: Task,
     /// Its template.
     pub definition: &'a Definition,
-    /// Steps by [`Definition::key`]. Of an operator's retry: every failed, cancelled or pending
-    /// one, its `remaining_dependencies` recounted from the edges.
+    /// Steps by [`Definition::key`]; every one of them if an operator's act is about the whole task.
     pub steps: HashMap<u32, Step>,
+    /// Of the whole task: steps in `skipped` or `error` that those behind them may take for done, by key.
+    pub passed: HashSet<u32>,
     /// What the workers reported of the steps the events are about, by key.
     pub outcomes: HashMap<u32, Outcome>,
     /// Outputs of finished steps, by index.
@@ -103,20 +105,66 @@ pub enum Event {
     Retry {
         /// Who and why.
         operator: Operator,
+        /// These only, of a blocked task; all if empty.
+        only: Vec<u32>,
         /// One per step of the template, or none if the steps exist.
         step_uuids: Vec<Uuid>,
         /// What is wrong with the input of a task that never had steps.
         invalid: Option<String>,
     },
+    /// Run these steps of a finished task again, and all that follow from them.
+    Rerun {
+        /// Who and why.
+        operator: Operator,
+        /// Indexes of the steps.
+        from: Vec<u32>,
+    },
+    /// Send nothing until it is resumed.
+    Suspend(Operator),
+    /// Go on where it was suspended.
+    Resume(Operator),
+    /// The failures of a blocked task are final.
+    GiveUp(Operator),
+    /// A blocked task was settled outside.
+    ResolveTask(Operator),
+    /// Settle a step by hand.
+    ByHand {
+        /// Who and why.
+        operator: Operator,
+        /// Index of the step.
+        step: u32,
+        /// How.
+        act: ByHand,
+        /// What the steps behind it read as its output.
+        output: Option<Value>,
+    },
+}
+
+/// How an operator settles a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ByHand {
+    /// It is not needed.
+    Skip,
+    /// It was done outside.
+    Resolve,
+    /// It counts as done by its handler.
+    Complete,
 }
 
 impl Event {
-    /// Its place within one settle. A retry is about the task as it was loaded, so it stands
-    /// before anything that may end the task; what was reported counts before the end does.
+    /// Its place within one settle. What operators do is about the task as it was loaded, so it
+    /// stands before anything that may end the task, and in the order in which it came (over one
+    /// queue, and the sort is stable); what was reported counts before the end does.
     fn order(&self) -> (u8, u32, i32) {
         match self {
             Self::Start { .. } => (0, 0, 0),
-            Self::Retry { .. } => (1, 0, 0),
+            Self::Retry { .. }
+            | Self::Rerun { .. }
+            | Self::Suspend(_)
+            | Self::Resume(_)
+            | Self::GiveUp(_)
+            | Self::ResolveTask(_)
+            | Self::ByHand { .. } => (1, 0, 0),
             Self::Result { step, attempt } => (2, *step, *attempt),
             Self::Quarantined { step, attempt, .. } => (3, *step, *attempt),
             Self::LeaseDue { step } => (4, *step, 0),
@@ -168,6 +216,7 @@ struct Pass<'a, 'r> {
     outcomes: HashMap<u32, Outcome>,
     outputs: HashMap<u32, Value>,
     absent: HashSet<u32>,
+    passed: HashSet<u32>,
     ready: Vec<Ready>,
     /// To be skipped, and why.
     skips: Vec<(u32, String)>,
@@ -187,12 +236,14 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, outcomes, mut outputs, absent } = snapshot;
+        let Snapshot { task, definition, steps, passed, outcomes, mut outputs, absent } = snapshot;
         // An event may name a step that is complete already (a hint that came twice, or late):
         // its output is here and nowhere else, and the steps behind it may need it now.
         for (index, outcome) in &outcomes {
             if let Outcome::Success(output) = outcome
-                && steps.get(index).is_some_and(|step| step.state == StepState::Complete)
+                && steps
+                    .get(index)
+                    .is_some_and(|step| matches!(step.state, StepState::Complete | StepState::ResolvedManually))
             {
                 outputs.insert(*index, output.clone());
             }
@@ -207,6 +258,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             outcomes,
             outputs,
             absent,
+            passed,
             ready: Vec::new(),
             skips: Vec::new(),
             skip_counted: BTreeSet::new(),
@@ -229,7 +281,9 @@ impl<'a, 'r> Pass<'a, 'r> {
                 lanes: Vec::new(),
                 cancel_open_steps: false,
                 closed: Vec::new(),
-                audit: None,
+                audit: Vec::new(),
+                outputs: Vec::new(),
+                tell: Vec::new(),
                 ignored: 0,
                 skip_counts: Vec::new(),
                 lacks: Lacks::default(),
@@ -240,7 +294,13 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn apply(&mut self, event: Event) {
         let changed = match event {
             Event::Start { step_uuids, invalid } => self.start(step_uuids, invalid),
-            Event::Retry { operator, step_uuids, invalid } => self.retry(operator, step_uuids, invalid),
+            Event::Retry { operator, only, step_uuids, invalid } => self.retry(&operator, &only, step_uuids, invalid),
+            Event::Rerun { operator, from } => self.rerun(&operator, &from),
+            Event::Suspend(operator) => self.suspend(operator),
+            Event::Resume(operator) => self.resume(operator),
+            Event::GiveUp(operator) => self.give_up(operator),
+            Event::ResolveTask(operator) => self.resolve_task(operator),
+            Event::ByHand { operator, step, act, output } => self.by_hand(operator, step, act, output),
             Event::Cancel(operator) => self.end(TaskEvent::Cancel, operator),
             Event::Terminate(operator) => self.end(TaskEvent::Terminate, operator),
             Event::TotalDue => self.total_timeout(),

@@ -29,6 +29,8 @@ pub struct Task {
     pub error_type: Option<String>,
     pub reason: Option<String>,
     pub ended_by: Option<&'static str>,
+    pub suspended_from: Option<TaskState>,
+    pub run_at: Option<DateTime<Utc>>,
     pub generation_began_at: DateTime<Utc>,
     pub last_at: DateTime<Utc>,
 }
@@ -369,8 +371,9 @@ pub struct Send {
     pub step: Uuid,
     pub generation: i32,
     pub attempt: i32,
-    /// The ordinal of the task's move that sends it: it names the step.enqueuing span.
-    pub task_version: i32,
+    /// The ordinal of the task's move that sends it: it names the step.enqueuing span. `None`
+    /// if no move did: the attempt took over from a lost one while its task was suspended.
+    pub task_version: Option<i32>,
 }
 
 /// "Look at it then."
@@ -382,6 +385,30 @@ pub struct Due {
     pub at: DateTime<Utc>,
     /// `None`: the task itself.
     pub step: Option<Uuid>,
+}
+
+/// What an operator did, as `tasker.audit` keeps it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Audit {
+    /// cancel, retry, suspend …
+    pub action: &'static str,
+    /// A person or a service.
+    pub actor: String,
+    /// In their words.
+    pub reason: Option<String>,
+    /// What the act was about beyond the task itself, such as `{"steps": [...]}`.
+    pub details: Option<Value>,
+}
+
+/// An output that an operator gave to a step; it is kept with the step's latest attempt.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.attempts, explained there")]
+pub struct ManualOutput {
+    pub step: Uuid,
+    pub attempt: i32,
+    pub generation: i32,
+    pub actor: String,
+    pub output: Value,
 }
 
 /// What one settle does to one task.
@@ -411,8 +438,12 @@ pub struct Plan {
     pub cancel_open_steps: bool,
     /// Attempts that this plan closes: `(step, attempt)`.
     pub closed: Vec<(Uuid, i32)>,
-    /// An operator's act: `(action, actor, reason)`.
-    pub audit: Option<(&'static str, String, Option<String>)>,
+    /// What operators did, one each.
+    pub audit: Vec<Audit>,
+    /// Outputs that operators gave to steps.
+    pub outputs: Vec<ManualOutput>,
+    /// Workers whose claims were taken from them: they look at once what is still theirs.
+    pub tell: Vec<String>,
     /// Events that changed nothing: duplicates, late or stale ones.
     pub ignored: u32,
     /// Steps of which a dependency was skipped, and how many are now.

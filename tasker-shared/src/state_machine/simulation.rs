@@ -110,6 +110,8 @@ pub(crate) struct World {
     pub settled: Vec<Settled>,
     /// Every message ever sent, to find an attempt that is dispatched twice.
     sent: BTreeSet<(u32, i32)>,
+    /// Outputs that operators gave, by step and attempt.
+    given: HashMap<(Uuid, i32), Value>,
     ids: u128,
 }
 
@@ -135,6 +137,8 @@ impl World {
                 error_type: None,
                 reason: None,
                 ended_by: None,
+                suspended_from: None,
+                run_at: None,
                 generation_began_at: created,
                 last_at: created,
             },
@@ -149,6 +153,7 @@ impl World {
             due: Vec::new(),
             settled: Vec::new(),
             sent: BTreeSet::new(),
+            given: HashMap::new(),
             ids: 0xB000,
         }
     }
@@ -180,7 +185,7 @@ impl World {
     /// A Retry event as an orchestrator makes it.
     pub fn retry_event(&mut self) -> Event {
         let step_uuids = if self.steps.is_empty() { self.new_step_uuids() } else { Vec::new() };
-        Event::Retry { operator: operator("olga"), step_uuids, invalid: None }
+        Event::Retry { operator: operator("olga"), only: Vec::new(), step_uuids, invalid: None }
     }
 
     fn new_step_uuids(&mut self) -> Vec<Uuid> {
@@ -193,7 +198,7 @@ impl World {
     pub fn claim(&mut self, place: usize) -> Option<Claim> {
         let message = self.messages.remove(place);
         let (began, at) = (self.tick(), self.tick());
-        if self.task.state.is_terminal() {
+        if self.task.state.is_terminal() || self.task.state == TaskState::Suspended {
             return None;
         }
         let token = self.new_uuid();
@@ -298,7 +303,7 @@ impl World {
                 asked.steps.insert(step);
             }
             for step in outputs {
-                match (self.output_of(step), self.steps[step as usize].state) {
+                match (self.output_of(&self.steps[step as usize]), self.steps[step as usize].state) {
                     (Some(output), _) => drop(snapshot.outputs.insert(step, output.clone())),
                     (None, StepState::Error | StepState::Cancelled | StepState::ResolvedManually) => {}
                     (None, _) => drop(snapshot.absent.insert(step)),
@@ -308,22 +313,14 @@ impl World {
         }
     }
 
-    fn output_of(&self, index: u32) -> Option<&Value> {
-        let step = self.steps.get(index as usize).filter(|step| step.state == StepState::Complete)?;
-        match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
-            Outcome::Success(output) => Some(output),
-            Outcome::Failure(_) => None,
-        }
-    }
-
     /// The parents of a step by how they stand: open, done, skipped.
-    fn parents(&self, index: u32, done: impl Fn(&Step) -> bool) -> (i32, i32, i32) {
+    fn parents(&self, index: u32) -> (i32, i32, i32) {
         let mut counts = (0, 0, 0);
         for parent in self.definition.graph.parents(index) {
             let parent = &self.steps[*parent as usize];
             match parent.state {
+                _ if self.counts_as_done(parent) => counts.1 += 1,
                 StepState::Skipped => counts.2 += 1,
-                _ if done(parent) => counts.1 += 1,
                 _ => counts.0 += 1,
             }
         }
@@ -332,17 +329,13 @@ impl World {
 
     fn first_snapshot(&self, events: &[Event]) -> Snapshot<'_> {
         let graph = &self.definition.graph;
-        let retried = events.iter().any(|event| matches!(event, Event::Retry { .. }));
+        let whole = events.iter().any(is_whole);
         let about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
         let mut steps: HashMap<u32, Step> = HashMap::new();
-        if retried {
-            let unfinished = [StepState::Error, StepState::Cancelled, StepState::Pending];
-            for step in self.steps.iter().filter(|step| unfinished.contains(&step.state)) {
-                let done = |step: &Step| matches!(step.state, StepState::Complete | StepState::ResolvedManually);
-                let (open, _, skipped) = self.parents(step.index, done);
-                let counted = Step { remaining_dependencies: open, skipped_dependencies: skipped, ..loaded(step) };
-                steps.insert(step.index, counted);
-            }
+        let mut passed = HashSet::new();
+        if whole {
+            steps.extend(self.steps.iter().map(|step| (step.index, loaded(step))));
+            passed.extend(self.steps.iter().filter(|step| self.is_passed(step)).map(|step| step.index));
         } else {
             let behind = about.iter().flat_map(|step| graph.children(*step));
             for index in about.iter().chain(behind) {
@@ -353,37 +346,81 @@ impl World {
         }
         let outcomes = about.iter().filter_map(|index| {
             let step = self.steps.get(*index as usize)?;
-            Some((*index, self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome.clone()))
+            let reported = &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome;
+            // An output given by hand takes the place of the one that was reported.
+            let given = self.given.get(&(step.uuid, step.attempt));
+            let given = given.filter(|_| matches!(reported, Outcome::Success(_)));
+            Some((*index, given.map_or_else(|| reported.clone(), |given| Outcome::Success(given.clone()))))
         });
         let outcomes = outcomes.collect();
-        let outputs = self.outputs(&steps, &about, retried);
+        let again = events.iter().flat_map(|event| match event {
+            Event::Rerun { from, .. } => &**from,
+            _ => &[],
+        });
+        let again = again.copied().collect();
+        let outputs = self.outputs(&steps, &about, whole.then_some(&again));
         let absent = HashSet::new();
-        Snapshot { task: self.task.clone(), definition: &self.definition, steps, outcomes, outputs, absent }
+        Snapshot { task: self.task.clone(), definition: &self.definition, steps, passed, outcomes, outputs, absent }
+    }
+
+    /// Whether the steps behind a skipped or failed one may take it for done, as the log tells it.
+    fn is_passed(&self, step: &Step) -> bool {
+        let last = self.log.iter().rfind(|row| row.made.entity == step.uuid);
+        last.is_some_and(|last| match step.state {
+            StepState::Skipped => last.made.actor.is_some(),
+            StepState::Error => {
+                let kind = last.made.detail.as_ref().and_then(|detail| detail.error_type.as_deref());
+                !matches!(kind, Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition"))
+            }
+            _ => false,
+        })
+    }
+
+    /// What the step came to: by an operator's hand, or its handler's.
+    fn output_of(&self, step: &Step) -> Option<&Value> {
+        if !matches!(step.state, StepState::Complete | StepState::ResolvedManually) {
+            return None;
+        }
+        if let Some(given) = self.given.get(&(step.uuid, step.attempt)) {
+            return Some(given);
+        }
+        match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
+            Outcome::Success(output) => Some(output),
+            Outcome::Failure(_) => None,
+        }
     }
 
     /// The outputs that an orchestrator reads: those which steps about to become ready need and
     /// the events' own steps do not bring.
-    fn outputs(&self, steps: &HashMap<u32, Step>, about: &BTreeSet<u32>, retried: bool) -> HashMap<u32, Value> {
+    fn outputs(
+        &self,
+        steps: &HashMap<u32, Step>,
+        about: &BTreeSet<u32>,
+        whole: Option<&BTreeSet<u32>>,
+    ) -> HashMap<u32, Value> {
         let mut outputs = HashMap::new();
+        // An event may be about a step whose attempt did not succeed.
+        let succeeded = |index: &u32| {
+            let step = &self.steps[*index as usize];
+            let report = self.attempt(step.uuid, step.attempt).and_then(|attempt| attempt.report.as_ref());
+            about.contains(index) && report.is_some_and(|report| matches!(report.outcome, Outcome::Success(_)))
+        };
         for step in steps.values() {
-            let here = self.definition.graph.parents(step.index).iter().filter(|parent| about.contains(parent));
-            let here = i32::try_from(here.count()).unwrap();
-            let may_become_ready = if retried {
-                step.remaining_dependencies == 0
+            let parents = self.definition.graph.parents(step.index);
+            let may_become_ready = if let Some(again) = whole {
+                let over = |parent: &u32| about.contains(parent) || self.steps[*parent as usize].state.is_terminal();
+                let open = matches!(step.state, StepState::Pending | StepState::Error | StepState::Cancelled);
+                again.contains(&step.index) || (open && step.held_by.is_none() && parents.iter().all(over))
             } else {
+                let here = i32::try_from(parents.iter().filter(|parent| about.contains(parent)).count()).unwrap();
                 step.held_by.is_none() && (1..=here).contains(&step.remaining_dependencies)
             };
             if !may_become_ready {
                 continue;
             }
             let needs = &self.definition.steps[step.index as usize].needs;
-            for need in needs.iter().filter(|need| retried || !about.contains(need)) {
-                let needed = &self.steps[*need as usize];
-                if needed.state == StepState::Complete
-                    && let Some(Outcome::Success(output)) = self
-                        .attempt(needed.uuid, needed.attempt)
-                        .and_then(|attempt| Some(&attempt.report.as_ref()?.outcome))
-                {
+            for need in needs.iter().filter(|need| !succeeded(need)) {
+                if let Some(output) = self.output_of(&self.steps[*need as usize]) {
                     outputs.insert(*need, output.clone());
                 }
             }
@@ -437,15 +474,21 @@ impl World {
         if plan.cancel_open_steps {
             closed.extend(self.cancel_open_steps(began_at, at));
         }
+        for given in &plan.outputs {
+            self.given.insert((given.step, given.attempt), given.output.clone());
+        }
+        let resumed = plan.moves.iter().any(|made| made.event == TaskEvent::Resume.as_str());
         for send in &plan.sends {
             let step = self.index_of(send.step, plan);
-            assert!(self.sent.insert((step, send.attempt)), "attempt {} of {step} is dispatched twice", send.attempt);
+            let first = self.sent.insert((step, send.attempt));
+            assert!(first || resumed, "attempt {} of {step} is dispatched twice", send.attempt);
             let row = &self.steps[step as usize];
             assert_eq!((row.state, row.attempt), (StepState::Enqueued, send.attempt), "a message without its state");
             // A step that runs at the first of its dependencies may have been held since, while
-            // others were done.
+            // others were done; and one that was held keeps the input it was given when it became ready.
             let joins_any = self.definition.steps[row.index as usize].join == Join::Any;
-            if row.enqueued_event == Some("Enqueue") && !joins_any {
+            let was_held = before.get(step as usize).is_some_and(|before| before.held_by.is_some());
+            if row.enqueued_event == Some("Enqueue") && first && !was_held && !joins_any {
                 assert_eq!(row.input.as_ref(), self.expected_input(step).as_ref(), "the input of step {step}");
             }
             self.ids += 1;
@@ -497,7 +540,7 @@ impl World {
 
     /// A step's input, out of every output there is; `None` if it reads one that is not there.
     fn expected_input(&self, index: u32) -> Option<Value> {
-        let output = |index: u32| self.output_of(index);
+        let output = |index: u32| self.output_of(self.steps.get(index as usize)?);
         let defined = &self.definition.steps[index as usize];
         if let Some(template) = &defined.input {
             let absent = |name: &str| {
@@ -628,12 +671,13 @@ impl World {
         now.insert(self.task.uuid, (self.task.state.as_str(), self.task.version));
         now.extend(self.steps.iter().map(|step| (step.uuid, (step.state.as_str(), step.version))));
         let mut generation = self.task.generation;
-        let was_blocked = self.task.state == TaskState::BlockedByFailures;
+        let was_open = !self.task.state.is_terminal();
         for made in &plan.moves {
             let (state, version) = now.get(&made.entity).copied().unwrap_or(("pending", 0));
             assert_eq!((made.from, made.version), (state, version + 1), "{made:?}");
             now.insert(made.entity, (made.to, made.version));
-            let by_operator = matches!(made.event, "OperatorRetry" | "Rerun") && made.actor.is_some();
+            let repairs = ["OperatorRetry", "Rerun", "Skip", "ResolveManually", "CompleteManually"];
+            let by_operator = repairs.contains(&made.event) && made.actor.is_some();
             if made.entity == self.task.uuid {
                 let from: TaskState = made.from.parse().unwrap();
                 let (event, to) = (made.event.parse::<TaskEvent>().unwrap(), made.to.parse().unwrap());
@@ -647,7 +691,7 @@ impl World {
                 let (event, to) = (made.event.parse::<StepEvent>().unwrap(), made.to.parse().unwrap());
                 assert!(step_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
-                    let repaired = was_blocked && from == StepState::Error;
+                    let repaired = was_open && from == StepState::Error;
                     assert!(by_operator, "{from} is final: {made:?}");
                     assert!(
                         repaired || generation > self.task.generation,
@@ -679,6 +723,7 @@ impl World {
         );
         let counted = (task.open_steps, task.in_flight_steps, task.retrying_steps, task.held_steps);
         assert_eq!(counted, recounted, "open, in flight, retrying, held");
+        assert_eq!(task.suspended_from.is_some(), task.state == TaskState::Suspended);
         let failed = self.steps.iter().filter(|step| step.state == StepState::Error && !self.counts_as_done(step));
         assert_eq!(task.failed_steps, i32::try_from(failed.count()).unwrap(), "failed");
         let rests = match task.state {
@@ -711,7 +756,10 @@ impl World {
             assert!(is_due && step.ready_at.is_some(), "steps_held_is_due: {step:?}");
         }
         let due = |kind: &str| self.due.iter().any(|(of, _, whose)| *of == kind && *whose == Some(step.index));
+        // Resume looks at all of these again.
+        let suspended = self.task.state == TaskState::Suspended;
         let token = match step.state {
+            StepState::Enqueued | StepState::WaitingForRetry if suspended => true,
             StepState::Enqueued => {
                 self.messages.iter().any(|message| (message.step, message.attempt) == (step.index, step.attempt))
             }
@@ -721,15 +769,14 @@ impl World {
             }
             StepState::WaitingForRetry => step.due_at.is_some() && (due("retry") || step.held_by.is_some()),
             StepState::Pending => {
-                let done = |step: &Step| step.state == StepState::Complete || self.counts_as_done(step);
-                let (open, done, skipped) = self.parents(step.index, done);
+                let (open, done, skipped) = self.parents(step.index);
                 assert_eq!((step.remaining_dependencies, step.skipped_dependencies), (open, skipped), "{step:?}");
                 let waits = match self.definition.steps[step.index as usize].join {
                     Join::All => skipped == 0 && open > 0,
                     Join::Taken => open > 0,
                     Join::Any => open > 0 && done == 0,
                 };
-                waits || step.held_by.is_some()
+                waits || step.held_by.is_some() || suspended
             }
             _ => true,
         };
@@ -748,14 +795,15 @@ impl World {
         }
     }
 
-    /// Failed for good, but its policy lets its dependents run: for them it is done.
+    /// Done, or its dependents run as if it were: an operator skipped it, or its policy lets them.
     fn counts_as_done(&self, step: &Step) -> bool {
         let policy = self.definition.steps[step.index as usize].retry.on_exhausted;
-        let last = self.log.iter().rfind(|row| row.made.entity == step.uuid);
-        let kind = last.and_then(|row| row.made.detail.as_ref()?.error_type.as_deref());
-        step.state == StepState::Error
-            && policy == OnExhausted::Continue
-            && !matches!(kind, Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition"))
+        match step.state {
+            StepState::Complete | StepState::ResolvedManually => true,
+            StepState::Skipped => self.is_passed(step),
+            StepState::Error => policy == OnExhausted::Continue && self.is_passed(step),
+            _ => false,
+        }
     }
 
     /// Versions are consecutive, times never go back, attempts are 1..n.
@@ -861,9 +909,15 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
         | Event::LeaseDue { step }
         | Event::RetryDue { step }
         | Event::QueueDue { step, .. }
-        | Event::Admit { step } => Some(*step),
+        | Event::Admit { step }
+        | Event::ByHand { step, .. } => Some(*step),
         _ => None,
     }
+}
+
+/// Whether an orchestrator loads every step for it.
+pub(crate) fn is_whole(event: &Event) -> bool {
+    matches!(event, Event::Retry { .. } | Event::Rerun { .. } | Event::Resume(_) | Event::ByHand { .. })
 }
 
 pub(crate) fn operator(actor: &str) -> Operator {

@@ -68,7 +68,6 @@ pub async fn apply(
     let mut created = NewStepColumns::default();
     let mut log = LogColumns::default();
     let mut due = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut audit = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (_, plan) in batch {
         tasks.push(plan);
         steps.push(plan);
@@ -79,12 +78,6 @@ pub async fn apply(
             due.1.push(hint.kind.to_owned());
             due.2.push(plan.task.uuid);
             due.3.push(hint.step);
-        }
-        if let Some((action, actor, reason)) = &plan.audit {
-            audit.0.push(plan.task.uuid);
-            audit.1.push((*action).to_owned());
-            audit.2.push(actor.clone());
-            audit.3.push(reason.clone());
         }
     }
     let row = sqlx::query_file!(
@@ -136,10 +129,6 @@ pub async fn apply(
         &due.1,
         &due.2,
         &due.3 as &[Option<Uuid>],
-        &audit.0,
-        &audit.1,
-        &audit.2,
-        &audit.3 as &[Option<String>],
         export.map_or_else(Uuid::nil, |export| export.batch_id),
         export.map(|export| export.instance),
         &export.map_or_else(Vec::new, |export| export.task_uuids.clone()),
@@ -177,6 +166,7 @@ pub async fn apply(
     if !skip_counts.is_empty() {
         super::steps::set_skip_counts(conn, &skip_counts).await?;
     }
+    super::operators::record(conn, batch, row.at).await?;
     // New steps exist by now: a task that ends as it begins cancels them too.
     let cancelled = if ending.is_empty() {
         Vec::new()

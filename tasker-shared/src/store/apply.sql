@@ -1,5 +1,5 @@
 -- A batch of plans in one statement: compare-and-set of tasks and steps, new steps, the log,
--- the due hints, the audit, one export batch, and what the queues take and give. Every row
+-- the due hints, one export batch, and what the queues take and give. Every row
 -- gets the same `at`.
 with clock as materialized (
   select greatest(clock_timestamp(), $1::timestamptz) as at
@@ -36,7 +36,7 @@ with clock as materialized (
       enqueued_at = case when n.enqueued then c.at else s.enqueued_at end,
       last_at = case when n.version = n.version_before then s.last_at else c.at end
   from clock c, unnest($16::uuid[], $17::text[], $18::int[], $19::int[], $20::int[], $21::int[], $22::int[], $23::int[],
-      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[], $55::text[])
+      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[], $51::text[])
     as n(step_uuid, state, version, version_before, generation, attempt, failures, losses,
       remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version, enqueued_event)
   where s.step_uuid = n.step_uuid and s.version = n.version_before
@@ -49,8 +49,8 @@ with clock as materialized (
   select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
     n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
     case when n.enqueued then $2 end, case when n.enqueued then c.at end, c.at
-  from clock c, unnest($56::uuid[], $57::uuid[], $58::int[], $59::text[], $60::int[], $61::text[], $62::int[], $63::int[], $64::int[],
-      $65::int[], $66::jsonb[], $67::timestamptz[], $68::text[], $69::int[], $70::int[], $71::text[], $72::bool[])
+  from clock c, unnest($52::uuid[], $53::uuid[], $54::int[], $55::text[], $56::int[], $57::text[], $58::int[], $59::int[], $60::int[],
+      $61::int[], $62::jsonb[], $63::timestamptz[], $64::text[], $65::int[], $66::int[], $67::text[], $68::bool[])
     as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
       remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event, enqueued)
 ), logged as (
@@ -66,16 +66,12 @@ with clock as materialized (
   insert into tasker.due (due_at, kind, task_uuid, step_uuids)
   select n.due_at, n.kind, n.task_uuid, case when n.step_uuid is not null then array[n.step_uuid] end
   from unnest($44::timestamptz[], $45::text[], $46::uuid[], $47::uuid[]) as n(due_at, kind, task_uuid, step_uuid)
-), audited as (
-  insert into tasker.audit (task_uuid, action, actor, reason)
-  select n.task_uuid, n.action, n.actor, n.reason
-  from unnest($48::uuid[], $49::text[], $50::text[], $51::text[]) as n(task_uuid, action, actor, reason)
 ), batch as (
   insert into tasker.export_batches (batch_id, instance, task_uuids, at)
-  select $52, $53, $54::uuid[], c.at from clock c where cardinality($54::uuid[]) > 0
+  select $48, $49, $50::uuid[], c.at from clock c where cardinality($50::uuid[]) > 0
 )
 select c.at as "at!",
-  tasker.conclude($73, $74::bigint[], $75::bigint[], $76::text[], $77::jsonb[], $78::jsonb[])::text as concluded,
+  tasker.conclude($69, $70::bigint[], $71::bigint[], $72::text[], $73::jsonb[], $74::jsonb[])::text as concluded,
   (select count(*) from task) as "tasks!", (select count(*) from step) as "steps!",
   (select count(pg_notify('tasker_finished', f.task_uuid::text)) from task f
    where f.finished_at is not null

@@ -21,6 +21,8 @@ pub struct StepRow {
     pub step: Step,
     /// An event is about it (else it stands directly behind one).
     pub reported: bool,
+    /// Only of [`load_all`].
+    pub passed: bool,
     /// What the worker reported of its current attempt.
     pub outcome: Option<Outcome>,
     /// The current attempt, for the trace.
@@ -100,6 +102,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     input: None,
                 },
                 reported: true,
+                passed: false,
                 outcome,
                 attempt,
                 read_at: row.now,
@@ -132,6 +135,7 @@ pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Res
                     ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
                 },
                 reported: false,
+                passed: false,
                 outcome: None,
                 attempt: None,
                 read_at: row.last_at,
@@ -166,51 +170,44 @@ pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<O
     Ok(rows.into_iter().max())
 }
 
-/// Every step of these tasks that failed, was cancelled or is pending, its
-/// dependencies recounted from the edges; and which of the tasks have steps at all.
-pub async fn load_unfinished(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(Vec<Uuid>, Vec<StepRow>), Error> {
-    let with_steps = sqlx::query_scalar!(
-        r#"select t.task_uuid from unnest($1::uuid[]) t(task_uuid)
-           where exists (select from tasker.steps s where s.task_uuid = t.task_uuid)"#,
-        task_uuids
-    )
-    .fetch_all(&mut *conn)
-    .await?
-    .into_iter()
-    .flatten()
-    .collect();
-    let counts = sqlx::query!(
-        r#"select s.step_uuid, p.open::int as "open!", p.skipped::int as "skipped!"
-           from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
-           cross join lateral (
-             select count(*) filter (where p.state not in ('complete', 'resolved_manually', 'skipped')) as open,
-               count(*) filter (where p.state = 'skipped') as skipped
-             from tasker.template_edges e
-             join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
-             where e.template_id = t.template_id and e.child_index = s.step_index) p
-           where t.task_uuid = any($1) and s.state in ('error', 'cancelled', 'pending')"#,
-        task_uuids
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    let counts: HashMap<Uuid, (i32, i32)> =
-        counts.into_iter().map(|row| (row.step_uuid, (row.open, row.skipped))).collect();
-    let ids: Vec<Uuid> = counts.keys().copied().collect();
-    let mut rows = load(conn, &ids).await?;
-    rows.retain_mut(|row| match counts.get(&row.step.uuid) {
-        Some((open, skipped)) => {
-            (row.step.remaining_dependencies, row.step.skipped_dependencies) = (*open, *skipped);
-            true
-        }
-        None => false,
-    });
-    Ok((with_steps, rows))
+/// Every step of these tasks, for acts about a whole task: without their attempts. A step in
+/// `skipped` or `error` is [`StepRow::passed`] if those behind it may take it for done: an
+/// operator skipped it, or its handler failed (rather than its input or its message).
+pub async fn load_all(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
+    let rows = sqlx::query_file!("src/store/load_all_steps.sql", task_uuids).fetch_all(conn).await?;
+    rows.into_iter()
+        .map(|row| {
+            let id = row.step_uuid;
+            let index = u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?;
+            Ok(StepRow {
+                task_uuid: row.task_uuid,
+                step: Step {
+                    state: row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?,
+                    version: row.version,
+                    attempt: row.attempt,
+                    failures: row.failures,
+                    losses: row.losses,
+                    enqueued_task_version: row.enqueued_task_version,
+                    due_at: row.due_at,
+                    ready_at: row.ready_at,
+                    held_by: row.held_by.and_then(|word| word.parse().ok()),
+                    skipped_dependencies: row.skipped_dependencies,
+                    ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
+                },
+                reported: false,
+                passed: row.passed,
+                outcome: None,
+                attempt: None,
+                read_at: row.last_at,
+            })
+        })
+        .collect()
 }
 
 /// What a step that was asked for its output has.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
-    /// It is complete, and this is its output.
+    /// It is complete or was resolved by hand, and this is its output.
     Given(Value),
     /// It was skipped, or it is still open.
     Absent,
@@ -224,7 +221,7 @@ pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<
         r#"select s.task_uuid, s.step_index, s.state, a.output as "output?"
            from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
            join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index
-             and s.state not in ('error', 'cancelled', 'resolved_manually')
+             and s.state not in ('error', 'cancelled')
            left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt"#,
         &tasks,
         &indexes
@@ -234,8 +231,9 @@ pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<
     Ok(rows
         .into_iter()
         .filter_map(|row| {
-            let output =
-                if row.state == StepState::Complete.as_str() { Output::Given(row.output?) } else { Output::Absent };
+            let done = [StepState::Complete, StepState::ResolvedManually];
+            let is_done = done.iter().any(|state| state.as_str() == row.state);
+            let output = if is_done { Output::Given(row.output?) } else { Output::Absent };
             Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), output))
         })
         .collect())

@@ -35,7 +35,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     let rows = sqlx::query!(
         r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
              parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
-             error_type, reason, ended_by, trace_id, root_span_id, remote_span_id, trace_flags, tracestate,
+             error_type, reason, ended_by, suspended_from, run_at, trace_id, root_span_id, remote_span_id, trace_flags, tracestate,
              created_at, generation_began_at, last_at, clock_timestamp() as "now!"
            from tasker.tasks where task_uuid = any($1) order by task_uuid for no key update skip locked"#,
         task_uuids
@@ -66,6 +66,12 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                         Some(_) => Some("terminate"),
                         None => None,
                     },
+                    suspended_from: row
+                        .suspended_from
+                        .map(|word| word.parse())
+                        .transpose()
+                        .map_err(|e| Error::bad_row("tasks", "suspended_from", id, e))?,
+                    run_at: row.run_at,
                     generation_began_at: row.generation_began_at,
                     last_at: row.last_at,
                 },

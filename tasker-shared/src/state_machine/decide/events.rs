@@ -10,8 +10,7 @@ use uuid::Uuid;
 use super::super::plan::{Detail, Due, Failure, Outcome, Step, Wait};
 use super::super::retry::{OnExhausted, Verdict, verdict};
 use super::super::states::{StepEvent, StepState, TaskEvent, TaskState};
-use super::skipping::Standing;
-use super::{MAX_LOST, Operator, Pass, Ready, seed};
+use super::{MAX_LOST, Pass, Ready, seed};
 
 impl Pass<'_, '_> {
     pub(super) fn start(&mut self, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
@@ -242,7 +241,9 @@ impl Pass<'_, '_> {
         let Some(step) = self.steps.get(&index) else {
             return false;
         };
-        let Some(timeout) = self.defined(index).queue_timeout else {
+        // Nobody can claim it while its task is suspended; resume begins to count anew.
+        let counts = self.plan.task.state != TaskState::Suspended;
+        let Some(timeout) = self.defined(index).queue_timeout.filter(|_| counts) else {
             return false;
         };
         let Some(enqueued) = step.enqueued_at.filter(|_| step.state == StepState::Enqueued && step.attempt == attempt)
@@ -268,7 +269,7 @@ impl Pass<'_, '_> {
             return false;
         };
         let ready = match step.state {
-            _ if step.held_by.is_none() => return false,
+            _ if step.held_by.is_none() || self.plan.task.state == TaskState::Suspended => return false,
             StepState::Pending => Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() },
             StepState::WaitingForRetry => {
                 Ready { step: index, event: StepEvent::RetryReady, waits: vec![retry_wait(step)] }
@@ -277,21 +278,6 @@ impl Pass<'_, '_> {
         };
         self.wake.get_or_insert(TaskEvent::StepsAdmitted);
         self.ready.push(ready);
-        true
-    }
-
-    pub(super) fn end(&mut self, event: TaskEvent, operator: Operator) -> bool {
-        if self.plan.task.state.is_terminal() {
-            return false;
-        }
-        let (action, reason) = (if event == TaskEvent::Cancel { "cancel" } else { "terminate" }, operator.reason);
-        self.plan.task.ended_by = Some(action);
-        self.plan.task.reason = Some(reason.clone().unwrap_or_else(|| format!("{action} by {}", operator.actor)));
-        let detail = Detail { reason: reason.clone(), ..Detail::default() };
-        self.ready.clear();
-        self.move_task_by(event, TaskState::Cancelled, Some(detail), Some(operator.actor.clone()));
-        self.plan.audit = Some((action, operator.actor, reason));
-        self.plan.cancel_open_steps = true;
         true
     }
 
@@ -309,71 +295,15 @@ impl Pass<'_, '_> {
         self.plan.task.reason = Some(reason.clone());
         let detail = Detail { reason: Some(reason), error_type: Some("timeout".into()), ..Detail::default() };
         self.ready.clear();
+        self.plan.task.suspended_from = None;
         self.move_task(TaskEvent::TotalTimeout, TaskState::Error, Some(detail));
         self.plan.cancel_open_steps = true;
-        true
-    }
-
-    pub(super) fn retry(&mut self, operator: Operator, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
-        let from = self.plan.task.state;
-        if !matches!(from, TaskState::Error | TaskState::Cancelled | TaskState::BlockedByFailures) {
-            return false;
-        }
-        if from.is_terminal() {
-            self.plan.task.generation += 1;
-            self.plan.task.generation_began_at = self.now;
-            self.limit_total();
-        }
-        self.plan.task.failed_steps = 0;
-        self.plan.task.error_type = None;
-        self.plan.task.reason = None;
-        self.plan.task.ended_by = None;
-        let detail = Detail { reason: operator.reason.clone(), ..Detail::default() };
-        self.move_task_by(
-            TaskEvent::OperatorRetry,
-            TaskState::EvaluatingResults,
-            Some(detail),
-            Some(operator.actor.clone()),
-        );
-        self.plan.audit = Some(("retry", operator.actor.clone(), operator.reason));
-        if let Some(reason) = invalid {
-            self.fatal = Some(("invalid_input".into(), reason));
-            return true;
-        }
-        if !step_uuids.is_empty() {
-            self.create_steps(step_uuids);
-            return true;
-        }
-        // A failure that `continue` passed over is tried again too, so it is no longer done for
-        // the steps that still wait behind it: they take the recount.
-        let pending: Vec<u32> =
-            self.steps.iter().filter(|(_, step)| step.state == StepState::Pending).map(|(key, _)| *key).collect();
-        self.touched.extend(pending);
-        let mut again: Vec<u32> = self
-            .steps
-            .iter()
-            .filter(|(_, step)| matches!(step.state, StepState::Error | StepState::Cancelled))
-            .map(|(key, _)| *key)
-            .collect();
-        again.sort_unstable();
-        for index in again {
-            let generation = self.plan.task.generation;
-            let step = self.touch(index);
-            step.generation = generation;
-            step.failures = 0;
-            step.losses = 0;
-            self.move_step_by(index, StepEvent::OperatorRetry, StepState::Pending, None, Some(operator.actor.clone()));
-            self.plan.task.open_steps += 1;
-            if self.standing(index) == Standing::Ready {
-                self.ready.push(Ready { step: index, event: StepEvent::Enqueue, waits: Vec::new() });
-            }
-        }
         true
     }
 }
 
 /// The wait for a retry; one that was held when it came due had ended by then.
-fn retry_wait(step: &Step) -> Wait {
+pub(super) fn retry_wait(step: &Step) -> Wait {
     Wait {
         reason: "retry".into(),
         since: step.last_at,

@@ -20,7 +20,7 @@ use super::super::simulation::{
     with_branches, with_input, with_join, with_when,
 };
 use super::super::states::{StepState, TaskState};
-use super::{Event, decide};
+use super::{ByHand, Event, decide};
 
 /// What a handler does in one attempt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,6 +55,7 @@ pub(crate) struct RandomStep {
 
 /// A random template, and what becomes of its tasks.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is one fact about the story")]
 pub(crate) struct Story {
     steps: Vec<RandomStep>,
     block_on_failure: bool,
@@ -62,6 +63,8 @@ pub(crate) struct Story {
     invalid: bool,
     /// At most so many steps in flight, by a limit of the namespace.
     limit: Option<i32>,
+    /// Whether operators skip steps, which no retry undoes.
+    skips: bool,
     choices: Vec<u16>,
 }
 
@@ -115,7 +118,7 @@ pub(crate) fn story() -> impl Strategy<Value = Story> {
             for (index, step) in steps.iter_mut().enumerate() {
                 step.parents.retain(|parent| *parent < index);
             }
-            Story { steps, block_on_failure, has_total, invalid, limit, choices }
+            Story { steps, block_on_failure, has_total, invalid, limit, skips: true, choices }
         })
 }
 
@@ -195,7 +198,7 @@ impl Story {
 
     /// The same without what no retry can cure.
     fn curable(mut self) -> Self {
-        (self.has_total, self.invalid) = (false, false);
+        (self.has_total, self.invalid, self.skips) = (false, false, false);
         for step in self.steps.iter_mut().filter(|step| step.input == 8) {
             step.input = 0;
         }
@@ -241,7 +244,10 @@ impl Driver {
     /// The world goes on by itself until nothing is left to do.
     pub fn drain(&mut self) -> TestCaseResult {
         for _ in 0..5000 {
-            if self.world.task.state == TaskState::Pending {
+            let finishes = !self.world.results.is_empty() || self.running.iter().any(|claim| self.will_report(*claim));
+            if self.world.task.state == TaskState::Suspended && !finishes {
+                self.settle(vec![Event::Resume(operator("rita"))], Room::unlimited())?;
+            } else if self.world.task.state == TaskState::Pending {
                 self.start(Room::unlimited())?;
             } else if !self.world.messages.is_empty() {
                 self.claim(0);
@@ -320,7 +326,7 @@ impl Driver {
             }
             14 => self.nonsense(argument)?,
             // Operators act seldom, or nothing would ever be finished.
-            15 if argument.is_multiple_of(8) => self.operate(argument / 8)?,
+            15 if argument.is_multiple_of(4) => self.operate(argument / 4)?,
             _ => {}
         }
         Ok(())
@@ -416,6 +422,8 @@ impl Driver {
                 ("retry", Some(step)) => Event::RetryDue { step },
                 ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: steps[step as usize].attempt },
                 ("total_timeout", None) => Event::TotalDue,
+                // Begun by another event already, or here and now.
+                ("start", None) => return false,
                 other => panic!("no such hint: {other:?}"),
             });
             false
@@ -466,19 +474,44 @@ impl Driver {
     }
 
     fn operate(&mut self, argument: usize) -> TestCaseResult {
-        let event = match argument % 6 {
+        let steps = self.world.steps.len().max(1);
+        let some = |of: usize| u32::try_from(of % steps).unwrap();
+        let by = operator("hana");
+        let event = match argument % 16 {
             0 => Event::Cancel(operator("carl")),
             1 => Event::Terminate(operator("tina")),
+            2 | 3 => Event::Suspend(operator("suzy")),
+            4 | 5 => Event::Resume(operator("rita")),
+            6 => Event::GiveUp(operator("gina")),
+            7 => Event::ResolveTask(operator("rosa")),
+            8 if self.story.skips => {
+                Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Skip, output: None }
+            }
+            9 => {
+                let output = Some(json!({"n": 1000}));
+                Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Resolve, output }
+            }
+            8 | 10 => {
+                let output = Some(json!({"n": 1000}));
+                Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Complete, output }
+            }
+            11 | 12 => Event::Rerun { operator: by, from: vec![some(argument / 16), some(argument / 64)] },
+            13 => match self.world.retry_event() {
+                Event::Retry { operator, step_uuids, .. } => {
+                    Event::Retry { operator, only: vec![some(argument / 16)], step_uuids, invalid: self.invalid() }
+                }
+                _ => unreachable!(),
+            },
             _ => match self.world.retry_event() {
                 Event::Retry { operator, step_uuids, .. } => {
-                    Event::Retry { operator, step_uuids, invalid: self.invalid() }
+                    Event::Retry { operator, only: Vec::new(), step_uuids, invalid: self.invalid() }
                 }
                 _ => unreachable!(),
             },
         };
         let mut events: Vec<Event> = match &event {
-            // Retries come with nothing that names a step: they are another queue's messages.
-            Event::Retry { .. } => Vec::new(),
+            // They come with nothing that names a step: that is another queue's messages.
+            Event::Retry { .. } | Event::Rerun { .. } => Vec::new(),
             _ => self.world.results.drain(..).map(result).collect(),
         };
         events.push(event);
@@ -496,7 +529,7 @@ impl Driver {
         let in_flight = self.world.task.in_flight_steps;
         prop_assert!(self.story.limit.is_none_or(|most| in_flight <= most), "{in_flight} are in flight");
         if before.is_terminal() && !self.world.task.state.is_terminal() {
-            prop_assert!(plan.audit.is_some(), "only an operator begins a generation");
+            prop_assert!(!plan.audit.is_empty(), "only an operator begins a generation");
         }
         Ok(())
     }
@@ -544,14 +577,46 @@ proptest! {
         let story = story.curable();
         let mut driver = Driver::new(&story);
         driver.run()?;
-        if driver.world.task.state == TaskState::Complete {
+        if matches!(driver.world.task.state, TaskState::Complete | TaskState::ResolvedManually) {
             return Ok(());
         }
         driver.heal()?;
         let world = &driver.world;
         prop_assert_eq!(world.task.state, TaskState::Complete, "{:?}", world.task);
-        let done = |step: &Step| matches!(step.state, StepState::Complete | StepState::Skipped);
+        let done =
+            |step: &Step| matches!(step.state, StepState::Complete | StepState::ResolvedManually | StepState::Skipped);
         prop_assert!(world.steps.iter().all(done), "{:?}", world.steps);
+    }
+
+    #[test]
+    fn a_rerun_touches_what_follows_and_what_was_not_done_and_nothing_else(story in story(), from in any::<u32>()) {
+        let mut driver = Driver::new(&story.curable());
+        driver.run()?;
+        if !driver.world.task.state.is_terminal() || driver.world.steps.is_empty() {
+            return Ok(());
+        }
+        let from = from % u32::try_from(driver.world.steps.len()).unwrap();
+        let before = driver.world.clone();
+        driver.healed = true;
+        driver.settle(vec![Event::Rerun { operator: operator("ruth"), from: vec![from] }], Room::unlimited())?;
+        driver.drain()?;
+        let world = &driver.world;
+        prop_assert_eq!(world.task.generation, before.task.generation + 1);
+        let mut follows = BTreeSet::from([from]);
+        for (old, new) in before.steps.iter().zip(&world.steps) {
+            if world.definition.graph.parents(old.index).iter().any(|parent| follows.contains(parent)) {
+                follows.insert(old.index);
+            }
+            let done = matches!(old.state, StepState::Complete | StepState::ResolvedManually);
+            if follows.contains(&old.index) {
+                // What a decision that was not run again did not choose stays as it was.
+                let again = new.attempt > old.attempt && new.generation == world.task.generation;
+                prop_assert!(new.state == StepState::Skipped || (new.state == StepState::Complete && again));
+            } else if done {
+                prop_assert_eq!((new.attempt, new.version), (old.attempt, old.version), "it keeps what it came to");
+            }
+        }
+        prop_assert_eq!(world.task.state, TaskState::Complete);
     }
 }
 

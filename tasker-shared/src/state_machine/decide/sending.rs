@@ -79,13 +79,14 @@ impl Pass<'_, '_> {
                 self.hold(index, reason);
                 continue;
             }
-            if let Some(reason) = held {
-                let step = self.touch(index);
-                let since = step.ready_at.take().unwrap_or(step.last_at);
+            let step = self.touch(index);
+            // A step that is ready but neither sent nor held became so while its task was suspended.
+            if let Some(since) = step.ready_at.take().or_else(|| held.map(|_| step.last_at)) {
                 step.held_by = None;
                 let ordinal = step.version + 1;
-                waits.push(Wait { reason: reason.as_str().into(), since, until: None, ended: None, ordinal });
-                self.plan.task.held_steps -= 1;
+                let reason = held.map_or("suspended", HeldBy::as_str);
+                waits.push(Wait { reason: reason.into(), since, until: None, ended: None, ordinal });
+                self.plan.task.held_steps -= i32::from(held.is_some());
             }
             self.send(index, event, waits, task_version);
             sent += 1;
@@ -154,7 +155,7 @@ impl Pass<'_, '_> {
         let before = step.held_by.replace(reason);
         let uuid = step.uuid;
         if before.is_none() {
-            step.ready_at = Some(now);
+            step.ready_at.get_or_insert(now);
             self.plan.task.held_steps += 1;
             self.plan.task_changed = true;
         }
@@ -191,7 +192,7 @@ impl Pass<'_, '_> {
             step: uuid,
             generation,
             attempt,
-            task_version,
+            task_version: Some(task_version),
         });
     }
 

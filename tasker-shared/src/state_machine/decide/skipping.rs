@@ -118,7 +118,10 @@ impl Pass<'_, '_> {
         for need in &self.defined(index).needs {
             let known = self.outputs.contains_key(need)
                 || self.absent.contains(need)
-                || self.steps.get(need).is_some_and(|step| step.state != StepState::Complete);
+                || self
+                    .steps
+                    .get(need)
+                    .is_some_and(|step| !matches!(step.state, StepState::Complete | StepState::ResolvedManually));
             if !known {
                 self.plan.lacks.outputs.insert(*need);
             }
@@ -160,7 +163,7 @@ impl Pass<'_, '_> {
     }
 
     /// A list, not a recursion: a chain may have 20,000 steps.
-    fn skip_what_follows(&mut self) {
+    pub(super) fn skip_what_follows(&mut self) {
         while let Some((key, why)) = self.skips.pop() {
             let Some(step) = self.steps.get(&key) else {
                 self.plan.lacks.steps.insert(key);

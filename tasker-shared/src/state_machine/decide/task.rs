@@ -1,14 +1,15 @@
 //! The task's own moves, once per settle, whatever the number of events.
 
 use super::super::plan::{Detail, Plan};
-use super::super::states::{TaskEvent, TaskState};
-use super::Pass;
+use super::super::states::{StepEvent, TaskEvent, TaskState};
+use super::{Pass, Ready};
 
 impl Pass<'_, '_> {
     pub(super) fn finish(mut self) -> Plan {
         match self.plan.task.state {
             TaskState::Initializing => self.finish_initializing(),
             TaskState::EvaluatingResults => self.finish_evaluating(),
+            TaskState::Suspended => self.finish_suspended(),
             state if state.is_terminal() => {}
             _ if self.evaluated => {
                 self.begin_evaluating();
@@ -30,7 +31,7 @@ impl Pass<'_, '_> {
     pub(super) fn begin_evaluating(&mut self) {
         let event = if self.only_lost {
             TaskEvent::AttemptLost
-        } else if self.plan.task.open_steps == 0 {
+        } else if self.plan.task.open_steps == 0 && self.plan.task.state == TaskState::StepsInProcess {
             TaskEvent::AllStepsCompleted
         } else if self.any_failed {
             TaskEvent::StepFailed
@@ -38,6 +39,18 @@ impl Pass<'_, '_> {
             TaskEvent::StepCompleted
         };
         self.move_task(event, TaskState::EvaluatingResults, None);
+    }
+
+    /// Nothing is sent, and nothing is made of what ended: resume does both.
+    pub(super) fn finish_suspended(&mut self) {
+        self.plan.sends.clear();
+        for Ready { step, event, .. } in std::mem::take(&mut self.ready) {
+            let held = self.steps[&step].held_by.is_some();
+            if event == StepEvent::Enqueue && !held {
+                let now = self.now;
+                self.touch(step).ready_at.get_or_insert(now);
+            }
+        }
     }
 
     pub(super) fn finish_initializing(&mut self) {

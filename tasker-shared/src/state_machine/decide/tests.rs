@@ -64,8 +64,15 @@ fn tell(world: &World, plan: &Plan) -> String {
     if plan.cancel_open_steps {
         writeln!(told, "cancel open steps").unwrap();
     }
-    if let Some((action, actor, _)) = &plan.audit {
-        writeln!(told, "audit {action} by {actor}").unwrap();
+    for act in &plan.audit {
+        let steps = act.details.as_ref().map(|details| format!(" of {}", details["steps"])).unwrap_or_default();
+        writeln!(told, "audit {} by {}{steps}", act.action, act.actor).unwrap();
+    }
+    for given in &plan.outputs {
+        writeln!(told, "output of {} {}: {}", name(given.step), given.attempt, given.output).unwrap();
+    }
+    for worker in &plan.tell {
+        writeln!(told, "tell {worker}").unwrap();
     }
     if let Some(reason) = plan.task.reason.as_ref().filter(|_| !plan.moves.is_empty()) {
         let kind = plan.task.error_type.as_deref().unwrap_or("no error");
@@ -824,7 +831,7 @@ fn an_operator_retries_a_failed_task() {
         task: enqueuing_steps –StepsEnqueued→ steps_in_process
         send a 2
         send d 2
-        audit retry by olga",
+        audit retry by olga of [\"a\",\"b\",\"d\"]",
     );
     assert_eq!((world.task.generation, world.step("a").failures), (2, 0));
     assert_eq!(world.step("c").generation, 1, "what is done stays done");
@@ -846,7 +853,7 @@ fn an_operator_retries_a_cancelled_task() {
         b: cancelled –OperatorRetry→ pending by olga
         task: evaluating_results –NoDependenciesReady→ waiting_for_dependencies
         hold a: worker
-        audit retry by olga",
+        audit retry by olga of [\"a\",\"b\"]",
     );
     assert_eq!(world.task.ended_by, None);
 }
@@ -871,7 +878,7 @@ fn an_operator_retries_a_blocked_task_within_its_generation() {
         task: evaluating_results –ReadyStepsFound→ enqueuing_steps
         task: enqueuing_steps –StepsEnqueued→ steps_in_process
         send a 2
-        audit retry by olga",
+        audit retry by olga of [\"a\"]",
     );
     assert_eq!((world.task.generation, world.task.failed_steps), (1, 0));
 }
@@ -929,7 +936,8 @@ fn an_operator_retries_a_task_whose_input_is_still_invalid() {
     let mut world = World::new(template("a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
     let Event::Retry { operator, step_uuids, .. } = world.retry_event() else { unreachable!() };
-    let retry = Event::Retry { operator, step_uuids, invalid: Some("total: must be a number".into()) };
+    let retry =
+        Event::Retry { operator, only: Vec::new(), step_uuids, invalid: Some("total: must be a number".into()) };
     check(
         &mut world,
         vec![retry],

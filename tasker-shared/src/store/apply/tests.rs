@@ -13,7 +13,7 @@ use crate::queue::Traffic;
 use crate::state_machine::decide::Operator;
 use crate::state_machine::plan::{Plan, Room};
 use crate::state_machine::{Event, Snapshot, decide};
-use crate::store::steps::load_unfinished;
+use crate::store::steps::load_all;
 use crate::store::tasks;
 use crate::store::templates::{self, Loaded};
 use crate::store::tx::in_tx;
@@ -46,6 +46,7 @@ async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: 
         task: row.task.clone(),
         definition: &template.definition,
         steps: HashMap::new(),
+        passed: HashSet::new(),
         outcomes: HashMap::new(),
         outputs: HashMap::new(),
         absent: HashSet::new(),
@@ -84,26 +85,27 @@ async fn a_task_that_ends_as_it_begins_leaves_no_open_step() {
 }
 
 #[tokio::test]
-async fn what_a_retry_loads_is_recounted_from_the_edges() {
+async fn what_the_steps_behind_take_for_done_is_read_from_the_log() {
     let database = TestDatabase::fresh().await;
     in_tx(&database.pool().await, async |conn| {
         let (task, template) = submitted(conn).await?;
         settle(conn, task, &template, vec![start()]).await?;
-        // As after a failure that `continue` passed over, and one that blocks.
-        sqlx::query("update tasker.steps set state = 'error' where task_uuid = $1 and step_index < 2")
-            .bind(task)
-            .execute(&mut *conn)
-            .await?;
-        sqlx::query("update tasker.steps set remaining_dependencies = 1 where task_uuid = $1 and step_index = 2")
-            .bind(task)
-            .execute(&mut *conn)
-            .await?;
-        let (with_steps, rows) = load_unfinished(conn, &[task]).await?;
-        assert_eq!(with_steps, [task]);
-        let mut counts: Vec<(u32, i32)> =
-            rows.iter().map(|row| (row.step.index, row.step.remaining_dependencies)).collect();
-        counts.sort_unstable();
-        assert_eq!(counts, [(0, 0), (1, 0), (2, 2)]);
+        // One failed because its handler did, one because its input could not be made.
+        sqlx::query(
+            "with failed as (
+               update tasker.steps set state = 'error', version = version + 1 where task_uuid = $1 and step_index < 2 returning *)
+             insert into tasker.transitions (task_uuid, entity_uuid, version, generation, from_state, to_state, event, began_at, at, detail)
+             select task_uuid, step_uuid, version, 1, 'enqueued', 'error', 'Fail', clock_timestamp(), clock_timestamp(),
+               jsonb_build_object('error_type', case step_index when 0 then 'CardDeclined' else 'missing_input' end)
+             from failed",
+        )
+        .bind(task)
+        .execute(&mut *conn)
+        .await?;
+        let mut passed: Vec<(u32, bool)> =
+            load_all(conn, &[task]).await?.iter().map(|row| (row.step.index, row.passed)).collect();
+        passed.sort_unstable();
+        assert_eq!(passed, [(0, true), (1, false), (2, false)]);
         Ok::<_, Failure>(())
     })
     .await

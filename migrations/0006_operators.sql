@@ -1,0 +1,175 @@
+-- What people do to tasks by hand. Each function checks the state as it is now and sends a wish;
+-- an orchestrator decides, and keeps who did it and why in the audit.
+
+-- The audit is append-only, whoever asks.
+create function tasker.audit_is_append_only() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'tasker.audit is append-only: what was done stays written' using errcode = '42501';
+end
+$$;
+create trigger audit_is_append_only before update or delete on tasker.audit
+  for each row execute function tasker.audit_is_append_only();
+create trigger audit_is_not_truncated before truncate on tasker.audit
+  for each statement execute function tasker.audit_is_append_only();
+
+-- Why an act cannot be asked of a task in this state, or null.
+create function tasker.act_problem(p_action text, p_state text, p_steps text[]) returns text
+language sql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when ended and p_action not in ('retry', 'rerun') then format('the task has already ended as %s', p_state)
+    when p_action = 'suspend' and p_state = 'suspended' then 'the task is suspended already'
+    when p_action = 'resume' and p_state <> 'suspended' then format('the task is %s; only a suspended task can be resumed', p_state)
+    when p_action in ('give_up', 'resolve') and p_state <> 'blocked_by_failures'
+      then format('the task is %s; only a blocked task can be given up or resolved', p_state)
+    when p_action = 'retry' and p_state not in ('error', 'cancelled', 'blocked_by_failures')
+      then format('the task is %s; only a failed, cancelled or blocked task can be retried', p_state)
+    when p_action = 'retry' and ended and cardinality(p_steps) > 0
+      then format('the task is %s; only of a blocked task single steps can be retried, of this one use rerun', p_state)
+    when p_action = 'rerun' and not ended then format('the task is %s; only a task that has ended can be run again', p_state)
+  end
+  from (select p_state in ('complete', 'error', 'cancelled', 'resolved_manually') as ended) e
+$$;
+
+-- Sends the wish. `p_more` has what the message carries beyond the task, the actor and the reason.
+create function tasker.ask(p_task uuid, p_action text, p_reason text, p_actor text, p_more jsonb default '{}') returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_state     text;
+  v_namespace text;
+  v_template  int;
+  v_steps     text[] := coalesce(array(select jsonb_array_elements_text(p_more->'steps')), '{}') || coalesce(array[p_more->>'step'], '{}');
+  v_problem   text;
+begin
+  v_steps := array_remove(v_steps, null);
+  select t.state, t.namespace, t.template_id into v_state, v_namespace, v_template from tasker.tasks t where t.task_uuid = p_task;
+  if v_state is null or not tasker.may_use(v_namespace) then
+    return 'no such task';
+  end if;
+  v_problem := tasker.act_problem(p_action, v_state, v_steps);
+  if v_problem is not null then
+    return v_problem;
+  end if;
+  select format('step: the template has no step %s', left(n, 40)) into v_problem
+  from unnest(v_steps) n
+  where not exists (select from tasker.template_steps d where d.template_id = v_template and d.name = n) limit 1;
+  if v_problem is not null then
+    return v_problem;
+  end if;
+  if cardinality(v_steps) > 0 then
+    select case
+      when s.state is null then 'the task has not begun; it has no steps yet'
+      when p_action like '%\_step' and s.state in ('complete', 'cancelled', 'skipped', 'resolved_manually')
+        then format('step %s is %s already', d.name, s.state)
+      when p_action = 'retry' and s.state <> 'error' then format('step %s is %s; only a failed step can be retried', d.name, s.state)
+    end into v_problem
+    from unnest(v_steps) n
+    join tasker.template_steps d on d.template_id = v_template and d.name = n
+    left join tasker.steps s on s.task_uuid = p_task and s.step_index = d.step_index
+    order by 1 nulls last limit 1;
+    if v_problem is not null then
+      return v_problem;
+    end if;
+  end if;
+  perform pgmq.send('task_requests', jsonb_build_object('v', 1, 'type', p_action,
+    'task', p_task, 'actor', left(p_actor, 100), 'reason', left(p_reason, 1000)) || p_more);
+  perform tasker.wake('task_requests');
+  return 'accepted';
+end
+$$;
+
+-- Running attempts finish and their results count; nothing more is sent until it is resumed.
+create function tasker.suspend_task(task uuid, reason text default null, actor text default session_user) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, 'suspend', reason, actor) $$;
+
+-- Goes on where it stood: sends what is ready, fires what came due, evaluates what finished.
+create function tasker.resume_task(task uuid, reason text default null, actor text default session_user) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, 'resume', reason, actor) $$;
+
+-- Ends the task; running handlers are asked to stop, or dropped.
+create function tasker.cancel_task(
+  task uuid, reason text default null, terminate boolean default false, actor text default session_user
+) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, case when terminate then 'terminate' else 'cancel' end, reason, actor) $$;
+
+-- Tries again what failed: of a finished task in a new generation, keeping what is done; of a
+-- blocked one, everything that failed or only these steps.
+create function tasker.retry_task(
+  task uuid, reason text default null, actor text default session_user, steps text[] default null
+) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select tasker.ask(task, 'retry', reason, actor,
+    case when cardinality(steps) > 0 then jsonb_build_object('steps', to_jsonb(steps)) else '{}' end)
+$$;
+
+-- The failures of a blocked task are final: it ends as failed.
+create function tasker.give_up_task(task uuid, reason text default null, actor text default session_user) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, 'give_up', reason, actor) $$;
+
+-- A blocked task was settled outside: it ends as resolved by hand.
+create function tasker.resolve_task(task uuid, reason text default null, actor text default session_user) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, 'resolve', reason, actor) $$;
+
+-- Begins the next generation of a finished task at these steps: they and all that follow from
+-- them run again, the others keep what they came to.
+create function tasker.rerun_task(
+  task uuid, from_steps text[], reason text default null, actor text default session_user
+) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select case when coalesce(cardinality(from_steps), 0) = 0 then 'from_steps: name at least one step'
+    else tasker.ask(task, 'rerun', reason, actor, jsonb_build_object('steps', to_jsonb(from_steps))) end
+$$;
+
+-- The step is not needed; what stands behind it goes on.
+create function tasker.skip_step(task uuid, step text, reason text default null, actor text default session_user) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.ask(task, 'skip_step', reason, actor, jsonb_build_object('step', coalesce(step, ''))) $$;
+
+-- An output given by hand has the limits of any other.
+create function tasker.settle_step(p_task uuid, p_step text, p_action text, p_output jsonb, p_reason text, p_actor text) returns text
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce('output: ' || tasker.payload_problem(p_output, tasker.max_payload_bytes()),
+    tasker.ask(p_task, p_action, p_reason, p_actor, jsonb_build_object('step', coalesce(p_step, ''))
+      || case when p_output is not null then jsonb_build_object('output', p_output) else '{}' end))
+$$;
+
+-- The step was settled outside; with an output, the steps behind it read it.
+create function tasker.resolve_step(
+  task uuid, step text, output jsonb default null, reason text default null, actor text default session_user
+) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.settle_step(task, step, 'resolve_step', output, reason, actor) $$;
+
+-- The step counts as done by its handler, with this output.
+create function tasker.complete_step(
+  task uuid, step text, output jsonb default 'null', reason text default null, actor text default session_user
+) returns text
+language sql security definer
+set search_path = pg_catalog, pg_temp
+as $$ select tasker.settle_step(task, step, 'complete_step', output, reason, actor) $$;
+
+revoke all on all functions in schema tasker from public;
