@@ -65,3 +65,8 @@ from tasker.transitions where event = 'Complete' group by entity_uuid, generatio
 union all
 select format('step %s is enqueued twice as attempt %s', entity_uuid, attempt)
 from tasker.transitions where to_state = 'enqueued' and event <> 'LeaseExpired' group by entity_uuid, attempt having count(*) > 1
+union all
+select format('limit %s allows %s at once, but %s are in flight under it', l.name, l.concurrency, count(*))
+from tasker.limits l join tasker.places p using (limit_id) join tasker.steps s on s.step_uuid = p.step_uuid
+where tasker.is_in_flight(s.state)
+group by l.limit_id having count(*) > l.concurrency

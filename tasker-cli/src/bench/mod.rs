@@ -41,6 +41,9 @@ pub enum Shape {
     /// 1 → 20 → 1.
     #[value(name = "fanout_20")]
     Fanout20,
+    /// Two steps, one after the other; of the first at most two at once for each of 100 keys.
+    #[value(name = "limited")]
+    Limited,
 }
 
 /// Measure throughput, latency and cost.
@@ -119,6 +122,8 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     register(&pool, "one", &chain(1)).await?;
     register(&pool, "diamond", &fan_out(2)).await?;
     register(&pool, "fanout_20", &fan_out(20)).await?;
+    register(&pool, "limited", &chain(2).replacen("noop}", "noop, concurrency: {key: '${input.key}', limit: 2}}", 1))
+        .await?;
     register(&pool, "fanout_wide", &fan_out(fan)).await?;
 
     let mut report = report::Report {
@@ -142,6 +147,7 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         Shape::Linear5 => ("linear_5", 5),
         Shape::Diamond => ("diamond", 4),
         Shape::Fanout20 => ("fanout_20", 22),
+        Shape::Limited => ("limited", 2),
     };
     progress("warming up");
     load::run(&pool, &scenario(args.tasks.min(500), template, steps, false)).await?;

@@ -107,7 +107,6 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         // What limits hold back makes nobody else wait.
         shared.admission.with_room(|room| room.set_holding(&row.queue, turn.steps.len() >= max));
         next = [next, turn.next].into_iter().flatten().min();
-        more |= !turn.steps.is_empty();
         if turn.steps.is_empty() {
             continue;
         }
@@ -117,7 +116,9 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
             msg_id: None,
             due_id: None,
         });
-        settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?;
+        // What could not be moved (its task is settled elsewhere, or a limit was full under its lock)
+        // is no reason to look again at once.
+        more |= settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?.moved > 0;
     }
     Ok(if more { Found::More } else { Found::Nothing(next) })
 }

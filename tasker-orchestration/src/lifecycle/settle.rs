@@ -37,6 +37,8 @@ pub struct Settled {
     pub unknown: Vec<(Hint, &'static str)>,
     /// Tasks that ended.
     pub finished: usize,
+    /// Tasks that changed in any way.
+    pub moved: usize,
 }
 
 /// One task of the batch, as it was loaded.
@@ -104,6 +106,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         };
         record_flow(conn, &plans, &places).await?;
         tell_workers(conn, &applied, &plans).await?;
+        settled.moved = moved.len();
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
         Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
     })
@@ -137,7 +140,7 @@ async fn sort_out(
         .into_iter()
         .map(|hint| (hint, "task: no such task; it was never created here, or retention removed it"))
         .collect();
-    Ok((kept, Settled { deferred, unknown, finished: 0 }))
+    Ok((kept, Settled { deferred, unknown, ..Settled::default() }))
 }
 
 /// Takes out the messages that name a step which their task does not have.
