@@ -109,6 +109,36 @@ async fn never_more_than_the_limit_of_a_key_are_in_flight_and_all_end() {
         "its first attempt and its retry: {waits:?}"
     );
     assert_eq!(world.number("select count(*) from tasker.quarantine").await, 0);
+    // Rows of keys that nobody uses any more go, with what was left of their places.
+    let forgotten = "select tasker.forget_limits(1000, interval '0')::bigint";
+    assert_eq!((world.number(forgotten).await, world.number(forgotten).await), (3, 0));
+    assert_eq!(world.number("select count(*) from tasker.places").await, 0);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_attempt_gives_its_place_to_the_next() {
+    let world = World::start(Setup { orchestrators: 2, ..Setup::by_hand() }).await;
+    world.register("single", "concurrency: {limit: 1}\nsteps: [{name: a, handler: ok}]").await;
+    let client = Client::from_pool(world.pool.clone());
+    let mut open = submit_many(&world, "single", 4, json!({})).await;
+    let mut claims = Vec::new();
+    for _ in 0..2 {
+        let claim = world.claim().await;
+        all_held(&world, i64::try_from(open.len()).expect("few") - 1).await;
+        client.cancel(claim.task, Some("ana"), None).await.expect("cancelled");
+        open.retain(|task| *task != claim.task);
+        claims.push(claim);
+    }
+    for _ in 0..2 {
+        let claim = world.claim().await;
+        world.succeed(&claim).await;
+    }
+    assert_eq!(world.finish(&open).await, ["complete"; 2]);
+    // Whoever worked on what was cancelled comes too late to change anything.
+    let late = worker::answer(&claims[0]);
+    assert_eq!(world.report(&claims[0], &late).await, (false, true));
+    world.assert_complete().await;
     world.end().await;
 }
 
