@@ -172,4 +172,58 @@ language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$ select tasker.settle_step(task, step, 'complete_step', output, reason, actor) $$;
 
+-- Does one act to every task that matches, up to `p_max` of them in the order of their uuids, and
+-- says how many there were, a few of them, and where the next page begins (null: that was all).
+-- The filter may name namespace, template, status (the public word), correlation_id, and `after`.
+create function tasker.act_on_tasks(
+  p_filter jsonb, p_action text, p_reason text default null, p_actor text default session_user,
+  p_dry_run boolean default true, p_max int default 1000
+) returns jsonb
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_states  text[];
+  v_unknown text;
+  v_tasks   uuid[];
+  v_asked   bigint;
+begin
+  if p_action is null or p_action not in ('cancel', 'terminate', 'suspend', 'resume', 'retry', 'give_up', 'resolve') then
+    raise exception 'action: must be cancel, terminate, suspend, resume, retry, give_up or resolve' using errcode = '22023';
+  end if;
+  select k into v_unknown from jsonb_object_keys(p_filter) k
+  where k not in ('namespace', 'template', 'status', 'correlation_id', 'after') limit 1;
+  if v_unknown is not null then
+    raise exception 'filter: % is not known; use namespace, template, status, correlation_id and after', left(v_unknown, 40) using errcode = '22023';
+  end if;
+  if not p_filter ?| array['namespace', 'template', 'status', 'correlation_id'] then
+    raise exception 'filter: must say which tasks; name a namespace, template, status or correlation_id' using errcode = '22023';
+  end if;
+  v_states := case p_filter->>'status'
+    when 'queued' then array['pending'] when 'running' then array['steps_in_process']
+    when 'waiting' then array['waiting_for_dependencies', 'waiting_for_retry', 'blocked_by_failures']
+    when 'suspended' then array['suspended'] when 'completed' then array['complete', 'resolved_manually']
+    when 'failed' then array['error'] when 'cancelled' then array['cancelled'] end;
+  if p_filter->>'status' is not null and v_states is null then
+    raise exception 'status: must be queued, running, waiting, suspended, completed, failed or cancelled' using errcode = '22023';
+  end if;
+  v_tasks := array(
+    select t.task_uuid from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+    where (p_filter->>'namespace' is null or t.namespace = p_filter->>'namespace')
+      and (p_filter->>'template' is null or p.name = p_filter->>'template')
+      and (v_states is null or t.state = any(v_states))
+      and (p_filter->>'correlation_id' is null or t.correlation_id = p_filter->>'correlation_id')
+      and (p_filter->>'after' is null or t.task_uuid > (p_filter->>'after')::uuid)
+      and tasker.act_problem(p_action, t.state, '{}') is null
+      and tasker.may_use(t.namespace)
+    order by t.task_uuid limit least(greatest(p_max, 1), 10000));
+  if not p_dry_run then
+    select count(*) into v_asked from unnest(v_tasks) u(task) where tasker.ask(u.task, p_action, p_reason, p_actor) = 'accepted';
+  end if;
+  return jsonb_build_object('matched', cardinality(v_tasks), 'asked', coalesce(v_asked, 0), 'dry_run', p_dry_run,
+    'sample', to_jsonb(v_tasks[1:20]),
+    'next', case when cardinality(v_tasks) = least(greatest(p_max, 1), 10000) then v_tasks[cardinality(v_tasks)] end);
+end
+$$;
+
 revoke all on all functions in schema tasker from public;

@@ -29,6 +29,7 @@ mod no_worker_lost;
 mod operator_retry;
 mod orchestrator_killed_under_load;
 mod remote_parent;
+mod repair;
 mod retention;
 mod retry;
 mod schedules;

@@ -101,6 +101,9 @@ enum Command {
     /// Submit and follow tasks (a task is one run of a workflow)
     #[command(subcommand)]
     Task(commands::task::Task),
+    /// Look at what operators did
+    #[command(subcommand)]
+    Audit(commands::act::Audit),
     /// Submit tasks by the clock: cron, an interval, or once
     #[command(subcommand)]
     Schedule(commands::schedule::Schedule),
@@ -154,6 +157,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Worker(command) => command.run(&global).await,
         Command::Template(command) => command.run(&global).await,
         Command::Task(command) => command.run(&global).await,
+        Command::Audit(command) => command.run(&global).await,
         Command::Schedule(command) => command.run(&global).await,
         Command::Trace(command) => command.run(&global).await,
         Command::Queue(command) => command.run(&global).await,

@@ -16,12 +16,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::schedule::{Schedule, Timing};
+use crate::state_machine::decide::ByHand;
 use crate::store::flow::{LimitUse, SetLimit};
+use crate::store::operators::AuditRow;
+use crate::store::requests::Act;
 use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, flow, requests, retention, tasks, transitions};
+use crate::store::{self, flow, operators, requests, retention, tasks, transitions};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -235,8 +238,75 @@ impl Client {
 
     /// Asks for what failed or was cancelled to be tried again, keeping what is done.
     pub async fn retry(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
+        self.retry_steps(task, &[], actor, reason).await
+    }
+
+    /// Asks for these failed steps of a blocked task to be tried again.
+    pub async fn retry_steps(
+        &self,
+        task: Uuid,
+        steps: &[String],
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
         let mut conn = self.pool.acquire().await?;
-        accepted(task, requests::retry(&mut conn, task, actor, reason).await?)
+        accepted(task, requests::retry(&mut conn, task, steps, actor, reason).await?)
+    }
+
+    /// Asks to suspend or resume a task, or to give up or resolve a blocked one.
+    pub async fn act(
+        &self,
+        task: Uuid,
+        act: Act,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        accepted(task, requests::act(&mut conn, task, act, actor, reason).await?)
+    }
+
+    /// Asks for a finished task to run again from these steps, in a new generation.
+    pub async fn rerun(
+        &self,
+        task: Uuid,
+        from: &[String],
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        accepted(task, requests::rerun(&mut conn, task, from, actor, reason).await?)
+    }
+
+    /// Asks for a step to be settled by hand; the steps behind it read `output`.
+    pub async fn settle_step(
+        &self,
+        task: Uuid,
+        step: &str,
+        act: ByHand,
+        output: Option<Value>,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        accepted(task, requests::settle_step(&mut conn, task, step, act, output, actor, reason).await?)
+    }
+
+    /// Does one act to a page of at most 1000 tasks that match `filter`; see `tasker.act_on_tasks`.
+    pub async fn act_on_tasks(
+        &self,
+        filter: &Value,
+        action: &str,
+        dry_run: bool,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<Value, ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        Ok(requests::act_on_tasks(&mut conn, filter, action, dry_run, actor, reason).await?)
+    }
+
+    /// What operators did, newest first; to one task if it is named.
+    pub async fn audit(&self, task: Option<Uuid>, limit: u32) -> Result<Vec<AuditRow>, ClientError> {
+        Ok(operators::audit_list(&mut *self.pool.acquire().await?, task, limit.into()).await?)
     }
 
     /// Creates a schedule, or changes the one of that name; answers created, changed or unchanged.

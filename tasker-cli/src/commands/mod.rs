@@ -1,5 +1,6 @@
 //! One file per noun.
 
+pub mod act;
 pub mod db;
 pub mod demo;
 pub mod limit;

@@ -8,11 +8,13 @@ use chrono::{DateTime, Utc};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tasker_shared::client::{Client, Submit as Request};
+use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::views::{self, TaskFilter, TaskView};
 use tasker_shared::store::why::duration;
 use tasker_shared::template::parse_duration;
 use uuid::Uuid;
 
+use super::act::{self, Which, WhichStep};
 use super::template::TemplateName;
 use crate::Global;
 use crate::failure::{FAILED, failure};
@@ -28,6 +30,9 @@ Examples:
   tasker task submit shop/order --input '{\"order_id\": \"4711\"}' --correlation-id ORD-4711 --wait
   tasker task list --status failed
   tasker task why ORD-4711
+  tasker task cancel --namespace shop --status waiting --dry-run
+  tasker task rerun ORD-4711 --from charge --reason 'wrong account'
+  tasker task complete-step ORD-4711 charge --result '{\"receipt\": \"R-1\"}'
   tasker task wait ORD-4711 --timeout 30s && echo completed")]
 pub enum Task {
     /// Ask for a task
@@ -50,22 +55,73 @@ pub enum Task {
     },
     /// End a task; what is not done will not be done
     Cancel {
-        /// Uuid or correlation id
-        task: String,
-        /// Why; kept with the task
-        #[arg(long)]
-        reason: Option<String>,
+        #[command(flatten)]
+        which: Which,
         /// Drop running handlers instead of asking them to stop
         #[arg(long)]
         terminate: bool,
     },
+    /// End a task and drop its running handlers
+    Terminate {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Let running attempts finish and send nothing more until it is resumed
+    Suspend {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Let a suspended task go on
+    Resume {
+        #[command(flatten)]
+        which: Which,
+    },
     /// Try again what failed or was cancelled, keeping what is done
     Retry {
+        #[command(flatten)]
+        which: Which,
+        /// Only this step of a blocked task; may be given several times
+        #[arg(long = "step", value_name = "NAME")]
+        steps: Vec<String>,
+    },
+    /// Run a finished task again from chosen steps, keeping what the others came to
+    Rerun {
         /// Uuid or correlation id
         task: String,
-        /// Why; kept with the task
+        /// This step and all that follow from it; may be given several times
+        #[arg(long, value_name = "STEP", required = true)]
+        from: Vec<String>,
+        /// Why; kept in the audit
         #[arg(long)]
         reason: Option<String>,
+    },
+    /// End a blocked task as failed
+    GiveUp {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// End a blocked task as resolved by hand
+    Resolve {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Skip a step by hand; what stands behind it goes on
+    SkipStep(WhichStep),
+    /// Say that a step was settled outside, perhaps with an output
+    ResolveStep {
+        #[command(flatten)]
+        which: WhichStep,
+        /// What the steps behind it read, as JSON
+        #[arg(long, value_name = "JSON")]
+        result: Option<String>,
+    },
+    /// Complete a step by hand, with its output
+    CompleteStep {
+        #[command(flatten)]
+        which: WhichStep,
+        /// What the steps behind it read, as JSON
+        #[arg(long, value_name = "JSON", default_value = "null")]
+        result: String,
     },
     /// Say in one sentence what a task waits for
     Why {
@@ -165,19 +221,22 @@ impl Task {
                 list(global, &ended)?;
                 all_completed(&ended)
             }
-            Self::Cancel { task, reason, terminate } => {
-                let id = run::find_task(client, &task).await?;
-                if terminate {
-                    client.terminate(id, actor().as_deref(), reason.as_deref()).await?;
-                } else {
-                    client.cancel(id, actor().as_deref(), reason.as_deref()).await?;
-                }
-                accepted(global, id, "it ends as soon as an orchestrator reads the request")
+            Self::Cancel { which, terminate } => {
+                act::act(global, client, if terminate { "terminate" } else { "cancel" }, which, &[]).await
             }
-            Self::Retry { task, reason } => {
-                let id = run::find_task(client, &task).await?;
-                client.retry(id, actor().as_deref(), reason.as_deref()).await?;
-                accepted(global, id, "it goes on as soon as an orchestrator reads the request")
+            Self::Terminate { which } => act::act(global, client, "terminate", which, &[]).await,
+            Self::Suspend { which } => act::act(global, client, "suspend", which, &[]).await,
+            Self::Resume { which } => act::act(global, client, "resume", which, &[]).await,
+            Self::Retry { which, steps } => act::act(global, client, "retry", which, &steps).await,
+            Self::GiveUp { which } => act::act(global, client, "give_up", which, &[]).await,
+            Self::Resolve { which } => act::act(global, client, "resolve", which, &[]).await,
+            Self::Rerun { task, from, reason } => act::rerun(global, client, &task, &from, reason.as_deref()).await,
+            Self::SkipStep(which) => act::settle_step(global, client, which, ByHand::Skip, None).await,
+            Self::ResolveStep { which, result } => {
+                act::settle_step(global, client, which, ByHand::Resolve, result).await
+            }
+            Self::CompleteStep { which, result } => {
+                act::settle_step(global, client, which, ByHand::Complete, Some(result)).await
             }
             Self::Why { task } => {
                 let situation = client.why(run::find_task(client, &task).await?).await?;
@@ -196,13 +255,6 @@ impl Task {
 /// Who is asking, for the audit; the database's user otherwise.
 pub fn actor() -> Option<String> {
     std::env::var("USER").ok().filter(|user| !user.is_empty())
-}
-
-fn accepted(global: &Global, task: Uuid, text: &str) -> anyhow::Result<()> {
-    if global.output == Format::Json {
-        return output::json(&json!({"task_uuid": task, "accepted": true}));
-    }
-    output::line(format!("accepted: {text}"))
 }
 
 pub fn read_input(text: &str) -> anyhow::Result<Value> {

@@ -1,10 +1,12 @@
 //! What people and clients ask for. Nothing here decides: it sends a wish to the
 //! orchestrators, or moves a message that nobody could use.
 
+use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
+use crate::state_machine::decide::ByHand;
 
 /// Asks for a task to end; `accepted`, or why not.
 pub async fn cancel(
@@ -25,18 +27,129 @@ pub async fn cancel(
     .await?)
 }
 
-/// Asks for a failed, cancelled or blocked task to be tried again; `accepted`, or why not.
+/// Asks for a failed, cancelled or blocked task to be tried again (of a blocked one only `steps`,
+/// if there are any); `accepted`, or why not.
 pub async fn retry(
     conn: &mut PgConnection,
     task: Uuid,
+    steps: &[String],
     actor: Option<&str>,
     reason: Option<&str>,
 ) -> Result<String, Error> {
     Ok(sqlx::query_scalar!(
-        r#"select tasker.retry_task(task => $1, reason => $2, actor => coalesce($3, session_user::text)) as "answer!""#,
+        r#"select tasker.retry_task(task => $1, reason => $2, actor => coalesce($3, session_user::text), steps => $4) as "answer!""#,
         task,
         reason,
+        actor,
+        steps
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// What an operator may ask of a task as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "explained in docs/lifecycle.md")]
+pub enum Act {
+    Suspend,
+    Resume,
+    GiveUp,
+    Resolve,
+}
+
+/// Asks for an act; `accepted`, or why not.
+pub async fn act(
+    conn: &mut PgConnection,
+    task: Uuid,
+    act: Act,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<String, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select case $4
+             when 'suspend' then tasker.suspend_task($1, $2, coalesce($3, session_user::text))
+             when 'resume' then tasker.resume_task($1, $2, coalesce($3, session_user::text))
+             when 'give_up' then tasker.give_up_task($1, $2, coalesce($3, session_user::text))
+             else tasker.resolve_task($1, $2, coalesce($3, session_user::text)) end as "answer!""#,
+        task,
+        reason,
+        actor,
+        match act {
+            Act::Suspend => "suspend",
+            Act::Resume => "resume",
+            Act::GiveUp => "give_up",
+            Act::Resolve => "resolve",
+        }
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Asks for a finished task to run again from these steps; `accepted`, or why not.
+pub async fn rerun(
+    conn: &mut PgConnection,
+    task: Uuid,
+    from: &[String],
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<String, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select tasker.rerun_task($1, $2, $3, coalesce($4, session_user::text)) as "answer!""#,
+        task,
+        from,
+        reason,
         actor
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Asks for a step to be settled by hand; `accepted`, or why not.
+pub async fn settle_step(
+    conn: &mut PgConnection,
+    task: Uuid,
+    step: &str,
+    act: ByHand,
+    output: Option<Value>,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<String, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select case $3
+             when 'skip' then tasker.skip_step($1, $2, $5, coalesce($6, session_user::text))
+             when 'resolve' then tasker.resolve_step($1, $2, $4, $5, coalesce($6, session_user::text))
+             else tasker.complete_step($1, $2, coalesce($4, 'null'), $5, coalesce($6, session_user::text)) end as "answer!""#,
+        task,
+        step,
+        match act {
+            ByHand::Skip => "skip",
+            ByHand::Resolve => "resolve",
+            ByHand::Complete => "complete",
+        },
+        output,
+        reason,
+        actor
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+/// Does one act to a page of the tasks that match; the answer has `matched`, `asked`, `sample` and `next`.
+pub async fn act_on_tasks(
+    conn: &mut PgConnection,
+    filter: &Value,
+    action: &str,
+    dry_run: bool,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<Value, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select tasker.act_on_tasks($1, $2, $3, coalesce($4, session_user::text), $5) as "answer!""#,
+        filter,
+        action,
+        reason,
+        actor,
+        dry_run
     )
     .fetch_one(conn)
     .await?)
