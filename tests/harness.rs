@@ -1,7 +1,7 @@
 //! A world of its own for each promise: a fresh database, real orchestrators, workers that
 //! speak SQL, and a receiver that keeps every span; and the checks that end every test.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,12 +17,13 @@ use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{templates, transitions};
 use tasker_shared::template;
-use tasker_shared::trace::otlp::{Encoder, ServiceNames, hex};
+use tasker_shared::trace::otlp::{Encoder, ServiceNames};
 use tasker_shared::trace::tree;
 use tasker_tests::receiver::{Received, Receiver};
 use tasker_tests::rust_worker::RustWorker;
 use tasker_tests::trace_config;
 use tasker_tests::worker::{self, Answer, Claim, HANDLERS, NAMESPACE, Work, Worker, answer};
+use tasker_trace_testing::{Rules, Span, Trace};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 use uuid::Uuid;
@@ -416,12 +417,7 @@ impl World {
             assert_eq!(*known, received, "a span arrived twice with different contents");
         }
         let names = |these: &BTreeMap<SpanKey, Received>, but: &BTreeMap<SpanKey, Received>| -> Vec<String> {
-            these
-                .iter()
-                .filter(|(key, _)| !but.contains_key(*key))
-                .map(|(_, span)| describe(span, &[]))
-                .take(20)
-                .collect()
+            these.iter().filter(|(key, _)| !but.contains_key(*key)).map(|(_, span)| describe(span)).take(20).collect()
         };
         assert_eq!(names(&expected, &arrived), [""; 0], "spans of the log that did not arrive");
         assert_eq!(names(&arrived, &expected), [""; 0], "spans that arrived and are not in the log");
@@ -439,7 +435,7 @@ impl World {
             .expect("tasks");
         // Until its task ends, a root has not come.
         for (_, spans) in traces.iter().filter(|(trace, _)| !open.contains(trace)) {
-            assert_well_formed(spans);
+            Rules::new().well_formed().links().assert(&trace(spans));
         }
     }
 
@@ -518,117 +514,27 @@ fn decode(request: &[u8]) -> Vec<Received> {
 fn plain(value: &AnyValue) -> String {
     match &value.value {
         Some(any_value::Value::StringValue(text)) => text.clone(),
-        Some(any_value::Value::IntValue(n)) => n.to_string(),
-        Some(any_value::Value::BoolValue(yes)) => yes.to_string(),
         other => format!("{other:?}"),
     }
 }
 
 // Trees.
 
-/// One line about a span: its name, then what was asked of its attributes (those it has).
-/// `kind`, `service`, `status` and `links` are asked for in the same way.
-pub fn describe(received: &Received, keys: &[&str]) -> String {
-    let span = &received.span;
-    let mut line = span.name.clone();
-    for key in keys {
-        let value = match *key {
-            "kind" => Some(
-                ["", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER"][usize::try_from(span.kind).unwrap_or(0)]
-                    .to_owned(),
-            ),
-            "service" => Some(received.service.clone()),
-            "status" => span.status.as_ref().filter(|status| status.code == 2).map(|_| "ERROR".to_owned()),
-            "links" => (!span.links.is_empty()).then(|| span.links.len().to_string()),
-            _ => span.attributes.iter().find(|kv| kv.key == *key).and_then(|kv| kv.value.as_ref()).map(plain),
-        };
-        if let Some(value) = value {
-            let _ = write!(line, " {key}={value}");
-        }
-    }
-    line
+/// What arrived, as the rules of traces look at it.
+pub fn trace<'a>(spans: impl IntoIterator<Item = &'a Received>) -> Trace {
+    let span = |received: &Received| Span::from_proto(&received.service, &received.span);
+    Trace { spans: spans.into_iter().map(span).collect() }
 }
 
-/// The tree as an indented outline, siblings in the order of their lines: structure, not time.
-pub fn outline(spans: &[Received], keys: &[&str]) -> String {
-    let ids: BTreeSet<&[u8]> = spans.iter().map(|received| &*received.span.span_id).collect();
-    let mut children: BTreeMap<&[u8], Vec<&Received>> = BTreeMap::new();
-    for received in spans {
-        let parent = &*received.span.parent_span_id;
-        children.entry(if ids.contains(parent) { parent } else { &[] }).or_default().push(received);
-    }
-    below(&children, &[], keys).concat()
-}
-
-/// The blocks of lines of each child of this span, in their order.
-fn below(children: &BTreeMap<&[u8], Vec<&Received>>, parent: &[u8], keys: &[&str]) -> Vec<String> {
-    let of = |received: &&Received| {
-        let mut block = describe(received, keys) + "\n";
-        let inner = below(children, &received.span.span_id, keys).concat();
-        for line in inner.lines() {
-            let _ = writeln!(block, "  {line}");
-        }
-        block
-    };
-    let mut blocks: Vec<String> = children.get(parent).into_iter().flatten().map(of).collect();
-    blocks.sort();
-    blocks
-}
-
-/// The same order for an outline that a person wrote.
-fn sorted(lines: &[&str], depth: usize) -> String {
-    let at = |line: &str| line.len() - line.trim_start().len();
-    let starts: Vec<usize> = (0..lines.len()).filter(|n| at(lines[*n]) == depth).collect();
-    let block = |(n, start): (usize, &usize)| {
-        let end = starts.get(n + 1).copied().unwrap_or(lines.len());
-        format!("{}\n{}", lines[*start], sorted(&lines[start + 1..end], depth + 2))
-    };
-    let mut blocks: Vec<String> = starts.iter().enumerate().map(block).collect();
-    blocks.sort();
-    blocks.concat()
+fn describe(received: &Received) -> String {
+    Span::from_proto(&received.service, &received.span).describe(&["step_name", "attempt_number", "event", "task_uuid"])
 }
 
 /// Compares trees, whatever the order of siblings: `expected` is an outline with two spaces a level.
 pub fn assert_tree(spans: &[Received], keys: &[&str], expected: &str) {
-    assert_well_formed(spans);
-    let lines: Vec<&str> = expected.lines().filter(|line| !line.trim().is_empty()).collect();
-    let margin = lines.iter().map(|line| line.len() - line.trim_start().len()).min().unwrap_or(0);
-    let lines: Vec<&str> = lines.iter().map(|line| line[margin..].trim_end()).collect();
-    let (arrived, expected) = (outline(spans, keys), sorted(&lines, 0));
-    assert!(arrived == expected, "--- arrived\n{arrived}\n--- expected\n{expected}");
-}
-
-/// One root a generation, every other parent there, every child inside its parent's time.
-pub fn assert_well_formed(spans: &[Received]) {
-    const IS_REMOTE: u32 = 0x200;
-    let by_id: HashMap<&[u8], &Received> = spans.iter().map(|received| (&*received.span.span_id, received)).collect();
-    assert_eq!(by_id.len(), spans.len(), "a span is there twice");
-    let mut generations = BTreeSet::new();
-    for received in spans {
-        let span = &received.span;
-        let words = || {
-            format!(
-                "{} of\n{}",
-                describe(received, &["step_name", "from_state", "to_state", "event"]),
-                outline(spans, &["step_name", "event"])
-            )
-        };
-        if let Some(parent) = by_id.get(&*span.parent_span_id) {
-            let parent = &parent.span;
-            let inside = parent.start_time_unix_nano <= span.start_time_unix_nano
-                && span.end_time_unix_nano <= parent.end_time_unix_nano;
-            assert!(inside, "outside its parent {}: {}", parent.name, words());
-        } else {
-            let is_root =
-                span.name == "task.orchestration" && (span.parent_span_id.is_empty() || span.flags & IS_REMOTE != 0);
-            assert!(is_root, "an orphan, its parent {} never came: {}", hex(&span.parent_span_id), words());
-            let generation = (received.text("task_uuid").map(str::to_owned), received.int("generation"));
-            assert!(generations.insert(generation), "two roots of one generation: {}", words());
-        }
-        for key in ["correlation_id", "task_uuid", "namespace"] {
-            assert!(received.text(key).is_some(), "without {key}: {}", words());
-        }
-    }
+    let trace = trace(spans);
+    Rules::new().well_formed().assert(&trace);
+    trace.assert_outline(keys, expected);
 }
 
 /// Asks again and again until there is an answer; panics after a minute.

@@ -1,6 +1,8 @@
 //! A worker that is killed inside a handler loses nothing but time.
 
-use crate::harness::{Setup, World, assert_tree};
+use tasker_trace_testing::assert_trace;
+
+use crate::harness::{Setup, World, trace};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
@@ -18,65 +20,32 @@ async fn attempt_of_a_killed_worker_is_lost_and_the_next_runs_elsewhere() {
     let other = world.worker_process("other", "none").await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
-    let moves = |worker| {
-        format!(
-            "step.state_transition event=Claim actor={worker}
-            step.state_transition event=Report actor={worker}
-            step.state_transition event=Complete
-            step.wait wait.reason=queue"
-        )
-    };
-    let spans: Vec<_> = world
-        .spans_of(task)
-        .into_iter()
-        .filter(|span| {
-            span.span.name.starts_with("step.e")
-                || span.span.name.starts_with("handler")
-                || span.span.name.starts_with("result.s")
-                || span.span.name == "step.state_transition"
-                || span.span.name == "step.wait"
-                || span.span.name == "task.orchestration"
-        })
-        .filter(|span| span.span.name != "step.enqueuing")
-        .filter(|span| !matches!(span.text("wait.reason"), Some("worker" | "room")))
-        .collect();
-    assert_tree(
-        &spans,
-        &[
-            "step_name",
-            "attempt_number",
-            "outcome",
-            "status",
-            "links",
-            "event",
-            "actor",
-            "worker",
-            "error.type",
-            "wait.reason",
-        ],
-        &format!(
-            "
-        task.orchestration outcome=success
-          step.execution step_name=a attempt_number=1 outcome=lost status=ERROR links=1 error.type=lease_expired
-            handler.execution attempt_number=1 status=ERROR worker=doomed error.type=lease_expired
-            step.state_transition event=Enqueue
-            step.state_transition event=Claim actor=doomed
-            step.state_transition event=LeaseExpired
-            step.wait wait.reason=queue
-          step.execution step_name=a attempt_number=2 outcome=success links=2
-            handler.execution attempt_number=2 worker=other
-            result.submission
-            {a}
-          step.execution step_name=b attempt_number=1 outcome=success links=1
-            handler.execution attempt_number=1 worker=other
-            result.submission
-            step.state_transition event=Enqueue
-            {b}
-        ",
-            a = moves("other"),
-            b = moves("other"),
-        ),
-    );
+    assert_trace!(trace(&world.spans_of(task)), {
+        "task.orchestration" [outcome = "success"] {
+            "step.execution" [step_name = "a", attempt_number = 1, outcome = "lost", status = "ERROR", links = 1, "error.type" = "lease_expired"] {
+                "handler.execution" [worker = "doomed", status = "ERROR", "error.type" = "lease_expired"],
+                "step.state_transition" [event = "Enqueue"],
+                "step.state_transition" [event = "Claim", actor = "doomed"],
+                "step.state_transition" [event = "LeaseExpired"],
+                "step.wait" ["wait.reason" = "queue"],
+            },
+            "step.execution" [step_name = "a", attempt_number = 2, outcome = "success", links = 2] {
+                "handler.execution" [worker = "other"],
+                "result.submission",
+                "step.state_transition" [event = "Claim", actor = "other"],
+                "step.state_transition" [event = "Report", actor = "other"],
+                "step.state_transition" [event = "Complete"],
+                "step.wait" ["wait.reason" = "queue"],
+            },
+            "step.execution" [step_name = "b", attempt_number = 1, outcome = "success", links = 1] {
+                "handler.execution" [worker = "other"],
+                "result.submission",
+                "step.state_transition" * 4,
+                "step.wait",
+            },
+            ..
+        }
+    });
     other.end().await;
     world.end().await;
 }

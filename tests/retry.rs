@@ -1,8 +1,9 @@
 //! A failure that a retry heals leaves its mark in the trace and nowhere else.
 
 use tasker_tests::worker::Answer;
+use tasker_trace_testing::{Rules, assert_trace, span};
 
-use crate::harness::{Setup, World, assert_tree};
+use crate::harness::{Setup, World, trace};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_attempt_is_a_sibling_and_the_task_succeeds() {
@@ -18,57 +19,46 @@ async fn failed_attempt_is_a_sibling_and_the_task_succeeds() {
     world.succeed(&second).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.assert_complete().await;
-    let keys = [
-        "step_name",
-        "attempt_number",
-        "outcome",
-        "status",
-        "links",
-        "event",
-        "to_state",
-        "error.type",
-        "wait.reason",
-        "results",
-        "ready_steps",
-    ];
-    assert_tree(
-        &world.spans_of(task),
-        &keys,
-        "
-        task.orchestration outcome=success
-          task.state_transition event=Start to_state=initializing
-          task.state_transition event=ReadyStepsFound to_state=enqueuing_steps
-            step.discovery ready_steps=1
-          task.state_transition event=StepsEnqueued to_state=steps_in_process
-            step.enqueuing
-          step.execution step_name=a attempt_number=1 outcome=error status=ERROR links=1 error.type=Hiccup
-            handler.execution attempt_number=1 status=ERROR error.type=Hiccup
-            result.submission
-            step.state_transition event=Enqueue to_state=enqueued
-            step.state_transition event=Claim to_state=in_progress
-            step.state_transition event=Report to_state=enqueued_as_error_for_orchestration
-            step.state_transition event=ScheduleRetry to_state=waiting_for_retry
-            step.wait wait.reason=queue
-          task.state_transition event=StepFailed to_state=evaluating_results
-            result.evaluation links=1 results=1
-          task.state_transition event=RetryScheduled to_state=waiting_for_retry
-          step.wait wait.reason=retry
-          task.state_transition event=RetryReady to_state=enqueuing_steps
-          task.state_transition event=StepsEnqueued to_state=steps_in_process
-            step.enqueuing
-          step.execution step_name=a attempt_number=2 outcome=success links=2
-            handler.execution attempt_number=2
-            result.submission
-            step.state_transition event=RetryReady to_state=enqueued
-            step.state_transition event=Claim to_state=in_progress
-            step.state_transition event=Report to_state=enqueued_for_orchestration
-            step.state_transition event=Complete to_state=complete
-            step.wait wait.reason=queue
-          task.state_transition event=AllStepsCompleted to_state=evaluating_results
-            result.evaluation links=1 results=1
-          task.state_transition event=AllStepsSuccessful to_state=complete
-        ",
-    );
+    let trace = trace(&world.spans_of(task));
+    assert_trace!(trace, {
+        "task.orchestration" [outcome = "success"] {
+            "task.state_transition" [event = "Start", to_state = "initializing"] {},
+            "task.state_transition" [event = "ReadyStepsFound"] { "step.discovery" [ready_steps = 1] },
+            "task.state_transition" * 2 [event = "StepsEnqueued"] { "step.enqueuing" {} },
+            "step.execution" [step_name = "a", attempt_number = 1, outcome = "error", status = "ERROR", "error.type" = "Hiccup"] {
+                "handler.execution" [status = "ERROR", "error.type" = "Hiccup"] {},
+                "result.submission" {},
+                "step.state_transition" [event = "Enqueue"],
+                "step.state_transition" [event = "Claim"],
+                "step.state_transition" [event = "Report", to_state = "enqueued_as_error_for_orchestration"],
+                "step.state_transition" [event = "ScheduleRetry", to_state = "waiting_for_retry"],
+                "step.wait" ["wait.reason" = "queue"],
+            },
+            "task.state_transition" [event = "StepFailed"] { "result.evaluation" [links = 1, results = 1] },
+            "task.state_transition" [event = "RetryScheduled", to_state = "waiting_for_retry"],
+            "step.wait" ["wait.reason" = "retry"] {},
+            "task.state_transition" [event = "RetryReady"] {},
+            "step.execution" [attempt_number = 2, outcome = "success", links = 2] {
+                "handler.execution" {},
+                "result.submission" {},
+                "step.state_transition" [event = "RetryReady"],
+                "step.state_transition" [event = "Claim"],
+                "step.state_transition" [event = "Report"],
+                "step.state_transition" [event = "Complete"],
+                "step.wait" ["wait.reason" = "queue"],
+            },
+            "task.state_transition" [event = "AllStepsCompleted"] { "result.evaluation" [links = 1] },
+            "task.state_transition" [event = "AllStepsSuccessful"],
+        }
+    });
+    let attempt = |number: i64| span("step.execution").with("attempt_number", number);
+    let wait = || span("step.wait").with("wait.reason", "retry");
+    Rules::new()
+        .before(attempt(1), wait())
+        .before(wait(), attempt(2))
+        .linked(attempt(2), attempt(1))
+        .inside(span("handler.execution"), span("step.execution"))
+        .assert(&trace);
     world.end().await;
 }
 
