@@ -112,7 +112,7 @@ impl Rules {
                     return is_of_the_tree(span) && span.name != names::TASK_ORCHESTRATION;
                 };
                 let may = span.name == names::TASK_ORCHESTRATION || !is_of_the_tree(span);
-                !ids.contains_key(&(span.trace_id, parent)) && !(span.parent_is_remote && may)
+                !(ids.contains_key(&(span.trace_id, parent)) || (span.parent_is_remote && may))
             };
             let say = |span: &Span| {
                 let parent = span.parent.map_or_else(|| "none".into(), |parent| hex(&parent));
