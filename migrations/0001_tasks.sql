@@ -120,6 +120,8 @@ create table tasker.steps (
   step_uuid              uuid primary key,
   task_uuid              uuid not null,
   step_index             int not null,
+  -- Its place in the list that a map runs over; -1 of every step that is not an item.
+  item                   int not null default -1,
   queue                  text not null,
   priority               int not null default 0,
   state                  text not null default 'pending',
@@ -161,7 +163,7 @@ create table tasker.steps (
   constraint steps_held_is_due check (held_by is null or (state in ('pending', 'waiting_for_retry') and ready_at is not null)),
   constraint steps_retry_has_a_due_time check (state <> 'waiting_for_retry' or due_at is not null)
 ) with (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
-create unique index steps_by_task on tasker.steps (task_uuid, step_index);
+create unique index steps_by_task on tasker.steps (task_uuid, step_index, item);
 -- Its columns change only when a step is held, so an ordinary step's updates stay HOT.
 create index steps_held on tasker.steps (queue, priority desc, ready_at) where held_by is not null and lane is null;
 create index steps_in_lanes on tasker.steps (queue, priority desc, lane, ready_at) where held_by is not null and lane is not null;

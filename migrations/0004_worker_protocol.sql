@@ -347,7 +347,7 @@ as $$
   select a.output
   from tasker.tasks t
   join tasker.template_steps d on d.template_id = t.template_id and d.name = p_step_name
-  join tasker.steps s on s.task_uuid = t.task_uuid and s.step_index = d.step_index
+  join tasker.steps s on s.task_uuid = t.task_uuid and s.step_index = d.step_index and s.item = -1
   join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
   where t.task_uuid = p_task and s.state in ('complete', 'resolved_manually') and tasker.may_use(t.namespace)
 $$;

@@ -20,11 +20,11 @@ with counted as (
   join tasker.tasks t on t.task_uuid = s.task_uuid
   join tasker.templates d on d.template_id = t.template_id
   left join tasker.template_edges e on e.template_id = t.template_id and e.child_index = s.step_index
-  left join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index
+  left join tasker.steps p on p.task_uuid = s.task_uuid and p.step_index = e.parent_index and p.item = -1
   where s.state not in ('error', 'cancelled')
     -- Once a step has left pending, a join has all it waits for and counts no more.
     and (s.state = 'pending' or coalesce(d.definition->'steps'->s.step_index->>'join', 'all') = 'all')
-    and s.state <> 'skipped'
+    and s.state <> 'skipped' and s.item = -1
     -- A step that was settled by hand counts no more either.
     and not exists (select from tasker.transitions r where r.task_uuid = s.task_uuid and r.entity_uuid = s.step_uuid
       and r.version = s.version and r.event in ('ResolveManually', 'CompleteManually'))
@@ -46,6 +46,15 @@ union all
 select format('step %s of task %s is %s with %s dependencies left and %s skipped, but %s parents are open and %s skipped',
   step_index, task_uuid, state, remaining_dependencies, skipped_dependencies, remaining, skipped)
 from open_parents where (remaining_dependencies, skipped_dependencies) <> (remaining, skipped)
+union all
+select format('map %s is %s with %s items, of which %s were created, %s are left and %s failed, but has %s, %s and %s', m.step_uuid, s.state,
+  m.items, m.next_item, m.remaining_items, m.failed_items, i.created, i.remaining, i.failed)
+from tasker.maps m join tasker.steps s on s.step_uuid = m.step_uuid
+cross join lateral (
+  select count(*) as created, m.items - count(*) filter (where i.state in ('complete', 'error')) as remaining,
+    count(*) filter (where i.state = 'error') as failed
+  from tasker.steps i where i.task_uuid = m.task_uuid and i.step_index = s.step_index and i.item >= 0) i
+where (m.next_item, m.remaining_items, m.failed_items) <> (i.created, i.remaining, i.failed)
 union all
 select format('entity %s: row %s of the log goes %s -> %s at %s, after row %s went to %s at %s', entity_uuid, version,
   from_state, to_state, at, before_version, before_state, before_at)

@@ -365,7 +365,7 @@ impl World {
         sqlx::query_scalar(
             "select d.name || ': ' || s.state from tasker.steps s join tasker.tasks t on t.task_uuid = s.task_uuid
              join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
-             where s.task_uuid = $1 order by s.step_index",
+             where s.task_uuid = $1 and s.item = -1 order by s.step_index",
         )
         .bind(task)
         .fetch_all(&self.pool)

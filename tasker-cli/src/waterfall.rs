@@ -25,6 +25,9 @@ pub enum Detail {
 /// A part of the axis without any beginning or end gets at most this share of the width.
 const LONGEST_GAP: f64 = 0.25;
 
+/// Items of a map that are drawn; what failed is never left out.
+const FIRST_ITEMS: i64 = 10;
+
 /// A trace, laid out.
 pub struct Waterfall<'a> {
     spans: &'a TaskSpans,
@@ -45,7 +48,12 @@ struct Row<'a> {
 impl<'a> Waterfall<'a> {
     /// Lays the spans out; those left out are counted.
     pub fn new(spans: &'a TaskSpans, detail: Detail) -> Self {
-        let shown: Vec<&Span> = spans.spans.iter().filter(|span| detail == Detail::Every || is_main(span)).collect();
+        let further = if detail == Detail::Every { HashSet::new() } else { further_items(spans) };
+        let is_shown = |span: &&Span| {
+            let inner = span.parent.is_some_and(|parent| further.contains(&parent)) || further.contains(&span.id);
+            detail == Detail::Every || (is_main(span) && !inner)
+        };
+        let shown: Vec<&Span> = spans.spans.iter().filter(is_shown).collect();
         let ids: HashSet<SpanId> = shown.iter().map(|span| span.id).collect();
         let mut children: HashMap<Option<SpanId>, Vec<&Span>> = HashMap::new();
         for span in &shown {
@@ -95,7 +103,11 @@ impl<'a> Waterfall<'a> {
         if self.hidden > 0 {
             let dim = Style::new().dim();
             lines.push(
-                dim.apply_to(format!("{} more (state transitions and the like) with --tree", self.hidden)).to_string(),
+                dim.apply_to(format!(
+                    "{} more (state transitions, further items and the like) with --tree",
+                    self.hidden
+                ))
+                .to_string(),
             );
         }
         lines.join("\n")
@@ -190,8 +202,9 @@ impl<'a> Waterfall<'a> {
                 format!("{whose} → {}", get(names::TO_STATE)).trim_start().to_owned()
             }
             names::STEP_EXECUTION => {
+                let item = integer(span, names::STEP_INDEX).map_or_else(String::new, |item| format!("[{item}]"));
                 format!(
-                    "{} attempt {}/{}",
+                    "{}{item} attempt {}/{}",
                     get(names::STEP_NAME),
                     number(names::ATTEMPT_NUMBER),
                     number(names::MAX_ATTEMPTS)
@@ -214,6 +227,12 @@ impl<'a> Waterfall<'a> {
 
 fn pad(text: &str, width: usize) -> String {
     pad_str(text, width, console::Alignment::Left, None).into_owned()
+}
+
+/// The attempts of a map's items beyond the first few, but for those that failed.
+fn further_items(spans: &TaskSpans) -> HashSet<SpanId> {
+    let is_further = |span: &&Span| integer(span, names::STEP_INDEX).is_some_and(|item| item >= FIRST_ITEMS);
+    spans.spans.iter().filter(is_further).filter(|span| span.error.is_none()).map(|span| span.id).collect()
 }
 
 fn is_main(span: &Span) -> bool {

@@ -23,12 +23,13 @@ use serde_json::Value;
 pub use self::duration::{format_duration, parse_duration};
 pub use self::schema::{InputSchema, check_input};
 use crate::state_machine::condition::Condition;
-pub use crate::state_machine::definition::Join;
+use crate::state_machine::definition::ForEach;
+pub use crate::state_machine::definition::{Join, MAX_PARALLEL, OnItemFailure};
 use crate::state_machine::flow::{Allows, Rule};
 pub use crate::state_machine::graph::MAX_STEPS;
 use crate::state_machine::graph::{Graph, GraphError};
 pub use crate::state_machine::input::MAX_DEPTH;
-use crate::state_machine::input::{InputError, InputTemplate};
+use crate::state_machine::input::{InputError, InputTemplate, Reference};
 use crate::state_machine::retry::milliseconds;
 pub use crate::state_machine::retry::{OnExhausted, RetryPolicy};
 
@@ -182,6 +183,15 @@ pub struct StepDefinition {
     /// Of a decision: names of direct dependents among which its output chooses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub branches: Vec<String>,
+    /// Makes the step a map: a `${…}` that leads to a list, for each of whose items it is run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub for_each: Option<String>,
+    /// Of a map: the most items that are open at once; [`MAX_PARALLEL`] by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_parallel: Option<u32>,
+    /// Of a map: what items that have failed for good mean for it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub on_item_failure: OnItemFailure,
     /// The handler's input with `${…}` references; see [`InputTemplate`].
     /// Without it, [`crate::state_machine::input::default_input`] applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -304,9 +314,11 @@ pub enum Error {
         /// The first broken reference.
         error: InputError,
     },
-    /// A `when` cannot be read.
-    #[error("the stored template definition of step {step} is broken: when {error}; register it again")]
-    ReadStoredCondition {
+    /// A `when` or a `for_each` cannot be read.
+    #[error("the stored template definition of step {step} is broken: {key} {error}; register it again")]
+    ReadStoredReference {
+        /// The key.
+        key: &'static str,
         /// The step's name.
         step: String,
         /// What is wrong with it.
@@ -374,7 +386,22 @@ impl StepDefinition {
     /// The parsed `when:`; `None` without one.
     pub fn condition(&self) -> Result<Option<Condition>, Error> {
         let parsed = self.when.as_deref().map(Condition::parse).transpose();
-        parsed.map_err(|error| Error::ReadStoredCondition { step: self.name.clone(), error })
+        parsed.map_err(|error| Error::ReadStoredReference { key: "when", step: self.name.clone(), error })
+    }
+
+    /// What a map runs over; `None` without `for_each:`. `needs` are the steps whose outputs the
+    /// input of each item reads.
+    pub fn map(&self, needs: Vec<u32>) -> Result<Option<ForEach>, Error> {
+        let Some(text) = &self.for_each else {
+            return Ok(None);
+        };
+        let reference = Reference::parse_whole(text).map_err(|error| Error::ReadStoredReference {
+            key: "for_each",
+            step: self.name.clone(),
+            error,
+        })?;
+        let max_parallel = self.max_parallel.unwrap_or(MAX_PARALLEL);
+        Ok(Some(ForEach { reference, max_parallel, on_item_failure: self.on_item_failure, needs }))
     }
 }
 
@@ -393,7 +420,7 @@ fn rules(scope: &str, concurrency: Option<&Concurrency>, rate: Option<&Rate>) ->
 pub(crate) fn key_template(key: &str) -> Result<InputTemplate, String> {
     let template =
         InputTemplate::parse(&Value::String(key.to_owned())).map_err(|mut errors| errors.swap_remove(0).message)?;
-    if template.references().next().is_some() {
+    if template.references().next().is_some() || template.reads_item().is_some() {
         return Err("reads the output of a step; a key may read the task's input only, as ${input.…}".into());
     }
     Ok(template)

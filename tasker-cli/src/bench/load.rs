@@ -20,6 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::limits::{commit_times, median, percentile};
 use super::sink::Sink;
 
+/// The items of the template `map_10k`.
+pub const MAP_ITEMS: usize = 10_000;
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct Scenario {
@@ -115,8 +118,12 @@ impl Pair {
 }
 
 /// The key is read by templates that limit by it.
-fn input(n: usize) -> Value {
-    json!({"n": n, "key": n % 100})
+fn input(scenario: &Scenario, n: usize) -> Value {
+    if scenario.template == "map_10k" {
+        json!({"items": (0..MAP_ITEMS).collect::<Vec<_>>()})
+    } else {
+        json!({"n": n, "key": n % 100})
+    }
 }
 
 /// Submits all tasks, waits until the last has ended and its spans are acknowledged.
@@ -132,7 +139,7 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     let mut conn = pool.acquire().await?;
     for first in (0..scenario.tasks).step_by(200) {
         let requests: Vec<Value> = (first..scenario.tasks.min(first + 200))
-            .map(|n| json!({"namespace": "bench", "template": scenario.template, "input": input(n)}))
+            .map(|n| json!({"namespace": "bench", "template": scenario.template, "input": input(scenario, n)}))
             .collect();
         let answers = store::tasks::submit(&mut conn, &requests).await?;
         ensure!(answers.iter().all(|answer| answer.error.is_none()), "submit was refused: {:?}", answers[0].error);

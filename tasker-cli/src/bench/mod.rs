@@ -44,6 +44,9 @@ pub enum Shape {
     /// Two steps, one after the other; of the first at most two at once for each of 100 keys.
     #[value(name = "limited")]
     Limited,
+    /// One map over 10,000 items.
+    #[value(name = "map_10k")]
+    Map10k,
 }
 
 /// Measure throughput, latency and cost.
@@ -52,9 +55,9 @@ pub struct BenchArgs {
     /// The graph of the tasks.
     #[arg(long, value_enum, default_value = "linear_5")]
     template: Shape,
-    /// Tasks per run.
-    #[arg(long, default_value_t = 2000)]
-    tasks: usize,
+    /// Tasks per run; 2000, or 1 of `map_10k`, if none are given.
+    #[arg(long)]
+    tasks: Option<usize>,
     /// Also run this many pairs with tracing off and on, alternately, and print the median ratio.
     #[arg(long, default_value_t = 0)]
     pairs: usize,
@@ -125,6 +128,8 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     register(&pool, "limited", &chain(2).replacen("noop}", "noop, concurrency: {key: '${input.key}', limit: 2}}", 1))
         .await?;
     register(&pool, "fanout_wide", &fan_out(fan)).await?;
+    register(&pool, "map_10k", "  - {name: each, handler: bench.noop, for_each: '${input.items}', input: {}}\n")
+        .await?;
 
     let mut report = report::Report {
         load_average: load_average(),
@@ -148,18 +153,20 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         Shape::Diamond => ("diamond", 4),
         Shape::Fanout20 => ("fanout_20", 22),
         Shape::Limited => ("limited", 2),
+        Shape::Map10k => ("map_10k", load::MAP_ITEMS),
     };
+    let tasks = args.tasks.unwrap_or(if args.template == Shape::Map10k { 1 } else { 2000 });
     progress("warming up");
-    load::run(&pool, &scenario(args.tasks.min(500), template, steps, false)).await?;
+    load::run(&pool, &scenario(tasks.min(500), template, steps, false)).await?;
     progress("tracing off");
     report.template = template.to_owned();
-    report.untraced = Some(load::run(&pool, &scenario(args.tasks, template, steps, false)).await?);
+    report.untraced = Some(load::run(&pool, &scenario(tasks, template, steps, false)).await?);
     progress("every span exported");
-    report.traced = Some(load::run(&pool, &scenario(args.tasks, template, steps, true)).await?);
+    report.traced = Some(load::run(&pool, &scenario(tasks, template, steps, true)).await?);
     for pair in 0..args.pairs {
         progress(&format!("pair {} of {}", pair + 1, args.pairs));
-        let off = load::run(&pool, &scenario(args.tasks, template, steps, false)).await?;
-        let on = load::run(&pool, &scenario(args.tasks, template, steps, true)).await?;
+        let off = load::run(&pool, &scenario(tasks, template, steps, false)).await?;
+        let on = load::run(&pool, &scenario(tasks, template, steps, true)).await?;
         report.pairs.push((off, on));
     }
     if args.latency > 0 {
@@ -182,10 +189,10 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     }
     if args.backlog > 0 {
         progress("filling the tables with finished tasks");
-        let before: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        let before: Vec<Run> = repeat(&pool, &scenario(tasks, template, steps, false), 3).await?;
         load::run(&pool, &scenario(args.backlog, "one", 1, false)).await?;
         progress("the same load again");
-        let after: Vec<Run> = repeat(&pool, &scenario(args.tasks, template, steps, false), 3).await?;
+        let after: Vec<Run> = repeat(&pool, &scenario(tasks, template, steps, false), 3).await?;
         report.backlog = Some((args.backlog, before, after));
     }
     report.load_average_after = load_average();

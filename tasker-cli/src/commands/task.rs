@@ -366,10 +366,15 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     let mut table = Table::new(["STEP", "STATE", "ATTEMPT", "HANDLER", "WORKER", "ERROR"]);
     for step in steps {
         let held = step.held_by.as_deref().map_or_else(String::new, |held| format!(" (held: {held})"));
+        let items = match (step.items_ended, step.items, step.items_failed.unwrap_or_default()) {
+            (Some(ended), Some(items), 0) => format!(" ({ended} of {items} items ended)"),
+            (Some(ended), Some(items), failed) => format!(" ({ended} of {items} items ended, {failed} failed)"),
+            _ => String::new(),
+        };
         let error = step.error.map(|error| format!("{}: {}", text(&error["type"]), text(&error["message"])));
         table.row([
             step.name,
-            format!("{}{held}", step.state),
+            format!("{}{held}{items}", step.state),
             format!("{}/{}", step.attempt, step.max_attempts),
             step.handler,
             output::cell(step.worker.as_deref()),

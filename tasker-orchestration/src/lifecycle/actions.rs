@@ -120,6 +120,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         let defined = &definition.steps[step.index as usize];
         StepInfo {
             index: step.index,
+            item: step.item,
             name: defined.name.clone(),
             handler: defined.handler.clone(),
             queue: defined.queue.clone(),

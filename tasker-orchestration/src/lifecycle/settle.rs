@@ -12,10 +12,11 @@ use sqlx::PgConnection;
 use tasker_shared::queue::{self, Outbox, Traffic};
 use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::flow::Places;
-use tasker_shared::state_machine::plan::{Lacks, Outcome, Plan, Room};
+use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room};
 use tasker_shared::state_machine::{Event, Snapshot, StepState, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::flow::{self, Wanted};
+use tasker_shared::store::maps::{self, Window};
 use tasker_shared::store::steps::{self, Output, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
@@ -51,6 +52,12 @@ pub(super) struct Work {
     pub outputs: HashMap<u32, Value>,
     /// Steps that were asked for an output and have none to come, or none yet.
     pub absent: HashSet<u32>,
+    /// How far the maps among the loaded steps have come, by index.
+    maps: HashMap<u32, Map>,
+    /// Items to create, by index of their map.
+    windows: HashMap<u32, (u32, Vec<Value>)>,
+    /// What maps came to whose items are all done.
+    collected: HashMap<u32, Result<Value, String>>,
     /// What decisions lacked and was asked for: what is still lacking does not exist.
     asked: Lacks,
     /// Every step is loaded, because an operator's act is about all of it.
@@ -69,11 +76,25 @@ impl Work {
 }
 
 impl Work {
+    /// The loaded step of a map.
+    fn map_step(&self, index: u32) -> Option<Uuid> {
+        let is_map = |row: &&StepRow| row.step.index == index && row.step.item.is_none();
+        self.steps.values().find(is_map).map(|row| row.step.uuid)
+    }
+
     /// What the plan lacks that was not asked for yet.
     fn lacking(&self, plan: &Plan) -> Lacks {
         Lacks {
             steps: plan.lacks.steps.difference(&self.asked.steps).copied().collect(),
             outputs: plan.lacks.outputs.difference(&self.asked.outputs).copied().collect(),
+            collected: plan.lacks.collected.difference(&self.asked.collected).copied().collect(),
+            items: plan
+                .lacks
+                .items
+                .iter()
+                .filter(|(map, window)| self.asked.items.get(map) != Some(window))
+                .map(|(map, window)| (*map, *window))
+                .collect(),
         }
     }
 }
@@ -203,6 +224,9 @@ async fn load(
             steps: HashMap::new(),
             outputs: HashMap::new(),
             absent: HashSet::new(),
+            maps: HashMap::new(),
+            windows: HashMap::new(),
+            collected: HashMap::new(),
             asked: Lacks::default(),
             whole,
         });
@@ -232,6 +256,7 @@ async fn load(
     if !behind.is_empty() {
         put(&mut works, steps::load_behind(conn, &behind).await?);
     }
+    load_maps(conn, &mut works).await?;
     Ok((works, now))
 }
 
@@ -244,7 +269,7 @@ fn by_hand(works: &[Work], hints: &[Hint]) -> Vec<Uuid> {
         };
         let work = works.get(&hint.task)?;
         let index = work.index(name)?;
-        work.steps.values().find(|row| row.step.index == index).map(|row| row.step.uuid)
+        work.steps.values().find(|row| row.step.index == index && row.step.item.is_none()).map(|row| row.step.uuid)
     };
     hints.iter().filter_map(of).collect()
 }
@@ -253,12 +278,68 @@ fn by_hand(works: &[Work], hints: &[Hint]) -> Vec<Uuid> {
 fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
     let mut places = BTreeSet::new();
     for work in works {
-        let loaded: HashSet<u32> = work.steps.values().map(|row| row.step.index).collect();
+        let (items, others): (Vec<&StepRow>, Vec<&StepRow>) =
+            work.steps.values().partition(|row| row.step.item.is_some());
+        let loaded: HashSet<u32> = others.iter().map(|row| row.step.index).collect();
         let graph = &work.template.definition.graph;
-        let children = loaded.iter().flat_map(|index| graph.children(*index)).filter(|child| !loaded.contains(child));
-        places.extend(children.map(|child| (work.row.task.uuid, *child)));
+        let children = loaded.iter().flat_map(|index| graph.children(*index)).copied();
+        // Behind an item stands its map.
+        let behind = children.chain(items.iter().map(|row| row.step.index)).filter(|index| !loaded.contains(index));
+        places.extend(behind.map(|index| (work.row.task.uuid, index)));
     }
     places.into_iter().collect()
+}
+
+/// Reads how far the maps among the loaded steps have come, and the items that take the places of
+/// those that ended. No statement where there is no map.
+async fn load_maps(conn: &mut PgConnection, works: &mut [Work]) -> Result<(), Error> {
+    let is_map = |work: &Work, row: &StepRow| {
+        row.step.item.is_none() && work.template.definition.steps[row.step.index as usize].for_each.is_some()
+    };
+    let of = |work: &Work| -> Vec<(Uuid, Uuid)> {
+        let maps = work.steps.values().filter(|row| is_map(work, row));
+        maps.map(|row| (row.task_uuid, row.step.uuid)).collect()
+    };
+    let wanted: Vec<(Uuid, Uuid)> = works.iter().flat_map(of).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let maps = maps::load(conn, &wanted).await?;
+    let mut windows = Vec::new();
+    for work in works.iter_mut() {
+        let mut reported: HashMap<u32, u32> = HashMap::new();
+        for row in work.steps.values().filter(|row| row.reported && row.step.item.is_some()) {
+            *reported.entry(row.step.index).or_default() += 1;
+        }
+        let loaded =
+            work.steps.values().filter_map(|row| Some((row.step.index, row.step.uuid, *maps.get(&row.step.uuid)?)));
+        let loaded: Vec<(u32, Uuid, Map)> = loaded.collect();
+        for (index, step, map) in loaded {
+            let count = reported.get(&index).copied().unwrap_or_default().min(map.items - map.next_item);
+            if count > 0 {
+                windows.push(Window { task: work.row.task.uuid, step, from: map.next_item, count });
+            }
+            work.maps.insert(index, map);
+        }
+    }
+    read_items(conn, works, &windows).await
+}
+
+async fn read_items(conn: &mut PgConnection, works: &mut [Work], windows: &[Window]) -> Result<(), Error> {
+    if windows.is_empty() {
+        return Ok(());
+    }
+    let mut items = maps::load_items(conn, windows).await?;
+    for work in works {
+        let maps: Vec<(u32, Uuid)> =
+            work.maps.keys().filter_map(|index| Some((*index, work.map_step(*index)?))).collect();
+        for (index, step) in maps {
+            if let Some(window) = items.remove(&step) {
+                work.windows.insert(index, window);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Reads the outputs that steps about to become ready need and the batch does not hold: none
@@ -267,19 +348,26 @@ async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint
     let mut wanted: BTreeSet<(Uuid, u32)> = BTreeSet::new();
     for work in works.iter() {
         let definition = &work.template.definition;
+        let (items, others): (Vec<&StepRow>, Vec<&StepRow>) =
+            work.steps.values().partition(|row| row.step.item.is_some());
         let succeeded = |row: &&StepRow| row.reported && matches!(row.outcome, Some(Outcome::Success(_)));
-        let ended: HashSet<u32> = work.steps.values().filter(succeeded).map(|row| row.step.index).collect();
-        let reported: HashSet<u32> = work.steps.values().filter(|row| row.reported).map(|row| row.step.index).collect();
+        let ended: HashSet<u32> = others.iter().copied().filter(succeeded).map(|row| row.step.index).collect();
+        let reported: HashSet<u32> = others.iter().filter(|row| row.reported).map(|row| row.step.index).collect();
         // What an operator's act may send: what it depends on has ended, in whatever way, or is
         // settled now. Rather too many than too few: it only costs reading an output in vain.
         let again = run_again(work, hints);
         let over = |row: &&StepRow| row.reported || row.step.state.is_terminal();
         let over: HashSet<u32> = if work.whole {
-            work.steps.values().filter(over).map(|row| row.step.index).collect()
+            others.iter().copied().filter(over).map(|row| row.step.index).collect()
         } else {
             HashSet::new()
         };
-        for row in work.steps.values() {
+        // Each item that ended makes room for another one of its map.
+        for index in items.iter().filter(|row| row.reported).map(|row| row.step.index).collect::<BTreeSet<u32>>() {
+            let needs = definition.steps[index as usize].for_each.iter().flat_map(|for_each| &for_each.needs);
+            wanted.extend(needs.map(|need| (work.row.task.uuid, *need)));
+        }
+        for row in others {
             let (step, parents) = (&row.step, definition.graph.parents(row.step.index));
             let may_become_ready = if work.whole {
                 let open = matches!(step.state, StepState::Pending | StepState::Error | StepState::Cancelled);
@@ -378,10 +466,10 @@ async fn decide_with_all_it_needs(
     places: &Places,
     now: DateTime<Utc>,
 ) -> Result<(Vec<Plan>, Places), Error> {
-    let can_skip = works.iter().any(|work| work.template.definition.can_skip);
+    let reaches_far = works.iter().any(|work| work.template.definition.reaches_far);
     loop {
         let (plans, places, lacking) = shared.admission.with_room(|room| {
-            let before = can_skip.then(|| room.clone());
+            let before = reaches_far.then(|| room.clone());
             room.set_places(places.clone());
             let plans = decide_all(works, hints, room, now);
             let places = room.set_places(Places::default());
@@ -394,14 +482,24 @@ async fn decide_with_all_it_needs(
         if lacking.iter().all(|lacks| *lacks == Lacks::default()) {
             return Ok((plans, places));
         }
-        let (mut places, mut wanted) = (Vec::new(), Vec::new());
+        let (mut places, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
         for (work, lacks) in works.iter_mut().zip(lacking) {
             let task = work.row.task.uuid;
             places.extend(lacks.steps.iter().map(|step| (task, *step)));
             wanted.extend(lacks.outputs.iter().map(|step| (task, *step)));
+            for map in &lacks.collected {
+                if let Some(step) = work.map_step(*map) {
+                    work.collected.insert(*map, maps::collect(conn, step).await?);
+                }
+            }
+            let items = lacks.items.iter().filter_map(|(map, window)| Some((work.map_step(*map)?, *window)));
+            windows.extend(items.map(|(step, (from, count))| Window { task, step, from, count }));
             work.asked.steps.extend(lacks.steps);
             work.asked.outputs.extend(lacks.outputs);
+            work.asked.collected.extend(lacks.collected);
+            work.asked.items.extend(lacks.items);
         }
+        read_items(conn, works, &windows).await?;
         if !places.is_empty() {
             for row in steps::load_behind(conn, &places).await? {
                 if let Some(work) = works.iter_mut().find(|work| work.row.task.uuid == row.task_uuid) {
@@ -452,6 +550,9 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
         passed: work.steps.values().filter(|row| row.passed).map(|row| work.key(row)).collect(),
         outputs: work.outputs.clone(),
         absent: work.absent.clone(),
+        maps: work.maps.clone(),
+        windows: work.windows.clone(),
+        collected: work.collected.clone(),
     };
     let plan = decide(snapshot, events, room, now);
     if plan.ignored > 0 {

@@ -5,9 +5,11 @@
 //! that of the events and of the steps directly behind them, never of the whole task.
 //!
 //! `events` says what each event does to its step, `operators` what people do, `sending` how a
-//! ready step goes out, `task` what the task itself makes of it all, `skipping` who runs at all.
+//! ready step goes out, `task` what the task itself makes of it all, `skipping` who runs at all,
+//! `mapping` what a list becomes.
 
 mod events;
+mod mapping;
 mod operators;
 mod sending;
 mod skipping;
@@ -20,7 +22,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::{Definition, StepDefinition};
-use super::plan::{Detail, Lacks, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
+use super::plan::{Detail, Lacks, Map, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 /// How often an attempt may be lost before the step fails; a loss spends no retry.
@@ -45,6 +47,12 @@ pub struct Snapshot<'a> {
     /// Steps that were asked for an output and have none, because they were skipped or are still
     /// open: whatever is read of it is null.
     pub absent: HashSet<u32>,
+    /// How far maps have come, of those steps that began as one.
+    pub maps: HashMap<u32, Map>,
+    /// Items of lists: the first one's place, and the values from there on.
+    pub windows: HashMap<u32, (u32, Vec<Value>)>,
+    /// The outputs of the items of maps that are done, or why they cannot be kept.
+    pub collected: HashMap<u32, Result<Value, String>>,
 }
 
 /// Something that happened, or is due. Steps are named by their key in the snapshot.
@@ -222,6 +230,13 @@ struct Pass<'a, 'r> {
     skips: Vec<(u32, String)>,
     /// Steps whose count of skipped dependencies changed.
     skip_counted: BTreeSet<u32>,
+    maps: HashMap<u32, Map>,
+    touched_maps: BTreeSet<u32>,
+    windows: HashMap<u32, (u32, Vec<Value>)>,
+    collected: HashMap<u32, Result<Value, String>>,
+    created_items: BTreeSet<u32>,
+    item_values: HashMap<u32, Value>,
+    item_failures: HashMap<u32, String>,
     creating: bool,
     /// Something ended, so the task passes through `evaluating_results`.
     evaluated: bool,
@@ -236,7 +251,8 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, passed, outcomes, mut outputs, absent } = snapshot;
+        let Snapshot { task, definition, steps, passed, outcomes, mut outputs, absent, maps, windows, collected } =
+            snapshot;
         // An event may name a step that is complete already (a hint that came twice, or late):
         // its output is here and nowhere else, and the steps behind it may need it now.
         for (index, outcome) in &outcomes {
@@ -262,6 +278,13 @@ impl<'a, 'r> Pass<'a, 'r> {
             ready: Vec::new(),
             skips: Vec::new(),
             skip_counted: BTreeSet::new(),
+            maps,
+            touched_maps: BTreeSet::new(),
+            windows,
+            collected,
+            created_items: BTreeSet::new(),
+            item_values: HashMap::new(),
+            item_failures: HashMap::new(),
             creating: false,
             evaluated: false,
             any_failed: false,
@@ -286,6 +309,9 @@ impl<'a, 'r> Pass<'a, 'r> {
                 tell: Vec::new(),
                 ignored: 0,
                 skip_counts: Vec::new(),
+                lists: Vec::new(),
+                maps: Vec::new(),
+                map_outputs: Vec::new(),
                 lacks: Lacks::default(),
             },
         }
@@ -415,13 +441,17 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn collect_steps(&mut self) {
         let counted = self.skip_counted.iter().map(|key| &self.steps[key]);
         self.plan.skip_counts = counted.map(|step| (step.uuid, step.skipped_dependencies)).collect();
-        if self.creating {
-            let mut created: Vec<Step> = self.steps.drain().map(|(_, step)| step).collect();
+        self.plan.maps = self.touched_maps.iter().map(|key| (self.steps[key].uuid, self.maps[key])).collect();
+        if self.creating || !self.created_items.is_empty() {
+            let mut created: Vec<Step> = if self.creating {
+                self.steps.drain().map(|(_, step)| step).collect()
+            } else {
+                self.created_items.iter().filter_map(|key| self.steps.remove(key)).collect()
+            };
             created.sort_unstable_by_key(|step| (step.index, step.item));
             self.plan.new_step_queues =
                 created.iter().map(|step| self.definition.steps[step.index as usize].queue.clone()).collect();
             self.plan.new_steps = created;
-            return;
         }
         for index in std::mem::take(&mut self.touched) {
             if let (Some(step), Some(before)) = (self.steps.remove(&index), self.versions_before.get(&index)) {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::condition::Condition;
 use super::flow::Rule;
 use super::graph::Graph;
-use super::input::InputTemplate;
+use super::input::{InputTemplate, Reference};
 use super::retry::RetryPolicy;
 
 /// The most items of one map.
@@ -36,9 +36,9 @@ pub struct Definition {
     pub graph: Graph,
     /// Name -> index.
     pub by_name: HashMap<Arc<str>, u32>,
-    /// Whether a step may come to be skipped: only then is more looked at than what stands
-    /// directly behind an event.
-    pub can_skip: bool,
+    /// Whether an event may reach further than the steps directly behind it, because a step may
+    /// be skipped or a map may end: only then is more looked at.
+    pub reaches_far: bool,
     /// Whose turn held steps are, when they are equally urgent; `None`: all one's.
     pub fair_key: Option<InputTemplate>,
 }
@@ -82,6 +82,39 @@ pub struct StepDefinition {
     pub join: Join,
     /// Its limits, and those that all steps of the template share.
     pub limits: Vec<Rule>,
+    /// Of a map: what it runs over.
+    pub for_each: Option<ForEach>,
+}
+
+/// The most items of one map that are open at once, and how many are unless the template says less.
+pub const MAX_PARALLEL: u32 = 1000;
+
+/// A step that is run once for each item of a list.
+#[derive(Debug, Clone)]
+pub struct ForEach {
+    /// Where the list is.
+    pub reference: Reference,
+    /// The most items that are open at once.
+    pub max_parallel: u32,
+    /// What failed items mean for the whole.
+    pub on_item_failure: OnItemFailure,
+    /// The steps whose outputs the input of each item reads, by index.
+    pub needs: Vec<u32>,
+}
+
+/// What items that have failed for good mean for their map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnItemFailure {
+    /// The first one fails the map.
+    #[default]
+    Fail,
+    /// Their places in the output hold null.
+    Continue,
+    /// The same, unless there are more than so many.
+    Count(u32),
+    /// The same, unless they are more than this share of all, in percent.
+    Percent(u32),
 }
 
 /// Which of a step's dependencies must be done before it runs.

@@ -1,6 +1,6 @@
 //! What `decide` reads and what it answers: plain data, no behaviour but bookkeeping.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -448,6 +448,12 @@ pub struct Plan {
     pub ignored: u32,
     /// Steps of which a dependency was skipped, and how many are now.
     pub skip_counts: Vec<(Uuid, i32)>,
+    /// The items of maps that began: the map's step and its list.
+    pub lists: Vec<(Uuid, Vec<Value>)>,
+    /// How far maps have come.
+    pub maps: Vec<(Uuid, Map)>,
+    /// What maps came to.
+    pub map_outputs: Vec<MapOutput>,
     /// What the snapshot did not hold. Load it and decide again; what was asked for before and is
     /// still lacking does not exist.
     pub lacks: Lacks,
@@ -460,6 +466,44 @@ pub struct Lacks {
     pub steps: BTreeSet<u32>,
     /// Outputs that a step which became ready reads.
     pub outputs: BTreeSet<u32>,
+    /// Maps whose items are all done: the list of their outputs.
+    pub collected: BTreeSet<u32>,
+    /// Items to create: the first one's place in the list, and how many.
+    pub items: BTreeMap<u32, (u32, u32)>,
+}
+
+/// How far a map has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Map {
+    /// How many items its list has.
+    pub items: u32,
+    /// The first that was not created yet.
+    pub next_item: u32,
+    /// Those that have not ended.
+    pub remaining_items: u32,
+    /// Those that failed for good.
+    pub failed_items: u32,
+}
+
+impl Map {
+    /// As it begins.
+    pub fn new(items: u32) -> Self {
+        Self { items, next_item: 0, remaining_items: items, failed_items: 0 }
+    }
+
+    /// Items that were created and have not ended.
+    pub fn open_items(&self) -> u32 {
+        self.next_item - (self.items - self.remaining_items)
+    }
+}
+
+/// What a map came to; kept where a handler's result would stand.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.attempts, explained there")]
+pub struct MapOutput {
+    pub step: Uuid,
+    pub generation: i32,
+    pub output: Value,
 }
 
 impl Plan {

@@ -297,7 +297,7 @@ impl World {
             if steps.is_empty() && outputs.is_empty() {
                 return snapshot;
             }
-            assert!(self.definition.can_skip, "a task that cannot skip needs no second look: {lacks:?}");
+            assert!(self.definition.reaches_far, "a task that cannot skip needs no second look: {lacks:?}");
             for step in steps {
                 snapshot.steps.insert(step, loaded(&self.steps[step as usize]));
                 asked.steps.insert(step);
@@ -359,8 +359,18 @@ impl World {
         });
         let again = again.copied().collect();
         let outputs = self.outputs(&steps, &about, whole.then_some(&again));
-        let absent = HashSet::new();
-        Snapshot { task: self.task.clone(), definition: &self.definition, steps, passed, outcomes, outputs, absent }
+        Snapshot {
+            task: self.task.clone(),
+            definition: &self.definition,
+            steps,
+            passed,
+            outcomes,
+            outputs,
+            absent: HashSet::new(),
+            maps: HashMap::new(),
+            windows: HashMap::new(),
+            collected: HashMap::new(),
+        }
     }
 
     /// Whether the steps behind a skipped or failed one may take it for done, as the log tells it.
@@ -980,6 +990,7 @@ pub(crate) fn template(words: &str) -> Definition {
         branches: Vec::new(),
         join: Join::All,
         limits: Vec::new(),
+        for_each: None,
     });
     Definition {
         template_id: 1,
@@ -991,8 +1002,8 @@ pub(crate) fn template(words: &str) -> Definition {
         steps: steps.collect(),
         by_name,
         graph,
-        can_skip: false,
         fair_key: None,
+        reaches_far: false,
     }
 }
 
@@ -1005,14 +1016,14 @@ pub(crate) fn with(mut definition: Definition, step: &str, change: impl FnOnce(&
 
 /// Makes a step a decision among its dependents of these names.
 pub(crate) fn with_branches(mut definition: Definition, step: &str, branches: &[&str]) -> Definition {
-    definition.can_skip = true;
+    definition.reaches_far = true;
     let branches = branches.iter().map(|name| definition.by_name[*name]).collect();
     with(definition, step, |step| step.branches = branches)
 }
 
 /// Gives a step a condition.
 pub(crate) fn with_when(mut definition: Definition, step: &str, when: &str) -> Definition {
-    definition.can_skip = true;
+    definition.reaches_far = true;
     let when = Condition::parse(when).unwrap();
     let need = when.reference().step().map(|name| definition.by_name[name]);
     with(definition, step, |step| {
@@ -1024,7 +1035,7 @@ pub(crate) fn with_when(mut definition: Definition, step: &str, when: &str) -> D
 
 /// Lets a step join its dependencies in another way.
 pub(crate) fn with_join(mut definition: Definition, step: &str, join: Join) -> Definition {
-    definition.can_skip |= join == Join::Any;
+    definition.reaches_far |= join == Join::Any;
     with(definition, step, |step| step.join = join)
 }
 

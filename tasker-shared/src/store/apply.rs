@@ -166,6 +166,11 @@ pub async fn apply(
     if !skip_counts.is_empty() {
         super::steps::set_skip_counts(conn, &skip_counts).await?;
     }
+    insert_items(conn, batch, began_at, row.at).await?;
+    let mapping: Vec<&Plan> = batch.iter().map(|(_, plan)| *plan).filter(|plan| !plan.maps.is_empty()).collect();
+    if !mapping.is_empty() {
+        super::maps::apply(conn, &mapping, row.at).await?;
+    }
     super::operators::record(conn, batch, row.at).await?;
     // New steps exist by now: a task that ends as it begins cancels them too.
     let cancelled = if ending.is_empty() {
@@ -194,6 +199,69 @@ fn check(table: &'static str, changed: i64, wanted: usize) -> Result<(), Error> 
 /// The latest time that any row to be written bears: times of an entity never go back.
 fn latest(batch: &[(&TaskRow, &Plan)]) -> Option<DateTime<Utc>> {
     batch.iter().flat_map(|(_, plan)| plan.steps.iter().map(|(step, _)| step.last_at).chain([plan.task.last_at])).max()
+}
+
+/// Creates the items of maps; every other step is created by the statement that applies its plan.
+async fn insert_items(
+    conn: &mut PgConnection,
+    batch: &[(&TaskRow, &Plan)],
+    began_at: DateTime<Utc>,
+    at: DateTime<Utc>,
+) -> Result<(), Error> {
+    let mut steps = StepColumns::default();
+    let (mut task, mut index, mut item) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut queue, mut priority) = (Vec::new(), Vec::new());
+    for (_, plan) in batch {
+        for (step, definition_queue) in plan.new_steps.iter().zip(&plan.new_step_queues) {
+            let Some(place) = step.item else {
+                continue;
+            };
+            steps.push_step(step, 0);
+            task.push(plan.task.uuid);
+            index.push(i32::try_from(step.index).unwrap_or(i32::MAX));
+            item.push(i32::try_from(place).unwrap_or(i32::MAX));
+            queue.push(&**definition_queue);
+            priority.push(step.priority);
+        }
+    }
+    if task.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "insert into tasker.steps (step_uuid, task_uuid, step_index, item, queue, priority, state, version, generation, attempt,
+           remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
+           enqueued_began_at, enqueued_at, last_at)
+         select n.step_uuid, n.task_uuid, n.step_index, n.item, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
+           n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
+           case when n.enqueued then $16::timestamptz end, case when n.enqueued then $17::timestamptz end, $17
+         from unnest($1::uuid[], $2::uuid[], $3::int[], $4::text[], $5::int[], $6::text[], $7::int[], $8::int[], $9::int[],
+             $10::int[], $11::jsonb[], $12::timestamptz[], $13::text[], $14::int[], $15::int[], $18::bool[], $19::text[], $20::int[])
+           as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
+             remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued, enqueued_event, item)",
+        &steps.uuid,
+        &task,
+        &index,
+        &queue as &[&str],
+        &priority,
+        &steps.state as &[&str],
+        &steps.version,
+        &steps.generation,
+        &steps.attempt,
+        &steps.remaining,
+        &steps.input as &[Option<Value>],
+        &steps.ready_at as &[Option<DateTime<Utc>>],
+        &steps.held_by as &[Option<&str>],
+        &steps.enqueued_version as &[Option<i32>],
+        &steps.enqueued_task_version as &[Option<i32>],
+        began_at,
+        at,
+        &steps.enqueued,
+        &steps.enqueued_event as &[Option<&str>],
+        &item
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 #[derive(Default)]
@@ -296,7 +364,8 @@ struct NewStepColumns<'a> {
 
 impl<'a> NewStepColumns<'a> {
     fn push(&mut self, plan: &'a Plan) {
-        for (step, queue) in plan.new_steps.iter().zip(&plan.new_step_queues) {
+        let ordinary = plan.new_steps.iter().zip(&plan.new_step_queues).filter(|(step, _)| step.item.is_none());
+        for (step, queue) in ordinary {
             self.steps.push_step(step, 0);
             self.task.push(plan.task.uuid);
             self.index.push(i32::try_from(step.index).unwrap_or(i32::MAX));

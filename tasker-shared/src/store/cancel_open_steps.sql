@@ -23,7 +23,9 @@ with ended as (
     jsonb_strip_nulls(jsonb_build_object('reason', o.reason, 'error_type', 'cancelled',
       'waits', nullif(
         case when o.state = 'waiting_for_retry' then jsonb_build_array(jsonb_build_object(
-          'reason', 'retry', 'since', o.last_at, 'until', o.due_at, 'ended', o.ready_at, 'ordinal', o.version)) else '[]' end
+          'reason', 'retry', 'since', o.last_at, 'until', o.due_at, 'ended', o.ready_at, 'ordinal', o.version))
+        when o.state = 'waiting' then jsonb_build_array(jsonb_build_object(
+          'reason', 'items', 'since', o.last_at, 'ordinal', o.version)) else '[]' end
         || case when o.held_by is not null then jsonb_build_array(jsonb_build_object(
           'reason', o.held_by, 'since', o.ready_at, 'ordinal', o.version + 1)) else '[]' end, '[]')))
   from open o join moved m on m.step_uuid = o.step_uuid

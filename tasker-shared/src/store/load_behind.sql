@@ -3,4 +3,4 @@
 select s.step_uuid as "step_uuid!", s.task_uuid as "task_uuid!", s.step_index as "step_index!", s.state as "state!", s.version as "version!", s.generation as "generation!", s.attempt as "attempt!", s.failures as "failures!", s.losses as "losses!",
   s.remaining_dependencies as "remaining_dependencies!", s.skipped_dependencies as "skipped_dependencies!", s.priority as "priority!", s.ready_at, s.held_by, s.last_at as "last_at!"
 from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
-join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index
+join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index and s.item = -1

@@ -1,5 +1,5 @@
 -- The steps that events are about, and what was reported of their current attempts.
-select s.step_uuid as "step_uuid!", s.task_uuid as "task_uuid!", s.step_index as "step_index!", s.state as "state!", s.version as "version!", s.generation as "generation!", s.attempt as "attempt!", s.failures as "failures!", s.losses as "losses!",
+select s.step_uuid as "step_uuid!", s.task_uuid as "task_uuid!", s.step_index as "step_index!", s.item as "item!", s.state as "state!", s.version as "version!", s.generation as "generation!", s.attempt as "attempt!", s.failures as "failures!", s.losses as "losses!",
   s.remaining_dependencies as "remaining_dependencies!", s.skipped_dependencies as "skipped_dependencies!", s.priority as "priority!", s.claim_token, s.claimed_by, s.lease_expires_at, s.last_heartbeat_at,
   s.enqueued_version, s.enqueued_task_version, s.enqueued_event, s.enqueued_began_at, s.enqueued_at,
   s.due_at, s.ready_at, s.held_by, s.last_at as "last_at!",

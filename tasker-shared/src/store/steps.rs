@@ -76,7 +76,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 step: Step {
                     uuid: id,
                     index: u32::try_from(row.step_index).map_err(|e| Error::bad_row("steps", "step_index", id, e))?,
-                    item: None,
+                    item: u32::try_from(row.item).ok(),
                     state,
                     version: row.version,
                     generation: row.generation,
@@ -192,6 +192,7 @@ pub async fn load_all(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Ve
                     ready_at: row.ready_at,
                     held_by: row.held_by.and_then(|word| word.parse().ok()),
                     skipped_dependencies: row.skipped_dependencies,
+                    item: u32::try_from(row.item).ok(),
                     ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
                 },
                 reported: false,
@@ -220,7 +221,7 @@ pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<
     let rows = sqlx::query!(
         r#"select s.task_uuid, s.step_index, s.state, a.output as "output?"
            from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
-           join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index
+           join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index and s.item = -1
              and s.state not in ('error', 'cancelled')
            left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt"#,
         &tasks,

@@ -166,11 +166,17 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
         let input = step.input_template()?;
         let mut needs: Vec<u32> = match &input {
             Some(input) => input.references().filter_map(|name| by_name.get(name).copied()).collect(),
+            None if step.for_each.is_some() => Vec::new(),
             None => graph.parents(index).to_vec(),
         };
         let when = step.condition()?;
         let looked_at = when.as_ref().and_then(|when| by_name.get(when.reference().step()?).copied());
         needs.extend(looked_at.filter(|step| !needs.contains(step)));
+        let item_needs = if input.is_some() { needs.clone() } else { Vec::new() };
+        let for_each = step.map(item_needs)?;
+        if let Some(for_each) = &for_each {
+            needs.extend(for_each.reference.step().and_then(|name| by_name.get(name).copied()));
+        }
         steps.push(StepDefinition {
             name: names[index as usize].clone(),
             handler: step.handler.as_str().into(),
@@ -185,9 +191,12 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
             branches: step.branches.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect(),
             join: step.join,
             limits: limits.next().unwrap_or_default(),
+            for_each,
         });
     }
-    let can_skip = steps.iter().any(|step| step.when.is_some() || !step.branches.is_empty() || step.join == Join::Any);
+    let reaches_far = steps.iter().any(|step| {
+        step.when.is_some() || step.for_each.is_some() || !step.branches.is_empty() || step.join == Join::Any
+    });
     let schema = template
         .input_schema
         .as_ref()
@@ -204,7 +213,7 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
         steps,
         graph,
         by_name,
-        can_skip,
+        reaches_far,
     };
     Ok(Loaded { definition, schema })
 }

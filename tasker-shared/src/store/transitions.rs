@@ -55,7 +55,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
 
 async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
     let rows = sqlx::query!(
-        "select s.task_uuid, s.step_uuid, s.step_index, d.name, d.handler, d.queue, d.max_attempts
+        "select s.task_uuid, s.step_uuid, s.step_index, s.item, d.name, d.handler, d.queue, d.max_attempts
          from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
          join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
          where t.task_uuid = any($1)",
@@ -69,6 +69,7 @@ async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uu
         };
         let info = StepInfo {
             index: u32::try_from(row.step_index).unwrap_or_default(),
+            item: u32::try_from(row.item).ok(),
             name: row.name.into(),
             handler: row.handler.into(),
             queue: Arc::from(row.queue),

@@ -173,7 +173,7 @@ pub async fn results(
     let rows = sqlx::query!(
         r#"select t.task_uuid, d.name, coalesce(a.output, 'null') as "output!"
            from tasker.tasks t
-           join tasker.steps s on s.task_uuid = t.task_uuid and s.state = 'complete'
+           join tasker.steps s on s.task_uuid = t.task_uuid and s.state = 'complete' and s.item = -1
            join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
            join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
            where t.task_uuid = any($1)
@@ -212,16 +212,24 @@ pub struct StepView {
     pub output: Option<Value>,
     /// Of the latest attempt.
     pub error: Option<Value>,
+    /// Of a map: how many items its list has.
+    pub items: Option<i32>,
+    /// Of a map: how many of them have ended, whatever came of them.
+    pub items_ended: Option<i32>,
+    /// Of a map: how many of them failed for good.
+    pub items_failed: Option<i32>,
 }
 
-/// The steps of a task in template order.
+/// The steps of a task in template order; the items of a map are counted, not listed.
 pub async fn steps(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<StepView>, Error> {
     Ok(sqlx::query_as!(
         StepView,
         r#"select s.step_uuid, d.name, d.handler, d.queue, s.state, s.attempt, d.max_attempts, s.held_by, s.due_at,
-             s.claimed_by as worker, s.progress, s.last_at, a.output as "output?", a.error as "error?"
+             s.claimed_by as worker, s.progress, s.last_at, a.output as "output?", a.error as "error?",
+             m.items as "items?", m.items - m.remaining_items as items_ended, m.failed_items as "items_failed?"
            from tasker.tasks t
-           join tasker.steps s on s.task_uuid = t.task_uuid
+           join tasker.steps s on s.task_uuid = t.task_uuid and s.item = -1
+           left join tasker.maps m on m.task_uuid = s.task_uuid and m.step_uuid = s.step_uuid
            join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
            left join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
            where t.task_uuid = $1 order by s.step_index"#,
@@ -250,12 +258,12 @@ pub struct AttemptView {
 pub async fn attempts(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<AttemptView>, Error> {
     Ok(sqlx::query_as!(
         AttemptView,
-        "select a.task_uuid, d.name as step, a.attempt, a.worker, a.claimed_at, a.reported_at, a.run_ms, a.outcome, a.error
+        "select a.task_uuid, d.name || case when s.item >= 0 then format('[%s]', s.item) else '' end as \"step!\", a.attempt, a.worker, a.claimed_at, a.reported_at, a.run_ms, a.outcome, a.error
          from tasker.tasks t
          join tasker.steps s on s.task_uuid = t.task_uuid
          join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
          join tasker.attempts a on a.task_uuid = t.task_uuid and a.step_uuid = s.step_uuid
-         where t.task_uuid = any($1) order by a.task_uuid, s.step_index, a.attempt",
+         where t.task_uuid = any($1) and a.attempt > 0 order by a.task_uuid, s.step_index, s.item, a.attempt",
         task_uuids
     )
     .fetch_all(conn)

@@ -22,8 +22,23 @@ pub struct Situation {
     pub now: DateTime<Utc>,
     /// Whether an orchestrator is connected to this database.
     pub orchestrator: bool,
-    /// Its open steps in groups that wait for the same thing.
+    /// Its open steps in groups that wait for the same thing; the items of maps are among them.
     pub open: Vec<OpenSteps>,
+    /// Its maps whose items have not all ended.
+    pub maps: Vec<OpenMap>,
+}
+
+/// A map that waits for its items.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OpenMap {
+    /// The step's name.
+    pub name: String,
+    /// How many items its list has.
+    pub items: i32,
+    /// How many of them have ended.
+    pub ended: i32,
+    /// How many of those failed for good.
+    pub failed: i32,
 }
 
 /// Steps of one state that wait for the same thing.
@@ -88,7 +103,8 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
               where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error
            from (
-             select s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler, d.name, s.claimed_by as worker,
+             select s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler,
+               d.name || case when s.item >= 0 then format('[%s]', s.item) else '' end as name, s.claimed_by as worker,
                s.due_at, coalesce(s.ready_at, s.last_at) as since, s.failures, d.max_attempts,
                count(*) over (partition by s.state, s.held_by, d.queue, d.handler) as count,
                case s.state when 'error' then 0 when 'in_progress' then 1 when 'enqueued' then 2 when 'waiting_for_retry' then 4
@@ -98,6 +114,8 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
              where t.task_uuid = $1 and s.state not in ('complete', 'cancelled', 'skipped', 'resolved_manually')
                and (s.state <> 'pending' or s.held_by is not null)
+               -- A map waits for nothing but its items, and they are here themselves.
+               and not (s.state = 'waiting' and exists (select from tasker.maps m where m.task_uuid = s.task_uuid and m.step_uuid = s.step_uuid))
            ) g
            order by g.place, g.state, g.held_by, g.queue, g.handler, coalesce(g.due_at, g.since), g.name
            limit 1000"#,
@@ -108,7 +126,19 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
     for group in open.iter_mut().filter(|group| group.held_by.as_deref() == Some("limit")) {
         group.limit = full_limit(conn, &task.namespace, group).await?;
     }
-    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open }))
+    let maps = sqlx::query_as!(
+        OpenMap,
+        r#"select d.name, m.items, m.items - m.remaining_items as "ended!", m.failed_items as failed
+           from tasker.maps m
+           join tasker.tasks t on t.task_uuid = m.task_uuid
+           join tasker.steps s on s.step_uuid = m.step_uuid and s.state = 'waiting'
+           join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+           where m.task_uuid = $1 order by s.step_index limit 1000"#,
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open, maps }))
 }
 
 /// The first limit of the group's lane that lets nothing through now, in words.
@@ -182,6 +212,10 @@ impl Situation {
         let others: i64 = self.open.iter().map(|group| group.count).sum::<i64>() - shown;
         if others > 0 {
             let _ = write!(text, " (and {others} other open step{})", if others == 1 { "" } else { "s" });
+        }
+        for OpenMap { name, items, ended, failed } in &self.maps {
+            let failed = if *failed > 0 { format!(", {failed} of them failed") } else { String::new() };
+            let _ = write!(text, "; {name} has {ended} of {items} items behind it{failed}");
         }
         text
     }

@@ -11,13 +11,14 @@ use super::duration::{format_duration, parse_duration};
 use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
-    Checked, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_STEPS,
-    OnExhausted, OnFailure, Problem, Rate, RetryPolicy, StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace,
-    key_template,
+    Checked, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_PARALLEL,
+    MAX_STEPS, OnExhausted, OnFailure, OnItemFailure, Problem, Rate, RetryPolicy, StepDefinition, StepTimeouts,
+    TaskTimeouts, Template, Trace, key_template,
 };
 use crate::state_machine::condition::Condition;
+use crate::state_machine::definition::MAX_ITEMS;
 use crate::state_machine::graph::{Graph, GraphError};
-use crate::state_machine::input::{InputTemplate, Path, Segment};
+use crate::state_machine::input::{InputTemplate, Path, Reference, Segment};
 
 /// The keys of each mapping, as `docs/templates.md` lists them.
 pub(super) const TEMPLATE_KEYS: [&str; 12] = [
@@ -38,13 +39,16 @@ pub(super) const CONCURRENCY_KEYS: [&str; 2] = ["key", "limit"];
 pub(super) const RATE_KEYS: [&str; 3] = ["key", "limit", "per"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 13] = [
+pub(super) const STEP_KEYS: [&str; 16] = [
     "name",
     "handler",
     "depends_on",
     "join",
     "when",
     "branches",
+    "for_each",
+    "max_parallel",
+    "on_item_failure",
     "input",
     "queue",
     "priority",
@@ -198,6 +202,7 @@ impl Read<'_> {
             self.branches(&steps, graph);
         }
         self.conditions(&steps, input_schema.as_ref());
+        self.maps(&steps, input_schema.as_ref());
 
         let template = Template {
             namespace: namespace?,
@@ -362,6 +367,18 @@ impl Read<'_> {
             }
             Some(names)
         });
+        let for_each = self.optional(&fields, "for_each", Self::text);
+        let max_parallel =
+            self.optional(&fields, "max_parallel", |read, node, path| read.whole(node, path, 1..=MAX_PARALLEL));
+        let on_item_failure = self.optional(&fields, "on_item_failure", Self::on_item_failure);
+        if for_each.is_none() {
+            for key in ["max_parallel", "on_item_failure"] {
+                if let Some(node) = fields.get(key) {
+                    let message = "means something only in a step with `for_each`; add it, or remove this";
+                    self.wrong(node.place, fields.path(key), message);
+                }
+            }
+        }
         let input = self.optional(&fields, "input", |_, node, _| Some(node.to_value()));
         let queue = self.optional(&fields, "queue", Self::namespace);
         let priority =
@@ -379,6 +396,9 @@ impl Read<'_> {
             join: join.unwrap_or_default(),
             when,
             branches: branches.unwrap_or_default(),
+            for_each,
+            max_parallel,
+            on_item_failure: on_item_failure.unwrap_or_default(),
             input,
             queue,
             priority: priority.unwrap_or_default(),
@@ -425,6 +445,26 @@ impl Read<'_> {
                 None
             }
         }
+    }
+
+    /// `fail`, `continue`, or `threshold:` with a count or a share such as `5%`.
+    fn on_item_failure(&mut self, node: &Node, path: &str) -> Option<OnItemFailure> {
+        if !matches!(node.kind, Kind::Map(_)) {
+            return self.choice(node, path, &[("fail", OnItemFailure::Fail), ("continue", OnItemFailure::Continue)]);
+        }
+        let fields = self.fields(node, path, &["threshold"])?;
+        self.required(&fields, "threshold", |read, node, path| {
+            let Kind::Text(text) = &node.kind else {
+                return read.whole(node, path, 1..=MAX_ITEMS).map(OnItemFailure::Count);
+            };
+            let percent = text.strip_suffix('%').and_then(|number| number.parse::<u32>().ok());
+            if let Some(percent) = percent.filter(|percent| (1..=99).contains(percent)) {
+                return Some(OnItemFailure::Percent(percent));
+            }
+            let message = format!("`{}` is neither a count of items nor a share from 1% to 99%", shown(text));
+            read.wrong(node.place, path, message);
+            None
+        })
     }
 
     fn retry(&mut self, node: &Node, path: &str) -> Option<RetryPolicy> {
@@ -602,6 +642,43 @@ impl Read<'_> {
         }
     }
 
+    /// A map runs over a list, and only its own input reads an item of it.
+    fn maps(&mut self, steps: &[ReadStep<'_>], schema: Option<&serde_json::Value>) {
+        for step in steps {
+            let definition = &step.definition;
+            let place = |name: &str| (step.place(&[key(name)]), format!("steps[{}].{name}", step.index));
+            if let Some(text) = &definition.for_each {
+                let (at, key_path) = place("for_each");
+                match Reference::parse_whole(text) {
+                    Err(message) => self.wrong(at, key_path, message),
+                    Ok(reference) if reference.is_of_item() => {
+                        self.wrong(at, key_path, "reads an item before there is one; read the list itself");
+                    }
+                    Ok(reference) => {
+                        let declared = reference.input_path().and_then(|path| declared(schema?, path));
+                        if let Some(declared) = declared.filter(|types| !types.contains(&"array")) {
+                            let declared = declared.join(" or ");
+                            let message =
+                                format!("runs over a list, but the input_schema says that this is of type {declared}");
+                            self.wrong(at, key_path, message);
+                        }
+                    }
+                }
+                if !definition.branches.is_empty() {
+                    let (at, key_path) = place("branches");
+                    self.wrong(at, key_path, "the items of a map cannot decide together; let a step behind it decide");
+                }
+                continue;
+            }
+            let template = definition.input.as_ref().and_then(|input| InputTemplate::parse(input).ok());
+            if let Some(at) = template.as_ref().and_then(InputTemplate::reads_item) {
+                let path: Vec<Segment> = [key("input")].into_iter().chain(at.to_vec()).collect();
+                let message = "reads an item, but the step has no `for_each`";
+                self.wrong(step.place(&path), format!("steps[{}]{}", step.index, Path(&path)), message);
+            }
+        }
+    }
+
     /// Conditions must parse, and compare with what the input's schema allows there to be.
     fn conditions(&mut self, steps: &[ReadStep<'_>], schema: Option<&serde_json::Value>) {
         for step in steps {
@@ -629,10 +706,13 @@ impl Read<'_> {
         let mut pairs = Vec::new();
         let mut places = Vec::new();
         for (index, step) in (0..).zip(steps) {
-            if let Some(Ok(condition)) = step.definition.when.as_deref().map(Condition::parse)
-                && let Some(read) = condition.reference().step()
-            {
-                let at = (step.place(&[key("when")]), format!("steps[{}].when", step.index));
+            let when = step.definition.when.as_deref().and_then(|when| Condition::parse(when).ok());
+            let list = step.definition.for_each.as_deref().and_then(|list| Reference::parse_whole(list).ok());
+            for (name, reference) in [("when", when.as_ref().map(Condition::reference)), ("for_each", list.as_ref())] {
+                let Some(read) = reference.and_then(Reference::step) else {
+                    continue;
+                };
+                let at = (step.place(&[key(name)]), format!("steps[{}].{name}", step.index));
                 if let Some(&target) = index_of.get(read) {
                     pairs.push((index, target));
                     places.push(at);
@@ -903,22 +983,26 @@ fn is_version(text: &str) -> bool {
 /// values of another type there.
 fn mismatch(condition: &Condition, schema: Option<&serde_json::Value>) -> Option<String> {
     let (wanted, path) = (condition.types()?, condition.reference().input_path()?);
-    let mut schema = schema?;
+    let declared = declared(schema?, path)?;
+    let fits = declared.iter().any(|declared| wanted.contains(declared));
+    (!fits).then(|| {
+        format!("compares with a {}, but the input_schema says that this is a {}", wanted[0], declared.join(" or "))
+    })
+}
+
+/// The types that a schema declares for what stands at a path; `None` if it says nothing.
+fn declared<'s>(mut schema: &'s serde_json::Value, path: &[Segment]) -> Option<Vec<&'s str>> {
     for segment in path {
         schema = match segment {
             Segment::Key(key) => schema.get("properties")?.get(key)?,
             Segment::Index(_) => schema.get("items")?,
         };
     }
-    let declared: Vec<&str> = match schema.get("type")? {
-        serde_json::Value::String(one) => vec![one],
-        serde_json::Value::Array(some) => some.iter().filter_map(serde_json::Value::as_str).collect(),
-        _ => return None,
-    };
-    let fits = declared.iter().any(|declared| wanted.contains(declared));
-    (!fits && !declared.is_empty()).then(|| {
-        format!("compares with a {}, but the input_schema says that this is a {}", wanted[0], declared.join(" or "))
-    })
+    match schema.get("type")? {
+        serde_json::Value::String(one) => Some(vec![one]),
+        serde_json::Value::Array(some) => Some(some.iter().filter_map(serde_json::Value::as_str).collect()),
+        _ => None,
+    }
 }
 
 /// A JSON pointer as a path into the node it was made for.

@@ -95,6 +95,9 @@ steps:
             join: Join::Taken,
             when: Some("${input.total} > 0".into()),
             branches: Vec::new(),
+            for_each: None,
+            max_parallel: None,
+            on_item_failure: OnItemFailure::Fail,
             input: Some(json!({
                 "amount": "${input.total}",
                 "hold": "${steps.reserve.output.hold_id}"
@@ -355,6 +358,48 @@ fn every_kind_of_mistake_is_told_with_line_and_key() {
         (step("when: '${input.total} > true'"), 10, "steps[1].when", "has no order"),
         (step("when: '${steps.b.output.x} > 3'"), 10, "steps[1].when", "reads its own output"),
         (step("when: '${steps.c.output.x} > 3'"), 10, "steps[1].when", "`c`, which is not a step"),
+        // Maps.
+        (step("for_each: items"), 10, "steps[1].for_each", "is not one reference"),
+        (step("for_each: 'x ${input.items}'"), 10, "steps[1].for_each", "is not one reference"),
+        (step("for_each: '${item}'"), 10, "steps[1].for_each", "before there is one"),
+        (step("for_each: '${steps.b.output}'"), 10, "steps[1].for_each", "reads its own output"),
+        (step("for_each: '${input.items}'\nmax_parallel: 0"), 11, "steps[1].max_parallel", "from 1 to 1000"),
+        (step("for_each: '${input.items}'\nmax_parallel: 1001"), 11, "steps[1].max_parallel", "from 1 to 1000"),
+        (step("max_parallel: 2"), 10, "steps[1].max_parallel", "only in a step with `for_each`"),
+        (step("on_item_failure: continue"), 10, "steps[1].on_item_failure", "only in a step with `for_each`"),
+        (
+            step("for_each: '${input.i}'\non_item_failure: stop"),
+            11,
+            "steps[1].on_item_failure",
+            "not one of: fail, continue",
+        ),
+        (
+            step("for_each: '${input.i}'\non_item_failure: {threshold: 100%}"),
+            11,
+            "steps[1].on_item_failure.threshold",
+            "neither a count of items nor a share",
+        ),
+        (
+            step("for_each: '${input.i}'\non_item_failure: {threshold: 0}"),
+            11,
+            "steps[1].on_item_failure.threshold",
+            "0 is not a whole number from 1 to 100000",
+        ),
+        (step("input: {a: '${item.b}'}"), 10, "steps[1].input.a", "the step has no `for_each`"),
+        (step("input: '${item_index.b}'"), 10, "steps[1].input", "reads inside a number"),
+        (
+            with("steps:", "input_schema: {properties: {i: {type: object}}}\nsteps:")
+                .replace("[a]", "[a]\n    for_each: ${input.i}"),
+            11,
+            "steps[1].for_each",
+            "runs over a list, but the input_schema says that this is of type object",
+        ),
+        (
+            with("    handler: orders.a", "    handler: orders.a\n    branches: [b]\n    for_each: ${input.i}"),
+            7,
+            "steps[0].branches",
+            "cannot decide together",
+        ),
         (step("when: 3"), 10, "steps[1].when", "is a number, not a text"),
         (
             with("steps:", "input_schema: {properties: {total: {type: string}}}\nsteps:")
@@ -670,6 +715,8 @@ fn tables_of_the_document_list_every_key_with_its_default() {
         ("steps[].timeouts.total", "none".to_owned()),
         ("steps[].priority", "0".to_owned()),
         ("steps[].join", "all".to_owned()),
+        ("steps[].max_parallel", MAX_PARALLEL.to_string()),
+        ("steps[].on_item_failure", "fail".to_owned()),
         ("timeouts.total", "none".to_owned()),
         ("on_failure", "fail".to_owned()),
         ("trace.incoming", "join".to_owned()),

@@ -33,6 +33,7 @@ pub const READY_STEPS: &str = "ready_steps";
 pub const RESULTS: &str = "results";
 pub const LINKS_OMITTED: &str = "links_omitted";
 pub const STEP_UUID: &str = "step_uuid";
+pub const STEP_INDEX: &str = "step_index";
 pub const STEP_NAME: &str = "step_name";
 pub const HANDLER_NAME: &str = "handler_name";
 pub const ATTEMPT_NUMBER: &str = "attempt_number";

@@ -317,6 +317,9 @@ impl<'a> Tree<'a> {
             (names::ATTEMPT_NUMBER, i64::from(number).into()),
             (names::MAX_ATTEMPTS, i64::from(info.max_attempts).into()),
         ];
+        if let Some(item) = info.item {
+            execution.attributes.push((names::STEP_INDEX, i64::from(item).into()));
+        }
         match &ending {
             Some(ending) => {
                 execution.attributes.push((names::OUTCOME, outcome.into()));

@@ -144,6 +144,10 @@ impl Pass<'_, '_> {
         self.evaluated = true;
         self.any_failed = true;
         self.only_lost = false;
+        if self.steps[&index].item.is_some() {
+            // What that means is for its map to say.
+            return self.item_ended(index, Some(message));
+        }
         let definition = self.defined(index);
         match policy {
             OnExhausted::Continue => return self.dependency_done(index),

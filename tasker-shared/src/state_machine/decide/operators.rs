@@ -107,6 +107,8 @@ impl Pass<'_, '_> {
         for index in open {
             self.resume_step(index);
         }
+        // Nothing was created meanwhile.
+        self.touched_maps.extend(self.maps.keys().copied());
         // A failure that ends the task was noted, but a suspended task does not end by itself.
         if self.plan.task.failed_steps > 0 && !self.definition.block_on_failure && self.any_failure_is_fatal() {
             let task = &self.plan.task;
@@ -133,8 +135,12 @@ impl Pass<'_, '_> {
 
     fn any_failure_is_fatal(&self) -> bool {
         let policy = |step: &Step| self.definition.steps[step.index as usize].retry.on_exhausted;
-        let failed: Vec<OnExhausted> =
-            self.steps.values().filter(|step| step.state == StepState::Error).map(policy).collect();
+        let failed: Vec<OnExhausted> = self
+            .steps
+            .values()
+            .filter(|step| step.state == StepState::Error && step.item.is_none())
+            .map(policy)
+            .collect();
         let by_policy = failed.iter().filter(|policy| **policy != OnExhausted::Continue).count();
         // What is counted beyond the policies was a failure that no policy passes over.
         failed.contains(&OnExhausted::Fail)
@@ -213,6 +219,11 @@ impl Pass<'_, '_> {
         let rerun = chosen.iter().filter(|step| from.contains(step) || !decided(step));
         let mut again = self.unfinished();
         again.extend(rerun.map(|index| (*index, StepEvent::Rerun)));
+        // A map runs every item again, over the list that it read first.
+        let items = self.steps.iter().filter(|(_, step)| step.item.is_some() && step.state.is_terminal());
+        let items: Vec<u32> = items.filter(|(_, step)| again.contains_key(&step.index)).map(|(key, _)| *key).collect();
+        let items = items.into_iter().filter(|key| chosen.contains(&self.steps[key].index));
+        again.extend(items.map(|key| (key, StepEvent::Rerun)).collect::<Vec<_>>());
         self.begin_again(TaskEvent::Rerun, operator);
         self.audit("rerun", operator.clone(), Some(from.to_vec()));
         self.steps_again(&again, &operator.actor);
@@ -222,7 +233,12 @@ impl Pass<'_, '_> {
     /// What failed or was cancelled, by key.
     fn unfinished(&self) -> BTreeMap<u32, StepEvent> {
         let failed = |step: &Step| matches!(step.state, StepState::Error | StepState::Cancelled);
-        let failed = self.steps.iter().filter(|(_, step)| failed(step));
+        // An item that failed under a map that passed over it stays as it is.
+        let passed_over = |step: &Step| {
+            let map = step.item.and_then(|_| self.steps.get(&step.index));
+            map.is_some_and(|map| map.state.is_terminal() && !failed(map))
+        };
+        let failed = self.steps.iter().filter(|(_, step)| failed(step) && !passed_over(step));
         failed.map(|(key, _)| (*key, StepEvent::OperatorRetry)).collect()
     }
 
@@ -245,6 +261,7 @@ impl Pass<'_, '_> {
     /// what others took for done may not be done any more.
     fn steps_again(&mut self, again: &BTreeMap<u32, StepEvent>, actor: &str) {
         for (&index, &event) in again {
+            self.item_again(index);
             let generation = self.plan.task.generation;
             let step = self.touch(index);
             step.generation = generation;
@@ -276,6 +293,9 @@ impl Pass<'_, '_> {
 
     /// Counts from the edges what a pending step still waits for, and what of it was skipped.
     fn count_again(&mut self, key: u32) {
+        if self.steps[&key].item.is_some() {
+            return;
+        }
         let (mut open, mut skipped) = (0, 0);
         for parent in self.definition.graph.parents(self.steps[&key].index) {
             match self.steps.get(parent).map(|step| step.state) {
@@ -296,7 +316,9 @@ impl Pass<'_, '_> {
 
     /// Failed steps that nobody passed over, by key.
     fn failed(&self) -> impl Iterator<Item = u32> {
-        let failed = self.steps.iter().filter(|(_, step)| step.state == StepState::Error).map(|(key, _)| *key);
+        // What a failed item means is for its map to say.
+        let failed = self.steps.iter().filter(|(_, step)| step.state == StepState::Error && step.item.is_none());
+        let failed = failed.map(|(key, _)| *key);
         failed.filter(|key| !self.counts_as_done(*key))
     }
 
@@ -388,8 +410,7 @@ impl Pass<'_, '_> {
 
     fn audit(&mut self, action: &'static str, operator: Operator, steps: Option<Vec<u32>>) {
         let details = steps.filter(|steps| !steps.is_empty()).map(|steps| {
-            let names: Vec<&str> =
-                steps.iter().take(LISTED).map(|index| &*self.definition.steps[*index as usize].name).collect();
+            let names: Vec<&str> = steps.iter().take(LISTED).map(|key| &*self.defined(*key).name).collect();
             json!({"steps": names, "count": steps.len()})
         });
         self.plan.audit.push(Audit { action, actor: operator.actor, reason: operator.reason, details });

@@ -1,6 +1,6 @@
 //! Sending what is ready: its input, its place in the queue, its message.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::super::definition::StepDefinition;
 use super::super::input::{Scope, default_input, stored_input};
@@ -14,8 +14,13 @@ impl Pass<'_, '_> {
         if let Some(template) = &self.defined(index).input {
             let outputs = |name: &str| self.output_named(name);
             let absent = |name: &str| self.is_absent(name);
-            let scope = Scope { input: &self.plan.task.input, outputs: &outputs, absent: &absent, item: None };
+            let place = Value::from(self.steps[&index].item.unwrap_or_default());
+            let item = self.item_values.get(&index).map(|value| (value, &place));
+            let scope = Scope { input: &self.plan.task.input, outputs: &outputs, absent: &absent, item };
             return template.resolve_in(scope).map_err(|missing| missing.to_string());
+        }
+        if let (Some(item), Some(place)) = (self.item_values.get(&index), self.steps[&index].item) {
+            return Ok(json!({"item": item, "item_index": place}));
         }
         let parents = self.definition.graph.parents(self.steps[&index].index);
         let parents = parents.iter().filter_map(|parent| {
@@ -31,6 +36,7 @@ impl Pass<'_, '_> {
         // A step whose condition does not hold is skipped, and others may become ready by that.
         while !self.ready.is_empty() {
             sent += self.send_these(task_version);
+            self.advance_maps();
         }
         sent
     }
@@ -46,10 +52,13 @@ impl Pass<'_, '_> {
                 continue;
             }
             let held = self.steps[&index].held_by;
-            let has_input = held.is_some() || event != StepEvent::Enqueue;
+            // An item that is tried again keeps the input it had.
+            let is_old_item = self.steps[&index].item.is_some() && !self.item_values.contains_key(&index);
+            let has_input = held.is_some() || event != StepEvent::Enqueue || is_old_item;
             if !has_input {
                 self.note_lacking_outputs(index);
-                match self.condition_holds(index) {
+                let is_item = self.steps[&index].item.is_some();
+                match self.condition_holds(index).filter(|_| !is_item) {
                     None | Some(Ok(true)) => {}
                     Some(Ok(false)) => {
                         let when = self.defined(index).when.as_ref().map_or("", |when| when.text());
@@ -60,6 +69,10 @@ impl Pass<'_, '_> {
                         self.fail_by_definition(index, "invalid_condition", &reason);
                         continue;
                     }
+                }
+                if let Some(for_each) = self.defined(index).for_each.as_ref().filter(|_| !is_item) {
+                    self.begin_map(index, for_each);
+                    continue;
                 }
                 match self.checked_lane(index).and_then(|()| self.resolve(index)) {
                     Ok(input) => self.touch(index).input = Some(input),

@@ -39,6 +39,9 @@ impl Pass<'_, '_> {
 
     /// A step is done; those behind it may have become ready.
     pub(super) fn dependency_done(&mut self, index: u32) {
+        if self.steps[&index].item.is_some() {
+            return self.item_ended(index, None);
+        }
         self.count_ended(index, false);
         self.skip_what_follows();
     }
@@ -112,10 +115,15 @@ impl Pass<'_, '_> {
     /// Notes which outputs a ready step reads that are not here. Where nothing can be skipped, all
     /// that exist were loaded with its dependencies.
     pub(super) fn note_lacking_outputs(&mut self, index: u32) {
-        if !self.definition.can_skip {
+        if !self.definition.reaches_far {
             return;
         }
-        for need in &self.defined(index).needs {
+        let definition = self.defined(index);
+        let needs = match &definition.for_each {
+            Some(for_each) if self.steps[&index].item.is_some() => &for_each.needs,
+            _ => &definition.needs,
+        };
+        for need in needs {
             let known = self.outputs.contains_key(need)
                 || self.absent.contains(need)
                 || self

@@ -6,6 +6,9 @@ use super::{Pass, Ready};
 
 impl Pass<'_, '_> {
     pub(super) fn finish(mut self) -> Plan {
+        if !self.plan.task.state.is_terminal() {
+            self.advance_maps();
+        }
         match self.plan.task.state {
             TaskState::Initializing => self.finish_initializing(),
             TaskState::EvaluatingResults => self.finish_evaluating(),

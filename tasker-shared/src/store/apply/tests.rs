@@ -50,6 +50,9 @@ async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: 
         outcomes: HashMap::new(),
         outputs: HashMap::new(),
         absent: HashSet::new(),
+        maps: HashMap::new(),
+        windows: HashMap::new(),
+        collected: HashMap::new(),
     };
     let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
     apply(conn, &[(&row, &plan)], row.read_at, None, &Traffic::default()).await?;

@@ -94,6 +94,7 @@ fn full(world: &World) -> TaskLog {
     let info = |index: u32| {
         let defined = &world.definition.steps[index as usize];
         StepInfo {
+            item: None,
             index,
             name: defined.name.clone(),
             handler: defined.handler.clone(),

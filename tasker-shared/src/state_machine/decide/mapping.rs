@@ -1,0 +1,213 @@
+//! Maps: one step of the template run once for each item of a list that is known only at run time.
+//!
+//! The map's own step waits while its items run as steps of their own. Only so many items exist
+//! unfinished at a time, so that a list of 100,000 costs neither more memory nor more per item
+//! than one of 100.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::super::definition::{ForEach, MAX_ITEMS, OnItemFailure};
+use super::super::input::{Scope, kind};
+use super::super::plan::{Detail, MapOutput, Step, Wait};
+use super::super::retry::OnExhausted;
+use super::super::states::{StepEvent, StepState, TaskState};
+use super::{Pass, Ready};
+
+impl ForEach {
+    /// Whether so many failed items mean that the map has failed.
+    fn has_failed(&self, failed: u32, items: u32) -> bool {
+        match self.on_item_failure {
+            OnItemFailure::Fail => failed > 0,
+            OnItemFailure::Continue => false,
+            OnItemFailure::Count(most) => failed > most,
+            // In hundredths, so that nothing is rounded.
+            OnItemFailure::Percent(most) => u64::from(failed) * 100 > u64::from(most) * u64::from(items),
+        }
+    }
+}
+
+impl Pass<'_, '_> {
+    /// A map's dependencies are done: read its list and create the first items.
+    pub(super) fn begin_map(&mut self, key: u32, for_each: &ForEach) {
+        if !self.maps.contains_key(&key) {
+            let values = match self.list(for_each) {
+                Ok(values) => values,
+                Err((kind, reason)) => return self.fail_by_definition(key, kind, &reason),
+            };
+            let items = u32::try_from(values.len()).unwrap_or(u32::MAX);
+            self.maps.insert(key, super::super::plan::Map::new(items));
+            self.plan.lists.push((self.steps[&key].uuid, values.clone()));
+            self.windows.insert(key, (0, values));
+        }
+        self.move_step(key, StepEvent::BeginWait, StepState::Waiting, None);
+        self.touched_maps.insert(key);
+    }
+
+    fn list(&self, for_each: &ForEach) -> Result<Vec<Value>, (&'static str, String)> {
+        let outputs = |name: &str| self.output_named(name);
+        let absent = |name: &str| self.is_absent(name);
+        let scope = Scope { input: &self.plan.task.input, outputs: &outputs, absent: &absent, item: None };
+        let reference = &for_each.reference;
+        match reference.read(scope) {
+            Ok(Value::Array(values)) if values.len() > MAX_ITEMS as usize => Err((
+                "too_many_items",
+                format!(
+                    "for_each reads ${{{reference}}}, which has {} items; {MAX_ITEMS} is the most, split the list",
+                    values.len()
+                ),
+            )),
+            Ok(Value::Array(values)) => Ok(values.clone()),
+            Ok(other) => {
+                Err(("not_a_list", format!("for_each reads ${{{reference}}}, but it is {}, not a list", kind(other))))
+            }
+            Err(found) => Err(("missing_input", format!("for_each reads ${{{reference}}}, but {found}"))),
+        }
+    }
+
+    /// An item has ended, and so has its attempt.
+    pub(super) fn item_ended(&mut self, key: u32, failure: Option<&str>) {
+        let step = &self.steps[&key];
+        let (index, item) = (step.index, step.item.unwrap_or_default());
+        let Some(map) = self.maps.get_mut(&index) else {
+            return;
+        };
+        map.remaining_items -= 1;
+        if let Some(message) = failure {
+            map.failed_items += 1;
+            self.item_failures.entry(index).or_insert_with(|| format!("; item {item} failed: {message}"));
+        }
+        self.touched_maps.insert(index);
+    }
+
+    /// An item that had ended is run again. (One that was cancelled had not ended for its map.)
+    pub(super) fn item_again(&mut self, key: u32) {
+        let step = &self.steps[&key];
+        let ended = matches!(step.state, StepState::Error | StepState::Complete);
+        let map = step.item.and_then(|_| self.maps.get_mut(&step.index));
+        if let Some(map) = map.filter(|_| ended) {
+            map.remaining_items += 1;
+            map.failed_items -= u32::from(step.state == StepState::Error);
+            self.touched_maps.insert(step.index);
+        }
+    }
+
+    /// Brings every map whose items have moved forward: more items, or its end.
+    pub(super) fn advance_maps(&mut self) {
+        let mut touched: BTreeSet<u32> = BTreeSet::new();
+        while touched != self.touched_maps {
+            touched.clone_from(&self.touched_maps);
+            for key in &touched {
+                self.advance_map(*key);
+            }
+        }
+    }
+
+    fn advance_map(&mut self, key: u32) {
+        let definition = self.defined(key);
+        let Some(for_each) = definition.for_each.as_ref().filter(|_| self.steps[&key].state == StepState::Waiting)
+        else {
+            return;
+        };
+        let map = self.maps[&key];
+        if for_each.has_failed(map.failed_items, map.items) {
+            // A task that ends takes the other items with it; else those that run are let finish.
+            let ends_task = definition.retry.on_exhausted == OnExhausted::Fail && !self.definition.block_on_failure;
+            if ends_task || map.open_items() == 0 {
+                let first = self.item_failures.get(&key).cloned().unwrap_or_default();
+                let reason = format!("{} of {} items failed{first}", map.failed_items, map.items);
+                self.end_map(key, Err(("items_failed", reason)));
+            }
+        } else if map.items == 0 {
+            self.end_map(key, Ok(Value::Array(Vec::new())));
+        } else if map.remaining_items == 0 {
+            match self.collected.remove(&key) {
+                Some(Ok(output)) => self.end_map(key, Ok(output)),
+                Some(Err(problem)) => {
+                    let reason = format!("the list of its items' outputs {problem}");
+                    self.end_map(key, Err(("invalid_output", reason)));
+                }
+                None => drop(self.plan.lacks.collected.insert(key)),
+            }
+        } else {
+            self.create_items(key, for_each);
+        }
+    }
+
+    fn end_map(&mut self, key: u32, outcome: Result<Value, (&'static str, String)>) {
+        let step = &self.steps[&key];
+        let waits =
+            vec![Wait { reason: "items".into(), since: step.last_at, until: None, ended: None, ordinal: step.version }];
+        // A list without items is waited for in the move that ends the wait.
+        let waits =
+            if step.version > self.versions_before.get(&key).copied().unwrap_or(0) { Vec::new() } else { waits };
+        self.evaluated = true;
+        self.only_lost = false;
+        match outcome {
+            Ok(output) => {
+                let detail = Detail { waits, ..Detail::default() };
+                self.move_step(key, StepEvent::ItemsDone, StepState::Complete, Some(detail));
+                let step = &self.steps[&key];
+                let (step, generation) = (step.uuid, step.generation);
+                self.plan.map_outputs.push(MapOutput { step, generation, output: output.clone() });
+                self.outputs.insert(key, output);
+                self.dependency_done(key);
+            }
+            Err((kind, reason)) => {
+                let detail =
+                    Detail { waits, reason: Some(reason.clone()), error_type: Some(kind.into()), ..Detail::default() };
+                self.move_step(key, StepEvent::ItemsDone, StepState::Error, Some(detail));
+                self.step_failed(key, kind, &reason);
+            }
+        }
+    }
+
+    /// As many as may be open at once, in the order of the list.
+    fn create_items(&mut self, key: u32, for_each: &ForEach) {
+        let map = self.maps[&key];
+        let (from, open) = (map.next_item, map.open_items());
+        let count = for_each.max_parallel.saturating_sub(open).min(map.items - from);
+        // A suspended task starts nothing; its maps go on when it is resumed.
+        if count == 0 || self.plan.task.state == TaskState::Suspended {
+            return;
+        }
+        let held = self.windows.get(&key).and_then(|(start, values)| {
+            let skip = usize::try_from(from.checked_sub(*start)?).ok()?;
+            values.get(skip..skip + count as usize).map(<[Value]>::to_vec)
+        });
+        let Some(values) = held else {
+            self.plan.lacks.items.insert(key, (from, count));
+            return;
+        };
+        let map_step = &self.steps[&key];
+        let (map_uuid, generation, priority) = (map_step.uuid, map_step.generation, map_step.priority);
+        for (item, value) in (from..).zip(values) {
+            let item_key = self.definition.key(key, Some(item));
+            let mut step = Step::new(item_uuid(map_uuid, item), key, generation, 0, priority, self.now);
+            step.item = Some(item);
+            self.steps.insert(item_key, step);
+            self.created_items.insert(item_key);
+            self.item_values.insert(item_key, value);
+            self.ready.push(Ready { step: item_key, event: StepEvent::Enqueue, waits: Vec::new() });
+        }
+        self.plan.task.open_steps += i32::try_from(count).unwrap_or(i32::MAX);
+        self.plan.task_changed = true;
+        self.maps.entry(key).and_modify(|map| map.next_item += count);
+    }
+}
+
+/// An item's uuid follows from its map's: time-ordered like it, and the same however often it is decided.
+fn item_uuid(map: Uuid, item: u32) -> Uuid {
+    let hash =
+        Sha256::new().chain_update(b"tasker-item-v1").chain_update(map.as_bytes()).chain_update(item.to_be_bytes());
+    let mut bytes = [0_u8; 16];
+    bytes[..6].copy_from_slice(&map.as_bytes()[..6]);
+    bytes[6..].copy_from_slice(&hash.finalize()[..10]);
+    uuid::Builder::from_bytes(bytes)
+        .with_variant(uuid::Variant::RFC4122)
+        .with_version(uuid::Version::SortRand)
+        .into_uuid()
+}
