@@ -166,7 +166,13 @@ impl Situation {
                 format!("{}{kind}", told().unwrap_or_else(|| "no reason was recorded".into()))
             }
             "cancelled" => told().unwrap_or_else(|| "no reason was given".into()),
-            "suspended" => told().unwrap_or_else(|| "suspended by an operator until it is resumed".into()),
+            "suspended" => {
+                let failed = told().map_or_else(String::new, |reason| format!(" (meanwhile: {reason})"));
+                let task = task.task_uuid;
+                format!(
+                    "an operator suspended it, see `tasker audit list {task}`; `tasker task resume {task}` lets it go on{failed}"
+                )
+            }
             "pending" => self.pending(),
             "blocked_by_failures" => self.blocked(),
             _ => self.open_steps(),
