@@ -227,7 +227,10 @@ begin
     insert into tasker.due (due_at, kind, task_uuid)
     select i.run_at, 'start', i.task_uuid from unnest(v_items) i
     where i.error is null and i.is_new and i.run_at is not null;
-    perform tasker.wake('due');
+    -- Sweep sleeps until the earliest due time it knows: only an earlier one wakes it.
+    perform pg_notify('tasker', 'due')
+    from (select min(i.run_at) as at from unnest(v_items) i where i.error is null and i.is_new) n
+    where not exists (select from tasker.due d where d.due_at < n.at);
   end if;
 
   return query

@@ -182,3 +182,32 @@ async fn bad_schedules_are_refused_or_explained_and_cost_only_themselves() {
     assert_eq!(world.counter("schedule_refused").await, 1);
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delayed_start_wakes_the_sweep_if_nothing_is_due_before() {
+    let world = World::start(Setup { orchestrators: 0, workers: 0, ..Setup::default() }).await;
+    world.register_steps("one", "a: ok").await;
+    let mut listener = sqlx::postgres::PgListener::connect(&world.url).await.expect("a listener");
+    listener.listen("tasker").await.expect("listening");
+    // A notification of our own after each, to see where one is missing.
+    for (minutes, heard) in [(30, "due"), (60, "after 60"), (10, "due")] {
+        sqlx::query(
+            "select tasker.submit_task('tests', 'one', run_at => clock_timestamp() + make_interval(mins => $1))",
+        )
+        .bind(minutes)
+        .execute(&world.pool)
+        .await
+        .expect("submitted");
+        sqlx::query("select pg_notify('tasker', 'after ' || $1)")
+            .bind(minutes)
+            .execute(&world.pool)
+            .await
+            .expect("told");
+        assert_eq!(listener.recv().await.expect("a notification").payload(), heard);
+        if heard == "due" {
+            assert_eq!(listener.recv().await.expect("a notification").payload(), format!("after {minutes}"));
+        }
+    }
+    drop(listener);
+    world.end().await;
+}
