@@ -74,6 +74,7 @@ create table tasker.tasks (
   open_steps            int not null default 0,
   in_flight_steps       int not null default 0,
   retrying_steps        int not null default 0,
+  -- Held back, or waiting for something that is not a worker.
   held_steps            int not null default 0,
   failed_steps          int not null default 0,
   -- Why it failed, was cancelled or waits for a person.

@@ -408,7 +408,7 @@ begin
        or (s.state in ('enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')
            and exists (select from reported r where r.step_uuid = s.step_uuid))
        or (s.state = 'waiting_for_retry' and exists (select from watched w where w.step_uuid = s.step_uuid))
-       or s.state = 'waiting'
+       or (s.state = 'waiting' and (s.due_at is null or exists (select from watched w where w.step_uuid = s.step_uuid)))
        or s.held_by is not null
   )
   select t.task_uuid, t.state, t.last_at, 'no message, claim, due time or declared wait'

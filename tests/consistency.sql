@@ -5,7 +5,7 @@ with counted as (
     count(s.*) filter (where s.state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')) as open,
     count(s.*) filter (where s.state in ('enqueued', 'in_progress', 'enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')) as in_flight,
     count(s.*) filter (where s.state = 'waiting_for_retry') as retrying,
-    count(s.*) filter (where s.held_by is not null) as held
+    count(s.*) filter (where s.held_by is not null or s.state = 'waiting') as held
   from tasker.tasks t left join tasker.steps s on s.task_uuid = t.task_uuid
   group by t.task_uuid
 ), open_parents as (

@@ -13,7 +13,7 @@ fn every_feature_example_lints_clean() {
         let text = std::fs::read_to_string(&path).expect("a readable file");
         let checked = template::parse(&path.display().to_string(), &text)
             .unwrap_or_else(|problems| panic!("{}: {problems:#?}", path.display()));
-        for step in &checked.template.steps {
+        for step in checked.template.steps.iter().filter(|step| !step.handler.is_empty()) {
             assert!(
                 ["noop", "echo", "sleep", "fail"].contains(&&*step.handler),
                 "{}: {} is no built-in handler",

@@ -37,3 +37,4 @@ mod schedules;
 mod suspend;
 mod two_orchestrators_two_workers;
 mod versions;
+mod waits;

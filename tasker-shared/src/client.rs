@@ -24,7 +24,7 @@ use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, flow, operators, requests, retention, tasks, transitions};
+use crate::store::{self, flow, operators, requests, retention, tasks, transitions, waits};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -421,6 +421,23 @@ impl Client {
     /// The limits, those of templates among them, and what of each is used.
     pub async fn limits(&self, namespace: Option<&str>) -> Result<Vec<LimitUse>, ClientError> {
         Ok(flow::limits(&mut *self.pool.acquire().await?, namespace).await?)
+    }
+
+    /// Sends a signal to the task; the step that waits for it, now or later, completes with the payload.
+    ///
+    /// Refused if the task has ended, no step of it waits for this name, or the answer is not allowed.
+    pub async fn signal(
+        &self,
+        task: Uuid,
+        name: &str,
+        payload: &Value,
+        actor: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut headers = HashMap::new();
+        inject_current(&mut headers);
+        let mut conn = self.pool.acquire().await?;
+        let traceparent = headers.get(TRACEPARENT).map(String::as_str);
+        accepted(task, waits::signal(&mut conn, task, name, payload, actor, traceparent).await?)
     }
 
     /// The task as it is now.

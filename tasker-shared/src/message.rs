@@ -33,6 +33,25 @@ pub enum Request {
     ResolveTask(Uuid, Operator),
     /// Settle the step of this name by hand, with this output.
     ByHand(Uuid, Operator, String, ByHand, Option<Value>),
+    /// Look at the signals that were kept for a task.
+    Signal(Uuid),
+    /// Keep a signal for a task, as `tasker.signal_task` does.
+    SendSignal(SendSignal),
+}
+
+/// A signal that came as a raw message.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SendSignal {
+    /// Whom it is for.
+    pub task: Uuid,
+    /// Its name.
+    pub name: String,
+    /// What it says; null counts as `{}`.
+    pub payload: Value,
+    /// Who sent it.
+    pub actor: String,
+    /// The trace context of its headers.
+    pub traceparent: Option<String>,
 }
 
 /// What `type` may say; `start` is ours alone.
@@ -93,6 +112,19 @@ impl Request {
                 let output = output.or((act == ByHand::Complete).then_some(Value::Null));
                 Ok(Self::ByHand(task()?, operator(object), step.to_owned(), act, output))
             }
+            "signal" => match object.get("name") {
+                None => Ok(Self::Signal(uuid(object, "task")?)),
+                Some(name) => Ok(Self::SendSignal(SendSignal {
+                    task: uuid(object, "task")?,
+                    name: name.as_str().ok_or("name: must be the name of a signal")?.to_owned(),
+                    payload: object.get("payload").cloned().unwrap_or_default(),
+                    actor: operator(object).actor,
+                    traceparent: headers
+                        .and_then(|headers| headers.get("traceparent"))
+                        .and_then(Value::as_str)
+                        .map(str::to_owned),
+                })),
+            },
             other => Err(format!("type: {:?} is not known; use {TYPES}", clip(other))),
         }
     }

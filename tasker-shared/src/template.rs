@@ -32,6 +32,8 @@ pub use crate::state_machine::input::MAX_DEPTH;
 use crate::state_machine::input::{InputError, InputTemplate, Reference};
 use crate::state_machine::retry::milliseconds;
 pub use crate::state_machine::retry::{OnExhausted, RetryPolicy};
+use crate::state_machine::wait::Work;
+pub use crate::state_machine::wait::{OnTimeout, SignalWait, WaitFor};
 
 /// The most bytes a definition may have in its JSON form.
 pub const MAX_DEFINITION_BYTES: usize = 1024 * 1024;
@@ -169,8 +171,13 @@ pub enum Keep {
 pub struct StepDefinition {
     /// Unique in the template.
     pub name: String,
-    /// The name under which a worker registered the code to run.
+    /// The name under which a worker registered the code to run; empty for a
+    /// step that waits instead.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub handler: String,
+    /// What the step waits for, instead of running a handler.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait: Option<WaitFor>,
     /// Names of the steps this one waits for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub depends_on: Vec<String>,
@@ -375,9 +382,22 @@ impl Template {
 }
 
 impl StepDefinition {
+    /// What the step does once it is ready.
+    pub fn work(&self) -> Work {
+        self.wait.clone().map_or(Work::Handler, Work::Wait)
+    }
+
+    /// Whatever may hold references: the `input:`, or the time that a wait ends, as `until`.
+    fn referring(&self) -> Option<Value> {
+        match &self.wait {
+            Some(WaitFor::Until(until)) => Some(serde_json::json!({ "until": until })),
+            _ => self.input.clone(),
+        }
+    }
+
     /// The parsed `input:`; `None` without one.
     pub fn input_template(&self) -> Result<Option<InputTemplate>, Error> {
-        let parsed = self.input.as_ref().map(InputTemplate::parse).transpose();
+        let parsed = self.referring().as_ref().map(InputTemplate::parse).transpose();
         parsed.map_err(|mut errors| Error::ReadStoredInput { step: self.name.clone(), error: errors.swap_remove(0) })
     }
 }

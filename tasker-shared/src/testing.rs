@@ -224,6 +224,8 @@ fn next_due(world: &mut World) -> Event {
     match (kind, step) {
         ("lease", Some(step)) => Event::LeaseDue { step },
         ("retry", Some(step)) => Event::RetryDue { step },
+        ("timer", Some(step)) => Event::TimerDue { step },
+        ("signal", None) => Event::SignalDue,
         ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: world.steps[step as usize].attempt },
         ("total_timeout", None) => Event::TotalDue,
         other => panic!("the test kit does not know what is due here: {other:?}"),

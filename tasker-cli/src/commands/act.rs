@@ -183,7 +183,8 @@ impl Audit {
     }
 }
 
-fn accepted(global: &Global, task: Uuid) -> anyhow::Result<()> {
+/// Says that a wish was accepted.
+pub fn accepted(global: &Global, task: Uuid) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::json(&json!({"task_uuid": task, "accepted": true}));
     }

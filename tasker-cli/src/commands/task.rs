@@ -123,6 +123,23 @@ pub enum Task {
         #[arg(long, value_name = "JSON", default_value = "null")]
         result: String,
     },
+    /// Send a signal to a task: the step that waits for it completes
+    #[command(after_help = "\
+Examples:
+  tasker task signal ORD-4711 approved --answer approve
+  tasker task signal ORD-4711 paid --payload '{\"amount\": 100}'")]
+    Signal {
+        /// Uuid or correlation id
+        task: String,
+        /// The name that the template's `wait: {signal: …}` gives it
+        name: String,
+        /// JSON, @FILE, or - for stdin: the output of the step
+        #[arg(long, default_value = "{}", value_name = "JSON")]
+        payload: String,
+        /// Short for --payload '{"answer": ANSWER}'
+        #[arg(long, conflicts_with = "payload")]
+        answer: Option<String>,
+    },
     /// Say in one sentence what a task waits for
     Why {
         /// Uuid or correlation id
@@ -201,6 +218,8 @@ impl Task {
         // Read before anything is started: a bad file should cost nothing.
         let input = match &self {
             Self::Submit(submit) => Some(read_input(&submit.input)?),
+            Self::Signal { answer: Some(answer), .. } => Some(json!({"answer": answer})),
+            Self::Signal { payload, .. } => Some(read_input(payload)?),
             _ => None,
         };
         let connected = run::connect(global).await?;
@@ -237,6 +256,11 @@ impl Task {
             }
             Self::CompleteStep { which, result } => {
                 act::settle_step(global, client, which, ByHand::Complete, Some(result)).await
+            }
+            Self::Signal { task, name, .. } => {
+                let id = run::find_task(client, &task).await?;
+                client.signal(id, &name, &input.unwrap_or_default(), actor().as_deref()).await?;
+                act::accepted(global, id)
             }
             Self::Why { task } => {
                 let situation = client.why(run::find_task(client, &task).await?).await?;

@@ -36,7 +36,9 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     }
     shared.admission.settled();
     // The room may be older than the queue or the worker that these steps wait for: look at once.
-    if done.works.iter().zip(&done.plans).any(|(work, plan)| plan.task.held_steps > work.row.task.held_steps) {
+    let held =
+        |plan: &Plan| plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps).any(|step| step.held_by.is_some());
+    if done.plans.iter().any(held) {
         shared.admission.wake.notify_one();
     }
     for (work, plan) in

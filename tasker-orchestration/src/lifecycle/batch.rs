@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 use serde_json::Value;
-use tasker_shared::message::ResultHint;
+use tasker_shared::message::{ResultHint, SendSignal};
 use tasker_shared::queue::{self, Message};
 use tasker_shared::store::tx::in_tx;
 use uuid::Uuid;
@@ -24,6 +24,8 @@ const SUSPECT_READS: i32 = 5;
 pub(super) enum Item {
     /// A task to create: the request.
     Submit(Value, Message),
+    /// A signal to keep.
+    Signal(SendSignal, Message),
     /// A task to look at.
     Settle(Hint, Message),
 }
@@ -33,13 +35,14 @@ impl Item {
     pub(super) fn task(&self) -> Option<Uuid> {
         match self {
             Self::Submit(..) => None,
+            Self::Signal(signal, _) => Some(signal.task),
             Self::Settle(hint, _) => Some(hint.task),
         }
     }
 
     fn message(&self) -> &Message {
         match self {
-            Self::Submit(_, message) | Self::Settle(_, message) => message,
+            Self::Submit(_, message) | Self::Signal(_, message) | Self::Settle(_, message) => message,
         }
     }
 }
@@ -58,10 +61,11 @@ pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) 
 }
 
 async fn work(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
-    if let Some(Item::Submit(..)) = items.first() {
-        return initialize::create(shared, items).await;
+    match items.first() {
+        Some(Item::Submit(..)) => initialize::create(shared, items).await,
+        Some(Item::Signal(..)) => initialize::keep_signals(shared, items).await,
+        _ => settle_items(shared, queue, items).await,
     }
-    settle_items(shared, queue, items).await
 }
 
 async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
@@ -69,7 +73,7 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
         .iter()
         .filter_map(|item| match item {
             Item::Settle(hint, _) => Some(hint.clone()),
-            Item::Submit(..) => None,
+            Item::Submit(..) | Item::Signal(..) => None,
         })
         .collect();
     let settled = settle::settle(shared, queue, hints).await?;

@@ -2,10 +2,11 @@
 //! SQL created, and passes operators' wishes to the settle.
 
 use serde_json::Value;
-use tasker_shared::message::Request;
+use tasker_shared::message::{Request, SendSignal};
 use tasker_shared::queue::{self, Message, Outbox, TASK_REQUESTS, Traffic};
 use tasker_shared::store::tasks;
 use tasker_shared::store::tx::in_tx;
+use tasker_shared::store::waits;
 use tracing::instrument;
 use uuid::Uuid;
 
@@ -15,7 +16,7 @@ use super::{Act, Error, Hint, Look, Shared};
 /// Deals with one batch of requests.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
 pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
-    let (mut settles, mut submits, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut settles, mut submits, mut signals, mut bad) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for message in messages {
         let request =
             message.body.as_ref().map_err(Clone::clone).and_then(|body| Request::parse(body, message.headers.as_ref()));
@@ -36,6 +37,11 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
             Ok(Request::ByHand(task, operator, step, act, output)) => {
                 (task, Look::Operate(operator, Act::ByHand(step, act, output)))
             }
+            Ok(Request::Signal(task)) => (task, Look::Signal),
+            Ok(Request::SendSignal(signal)) => {
+                signals.push(Item::Signal(signal, message));
+                continue;
+            }
             Err(reason) => {
                 bad.push((message.msg_id, reason));
                 continue;
@@ -47,6 +53,7 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
         batch::quarantine(shared, TASK_REQUESTS, bad).await?;
     }
     batch::run(shared, TASK_REQUESTS, submits).await?;
+    batch::run(shared, TASK_REQUESTS, signals).await?;
     batch::run(shared, TASK_REQUESTS, settles).await
 }
 
@@ -56,7 +63,7 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         .iter()
         .filter_map(|item| match item {
             Item::Submit(request, message) => Some((message, request)),
-            Item::Settle(..) => None,
+            Item::Settle(..) | Item::Signal(..) => None,
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
@@ -81,4 +88,28 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
     .await?;
     tracing::debug!(tasks = created.len(), "raw submits became tasks");
     Ok(())
+}
+
+/// Keeps signals that came as raw messages; one that is refused is quarantined with its reason.
+pub(super) async fn keep_signals(shared: &Shared, items: &[Item]) -> Result<(), Error> {
+    in_tx(&shared.pool, async |conn| {
+        let (mut done, mut bad) = (Vec::new(), Vec::new());
+        for item in items {
+            let Item::Signal(signal, message) = item else {
+                continue;
+            };
+            let SendSignal { task, name, payload, actor, traceparent } = signal;
+            match &*waits::signal(conn, *task, name, payload, Some(actor), traceparent.as_deref()).await? {
+                "accepted" => done.push(message.msg_id),
+                refusal => bad.push((message.msg_id, refusal.to_owned())),
+            }
+        }
+        if !bad.is_empty() {
+            queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
+        }
+        let outbox = Outbox::default();
+        queue::conclude(conn, &Traffic { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
+        Ok::<_, Error>(())
+    })
+    .await
 }

@@ -10,6 +10,7 @@ pub mod schedules;
 pub mod settle;
 pub mod sweep;
 mod turns;
+mod waits;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -126,6 +127,10 @@ pub enum Look {
     Total,
     /// A held step may find room.
     Admit(Uuid),
+    /// The wait of a step may be over.
+    Timer(Uuid),
+    /// A signal was kept, and a step may wait for it.
+    Signal,
     /// An operator ends it.
     Cancel(Operator),
     /// An operator ends it at once.
@@ -173,6 +178,7 @@ impl Look {
             | Self::Lease(step)
             | Self::Retry(step)
             | Self::Queue(step)
+            | Self::Timer(step)
             | Self::Admit(step) => Some(*step),
             _ => None,
         }

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use tasker_shared::queue::{self, Outbox, Traffic};
 use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::flow::Places;
-use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room};
+use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room, Signal};
 use tasker_shared::state_machine::{Event, Snapshot, StepState, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::flow::{self, Wanted};
@@ -26,7 +26,7 @@ use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Act, Error, Hint, Look, Shared, actions};
+use super::{Act, Error, Hint, Look, Shared, actions, waits};
 use tasker_shared::message::step_message;
 
 /// What became of a batch.
@@ -62,6 +62,8 @@ pub(super) struct Work {
     asked: Lacks,
     /// Every step is loaded, because an operator's act is about all of it.
     whole: bool,
+    /// Signals that were kept; read only where the template waits for any.
+    pub signals: Vec<Signal>,
 }
 
 impl Work {
@@ -126,6 +128,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
             apply(conn, &moved, now, export.as_ref(), &traffic).await?
         };
         record_flow(conn, &plans, &places).await?;
+        waits::record(conn, &works, &plans, applied.at).await?;
         tell_workers(conn, &applied, &plans).await?;
         settled.moved = moved.len();
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
@@ -229,6 +232,7 @@ async fn load(
             collected: HashMap::new(),
             asked: Lacks::default(),
             whole,
+            signals: Vec::new(),
         });
     }
     let places: HashMap<Uuid, usize> =
@@ -251,6 +255,12 @@ async fn load(
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
             put(&mut works, rows);
         }
+    }
+    let signalled = waits::load_signals(conn, &mut works, hints).await?;
+    if !signalled.is_empty() {
+        let loaded = steps::load(conn, &signalled).await?;
+        now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
+        put(&mut works, loaded);
     }
     let behind = behind(&works);
     if !behind.is_empty() {
@@ -553,6 +563,7 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
         maps: work.maps.clone(),
         windows: work.windows.clone(),
         collected: work.collected.clone(),
+        signals: work.signals.clone(),
     };
     let plan = decide(snapshot, events, room, now);
     if plan.ignored > 0 {
@@ -576,6 +587,8 @@ fn event(work: &Work, look: &Look) -> Option<Event> {
             let row = work.steps.get(step)?;
             Event::QueueDue { step: work.key(row), attempt: row.step.attempt }
         }
+        Look::Timer(step) => Event::TimerDue { step: key(step)? },
+        Look::Signal => Event::SignalDue,
         Look::Total => Event::TotalDue,
         Look::Admit(step) => Event::Admit { step: key(step)? },
         Look::Cancel(operator) => Event::Cancel(operator.clone()),

@@ -34,6 +34,8 @@ fn hint(due: &DueHint) -> Option<Hint> {
         ("lease", Some(step)) => Look::Lease(step),
         ("retry", Some(step)) => Look::Retry(step),
         ("queue_timeout", Some(step)) => Look::Queue(step),
+        ("timer", Some(step)) => Look::Timer(step),
+        ("signal", _) => Look::Signal,
         ("total_timeout", _) => Look::Total,
         ("start", _) => Look::Start,
         _ => return None,

@@ -14,6 +14,7 @@ mod operators;
 mod sending;
 mod skipping;
 mod task;
+mod waits;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -22,7 +23,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::{Definition, StepDefinition};
-use super::plan::{Detail, Lacks, Map, Move, Outcome, Plan, Room, Step, Task, Wait, step_words, task_words};
+use super::plan::{Detail, Lacks, Map, Move, Outcome, Plan, Room, Signal, Step, Task, Wait, step_words, task_words};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 /// How often an attempt may be lost before the step fails; a loss spends no retry.
@@ -53,6 +54,8 @@ pub struct Snapshot<'a> {
     pub windows: HashMap<u32, (u32, Vec<Value>)>,
     /// The outputs of the items of maps that are done, or why they cannot be kept.
     pub collected: HashMap<u32, Result<Value, String>>,
+    /// Signals that were kept, oldest first; of a template that waits for any.
+    pub signals: Vec<Signal>,
 }
 
 /// Something that happened, or is due. Steps are named by their key in the snapshot.
@@ -98,6 +101,13 @@ pub enum Event {
         /// The attempt that was enqueued.
         attempt: i32,
     },
+    /// The wait of the step may be over.
+    TimerDue {
+        /// Index of the step.
+        step: u32,
+    },
+    /// A signal came, or was kept when a step began to wait for it.
+    SignalDue,
     /// The task may have taken longer than its template allows.
     TotalDue,
     /// A held step may find room now.
@@ -179,8 +189,11 @@ impl Event {
             Self::RetryDue { step } => (5, *step, 0),
             Self::QueueDue { step, attempt } => (6, *step, *attempt),
             Self::Admit { step } => (7, *step, 0),
-            Self::TotalDue => (8, 0, 0),
-            Self::Cancel(_) | Self::Terminate(_) => (9, 0, 0),
+            // A signal that came before the end of its timeout counts.
+            Self::SignalDue => (8, 0, 0),
+            Self::TimerDue { step } => (9, *step, 0),
+            Self::TotalDue => (10, 0, 0),
+            Self::Cancel(_) | Self::Terminate(_) => (11, 0, 0),
         }
     }
 }
@@ -225,6 +238,7 @@ struct Pass<'a, 'r> {
     outputs: HashMap<u32, Value>,
     absent: HashSet<u32>,
     passed: HashSet<u32>,
+    signals: Vec<Signal>,
     ready: Vec<Ready>,
     /// To be skipped, and why.
     skips: Vec<(u32, String)>,
@@ -251,8 +265,19 @@ struct Pass<'a, 'r> {
 
 impl<'a, 'r> Pass<'a, 'r> {
     fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot { task, definition, steps, passed, outcomes, mut outputs, absent, maps, windows, collected } =
-            snapshot;
+        let Snapshot {
+            task,
+            definition,
+            steps,
+            passed,
+            outcomes,
+            mut outputs,
+            absent,
+            maps,
+            windows,
+            collected,
+            signals,
+        } = snapshot;
         // An event may name a step that is complete already (a hint that came twice, or late):
         // its output is here and nowhere else, and the steps behind it may need it now.
         for (index, outcome) in &outcomes {
@@ -275,6 +300,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             outputs,
             absent,
             passed,
+            signals,
             ready: Vec::new(),
             skips: Vec::new(),
             skip_counted: BTreeSet::new(),
@@ -304,6 +330,8 @@ impl<'a, 'r> Pass<'a, 'r> {
                 lanes: Vec::new(),
                 cancel_open_steps: false,
                 closed: Vec::new(),
+                answers: Vec::new(),
+                used_signals: Vec::new(),
                 audit: Vec::new(),
                 outputs: Vec::new(),
                 tell: Vec::new(),
@@ -337,6 +365,8 @@ impl<'a, 'r> Pass<'a, 'r> {
             Event::RetryDue { step } => self.retry_due(step),
             Event::QueueDue { step, attempt } => self.queue_due(step, attempt),
             Event::Admit { step } => self.admit(step),
+            Event::TimerDue { step } => self.timer_due(step),
+            Event::SignalDue => self.signal_due(),
         };
         if !changed {
             self.plan.ignored += 1;
@@ -407,6 +437,7 @@ impl<'a, 'r> Pass<'a, 'r> {
         task.in_flight_steps += i32::from(to.is_in_flight()) - i32::from(from.is_in_flight());
         task.retrying_steps +=
             i32::from(to == StepState::WaitingForRetry) - i32::from(from == StepState::WaitingForRetry);
+        task.held_steps += i32::from(to == StepState::Waiting) - i32::from(from == StepState::Waiting);
         if to.is_terminal() && !from.is_terminal() {
             task.open_steps -= 1;
         }

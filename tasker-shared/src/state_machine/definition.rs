@@ -11,6 +11,7 @@ use super::flow::Rule;
 use super::graph::Graph;
 use super::input::{InputTemplate, Reference};
 use super::retry::RetryPolicy;
+use super::wait::Work;
 
 /// The most items of one map.
 pub const MAX_ITEMS: u32 = 100_000;
@@ -57,7 +58,9 @@ impl Definition {
 pub struct StepDefinition {
     /// Unique within the template.
     pub name: Arc<str>,
-    /// The name of the user's code.
+    /// What it does once it is ready.
+    pub work: Work,
+    /// The name of the user's code; empty where no handler runs.
     pub handler: Arc<str>,
     /// The full queue name, `worker_<namespace>` or `worker_<namespace>__<queue>`.
     pub queue: Arc<str>,

@@ -15,6 +15,7 @@ pub mod retry;
 #[cfg_attr(not(test), allow(dead_code, reason = "the test kit for users needs a part of it"))]
 pub(crate) mod simulation;
 pub mod states;
+pub mod wait;
 
 pub use decide::{Event, Snapshot, decide};
 pub use definition::{Definition, StepDefinition};

@@ -339,6 +339,9 @@ pub struct Detail {
     /// When the wait that this move began is due.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<DateTime<Utc>>,
+    /// Why the wait that this move began is waited: timer, signal, child or items.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
     /// Of a lost attempt: the last sign of life.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_heartbeat_at: Option<DateTime<Utc>>,
@@ -359,6 +362,45 @@ pub struct Wait {
     pub ended: Option<DateTime<Utc>>,
     /// The version of the row that began it.
     pub ordinal: i32,
+    /// Who ended it, where somebody did: the sender of a signal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub actor: Option<String>,
+    /// The `traceparent` of whoever ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+}
+
+impl Wait {
+    /// A wait for this reason, of the step whose row has this version.
+    pub fn new(reason: &str, since: DateTime<Utc>, until: Option<DateTime<Utc>>, ordinal: i32) -> Self {
+        Self { reason: reason.to_owned(), since, until, ended: None, ordinal, actor: None, link: None }
+    }
+}
+
+/// A signal that was sent and not used yet.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "columns of tasker.signals, explained there")]
+pub struct Signal {
+    pub id: i64,
+    pub name: String,
+    pub payload: Value,
+    pub actor: String,
+    pub traceparent: Option<String>,
+}
+
+/// What a step without a handler came to: kept on the row of its attempt, as a handler's result is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The step.
+    pub step: Uuid,
+    /// Its attempt.
+    pub attempt: i32,
+    /// The generation of both.
+    pub generation: i32,
+    /// When it began.
+    pub since: DateTime<Utc>,
+    /// Its output or its error.
+    pub outcome: Outcome,
 }
 
 /// A step message to send.
@@ -379,7 +421,7 @@ pub struct Send {
 /// "Look at it then."
 #[derive(Debug, Clone, PartialEq)]
 pub struct Due {
-    /// retry, lease, `queue_timeout`, `total_timeout`.
+    /// retry, lease, timer, signal, `queue_timeout`, `total_timeout`.
     pub kind: &'static str,
     /// When.
     pub at: DateTime<Utc>,
@@ -438,6 +480,10 @@ pub struct Plan {
     pub cancel_open_steps: bool,
     /// Attempts that this plan closes: `(step, attempt)`.
     pub closed: Vec<(Uuid, i32)>,
+    /// What steps without a handler came to.
+    pub answers: Vec<Answer>,
+    /// Kept signals that a step used, by id.
+    pub used_signals: Vec<i64>,
     /// What operators did, one each.
     pub audit: Vec<Audit>,
     /// Outputs that operators gave to steps.

@@ -18,9 +18,12 @@ use super::decide::{Event, Operator, Snapshot, decide};
 use super::definition::{Definition, Join, StepDefinition};
 use super::graph::Graph;
 use super::input::{BY_REFERENCE, InputTemplate, Scope};
-use super::plan::{Detail, Due, Failure, HeldBy, Lacks, Move, Outcome, Plan, QueueRoom, Room, Step, Task, Wait};
+use super::plan::{
+    Detail, Due, Failure, HeldBy, Lacks, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task, Wait,
+};
 use super::retry::{OnExhausted, RetryPolicy};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
+use super::wait::{OnTimeout, SignalWait, WaitFor, Work};
 
 pub(crate) const QUEUE: &str = "worker_shop";
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
@@ -108,6 +111,12 @@ pub(crate) struct World {
     /// The table `due`; the step by index, `None` is the task.
     pub due: Vec<(&'static str, DateTime<Utc>, Option<u32>)>,
     pub settled: Vec<Settled>,
+    /// The table `signals`.
+    pub signals: Vec<Signal>,
+    /// A message says that there are signals to look at.
+    pub sent_signal: bool,
+    /// What steps without a handler came to, by step and attempt.
+    pub answers: HashMap<(Uuid, i32), Outcome>,
     /// Every message ever sent, to find an attempt that is dispatched twice.
     sent: BTreeSet<(u32, i32)>,
     /// Outputs that operators gave, by step and attempt.
@@ -152,6 +161,9 @@ impl World {
             results: Vec::new(),
             due: Vec::new(),
             settled: Vec::new(),
+            signals: Vec::new(),
+            sent_signal: false,
+            answers: HashMap::new(),
             sent: BTreeSet::new(),
             given: HashMap::new(),
             ids: 0xB000,
@@ -284,6 +296,19 @@ impl World {
         self.log.push(Row { made, began_at, at });
     }
 
+    /// `tasker.signal_task`.
+    pub fn signal(&mut self, name: &str, payload: Value) {
+        self.ids += 1;
+        self.signals.push(Signal {
+            id: i64::try_from(self.ids).unwrap(),
+            name: name.into(),
+            payload,
+            actor: "sam".into(),
+            traceparent: None,
+        });
+        self.sent_signal = true;
+    }
+
     // Settling.
 
     /// Loads what an orchestrator loads for these events, and then what deciding them lacked, and no more.
@@ -330,7 +355,21 @@ impl World {
     fn first_snapshot(&self, events: &[Event]) -> Snapshot<'_> {
         let graph = &self.definition.graph;
         let whole = events.iter().any(is_whole);
-        let about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
+        let mut about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
+        if events.contains(&Event::SignalDue) {
+            // Of many steps that wait for a signal, as many as there are signals.
+            let mut left: HashMap<&str, usize> = HashMap::new();
+            for signal in &self.signals {
+                *left.entry(&signal.name).or_default() += 1;
+            }
+            for step in self.steps.iter().filter(|step| step.state == StepState::Waiting) {
+                let signal = self.definition.steps[step.index as usize].work.signal();
+                if let Some(left) = signal.and_then(|signal| left.get_mut(&*signal.name)).filter(|left| **left > 0) {
+                    *left -= 1;
+                    about.insert(step.index);
+                }
+            }
+        }
         let mut steps: HashMap<u32, Step> = HashMap::new();
         let mut passed = HashSet::new();
         if whole {
@@ -346,7 +385,7 @@ impl World {
         }
         let outcomes = about.iter().filter_map(|index| {
             let step = self.steps.get(*index as usize)?;
-            let reported = &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome;
+            let reported = self.outcome(step)?;
             // An output given by hand takes the place of the one that was reported.
             let given = self.given.get(&(step.uuid, step.attempt));
             let given = given.filter(|_| matches!(reported, Outcome::Success(_)));
@@ -359,6 +398,7 @@ impl World {
         });
         let again = again.copied().collect();
         let outputs = self.outputs(&steps, &about, whole.then_some(&again));
+        let (absent, signals) = (HashSet::new(), self.signals.clone());
         Snapshot {
             task: self.task.clone(),
             definition: &self.definition,
@@ -366,7 +406,8 @@ impl World {
             passed,
             outcomes,
             outputs,
-            absent: HashSet::new(),
+            absent,
+            signals,
             maps: HashMap::new(),
             windows: HashMap::new(),
             collected: HashMap::new(),
@@ -380,7 +421,10 @@ impl World {
             StepState::Skipped => last.made.actor.is_some(),
             StepState::Error => {
                 let kind = last.made.detail.as_ref().and_then(|detail| detail.error_type.as_deref());
-                !matches!(kind, Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition"))
+                !matches!(
+                    kind,
+                    Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition" | "invalid_until")
+                )
             }
             _ => false,
         })
@@ -394,7 +438,7 @@ impl World {
         if let Some(given) = self.given.get(&(step.uuid, step.attempt)) {
             return Some(given);
         }
-        match &self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome {
+        match self.outcome(step)? {
             Outcome::Success(output) => Some(output),
             Outcome::Failure(_) => None,
         }
@@ -438,6 +482,12 @@ impl World {
         outputs
     }
 
+    /// What was reported of the step's current attempt, or what its wait came to.
+    fn outcome(&self, step: &Step) -> Option<&Outcome> {
+        let reported = || Some(&self.attempt(step.uuid, step.attempt)?.report.as_ref()?.outcome);
+        self.answers.get(&(step.uuid, step.attempt)).or_else(reported)
+    }
+
     pub fn attempt(&self, step: Uuid, attempt: i32) -> Option<&AttemptRow> {
         self.attempts.iter().find(|row| row.step == step && row.attempt == attempt)
     }
@@ -479,6 +529,13 @@ impl World {
         } else {
             assert_eq!(plan.task, self.task, "the task changed, but the plan says it did not");
         }
+        for answer in &plan.answers {
+            let twice = self.answers.insert((answer.step, answer.attempt), answer.outcome.clone());
+            assert!(twice.is_none(), "attempt {} of {} comes to two things", answer.attempt, answer.step);
+        }
+        let kept = self.signals.len();
+        self.signals.retain(|signal| !plan.used_signals.contains(&signal.id));
+        assert_eq!(kept - self.signals.len(), plan.used_signals.len(), "a signal is used once");
         self.write_steps(plan, began_at, at);
         let mut closed = plan.closed.clone();
         if plan.cancel_open_steps {
@@ -543,7 +600,7 @@ impl World {
         assert_eq!(plan.new_steps.len(), plan.new_step_queues.len());
         for new in &plan.new_steps {
             assert_eq!(self.steps.len(), new.index as usize, "new steps come in order, once");
-            let enqueued = new.state == StepState::Enqueued && new.enqueued_at.is_none();
+            let enqueued = opens_attempt(new);
             let times = enqueued.then_some((began_at, at)).unzip();
             self.steps.push(Step { enqueued_began_at: times.0, enqueued_at: times.1, last_at: at, ..new.clone() });
         }
@@ -581,24 +638,19 @@ impl World {
         let mut closed = Vec::new();
         for step in self.steps.iter_mut().filter(|step| !step.state.is_terminal()) {
             let has_attempt = step.state.is_in_flight();
-            let retry = (step.state == StepState::WaitingForRetry).then(|| Wait {
-                reason: "retry".into(),
-                since: step.last_at,
-                until: step.due_at,
-                ended: step.ready_at,
-                ordinal: step.version,
+            let retry = (step.state == StepState::WaitingForRetry)
+                .then(|| Wait { ended: step.ready_at, ..Wait::new("retry", step.last_at, step.due_at, step.version) });
+            let held =
+                step.held_by.map(|held| Wait::new(held.as_str(), step.ready_at.unwrap(), None, step.version + 1));
+            let waited = (step.state == StepState::Waiting).then(|| {
+                let reason = self.definition.steps[step.index as usize].work.wait_reason().unwrap();
+                Wait::new(reason, step.last_at, step.due_at, step.version)
             });
-            let held = step.held_by.map(|held| Wait {
-                reason: held.as_str().into(),
-                since: step.ready_at.unwrap(),
-                until: None,
-                ended: None,
-                ordinal: step.version + 1,
-            });
+            let has_number = has_attempt || waited.is_some();
             let detail = Detail {
                 reason: self.task.reason.clone(),
                 error_type: Some("cancelled".into()),
-                waits: retry.into_iter().chain(held).collect(),
+                waits: retry.into_iter().chain(waited).chain(held).collect(),
                 ..Detail::default()
             };
             if has_attempt {
@@ -609,7 +661,7 @@ impl World {
                 version: step.version + 1,
                 task_version: None,
                 generation: step.generation,
-                attempt: has_attempt.then_some(step.attempt),
+                attempt: has_number.then_some(step.attempt),
                 from: step.state.as_str(),
                 to: StepState::Cancelled.as_str(),
                 event: StepEvent::Cancel.as_str(),
@@ -730,7 +782,7 @@ impl World {
             count(|step| !step.state.is_terminal()),
             count(|step| step.state.is_in_flight()),
             count(|step| step.state == StepState::WaitingForRetry),
-            count(|step| step.held_by.is_some()),
+            count(|step| step.held_by.is_some() || step.state == StepState::Waiting),
         );
         let counted = (task.open_steps, task.in_flight_steps, task.retrying_steps, task.held_steps);
         assert_eq!(counted, recounted, "open, in flight, retrying, held");
@@ -779,6 +831,14 @@ impl World {
                 self.results.contains(&(step.index, step.attempt))
             }
             StepState::WaitingForRetry => step.due_at.is_some() && (due("retry") || step.held_by.is_some()),
+            StepState::Waiting => match self.definition.steps[step.index as usize].work.signal() {
+                Some(signal) => {
+                    let kept = self.signals.iter().any(|kept| kept.name == signal.name && signal.allows(&kept.payload));
+                    let hint = self.due.iter().any(|(of, ..)| *of == "signal");
+                    (step.due_at.is_none() || due("timer")) && (!kept || hint || self.sent_signal)
+                }
+                None => step.due_at.is_some() && due("timer"),
+            },
             StepState::Pending => {
                 let (open, done, skipped) = self.parents(step.index);
                 assert_eq!((step.remaining_dependencies, step.skipped_dependencies), (open, skipped), "{step:?}");
@@ -827,7 +887,7 @@ impl World {
             let (version, at, state) = before.unwrap_or((0, self.created_at, "pending"));
             assert_eq!((made.version, made.from), (version + 1, state), "{made:?}");
             assert!(row.began_at <= row.at && row.at >= at, "{row:?}");
-            if made.entity != self.task.uuid && made.to == "enqueued" {
+            if made.entity != self.task.uuid && (made.to == "enqueued" || made.to == "waiting") {
                 let attempt = attempts.entry(made.entity).or_default();
                 *attempt += 1;
                 let opened = made.attempt.unwrap() + i32::from(made.event == "LeaseExpired");
@@ -900,7 +960,7 @@ fn update(row: &mut Step, new: &Step, began_at: DateTime<Utc>, at: DateTime<Utc>
     row.due_at = new.due_at;
     row.ready_at = new.ready_at;
     row.held_by = new.held_by;
-    if new.state == StepState::Enqueued && new.enqueued_at.is_none() {
+    if opens_attempt(new) {
         row.claim_token = None;
         row.claimed_by = None;
         row.lease_expires_at = None;
@@ -912,6 +972,11 @@ fn update(row: &mut Step, new: &Step, began_at: DateTime<Utc>, at: DateTime<Utc>
     }
 }
 
+/// `decide` leaves the times of the move that opens an attempt to the database.
+fn opens_attempt(step: &Step) -> bool {
+    matches!(step.state, StepState::Enqueued | StepState::Waiting) && step.enqueued_at.is_none()
+}
+
 /// The step an event is about.
 pub(crate) fn event_step(event: &Event) -> Option<u32> {
     match event {
@@ -920,6 +985,7 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
         | Event::LeaseDue { step }
         | Event::RetryDue { step }
         | Event::QueueDue { step, .. }
+        | Event::TimerDue { step }
         | Event::Admit { step }
         | Event::ByHand { step, .. } => Some(*step),
         _ => None,
@@ -978,6 +1044,7 @@ pub(crate) fn template(words: &str) -> Definition {
     let by_name = (0_u32..).zip(&steps).map(|(index, (name, _))| (Arc::from(&**name), index)).collect();
     let steps = (0_u32..).zip(&steps).map(|(index, (name, _))| StepDefinition {
         name: Arc::from(&**name),
+        work: Work::Handler,
         handler: Arc::from(format!("do.{name}")),
         queue: QUEUE.into(),
         priority: 0,
@@ -1047,6 +1114,20 @@ pub(crate) fn with_input(definition: Definition, step: &str, input: &Value) -> D
         step.needs = needs;
         step.input = Some(template);
     })
+}
+
+/// Makes a step wait instead of running a handler.
+pub(crate) fn with_wait(definition: Definition, step: &str, wait: WaitFor) -> Definition {
+    with(definition, step, |step| {
+        step.work = Work::Wait(wait);
+        step.needs.clear();
+    })
+}
+
+/// A wait for a signal.
+pub(crate) fn signal_wait(name: &str, allowed: &[&str], timeout: Option<Duration>, on_timeout: OnTimeout) -> WaitFor {
+    let allowed = allowed.iter().map(|answer| (*answer).to_owned()).collect();
+    WaitFor::Signal(SignalWait { name: name.into(), allowed, timeout, on_timeout })
 }
 
 /// Whether any step is held for this reason.

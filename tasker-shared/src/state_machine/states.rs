@@ -291,6 +291,7 @@ pub const STEP_MOVES: &[StepMove] = {
         (EnqueuedForOrchestration, E::Fail, Error),
         (Pending, E::BeginWait, Waiting),
         (EnqueuedForOrchestration, E::BeginWait, Waiting),
+        (WaitingForRetry, E::BeginWait, Waiting),
         (Waiting, E::TimerFired, Enqueued),
         (Waiting, E::TimerFired, Complete),
         (Waiting, E::TimerFired, WaitingForRetry),

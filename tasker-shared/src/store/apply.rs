@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::Error;
 use super::tasks::TaskRow;
 use crate::queue::Traffic;
+use crate::state_machine::StepState;
 use crate::state_machine::plan::Plan;
 
 /// What a batch became.
@@ -346,7 +347,8 @@ impl<'a> StepColumns<'a> {
         self.ready_at.push(step.ready_at);
         self.held_by.push(step.held_by.map(crate::state_machine::plan::HeldBy::as_str));
         // `decide` leaves the times of a fresh Enqueue to the database.
-        self.enqueued.push(step.state == crate::state_machine::StepState::Enqueued && step.enqueued_at.is_none());
+        let opened = matches!(step.state, StepState::Enqueued | StepState::Waiting);
+        self.enqueued.push(opened && step.enqueued_at.is_none());
         self.enqueued_version.push(step.enqueued_version);
         self.enqueued_task_version.push(step.enqueued_task_version);
         self.enqueued_event.push(step.enqueued_event);

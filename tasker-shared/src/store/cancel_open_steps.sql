@@ -18,14 +18,16 @@ with ended as (
 ), logged as (
   insert into tasker.transitions (task_uuid, entity_uuid, version, generation, attempt, from_state, to_state, event,
     claim_token, began_at, at, detail)
-  select o.task_uuid, o.step_uuid, o.version + 1, o.generation, case when o.has_attempt then o.attempt end,
+  select o.task_uuid, o.step_uuid, o.version + 1, o.generation, case when o.has_attempt or o.state = 'waiting' then o.attempt end,
     o.state, 'cancelled', 'Cancel', case when o.has_attempt then o.claim_token end, $2, $3,
     jsonb_strip_nulls(jsonb_build_object('reason', o.reason, 'error_type', 'cancelled',
       'waits', nullif(
         case when o.state = 'waiting_for_retry' then jsonb_build_array(jsonb_build_object(
           'reason', 'retry', 'since', o.last_at, 'until', o.due_at, 'ended', o.ready_at, 'ordinal', o.version))
         when o.state = 'waiting' then jsonb_build_array(jsonb_build_object(
-          'reason', 'items', 'since', o.last_at, 'ordinal', o.version)) else '[]' end
+          'reason', coalesce((select r.detail->>'waiting' from tasker.transitions r
+             where r.task_uuid = o.task_uuid and r.entity_uuid = o.step_uuid and r.version = o.version), 'timer'),
+          'since', o.last_at, 'until', o.due_at, 'ordinal', o.version)) else '[]' end
         || case when o.held_by is not null then jsonb_build_array(jsonb_build_object(
           'reason', o.held_by, 'since', o.ready_at, 'ordinal', o.version + 1)) else '[]' end, '[]')))
   from open o join moved m on m.step_uuid = o.step_uuid

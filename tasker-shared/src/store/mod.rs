@@ -15,6 +15,7 @@ pub mod templates;
 pub mod transitions;
 pub mod tx;
 pub mod views;
+pub mod waits;
 pub mod why;
 
 /// What a row held that it must not hold, or what the database answered.

@@ -142,6 +142,8 @@ async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Temp
 pub struct Loaded {
     /// What decisions read.
     pub definition: Definition,
+    /// The steps that wait for a signal, by index, with its name.
+    pub signals: Vec<(u32, Arc<str>)>,
     /// Checks inputs; `None` accepts any object.
     pub schema: Option<InputSchema>,
 }
@@ -164,7 +166,9 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
     let mut limits = template.limits()?.into_iter();
     for (index, step) in (0_u32..).zip(&template.steps) {
         let input = step.input_template()?;
+        let work = step.work();
         let mut needs: Vec<u32> = match &input {
+            _ if !work.takes_input() => Vec::new(),
             Some(input) => input.references().filter_map(|name| by_name.get(name).copied()).collect(),
             None if step.for_each.is_some() => Vec::new(),
             None => graph.parents(index).to_vec(),
@@ -179,6 +183,7 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
         }
         steps.push(StepDefinition {
             name: names[index as usize].clone(),
+            work,
             handler: step.handler.as_str().into(),
             queue: template::step_queue(&template.namespace, step).into(),
             priority: step.priority,
@@ -215,5 +220,7 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
         by_name,
         reaches_far,
     };
-    Ok(Loaded { definition, schema })
+    let signals = (0_u32..).zip(&definition.steps);
+    let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
+    Ok(Loaded { definition, signals, schema })
 }

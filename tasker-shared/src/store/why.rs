@@ -77,6 +77,8 @@ pub struct OpenSteps {
     pub max_attempts: i32,
     /// The error of its latest attempt, as `type: message`.
     pub error: Option<String>,
+    /// The signal that the first one waits for.
+    pub waits_for: Option<String>,
 }
 
 /// Looks at a task; `None` if there is no such task. Three statements.
@@ -101,9 +103,11 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              (select concat_ws(': ', p.actor, p.reason) from tasker.paused_queues p where p.queue = g.queue) as paused,
              g.lane, null::text as "limit",
              (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
-              where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error
+              where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error,
+             case when g.state = 'waiting' then (select p.definition->'steps'->g.step_index->'wait'->'signal'->>'name'
+               from tasker.templates p where p.template_id = g.template_id) end as waits_for
            from (
-             select s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler,
+             select t.template_id, s.step_index, s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler,
                d.name || case when s.item >= 0 then format('[%s]', s.item) else '' end as name, s.claimed_by as worker,
                s.due_at, coalesce(s.ready_at, s.last_at) as since, s.failures, d.max_attempts,
                count(*) over (partition by s.state, s.held_by, d.queue, d.handler) as count,
@@ -275,8 +279,31 @@ impl Situation {
             ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) => {
                 format!("the result of {name} waits for an orchestrator; none is running")
             }
+            ("waiting", _) => self.waiting(group),
             ("error", _) => format!("{name} failed for good{}", with_error(group)),
             (state, _) => format!("{name} is {state} since {since}"),
+        }
+    }
+
+    /// What a step without a handler waits for.
+    fn waiting(&self, group: &OpenSteps) -> String {
+        let (name, since) = (&group.name, duration(self.now - group.since));
+        let ends = group.due_at.map(|at| self.clock(at));
+        let late = if group.due_at.is_some_and(|at| at < self.now) && !self.orchestrator {
+            "; no orchestrator is running"
+        } else {
+            ""
+        };
+        match (&group.waits_for, ends) {
+            (Some(signal), ends) => {
+                let until = ends.map_or_else(String::new, |at| format!(", until {at}"));
+                let task = self.task.task_uuid;
+                format!(
+                    "{name} waits for the signal {signal} since {since}{until}{late}; `tasker task signal {task} {signal}` sends it"
+                )
+            }
+            (None, Some(at)) => format!("{name} sleeps until {at}{late}"),
+            (None, None) => format!("{name} waits since {since}"),
         }
     }
 
@@ -407,6 +434,23 @@ steps:
         assert_eq!(seen.sentence(), "waiting: retry of charge_card at 12:03:10 UTC, attempt 2 of 5");
         seen.now = "2100-01-02T12:04:00Z".parse().unwrap();
         assert!(seen.sentence().ends_with("; no orchestrator is running"), "{}", seen.sentence());
+    }
+
+    #[tokio::test]
+    async fn a_wait_says_what_would_end_it() {
+        let mut shop = Shop::new().await;
+        shop.task_is("state = 'waiting_for_dependencies', held_steps = 1").await;
+        shop.step_is("ship", "state = 'waiting', attempt = 1, due_at = '2100-01-02 12:03:10Z'").await;
+        assert_eq!(shop.sentence().await, "waiting: ship sleeps until 2100-01-02 12:03:10 UTC");
+        let mut seen = situation(&mut shop.conn, shop.task).await.unwrap().unwrap();
+        seen.now = seen.open[0].since + TimeDelta::seconds(3);
+        seen.open[0].waits_for = Some("paid".into());
+        seen.open[0].due_at = None;
+        let wanted = format!(
+            "waiting: ship waits for the signal paid since 3 s; `tasker task signal {} paid` sends it",
+            shop.task
+        );
+        assert_eq!(seen.sentence(), wanted);
     }
 
     #[tokio::test]

@@ -12,8 +12,8 @@ use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
     Checked, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_PARALLEL,
-    MAX_STEPS, OnExhausted, OnFailure, OnItemFailure, Problem, Rate, RetryPolicy, StepDefinition, StepTimeouts,
-    TaskTimeouts, Template, Trace, key_template,
+    MAX_STEPS, OnExhausted, OnFailure, OnItemFailure, OnTimeout, Problem, Rate, RetryPolicy, SignalWait,
+    StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace, WaitFor, key_template,
 };
 use crate::state_machine::condition::Condition;
 use crate::state_machine::definition::MAX_ITEMS;
@@ -39,9 +39,10 @@ pub(super) const CONCURRENCY_KEYS: [&str; 2] = ["key", "limit"];
 pub(super) const RATE_KEYS: [&str; 3] = ["key", "limit", "per"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 16] = [
+pub(super) const STEP_KEYS: [&str; 17] = [
     "name",
     "handler",
+    "wait",
     "depends_on",
     "join",
     "when",
@@ -57,6 +58,7 @@ pub(super) const STEP_KEYS: [&str; 16] = [
     "retry",
     "timeouts",
 ];
+pub(super) const WAIT_KEYS: [&str; 6] = ["sleep", "until", "signal", "allowed", "timeout", "on_timeout"];
 pub(super) const RETRY_KEYS: [&str; 7] = [
     "max_attempts",
     "initial_interval",
@@ -79,6 +81,8 @@ const MAX_HANDLER_BYTES: usize = 100;
 const MAX_VERSION_CHARS: usize = 64;
 const MAX_DESCRIPTION_CHARS: usize = 1000;
 const MAX_ERROR_TYPES: usize = 100;
+const MAX_ANSWERS: usize = 100;
+const MAX_ANSWER_CHARS: usize = 100;
 const MAX_ERROR_TYPE_CHARS: usize = 100;
 const MAX_ATTEMPTS: u32 = 1_000_000;
 const MAX_LIMIT: i32 = 1_000_000;
@@ -354,7 +358,13 @@ impl Read<'_> {
     fn step(&mut self, node: &Node, path: &str) -> Option<StepDefinition> {
         let fields = self.fields(node, path, &STEP_KEYS)?;
         let name = self.required(&fields, "name", Self::name);
-        let handler = self.required(&fields, "handler", Self::handler);
+        let wait = self.optional(&fields, "wait", Self::wait);
+        let handler = if fields.get("wait").is_some() {
+            self.only_waits(&fields);
+            None
+        } else {
+            self.required(&fields, "handler", Self::handler)
+        };
         let depends_on = self.optional(&fields, "depends_on", |read, node, path| read.list(node, path, Self::text));
         let join = self.optional(&fields, "join", |read, node, path| {
             read.choice(node, path, &[("all", Join::All), ("taken", Join::Taken), ("any", Join::Any)])
@@ -392,6 +402,7 @@ impl Read<'_> {
             // Checking what depends on the name is worth more than waiting for
             // the handler to be right.
             handler: handler.unwrap_or_default(),
+            wait,
             depends_on: depends_on.unwrap_or_default(),
             join: join.unwrap_or_default(),
             when,
@@ -464,6 +475,101 @@ impl Read<'_> {
             let message = format!("`{}` is neither a count of items nor a share from 1% to 99%", shown(text));
             read.wrong(node.place, path, message);
             None
+        })
+    }
+
+    /// A step that waits has nothing that only a worker could heed.
+    fn only_waits(&mut self, fields: &Fields<'_>) {
+        for (key, advice) in [
+            ("handler", "a step either waits or runs a handler; put the handler into a step that depends on this one"),
+            ("input", "a wait has no input; give it to the step that depends on this one"),
+            ("queue", "a wait is in no queue; remove the line"),
+            ("concurrency", "a wait takes nobody's place; remove the line"),
+            ("rate", "a wait takes nobody's place; remove the line"),
+            ("branches", "a wait decides nothing; let the step that depends on it decide"),
+            ("retry", "a wait is not tried again; see wait.on_timeout"),
+            ("for_each", "a wait is not run for items; put the wait before the map"),
+            ("max_parallel", "a wait is not run for items; remove the line"),
+            ("on_item_failure", "a wait is not run for items; remove the line"),
+        ] {
+            if let Some(node) = fields.get(key) {
+                self.wrong(node.place, fields.path(key), advice);
+            }
+        }
+        let Some(Node { kind: Kind::Map(timeouts), .. }) = fields.get("timeouts") else {
+            return;
+        };
+        for entry in timeouts.iter().filter(|entry| entry.key != "total") {
+            let path = format!("{}.{}", fields.path("timeouts"), shown(&entry.key));
+            self.wrong(entry.key_place, path, "a wait has no worker to hurry; only timeouts.total applies");
+        }
+    }
+
+    fn wait(&mut self, node: &Node, path: &str) -> Option<WaitFor> {
+        let fields = self.fields(node, path, &WAIT_KEYS)?;
+        let kinds = ["sleep", "until", "signal"];
+        let given: Vec<&str> = kinds.into_iter().filter(|kind| fields.get(kind).is_some()).collect();
+        let [kind] = given[..] else {
+            let message = "needs exactly one of sleep, until and signal, such as `sleep: 3d` or `signal: approved`";
+            self.wrong(fields.place, path, message);
+            return None;
+        };
+        if kind != "signal" {
+            for key in ["allowed", "timeout", "on_timeout"] {
+                if let Some(node) = fields.get(key) {
+                    self.wrong(node.place, fields.path(key), format!("belongs to a signal; `{kind}` ends by itself"));
+                }
+            }
+        }
+        match kind {
+            "sleep" => self.optional(&fields, "sleep", Self::duration).map(WaitFor::Sleep),
+            "until" => self.optional(&fields, "until", Self::until).map(WaitFor::Until),
+            _ => self.signal(&fields).map(WaitFor::Signal),
+        }
+    }
+
+    /// A reference, or a time that is one already.
+    fn until(&mut self, node: &Node, path: &str) -> Option<String> {
+        let fits = |text: &str| text.contains("${") || chrono::DateTime::parse_from_rfc3339(text).is_ok();
+        self.text_where(node, path, fits, |text| {
+            format!(
+                "`{}` is neither a reference such as \"${{input.at}}\" nor a time such as 2030-01-31T12:00:00Z",
+                shown(text)
+            )
+        })
+    }
+
+    fn signal(&mut self, fields: &Fields<'_>) -> Option<SignalWait> {
+        let name = self.optional(fields, "signal", Self::name);
+        let allowed = self.optional(fields, "allowed", |read, node, path| {
+            let answers = read.list(node, path, |read, node, path| {
+                let fits = |text: &str| !text.trim().is_empty() && text.chars().count() <= MAX_ANSWER_CHARS;
+                read.text_where(node, path, fits, |_| {
+                    format!("must have 1 to {MAX_ANSWER_CHARS} characters, such as approve")
+                })
+            })?;
+            if answers.is_empty() || answers.len() > MAX_ANSWERS {
+                let message = format!("must list 1 to {MAX_ANSWERS} answers, such as [approve, reject]");
+                read.wrong(node.place, path, message);
+            }
+            Some(answers)
+        });
+        let timeout = self.optional(fields, "timeout", Self::duration);
+        let on_timeout = self.optional(fields, "on_timeout", |read, node, path| {
+            read.choice(node, path, &[("fail", OnTimeout::Fail), ("continue", OnTimeout::Continue)])
+        });
+        if let (Some(node), None) = (fields.get("on_timeout"), fields.get("timeout")) {
+            self.wrong(
+                node.place,
+                fields.path("on_timeout"),
+                "there is no timeout; add `timeout: 2d`, or remove the line",
+            );
+        }
+        Some(SignalWait {
+            name: name?,
+            allowed: allowed.unwrap_or_default(),
+            timeout,
+            on_timeout: on_timeout.unwrap_or_default(),
         })
     }
 
@@ -720,11 +826,12 @@ impl Read<'_> {
                     self.wrong(at.0, at.1, format!("reads the output of `{}`, which is not a step", shown(read)));
                 }
             }
-            let Some(input) = &step.definition.input else {
+            let Some(input) = &step.definition.referring() else {
                 continue;
             };
+            let within = if step.definition.wait.is_some() { "wait" } else { "input" };
             let locate = |at: &[Segment]| {
-                let path: Vec<Segment> = [key("input")].into_iter().chain(at.to_vec()).collect();
+                let path: Vec<Segment> = [key(within)].into_iter().chain(at.to_vec()).collect();
                 (step.place(&path), format!("steps[{}]{}", step.index, Path(&path)))
             };
             let template = match InputTemplate::parse(input) {

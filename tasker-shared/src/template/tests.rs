@@ -91,6 +91,7 @@ steps:
         StepDefinition {
             name: "charge".into(),
             handler: "payments.charge".into(),
+            wait: None,
             depends_on: vec!["reserve".into(), "fraud_check".into()],
             join: Join::Taken,
             when: Some("${input.total} > 0".into()),
@@ -691,9 +692,10 @@ fn tables_of_the_document_list_every_key_with_its_default() {
         list(&format!("{of}concurrency."), &read::CONCURRENCY_KEYS);
         list(&format!("{of}rate."), &read::RATE_KEYS);
     }
+    list("steps[].wait.", &read::WAIT_KEYS);
     list("steps[].retry.", &read::RETRY_KEYS);
     list("steps[].timeouts.", &read::STEP_TIMEOUT_KEYS);
-    for parent in ["timeouts", "trace", "steps[].retry", "steps[].timeouts"] {
+    for parent in ["timeouts", "trace", "steps[].wait", "steps[].retry", "steps[].timeouts"] {
         known.remove(parent);
     }
     for parent in ["concurrency", "rate", "steps[].concurrency", "steps[].rate"] {
@@ -709,6 +711,8 @@ fn tables_of_the_document_list_every_key_with_its_default() {
         ("steps[].retry.max_interval", format_duration(retry.max_interval)),
         ("steps[].retry.jitter", retry.jitter.to_string()),
         ("steps[].retry.on_exhausted", "fail".to_owned()),
+        ("steps[].wait.timeout", "none".to_owned()),
+        ("steps[].wait.on_timeout", "fail".to_owned()),
         ("steps[].timeouts.run", format_duration(timeouts.run)),
         ("steps[].timeouts.heartbeat", format_duration(timeouts.heartbeat)),
         ("steps[].timeouts.queue", "none".to_owned()),

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use uuid::Uuid;
 
+use super::context::Traceparent;
 use super::ids::{SpanKey, span_id};
 use super::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 use super::names;
@@ -249,7 +250,9 @@ impl<'a> Tree<'a> {
 
     /// Waits that the row says it ended; waiting in a queue belongs to the attempt instead.
     fn waits(&mut self, row: &Transition) {
-        for Wait { reason, since, until, ended, ordinal } in row.detail.iter().flat_map(|detail| &detail.waits) {
+        for Wait { reason, since, until, ended, ordinal, actor, link } in
+            row.detail.iter().flat_map(|detail| &detail.waits)
+        {
             let id = self.of_step(SpanKey::Wait, row.entity, *ordinal);
             let root = root_id(&self.log.head, row.generation);
             let mut waited = span(names::STEP_WAIT, id, Some(root), *since, ended.unwrap_or(row.began_at));
@@ -258,6 +261,12 @@ impl<'a> Tree<'a> {
             waited.attributes.push((names::WAIT_REASON, reason.clone().into()));
             if let Some(until) = until {
                 waited.attributes.push((names::WAIT_UNTIL, time(*until)));
+            }
+            if let Some(actor) = actor {
+                waited.attributes.push((names::ACTOR, actor.clone().into()));
+            }
+            if let Some(sender) = link.as_deref().and_then(|link| link.parse::<Traceparent>().ok()) {
+                waited.links.push(Link { trace_id: sender.trace_id, span_id: sender.span_id });
             }
             self.spans.push(waited);
         }

@@ -308,11 +308,5 @@ impl Pass<'_, '_> {
 
 /// The wait for a retry; one that was held when it came due had ended by then.
 pub(super) fn retry_wait(step: &Step) -> Wait {
-    Wait {
-        reason: "retry".into(),
-        since: step.last_at,
-        until: step.due_at,
-        ended: step.ready_at,
-        ordinal: step.version,
-    }
+    Wait { ended: step.ready_at, ..Wait::new("retry", step.last_at, step.due_at, step.version) }
 }

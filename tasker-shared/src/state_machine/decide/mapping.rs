@@ -43,7 +43,8 @@ impl Pass<'_, '_> {
             self.plan.lists.push((self.steps[&key].uuid, values.clone()));
             self.windows.insert(key, (0, values));
         }
-        self.move_step(key, StepEvent::BeginWait, StepState::Waiting, None);
+        let detail = Detail { waiting: Some("items".into()), ..Detail::default() };
+        self.move_step(key, StepEvent::BeginWait, StepState::Waiting, Some(detail));
         self.touched_maps.insert(key);
     }
 
@@ -139,8 +140,7 @@ impl Pass<'_, '_> {
 
     fn end_map(&mut self, key: u32, outcome: Result<Value, (&'static str, String)>) {
         let step = &self.steps[&key];
-        let waits =
-            vec![Wait { reason: "items".into(), since: step.last_at, until: None, ended: None, ordinal: step.version }];
+        let waits = vec![Wait::new("items", step.last_at, None, step.version)];
         // A list without items is waited for in the move that ends the wait.
         let waits =
             if step.version > self.versions_before.get(&key).copied().unwrap_or(0) { Vec::new() } else { waits };

@@ -351,15 +351,12 @@ impl Pass<'_, '_> {
         };
         let (from, uuid, had_failed) = (step.state, step.uuid, step.state == StepState::Error);
         let was_passed = had_failed && self.counts_as_done(index);
-        let held = step.held_by.map(|held| Wait {
-            reason: held.as_str().into(),
-            since: step.ready_at.unwrap_or(step.last_at),
-            until: None,
-            ended: None,
-            ordinal: step.version + 1,
-        });
+        let held = step
+            .held_by
+            .map(|held| Wait::new(held.as_str(), step.ready_at.unwrap_or(step.last_at), None, step.version + 1));
+        let waited = (step.state == StepState::Waiting).then(|| self.waited(index));
         let retry = (step.state == StepState::WaitingForRetry).then(|| retry_wait(step));
-        let waits: Vec<Wait> = retry.into_iter().chain(held).collect();
+        let waits: Vec<Wait> = retry.into_iter().chain(waited).chain(held).collect();
         if step.held_by.is_some() {
             self.plan.task.held_steps -= 1;
         }

@@ -16,10 +16,11 @@ use super::super::flow::{Free, Places};
 use super::super::plan::{Outcome, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, success, template, with,
-    with_branches, with_input, with_join, with_when,
+    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, signal_wait, success, template,
+    with, with_branches, with_input, with_join, with_wait, with_when,
 };
 use super::super::states::{StepState, TaskState};
+use super::super::wait::{OnTimeout, WaitFor};
 use super::{ByHand, Event, decide};
 
 /// What a handler does in one attempt.
@@ -46,12 +47,28 @@ pub(crate) struct RandomStep {
     has_queue_timeout: bool,
     /// 0..=5 take the parents' outputs as they come, 6 and 7 read one, 8 reads what no output has.
     input: u8,
+    wait: RandomWait,
     behaviours: Vec<Behaviour>,
     /// 0 and 1 change how it joins, 2 and 3 give it a condition, 4 and 5 make it a decision.
     graph: u8,
     /// Of a decision: the dependents it chooses, one bit each; 0x80 chooses one that is unknown.
     choice: u8,
 }
+
+/// What a random step does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum RandomWait {
+    Runs,
+    Sleeps,
+    WaitsUntil,
+    /// Until it comes, or for a while and then fails or goes on.
+    WaitsForSignal(Option<OnTimeout>),
+    /// For an answer that only some signals give.
+    WaitsForApproval,
+}
+
+/// The signals that random steps wait for.
+const SIGNALS: [&str; 2] = ["go", "approved"];
 
 /// A random template, and what becomes of its tasks.
 #[derive(Debug, Clone)]
@@ -80,6 +97,15 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
     ];
     let policy = prop_oneof![
         3 => Just(OnExhausted::Fail), 2 => Just(OnExhausted::Block), 2 => Just(OnExhausted::Continue)];
+    let wait = prop_oneof![
+        16 => Just(RandomWait::Runs),
+        1 => Just(RandomWait::Sleeps),
+        1 => Just(RandomWait::WaitsUntil),
+        1 => Just(RandomWait::WaitsForSignal(None)),
+        1 => Just(RandomWait::WaitsForSignal(Some(OnTimeout::Continue))),
+        1 => Just(RandomWait::WaitsForSignal(Some(OnTimeout::Fail))),
+        1 => Just(RandomWait::WaitsForApproval),
+    ];
     (
         prop::collection::btree_set(0_usize..40, 0..4),
         policy,
@@ -89,20 +115,24 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         prop::collection::vec(behaviour, 0..5),
         0_u8..16,
         any::<u8>(),
+        wait,
     )
-        .prop_map(|(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours, graph, choice)| {
-            RandomStep {
-                parents,
-                on_exhausted,
-                max_attempts,
-                has_queue_timeout,
-                input,
-                behaviours,
-                graph,
-                // An unknown branch is rare.
-                choice: if choice.is_multiple_of(16) { choice | 0x80 } else { choice & 0x7f },
-            }
-        })
+        .prop_map(
+            |(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours, graph, choice, wait)| {
+                RandomStep {
+                    parents,
+                    on_exhausted,
+                    max_attempts,
+                    has_queue_timeout,
+                    input,
+                    behaviours,
+                    graph,
+                    // An unknown branch is rare.
+                    choice: if choice.is_multiple_of(16) { choice | 0x80 } else { choice & 0x7f },
+                    wait,
+                }
+            },
+        )
 }
 
 pub(crate) fn story() -> impl Strategy<Value = Story> {
@@ -141,8 +171,27 @@ impl Story {
                 defined.retry.max_attempts = step.max_attempts;
                 defined.queue_timeout = step.has_queue_timeout.then_some(Duration::from_mins(2));
             });
+            let [go, approved] = SIGNALS;
+            let soon = Some(Duration::from_mins(1));
+            let wait = match step.wait {
+                RandomWait::Runs => None,
+                RandomWait::Sleeps => Some(WaitFor::Sleep(Duration::from_secs(30))),
+                RandomWait::WaitsUntil => Some(WaitFor::Until("${input.at}".into())),
+                RandomWait::WaitsForSignal(None) => Some(signal_wait(go, &[], None, OnTimeout::Fail)),
+                RandomWait::WaitsForSignal(Some(late)) => Some(signal_wait(go, &[], soon, late)),
+                RandomWait::WaitsForApproval => Some(signal_wait(approved, &["yes", "no"], None, OnTimeout::Fail)),
+            };
+            if let Some(wait) = wait {
+                let until = matches!(wait, WaitFor::Until(_));
+                definition = with_wait(definition, &name, wait);
+                if until {
+                    let at = if step.input == 8 { "${input.total}" } else { "${input.at}" };
+                    definition = with_input(definition, &name, &json!({"until": at}));
+                }
+                continue;
+            }
             definition = match (step.input, step.parents.first()) {
-                (6 | 7, Some(parent)) => {
+                (6 | 7, Some(parent)) if self.steps[*parent].wait == RandomWait::Runs => {
                     with_input(definition, &name, &json!({"n": format!("${{steps.s{parent}.output.n}}")}))
                 }
                 (8, _) => with_input(definition, &name, &json!({"n": "${input.nothing}"})),
@@ -199,8 +248,14 @@ impl Story {
     /// The same without what no retry can cure.
     fn curable(mut self) -> Self {
         (self.has_total, self.invalid, self.skips) = (false, false, false);
-        for step in self.steps.iter_mut().filter(|step| step.input == 8) {
-            step.input = 0;
+        for step in &mut self.steps {
+            if step.input == 8 {
+                step.input = 0;
+            }
+            // A wait in vain is waited again, in vain.
+            if step.wait == RandomWait::WaitsForSignal(Some(OnTimeout::Fail)) {
+                step.wait = RandomWait::WaitsForSignal(None);
+            }
         }
         self
     }
@@ -225,13 +280,9 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub fn new(story: &Story) -> Self {
-        Self {
-            world: World::new(story.definition()),
-            story: story.clone(),
-            running: Vec::new(),
-            ghosts: Vec::new(),
-            healed: false,
-        }
+        let mut world = World::new(story.definition());
+        world.task.input = json!({"total": 7, "at": "2026-01-05T12:01:00Z"});
+        Self { world, story: story.clone(), running: Vec::new(), ghosts: Vec::new(), healed: false }
     }
 
     pub fn run(&mut self) -> TestCaseResult {
@@ -256,8 +307,10 @@ impl Driver {
             } else if !self.world.results.is_empty() {
                 let results = std::mem::take(&mut self.world.results);
                 self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
-            } else if self.world.task.held_steps > 0 && self.has_places() {
+            } else if self.world.steps.iter().any(|step| step.held_by.is_some()) && self.has_places() {
                 self.admit(usize::MAX, Room::unlimited())?;
+            } else if self.world.sent_signal {
+                self.signal_due()?;
             } else if let Some(at) = self.world.due.iter().map(|(_, at, _)| *at).min() {
                 for claim in self.running.clone() {
                     if self.behaviour(claim) == Behaviour::Hangs {
@@ -266,6 +319,10 @@ impl Driver {
                 }
                 self.world.clock = self.world.clock.max(at);
                 self.sweep(usize::MAX)?;
+            } else if self.world.steps.iter().any(|step| step.state == StepState::Waiting) {
+                // Nothing but a signal can help now.
+                self.world.signal(SIGNALS[0], json!({"n": 1}));
+                self.world.signal(SIGNALS[1], json!({"n": 2, "answer": "yes"}));
             } else {
                 let state = self.world.task.state;
                 prop_assert!(
@@ -325,6 +382,13 @@ impl Driver {
                 self.world.report(self.ghosts[argument % self.ghosts.len()], permanent("Late"));
             }
             14 => self.nonsense(argument)?,
+            15 if argument % 8 == 1 => {
+                let answer = ["yes", "no", "perhaps"][argument / 8 % 3];
+                self.world.signal(SIGNALS[argument / 24 % 2], json!({"n": 3, "answer": answer}));
+                if (argument / 48).is_multiple_of(2) {
+                    self.signal_due()?;
+                }
+            }
             // Operators act seldom, or nothing would ever be finished.
             15 if argument.is_multiple_of(4) => self.operate(argument / 4)?,
             _ => {}
@@ -342,7 +406,8 @@ impl Driver {
         if argument.is_multiple_of(5) {
             offered.remove(argument % offered.len());
         }
-        let mut room = room_for(i64::try_from(argument % 4).unwrap(), &offered, self.world.task.held_steps > 0);
+        let held = self.world.steps.iter().any(|step| step.held_by.is_some());
+        let mut room = room_for(i64::try_from(argument % 4).unwrap(), &offered, held);
         if argument.is_multiple_of(7) {
             room.set_paused([QUEUE.to_owned()].into());
         }
@@ -421,6 +486,8 @@ impl Driver {
                 ("lease", Some(step)) => Event::LeaseDue { step },
                 ("retry", Some(step)) => Event::RetryDue { step },
                 ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: steps[step as usize].attempt },
+                ("timer", Some(step)) => Event::TimerDue { step },
+                ("signal", None) => Event::SignalDue,
                 ("total_timeout", None) => Event::TotalDue,
                 // Begun by another event already, or here and now.
                 ("start", None) => return false,
@@ -429,6 +496,11 @@ impl Driver {
             false
         });
         self.settle(events, self.room(usize::from(now.timestamp_subsec_millis().is_multiple_of(7))))
+    }
+
+    fn signal_due(&mut self) -> TestCaseResult {
+        self.world.sent_signal = false;
+        self.settle(vec![Event::SignalDue], Room::unlimited())
     }
 
     fn admit(&mut self, most: usize, room: Room) -> TestCaseResult {
@@ -462,7 +534,7 @@ impl Driver {
             2 => vec![Event::RetryDue { step: index }, Event::RetryDue { step: index }],
             3 => vec![Event::QueueDue { step: index, attempt }],
             4 => vec![Event::Admit { step: index }, Event::Admit { step: index }],
-            5 => vec![Event::TotalDue],
+            5 => vec![Event::TotalDue, Event::TimerDue { step: index }, Event::SignalDue],
             6 => vec![self.world.start_event()],
             _ if argument.is_multiple_of(3) => {
                 vec![Event::Quarantined { step: index, attempt, reason: "it cannot be read".into() }]

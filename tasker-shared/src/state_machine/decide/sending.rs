@@ -6,6 +6,7 @@ use super::super::definition::StepDefinition;
 use super::super::input::{Scope, default_input, stored_input};
 use super::super::plan::{Detail, Due, HeldBy, Send, Wait};
 use super::super::states::{StepEvent, StepState};
+use super::super::wait::Work;
 use super::{Pass, Ready};
 
 impl Pass<'_, '_> {
@@ -52,6 +53,7 @@ impl Pass<'_, '_> {
                 continue;
             }
             let held = self.steps[&index].held_by;
+            let work = &self.defined(index).work;
             // An item that is tried again keeps the input it had.
             let is_old_item = self.steps[&index].item.is_some() && !self.item_values.contains_key(&index);
             let has_input = held.is_some() || event != StepEvent::Enqueue || is_old_item;
@@ -74,13 +76,19 @@ impl Pass<'_, '_> {
                     self.begin_map(index, for_each);
                     continue;
                 }
-                match self.checked_lane(index).and_then(|()| self.resolve(index)) {
-                    Ok(input) => self.touch(index).input = Some(input),
-                    Err(reason) => {
+                let resolve = || self.checked_lane(index).and_then(|()| self.resolve(index));
+                match work.takes_input().then(resolve) {
+                    None => {}
+                    Some(Ok(input)) => self.touch(index).input = Some(input),
+                    Some(Err(reason)) => {
                         self.fail_by_definition(index, "missing_input", &reason);
                         continue;
                     }
                 }
+            }
+            if *work != Work::Handler {
+                self.begin_wait(index, waits);
+                continue;
             }
             let admitted = self.admission(index, event, held.is_some());
             // Only now, and only for a handler: whoever reads an input before it is sent needs it whole.
@@ -98,7 +106,7 @@ impl Pass<'_, '_> {
                 step.held_by = None;
                 let ordinal = step.version + 1;
                 let reason = held.map_or("suspended", HeldBy::as_str);
-                waits.push(Wait { reason: reason.into(), since, until: None, ended: None, ordinal });
+                waits.push(Wait::new(reason, since, None, ordinal));
                 self.plan.task.held_steps -= i32::from(held.is_some());
             }
             self.send(index, event, waits, task_version);

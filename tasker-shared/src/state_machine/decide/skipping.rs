@@ -183,7 +183,7 @@ impl Pass<'_, '_> {
             let mut detail = Detail { reason: Some(why), ..Detail::default() };
             if let Some(held) = step.held_by {
                 let (since, ordinal) = (step.ready_at.unwrap_or(step.last_at), step.version + 1);
-                detail.waits.push(Wait { reason: held.as_str().into(), since, until: None, ended: None, ordinal });
+                detail.waits.push(Wait::new(held.as_str(), since, None, ordinal));
                 let step = self.touch(key);
                 (step.held_by, step.ready_at) = (None, None);
                 self.plan.task.held_steps -= 1;

@@ -109,6 +109,10 @@ impl Pass<'_, '_> {
         if self.send_ready(self.plan.task.version + 2) > 0 {
             self.move_task(event, TaskState::EnqueuingSteps, None);
             self.move_task(TaskEvent::StepsEnqueued, TaskState::StepsInProcess, None);
+        } else if self.plan.task.state == TaskState::WaitingForRetry && self.plan.task.retrying_steps == 0 {
+            // What came due waits for something else now.
+            self.move_task(event, TaskState::EvaluatingResults, None);
+            self.finish_evaluating();
         }
     }
 
