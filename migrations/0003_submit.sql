@@ -179,6 +179,9 @@ begin
   if v_items is null then
     return;
   end if;
+  if exists (select from tasker.sampling) then
+    v_items := tasker.sample(v_items);
+  end if;
 
   select count(*) into v_bad from jsonb_array_elements(p_requests) r
   where r->>'traceparent' is not null and not tasker.is_traceparent(r->>'traceparent');

@@ -33,6 +33,7 @@ mod remote_parent;
 mod repair;
 mod retention;
 mod retry;
+mod sampling;
 mod schedules;
 mod suspend;
 mod two_orchestrators_two_workers;

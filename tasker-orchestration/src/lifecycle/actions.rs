@@ -82,13 +82,14 @@ fn export(shared: &Shared, done: Committed) {
         done.works.iter().zip(&done.plans).filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid))
     {
         // What an ending task cancelled was never loaded: that one log is read.
-        if cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
+        // So is that of a task which was not sampled and may be kept for its end.
+        if work.row.trace_flags & 1 == 0 || cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
             read.push(plan.task.uuid);
         } else {
             slices.push(slice(work, plan, done.began_at, at));
         }
     }
-    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read });
+    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read, derived: Vec::new() });
 }
 
 /// The slice of the log that this settle made final: its moves, and those of the attempts it closed.

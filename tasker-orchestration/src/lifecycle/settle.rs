@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
@@ -13,7 +14,7 @@ use tasker_shared::queue::{self, Outbox, Traffic};
 use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::flow::Places;
 use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room, Signal};
-use tasker_shared::state_machine::{Event, Snapshot, StepState, decide};
+use tasker_shared::state_machine::{Event, Snapshot, StepState, TaskState, decide};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::flow::{self, Wanted};
 use tasker_shared::store::maps::{self, Window};
@@ -21,6 +22,7 @@ use tasker_shared::store::steps::{self, Output, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
 use tasker_shared::store::tx::in_tx;
+use tasker_shared::template::Keep;
 use tasker_shared::trace::context::{Baggage, Traceparent};
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
@@ -117,7 +119,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
 
         let moved: Vec<(&TaskRow, &Plan)> =
             works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
-        let export = export_batch(shared, &moved);
+        let export = export_batch(shared, &works, &plans, now);
         let done: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
         let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
         let traffic = Traffic { queue, done: &done, due: &due, outbox: outbox(&works, &plans) };
@@ -640,14 +642,33 @@ fn invalid_input(work: &Work) -> Option<String> {
 }
 
 /// The export batch of this transaction, if any of its tasks is sampled.
-fn export_batch(shared: &Shared, moved: &[(&TaskRow, &Plan)]) -> Option<ExportBatch> {
+fn export_batch(shared: &Shared, works: &[Work], plans: &[Plan], now: DateTime<Utc>) -> Option<ExportBatch> {
     let exporter = shared.exporter.as_ref()?;
-    let task_uuids: Vec<Uuid> = moved
+    let task_uuids: Vec<Uuid> = works
         .iter()
-        .filter(|(row, plan)| row.trace_flags & 1 == 1 && !plan.moves.is_empty())
-        .map(|(row, _)| row.task.uuid)
+        .zip(plans)
+        .filter(|(_, plan)| !plan.moves.is_empty())
+        .filter(|(work, plan)| work.row.trace_flags & 1 == 1 || may_be_kept(work, plan, now))
+        .map(|(work, _)| work.row.task.uuid)
         .collect();
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
+}
+
+/// Whether a task that was not sampled ends in a way that its template wants to see. The exporter
+/// looks at the whole log and has the last word.
+fn may_be_kept(work: &Work, plan: &Plan, now: DateTime<Utc>) -> bool {
+    let (keep, task) = (&work.template.keep, &plan.task);
+    if keep.is_empty() || !plan.task_changed || !task.state.is_terminal() || work.row.parent_task_uuid.is_some() {
+        return false;
+    }
+    keep.iter().any(|keep| match keep {
+        Keep::Failed => task.state != TaskState::Complete,
+        Keep::Retried => true,
+        // The commit is a little later than now.
+        Keep::SlowerThan(limit) => {
+            (now - work.row.task.generation_began_at).to_std().is_ok_and(|took| took + Duration::from_secs(1) > *limit)
+        }
+    })
 }
 
 /// A message with its priority and destination.

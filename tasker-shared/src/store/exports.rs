@@ -52,6 +52,33 @@ pub async fn adopt(conn: &mut PgConnection, instance: Uuid, limit: i64) -> Resul
     Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
+/// Takes over up to `limit` more such batches that moved one of these tasks, so that the log of a
+/// large task is read once for all of them.
+pub async fn adopt_of(
+    conn: &mut PgConnection,
+    instance: Uuid,
+    task_uuids: &[Uuid],
+    limit: i64,
+) -> Result<Vec<Orphan>, Error> {
+    let rows = sqlx::query!(
+        "with orphan as (
+           select b.batch_id from tasker.export_batches b
+           where b.instance is distinct from $1 and b.task_uuids && $2
+             and not exists (select from tasker.instances i
+                             where i.instance = b.instance and i.seen_at > clock_timestamp() - interval '15 s')
+           order by b.at limit $3 for update skip locked
+         )
+         update tasker.export_batches b set instance = $1 from orphan o where b.batch_id = o.batch_id
+         returning b.batch_id, b.task_uuids, b.at",
+        instance,
+        task_uuids,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
+}
+
 /// Batches of this very orchestrator, at least 15 s old, that are none of the `held` ones in its
 /// memory: it committed them without learning so, or could not delete them.
 pub async fn left_behind(

@@ -8,6 +8,7 @@ pub mod operators;
 pub mod protocol;
 pub mod requests;
 pub mod retention;
+pub mod sampling;
 pub mod schedules;
 pub mod steps;
 pub mod tasks;

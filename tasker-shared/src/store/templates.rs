@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 
 use super::Error;
 use crate::state_machine::{Definition, StepDefinition};
-use crate::template::{self, InputSchema, Join, OnFailure, Template};
+use crate::template::{self, InputSchema, Join, Keep, OnFailure, Template};
 
 /// A template could not be registered or read.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +146,8 @@ pub struct Loaded {
     pub signals: Vec<(u32, Arc<str>)>,
     /// Checks inputs; `None` accepts any object.
     pub schema: Option<InputSchema>,
+    /// Ends whose trace is exported although sampling did not choose it.
+    pub keep: Vec<Keep>,
 }
 
 /// Reads templates by id.
@@ -222,5 +224,5 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
     };
     let signals = (0_u32..).zip(&definition.steps);
     let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
-    Ok(Loaded { definition, signals, schema })
+    Ok(Loaded { definition, signals, schema, keep: template.trace.keep.clone() })
 }

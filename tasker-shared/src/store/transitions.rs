@@ -11,6 +11,7 @@ use super::Error;
 use super::tasks::bytes;
 use crate::state_machine::plan::{Detail, Failure};
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
+use crate::template::Keep;
 use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
 /// The whole log of each of these tasks; tasks that do not exist are not in the answer.
@@ -51,6 +52,21 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     read_transitions(conn, task_uuids, &mut logs).await?;
     read_attempts(conn, task_uuids, &mut logs).await?;
     Ok(logs.into_values().collect())
+}
+
+/// What makes the trace of each of these tasks worth keeping, of those that were not sampled when
+/// their trace began and whose template names something.
+pub async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Keep>>, Error> {
+    let rows = sqlx::query!(
+        r#"select t.task_uuid, p.definition->'trace'->'keep' as "keep!"
+           from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+           where t.task_uuid = any($1) and t.trace_flags & 1 = 0 and p.definition->'trace'->'keep' is not null"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    let read = |keep: Value| serde_json::from_value(keep).unwrap_or_default();
+    Ok(rows.into_iter().map(|row| (row.task_uuid, read(row.keep))).collect())
 }
 
 async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {

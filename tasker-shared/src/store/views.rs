@@ -158,6 +158,24 @@ pub async fn by_correlation(conn: &mut PgConnection, correlation_id: &str) -> Re
     .await?)
 }
 
+/// The first `limit` tasks that were created since, after this one, the oldest first.
+pub async fn created_since(
+    conn: &mut PgConnection,
+    since: DateTime<Utc>,
+    after: Uuid,
+    limit: i64,
+) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select task_uuid from tasker.tasks where task_uuid >= tasker.uuid7_floor($1) and task_uuid > $2
+         order by task_uuid limit $3",
+        since,
+        after,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// What a task was given; `None` if there is no such task.
 pub async fn input(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Value>, Error> {
     Ok(sqlx::query_scalar!("select input from tasker.tasks where task_uuid = $1", task_uuid)

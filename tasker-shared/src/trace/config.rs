@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::context::{DEFAULT_BAGGAGE_KEYS, Propagators, percent_decode};
 use super::otlp::ServiceNames;
+use crate::template::parse_duration;
 
 /// One setting: its variables in order of precedence, its default, its meaning.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +36,7 @@ pub enum Key {
     Protocol,
     Headers,
     Timeout,
+    MaxExportLag,
     Compression,
     Insecure,
     Certificate,
@@ -108,6 +110,12 @@ pub const SETTINGS: &[Setting] = &[
         &["TASKER_TRACING_TIMEOUT_MS", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"],
         "10000",
         "Longest wait for one export, in milliseconds.",
+    ),
+    setting(
+        Key::MaxExportLag,
+        &["TASKER_TRACING_MAX_EXPORT_LAG"],
+        "none",
+        "Age such as `6h` at which spans that no receiver takes are given up and counted; `none` keeps them for ever.",
     ),
     setting(
         Key::Compression,
@@ -246,6 +254,8 @@ pub struct TraceConfig {
     pub headers: Vec<(String, String)>,
     /// Longest wait for one export.
     pub timeout: Duration,
+    /// Age at which spans that no receiver takes are given up; `None` keeps them for ever.
+    pub max_export_lag: Option<Duration>,
     /// Of requests.
     pub compression: Compression,
     /// PEM file of the only authorities to trust.
@@ -278,6 +288,7 @@ impl Default for TraceConfig {
             endpoint: "http://localhost:4318/v1/traces".into(),
             headers: Vec::new(),
             timeout: Duration::from_secs(10),
+            max_export_lag: None,
             compression: Compression::None,
             certificate: None,
             sample_rate: 1.0,
@@ -370,6 +381,12 @@ impl TraceConfig {
             endpoint,
             headers: vars.headers(),
             timeout: vars.millis(Key::Timeout).unwrap_or(default.timeout),
+            max_export_lag: vars
+                .read(Key::MaxExportLag, "none, or a time such as 6h", |text| match text {
+                    "none" => Some(None),
+                    age => parse_duration(age).ok().map(Some),
+                })
+                .unwrap_or(default.max_export_lag),
             compression: vars
                 .read(Key::Compression, "gzip or none", |text| match text {
                     "gzip" => Some(Compression::Gzip),

@@ -19,10 +19,13 @@ use uuid::Uuid;
 use super::config::TraceConfig;
 use super::log::TaskLog;
 use super::otlp::Encoder;
+use super::sampling::exported;
+use super::span::TaskSpans;
 use super::transport::{Error as TransportError, Transport};
 use super::tree;
 use crate::store::exports::Orphan;
 use crate::store::{self, exports, transitions};
+use crate::template::Keep;
 
 /// Log rows held in memory at most; about 100 MB when full.
 const MAX_QUEUED_ROWS: usize = 200_000;
@@ -33,6 +36,9 @@ const MAX_REQUEST_BYTES: usize = 2 * 1024 * 1024;
 const MAX_IN_FLIGHT: usize = 4;
 /// Batches adopted in one go, and how often dead owners are looked for.
 const ADOPT: i64 = 200;
+/// A task with more log rows than this has all its batches adopted at once, so many at most.
+const LARGE_TASK_ROWS: usize = 1000;
+const ADOPT_OF_LARGE: i64 = 20_000;
 const ADOPT_EVERY: Duration = Duration::from_secs(10);
 const ALIVE_EVERY: Duration = Duration::from_secs(5);
 /// After this time whatever was in doubt stands in the database, or never will.
@@ -47,8 +53,11 @@ pub struct Batch {
     pub at: DateTime<Utc>,
     /// Slices of the log, one per task, from memory.
     pub slices: Vec<TaskLog>,
-    /// Tasks whose log must be read, because the slice was not in memory.
+    /// Tasks whose log must be read: the slice was not in memory, or was not sampled and may be
+    /// worth keeping.
     pub read: Vec<Uuid>,
+    /// Spans that are derived already.
+    pub derived: Vec<TaskSpans>,
 }
 
 /// What was delivered, and what waits.
@@ -60,6 +69,10 @@ pub struct Stats {
     pub re_exported: AtomicU64,
     /// Batches given up to the database because memory was full.
     pub released: AtomicU64,
+    /// Logs that were read again for batches of dead orchestrators.
+    pub recovered_logs: AtomicU64,
+    /// Spans given up because no receiver took them within `max_export_lag`.
+    pub abandoned: AtomicU64,
     /// Requests that failed and were tried again.
     pub failed_requests: AtomicU64,
     /// Spans that a receiver took and then said it dropped.
@@ -81,6 +94,7 @@ pub struct Exporter {
     /// When rows of ours may last have been left in the database without our knowledge.
     doubted_at: Arc<Mutex<Option<Instant>>>,
     stats: Arc<Stats>,
+    max_lag: Option<Duration>,
     pool: PgPool,
     stop: CancellationToken,
     done: CancellationToken,
@@ -101,6 +115,7 @@ impl Exporter {
             held: Arc::default(),
             doubted_at: Arc::default(),
             stats: Arc::default(),
+            max_lag: config.max_export_lag,
             pool,
             stop: CancellationToken::new(),
             done: CancellationToken::new(),
@@ -189,13 +204,16 @@ pub enum StartError {
 }
 
 fn rows(batch: &Batch) -> usize {
-    batch.slices.iter().map(|slice| slice.transitions.len()).sum::<usize>() + batch.read.len()
+    batch.slices.iter().map(|slice| slice.transitions.len()).sum::<usize>()
+        + batch.read.len()
+        + batch.derived.iter().map(|task| task.spans.len()).sum::<usize>()
 }
 
 /// A batch that is encoded but not yet acknowledged: it may span several requests.
 #[derive(Debug)]
 struct Open {
     batch_id: Uuid,
+    at: DateTime<Utc>,
     rows: usize,
     requests: AtomicUsize,
 }
@@ -226,12 +244,19 @@ impl Worker {
     }
 
     async fn encode(&mut self, batch: Batch) {
-        let open = Arc::new(Open { batch_id: batch.batch_id, rows: rows(&batch), requests: AtomicUsize::new(1) });
+        let (batch_id, at) = (batch.batch_id, batch.at);
+        let open = Arc::new(Open { batch_id, at, rows: rows(&batch), requests: AtomicUsize::new(1) });
         self.open.push(open.clone());
-        let read = read_logs(&self.exporter, &batch.read).await;
-        for log in batch.slices.iter().chain(&read) {
-            let mut spans = tree::spans(log);
-            spans.spans.retain(|span| span.settled_at == batch.at);
+        let settled = |log: &TaskLog| {
+            let mut task = tree::spans(log);
+            task.spans.retain(|span| span.settled_at == at);
+            task
+        };
+        let read = read_logs(&self.exporter, &batch.read).await.into_iter();
+        let read =
+            read.filter_map(|(log, keep)| if is_sampled(&log) { Some(settled(&log)) } else { exported(&log, &keep) });
+        // One after another: a batch may hold the logs of hundreds of tasks.
+        for spans in batch.slices.iter().map(settled).chain(read).chain(batch.derived) {
             let mut next = 0;
             while next < spans.spans.len() {
                 next = self.encoder.push_from(&spans, next, MAX_REQUEST_BYTES);
@@ -264,17 +289,35 @@ impl Worker {
         };
         let (transport, exporter) = (self.transport.clone(), self.exporter.clone());
         tokio::spawn(async move {
-            if deliver(&transport, &exporter, request).await {
-                exporter.stats.exported.fetch_add(spans, Ordering::Relaxed);
-                settle(&exporter, open).await;
+            let newest = open.iter().map(|open| open.at).max().unwrap_or_default();
+            match deliver(&transport, &exporter, request, newest).await {
+                Delivery::Acknowledged => {
+                    exporter.stats.exported.fetch_add(spans, Ordering::Relaxed);
+                    settle(&exporter, open).await;
+                }
+                Delivery::Abandoned => {
+                    exporter.stats.abandoned.fetch_add(spans, Ordering::Relaxed);
+                    settle(&exporter, open).await;
+                }
+                Delivery::Stopped => {}
             }
             drop(slot);
         });
     }
 }
 
-/// Sends until a receiver takes it. False when the process stops first.
-async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> bool {
+/// What became of a request.
+enum Delivery {
+    Acknowledged,
+    /// No receiver took it in the time that was allowed.
+    Abandoned,
+    /// The process stopped first.
+    Stopped,
+}
+
+/// Sends until a receiver takes it, or until everything in it, the newest batch too, is older
+/// than `max_export_lag`.
+async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes, newest: DateTime<Utc>) -> Delivery {
     let mut wait = Duration::from_millis(100);
     let mut told = false;
     loop {
@@ -287,17 +330,21 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes) -> 
                 if told {
                     tracing::info!("the receiver of traces answers again");
                 }
-                return true;
+                return Delivery::Acknowledged;
             }
             Err(error) => {
                 exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
                 }
+                if exporter.max_lag.is_some_and(|lag| (Utc::now() - newest).to_std().is_ok_and(|age| age > lag)) {
+                    tracing::error!(%error, "spans are given up: no receiver took them within max_export_lag");
+                    return Delivery::Abandoned;
+                }
                 let pause = error.retry_after.unwrap_or(wait).min(Duration::from_secs(30));
                 wait = (wait * 2).min(Duration::from_secs(5));
                 tokio::select! {
-                    () = exporter.done.cancelled() => return false,
+                    () = exporter.done.cancelled() => return Delivery::Stopped,
                     () = tokio::time::sleep(pause) => {}
                 }
             }
@@ -329,13 +376,18 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     exporter.stats.open_batches.fetch_sub(done.len(), Ordering::Relaxed);
 }
 
-async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<TaskLog> {
+fn is_sampled(log: &TaskLog) -> bool {
+    log.head.trace_flags & 1 == 1
+}
+
+/// Whole logs, with what makes each worth keeping.
+async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<(TaskLog, Vec<Keep>)> {
     if task_uuids.is_empty() {
         return Vec::new();
     }
     let mut wait = Duration::from_millis(50);
     loop {
-        let read = async { transitions::logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
+        let read = async { logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
         match read {
             Ok(logs) => return logs,
             Err(error) => {
@@ -347,6 +399,22 @@ async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<TaskLog> {
             }
         }
     }
+}
+
+async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<(TaskLog, Vec<Keep>)>, store::Error> {
+    let logs = transitions::logs(conn, task_uuids).await?;
+    let unsampled: Vec<Uuid> = logs.iter().filter(|log| !is_sampled(log)).map(|log| log.head.task_uuid).collect();
+    let mut keeps = match &unsampled[..] {
+        [] => HashMap::new(),
+        some => transitions::keeps(conn, some).await?,
+    };
+    Ok(logs
+        .into_iter()
+        .map(|log| {
+            let keep = keeps.remove(&log.head.task_uuid).unwrap_or_default();
+            (log, keep)
+        })
+        .collect())
 }
 
 /// Says that this instance lives, and adopts what dead ones left.
@@ -405,48 +473,77 @@ async fn hand_over_again(
     conn: &mut PgConnection,
     orphans: Vec<Orphan>,
 ) -> Result<usize, store::Error> {
-    let tasks: HashSet<Uuid> = orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).collect();
-    let tasks: Vec<Uuid> = tasks.into_iter().collect();
-    let logs: HashMap<Uuid, TaskLog> =
-        transitions::logs(conn, &tasks).await?.into_iter().map(|log| (log.head.task_uuid, log)).collect();
+    let (mut derived, mut seen) = (Derived::default(), HashSet::new());
+    let mut orphans = orphans;
+    let large = read_again(exporter, conn, &orphans, &mut seen, &mut derived).await?;
+    if !large.is_empty() {
+        let more = exports::adopt_of(conn, exporter.instance, &large, ADOPT_OF_LARGE).await?;
+        read_again(exporter, conn, &more, &mut seen, &mut derived).await?;
+        orphans.extend(more);
+    }
     let found = orphans.len();
-    for orphan in orphans {
-        let slices: Vec<TaskLog> =
-            orphan.task_uuids.iter().filter_map(|task| logs.get(task)).map(|log| part(log, orphan.at)).collect();
-        let spans: usize = slices
-            .iter()
-            .map(|slice| tree::spans(slice).spans.iter().filter(|s| s.settled_at == orphan.at).count())
-            .sum();
+    for Orphan { batch_id, task_uuids, at } in orphans {
+        let derived: Vec<TaskSpans> = task_uuids.iter().filter_map(|task| derived.get_mut(task)?.of(at)).collect();
+        let spans: usize = derived.iter().map(|task| task.spans.len()).sum();
         exporter.stats.re_exported.fetch_add(spans as u64, Ordering::Relaxed);
-        exporter.hand_over(Batch { batch_id: orphan.batch_id, at: orphan.at, slices, read: Vec::new() });
+        exporter.hand_over(Batch { batch_id, at, slices: Vec::new(), read: Vec::new(), derived });
     }
     Ok(found)
 }
 
-/// The slice of a log that one transaction settled: its moves, and every move of the attempts
-/// that it closed. So that a task of many transactions is not encoded whole for each of them.
-fn part(log: &TaskLog, at: DateTime<Utc>) -> TaskLog {
-    let moved: HashSet<Uuid> = log.transitions.iter().filter(|row| row.at == at).map(|row| row.entity).collect();
-    let task = log.head.task_uuid;
-    let begins = |event: &str| event == "OperatorRetry" || event == "Rerun";
-    TaskLog {
-        head: log.head.clone(),
-        transitions: log
-            .transitions
-            .iter()
-            .filter(|row| {
-                row.at == at
-                    || (row.entity != task && moved.contains(&row.entity))
-                    || (row.entity == task && begins(row.event))
-            })
-            .cloned()
-            .collect(),
-        attempts: log.attempts.iter().filter(|attempt| moved.contains(&attempt.step)).cloned().collect(),
-        steps: log
-            .steps
-            .iter()
-            .filter(|(step, _)| moved.contains(step))
-            .map(|(step, info)| (*step, info.clone()))
-            .collect(),
+/// The spans of tasks, by the transaction that settled them: each is derived once, however many
+/// batches it has.
+type Derived = HashMap<Uuid, Settled>;
+
+enum Settled {
+    At(HashMap<DateTime<Utc>, TaskSpans>),
+    /// Not sampled, and kept for its end: whole, with the batch that says so.
+    Whole(TaskSpans),
+}
+
+impl Settled {
+    fn of(&mut self, at: DateTime<Utc>) -> Option<TaskSpans> {
+        match self {
+            Self::At(times) => times.remove(&at),
+            Self::Whole(task) => Some(task.clone()),
+        }
     }
+}
+
+/// Derives the spans of the batches' tasks that were not seen yet; answers which tasks are large.
+async fn read_again(
+    exporter: &Exporter,
+    conn: &mut PgConnection,
+    orphans: &[Orphan],
+    seen: &mut HashSet<Uuid>,
+    derived: &mut Derived,
+) -> Result<Vec<Uuid>, store::Error> {
+    let tasks: Vec<Uuid> =
+        orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).filter(|task| seen.insert(*task)).collect();
+    let mut large = Vec::new();
+    if tasks.is_empty() {
+        return Ok(large);
+    }
+    for (log, keep) in logs(conn, &tasks).await? {
+        exporter.stats.recovered_logs.fetch_add(1, Ordering::Relaxed);
+        let task = log.head.task_uuid;
+        if log.transitions.len() > LARGE_TASK_ROWS {
+            large.push(task);
+        }
+        if is_sampled(&log) {
+            derived.insert(task, Settled::At(by_settle(tree::spans(&log))));
+        } else if let Some(whole) = exported(&log, &keep) {
+            derived.insert(task, Settled::Whole(whole));
+        }
+    }
+    Ok(large)
+}
+
+/// The spans of a task, parted by the transaction that settled them.
+fn by_settle(mut task: TaskSpans) -> HashMap<DateTime<Utc>, TaskSpans> {
+    let mut times: HashMap<DateTime<Utc>, TaskSpans> = HashMap::new();
+    for span in std::mem::take(&mut task.spans) {
+        times.entry(span.settled_at).or_insert_with(|| task.clone()).spans.push(span);
+    }
+    times
 }

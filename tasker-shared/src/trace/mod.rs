@@ -7,6 +7,7 @@ pub mod ids;
 pub mod log;
 pub mod names;
 pub mod otlp;
+pub mod sampling;
 pub mod span;
 pub mod transport;
 pub mod tree;
