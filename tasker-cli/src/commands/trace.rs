@@ -1,18 +1,40 @@
 //! `tasker trace`.
 
+mod export;
+mod replay;
+mod sample;
+mod verify;
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tasker_shared::client::Client;
+use tasker_shared::store::views;
+use tasker_shared::template::parse_duration;
 use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::{otlp, tree};
+use uuid::Uuid;
 
 use crate::Global;
+use crate::failure::{NOT_FOUND, failure};
 use crate::output::{self, Format};
 use crate::run;
 use crate::waterfall::{Detail, Waterfall};
 
-/// Look at the trace of a task.
+/// Look at traces, write them, compare them with a backend, send them again.
 #[derive(Debug, clap::Subcommand)]
 pub enum Trace {
     /// Draw the trace of a task, also while it runs
     Show(Show),
+    /// Write traces as OTLP JSON or as Jaeger reads them
+    Export(export::Export),
+    /// Compare the log with what a backend or a file holds
+    Verify(verify::Verify),
+    /// Send traces again
+    Replay(replay::Replay),
+    /// Say what share of a namespace's new traces is recorded
+    Sample(sample::Sample),
 }
 
 /// Draw the trace of a task from the committed log, also while it runs. It is the trace that is
@@ -20,15 +42,24 @@ pub enum Trace {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  tasker trace show ORD-4711            attempts, handlers and waits
-  tasker trace show ORD-4711 --tree     every span
-  tasker trace show ORD-4711 --json     OTLP JSON, as any OpenTelemetry tool reads it")]
+  tasker trace show ORD-4711                     attempts, handlers and waits
+  tasker trace show ORD-4711 --tree              every span
+  tasker trace show ORD-4711 --follow            again and again until the task has ended
+  tasker trace show --correlation-id ORD-4711    every task with that correlation id
+  tasker trace show ORD-4711 --json              OTLP JSON, as any OpenTelemetry tool reads it")]
 pub struct Show {
     /// Uuid or correlation id
-    task: String,
+    #[arg(required_unless_present = "correlation_id", conflicts_with = "correlation_id")]
+    task: Option<String>,
+    /// Every task with this correlation id, the oldest first
+    #[arg(long, value_name = "ID")]
+    correlation_id: Option<String>,
     /// Every span, state transitions too
     #[arg(long, conflicts_with = "json")]
     tree: bool,
+    /// Draw again whenever something has moved, until every task has ended
+    #[arg(long, conflicts_with = "json")]
+    follow: bool,
     /// OTLP JSON of the spans that have ended, as they are exported; same as -o json
     #[arg(long)]
     json: bool,
@@ -37,17 +68,137 @@ pub struct Show {
 impl Trace {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Show(Show { task, tree: every, json }) = self;
-        let connected = run::connect(global).await?;
-        let id = run::find_task(&connected.client, &task).await?;
-        let (log, now) = connected.client.log(id).await?;
-        if json || global.output == Format::Json {
-            let (config, _) = TraceConfig::from_env()?;
-            return output::json(&otlp::to_json(&[tree::spans(&log)], &config.service_names));
+        match self {
+            Self::Show(show) => show.run(global).await,
+            Self::Export(export) => export.run(global).await,
+            Self::Verify(verify) => verify.run(global).await,
+            Self::Replay(replay) => replay.run(global).await,
+            Self::Sample(sample) => sample.run(global).await,
         }
-        let detail = if every { Detail::Every } else { Detail::Main };
-        output::line(Waterfall::new(&tree::spans_so_far(&log, now), detail).text(output_width()))
     }
+}
+
+impl Show {
+    async fn run(self, global: &Global) -> anyhow::Result<()> {
+        let connected = run::connect(global).await?;
+        let client = &connected.client;
+        let tasks = match (&self.task, &self.correlation_id) {
+            (Some(task), _) => vec![run::find_task(client, task).await?],
+            (None, id) => correlated(client, id.as_deref().unwrap_or_default()).await?,
+        };
+        if self.json || global.output == Format::Json {
+            let (config, _) = TraceConfig::from_env()?;
+            let mut spans = Vec::with_capacity(tasks.len());
+            for task in tasks {
+                spans.push(tree::spans(&client.log(task).await?.0));
+            }
+            return output::json(&otlp::to_json(&spans, &config.service_names));
+        }
+        let detail = if self.tree { Detail::Every } else { Detail::Main };
+        let terminal = console::Term::stdout();
+        let mut drawn = None;
+        loop {
+            let (mut texts, mut moves) = (Vec::with_capacity(tasks.len()), 0);
+            for task in &tasks {
+                let (log, now) = client.log(*task).await?;
+                moves += log.transitions.len();
+                texts.push(Waterfall::new(&tree::spans_so_far(&log, now), detail).text(output_width()));
+            }
+            // On a terminal the open bars grow; elsewhere only what has moved is worth a drawing.
+            if drawn.replace(moves) != Some(moves) || terminal.is_term() {
+                if self.follow && terminal.is_term() {
+                    terminal.clear_screen()?;
+                }
+                output::line(texts.join("\n\n"))?;
+            }
+            let mut conn = client.pool().acquire().await?;
+            if !self.follow || views::finished(&mut conn, &tasks).await?.len() == tasks.len() {
+                return Ok(());
+            }
+            drop(conn);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+}
+
+/// The tasks with this correlation id, the oldest first.
+async fn correlated(client: &Client, id: &str) -> anyhow::Result<Vec<Uuid>> {
+    let mut tasks = views::by_correlation(&mut *client.pool().acquire().await?, id).await?;
+    if tasks.is_empty() {
+        return Err(failure(NOT_FOUND, format!("no task has the correlation id {id:?}")));
+    }
+    tasks.reverse();
+    Ok(tasks)
+}
+
+/// Which tasks a command is about.
+#[derive(Debug, clap::Args)]
+pub struct Which {
+    /// Uuids or correlation ids
+    #[arg(value_name = "TASK")]
+    tasks: Vec<String>,
+    /// Every task with this correlation id
+    #[arg(long, value_name = "ID")]
+    correlation_id: Option<String>,
+    /// Every task created since: a time such as 2030-01-31T12:00:00Z, or how long ago, such as 2h
+    #[arg(long, value_name = "WHEN", conflicts_with_all = ["tasks", "correlation_id"])]
+    since: Option<String>,
+}
+
+/// Tasks that are looked at together.
+const PAGE: i64 = 100;
+
+impl Which {
+    /// The tasks in pages, so that no command holds them all.
+    async fn pages(&self, client: &Client) -> anyhow::Result<Pages> {
+        if let Some(since) = &self.since {
+            let now = views::now(&mut *client.pool().acquire().await?).await?;
+            return Ok(Pages::Since { at: time_of(since, now)?, after: Uuid::nil() });
+        }
+        let mut tasks = Vec::new();
+        for task in &self.tasks {
+            tasks.push(run::find_task(client, task).await?);
+        }
+        if let Some(id) = &self.correlation_id {
+            tasks.extend(correlated(client, id).await?);
+        }
+        anyhow::ensure!(!tasks.is_empty(), "name a task, or give --correlation-id or --since");
+        let mut seen = HashSet::new();
+        tasks.retain(|task| seen.insert(*task));
+        Ok(Pages::Named(tasks))
+    }
+}
+
+enum Pages {
+    Named(Vec<Uuid>),
+    Since { at: DateTime<Utc>, after: Uuid },
+}
+
+impl Pages {
+    /// The next tasks; none at the end.
+    async fn next(&mut self, client: &Client) -> anyhow::Result<Vec<Uuid>> {
+        match self {
+            Self::Named(tasks) => Ok(std::mem::take(tasks)),
+            Self::Since { at, after } => {
+                let mut conn = client.pool().acquire().await?;
+                let page = views::created_since(&mut conn, *at, *after, PAGE).await?;
+                *after = page.last().copied().unwrap_or(*after);
+                Ok(page)
+            }
+        }
+    }
+}
+
+fn time_of(text: &str, now: DateTime<Utc>) -> anyhow::Result<DateTime<Utc>> {
+    if let Ok(at) = DateTime::parse_from_rfc3339(text) {
+        return Ok(at.to_utc());
+    }
+    let ago = parse_duration(text).map_err(|problem| {
+        anyhow::anyhow!(
+            "--since {text:?}: {problem}; write a time such as 2030-01-31T12:00:00Z, or how long ago, such as 2h"
+        )
+    })?;
+    Ok(now - chrono::TimeDelta::from_std(ago)?)
 }
 
 /// The terminal's width; 120 where there is none.

@@ -1,0 +1,103 @@
+//! `tasker trace replay`.
+
+use std::time::Duration;
+
+use tasker_shared::store::transitions;
+use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::otlp::Encoder;
+use tasker_shared::trace::sampling;
+use tasker_shared::trace::transport::Transport;
+
+use super::Which;
+use crate::Global;
+use crate::failure::{FAILED, failure};
+use crate::output;
+use crate::run;
+
+/// A request is closed at this size, as the orchestrators' are.
+const MAX_REQUEST_BYTES: usize = 2 * 1024 * 1024;
+const TRIES: u32 = 6;
+
+/// Send the spans of tasks to the collector again, with the ids and the content they always have:
+/// after a backend lost them, or to fill a new one. What has not ended is not sent. Backends that
+/// kept the first copy may show each span twice.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  tasker trace replay --since 2h       every task created in the last two hours
+  tasker trace replay --task ORD-4711
+  OTEL_EXPORTER_OTLP_ENDPOINT=http://new:4318 tasker trace replay --since 2030-01-31T00:00:00Z")]
+pub struct Replay {
+    #[command(flatten)]
+    which: Which,
+    /// Uuid or correlation id; may be given several times
+    #[arg(long = "task", value_name = "TASK", conflicts_with = "since")]
+    named: Vec<String>,
+}
+
+impl Replay {
+    /// Runs it.
+    pub async fn run(mut self, global: &Global) -> anyhow::Result<()> {
+        self.which.tasks.append(&mut self.named);
+        let connected = run::connect(global).await?;
+        let (config, _) = TraceConfig::from_env()?;
+        anyhow::ensure!(config.enabled, "tracing is off: set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans are to go");
+        let transport = Transport::connect(&config)?;
+        let mut encoder = Encoder::new(&config.service_names);
+        let mut pages = self.which.pages(&connected.client).await?;
+        let (mut tasks, mut spans, mut skipped) = (0, 0, 0);
+        loop {
+            let page = pages.next(&connected.client).await?;
+            if page.is_empty() {
+                break;
+            }
+            for task in page {
+                let mut conn = connected.client.pool().acquire().await?;
+                let keeps = transitions::keeps(&mut conn, &[task]).await?;
+                for log in transitions::logs(&mut conn, &[task]).await? {
+                    let keep = keeps.get(&task).map_or(&[][..], Vec::as_slice);
+                    let Some(task) = sampling::exported(&log, keep) else {
+                        skipped += 1;
+                        continue;
+                    };
+                    tasks += 1;
+                    spans += task.spans.len();
+                    let mut next = 0;
+                    while next < task.spans.len() {
+                        next = encoder.push_from(&task, next, MAX_REQUEST_BYTES);
+                        if encoder.bytes_len() >= MAX_REQUEST_BYTES {
+                            send(&transport, &mut encoder).await?;
+                        }
+                    }
+                }
+            }
+            send(&transport, &mut encoder).await?;
+        }
+        output::line(format!(
+            "{spans} spans of {tasks} tasks were sent and acknowledged; {skipped} tasks are not sampled"
+        ))
+    }
+}
+
+async fn send(transport: &Transport, encoder: &mut Encoder) -> anyhow::Result<()> {
+    if encoder.spans() == 0 {
+        return Ok(());
+    }
+    let request = encoder.finish();
+    let mut wait = Duration::from_millis(200);
+    for attempt in 1.. {
+        match transport.send(request.clone()).await {
+            Ok(accepted) if accepted.rejected_spans == 0 => break,
+            Ok(accepted) => {
+                let why = accepted.message.unwrap_or_default();
+                return Err(failure(FAILED, format!("the receiver refused {} spans: {why}", accepted.rejected_spans)));
+            }
+            Err(error) if error.retryable && attempt < TRIES => {
+                tokio::time::sleep(error.retry_after.unwrap_or(wait).min(Duration::from_secs(30))).await;
+                wait *= 2;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
