@@ -146,6 +146,11 @@ impl World {
         Process::start(&["worker", &self.url, name, stuck_in]).await
     }
 
+    /// A worker of eight slots as a process of its own, once it runs.
+    pub async fn crew_process(&self, name: &str) -> Process {
+        Process::start(&["crew", &self.url, name]).await
+    }
+
     // Asking for things.
 
     /// Registers a template of the namespace `tests` from the rest of its YAML.

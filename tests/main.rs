@@ -13,6 +13,7 @@ mod harness;
 mod architecture;
 mod cancel;
 mod database_killed;
+mod every_feature_under_kills;
 mod export_recovery;
 mod export_wire;
 mod failure;

@@ -35,7 +35,14 @@ async fn main() {
             until_stdin_closes().await;
             worker.stop().await;
         }
-        _ => panic!("usage: tasker-test-process orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN"),
+        ["crew", url, name] => {
+            let worker = RustWorker::start(url, name, 8, |_| false);
+            until_stdin_closes().await;
+            worker.stop().await;
+        }
+        _ => panic!(
+            "usage: tasker-test-process orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN | crew URL NAME"
+        ),
     }
 }
 

@@ -41,6 +41,7 @@ impl RustWorker {
             .handler("ok", handle(false, false))
             .handler("flaky", handle(false, true))
             .handler("broken", handle(true, false))
+            .builtins()
             .build()
             .expect("a worker of the tests");
         let stop = CancellationToken::new();
