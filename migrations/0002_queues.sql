@@ -36,6 +36,8 @@ create table tasker.due (
     'lease', 'retry', 'timer', 'signal', 'queue_timeout', 'total_timeout', 'start', 'schedule'))
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 create index due_by_time on tasker.due (due_at);
+-- Who holds claims: looked at every second while somebody does.
+create index due_by_worker on tasker.due (worker) where kind = 'lease';
 
 create table tasker.quarantine (
   quarantine_id  bigint generated always as identity primary key,

@@ -56,6 +56,62 @@ begin
 end
 $$;
 
+-- Looks at the advisory lock of every worker that holds claims: it belongs to the worker's session,
+-- so the server frees it within moments of the death of the process. Answers the workers whose lock
+-- is free, and whether anybody holds claims at all.
+--
+-- The claims of those among them that are suspected (their lock was free before, a second ago or
+-- longer) end now, as if their lease had run out; what becomes of them is for the ordinary settle to
+-- say, which looks at each lease again under its locks. While this looks at a lock its worker cannot
+-- take it, but tries again; so it can neither come back in between unseen nor be taken for dead.
+create function tasker.look_for_dead_workers(p_suspects text[], p_keys bigint[])
+returns table (held boolean, worker text, lock_key bigint, dead boolean)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+  v      record;
+  v_free boolean := false;
+begin
+  for v in
+    select w.worker, w.lock_key, exists (
+        select from unnest(p_suspects, p_keys) s(worker, lock_key) where (s.worker, s.lock_key) = (w.worker, w.lock_key)
+      ) as suspected
+    from tasker.workers w
+    -- What was said before the server started is about a session that ended with it.
+    where w.lock_key is not null and w.seen_at > pg_postmaster_start_time()
+      and exists (select from tasker.due d where d.kind = 'lease' and d.worker = w.worker)
+    order by w.worker
+  loop
+    continue when not pg_try_advisory_xact_lock_shared(v.lock_key);
+    v_free := true;
+    if v.suspected then
+      perform from tasker.steps s
+      where s.step_uuid in (
+          select u from tasker.due d cross join lateral unnest(d.step_uuids) u where d.kind = 'lease' and d.worker = v.worker)
+        and s.state = 'in_progress' and s.claimed_by = v.worker
+      order by s.step_uuid for no key update;
+      update tasker.steps s set lease_expires_at = least(s.lease_expires_at, clock_timestamp())
+      where s.step_uuid in (
+          select u from tasker.due d cross join lateral unnest(d.step_uuids) u where d.kind = 'lease' and d.worker = v.worker)
+        and s.state = 'in_progress' and s.claimed_by = v.worker;
+      update tasker.due d set due_at = clock_timestamp()
+      where d.due_id in (select l.due_id from tasker.due l where l.kind = 'lease' and l.worker = v.worker for update skip locked);
+      -- Nothing more is sent on its account. If it lives after all, its next hello says so.
+      perform tasker.worker_bye(v.worker);
+    end if;
+    return query select true, v.worker, v.lock_key, v.suspected;
+  end loop;
+  if not v_free then
+    return query select exists (select from tasker.due d where d.kind = 'lease'), null::text, null::bigint, false;
+  end if;
+end
+$$;
+
 -- How much may still be sent to each queue that a live worker reads: about twice the slots
 -- offered, less what lies in the queue for handlers that are offered. An estimate, without locks.
 create function tasker.room() returns table (queue text, capacity bigint, room bigint, handlers text[], holding boolean)
@@ -104,4 +160,4 @@ as $$
   where s.queue = p_queue and s.held_by is not null and s.lane is null and d.handler = any(p_handlers) and t.state <> 'suspended'
   order by s.priority desc, s.ready_at limit p_max
 $$;
-revoke all on function tasker.take_due, tasker.room, tasker.held_steps from public;
+revoke all on function tasker.take_due, tasker.look_for_dead_workers, tasker.room, tasker.held_steps from public;

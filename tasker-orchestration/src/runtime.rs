@@ -66,6 +66,10 @@ impl From<sqlx::Error> for Error {
 const READ_SECONDS: i32 = 10;
 /// The longest a loop sleeps without being woken.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Between two looks at the locks of workers.
+const LOCK_LOOKS: Duration = Duration::from_secs(1);
+/// How long a worker whose session was lost may take to have its lock again: it tries every 2 s at least.
+const RECONNECTING: Duration = Duration::from_secs(3);
 
 /// A running orchestrator. Any number of them may share one database.
 #[derive(Debug)]
@@ -103,6 +107,7 @@ impl Orchestrator {
             loops.spawn(read_results(shared.clone(), wakes.clone(), options.batch, settler, stop.clone()));
         }
         loops.spawn(run_sweep(shared.clone(), stop.clone()));
+        loops.spawn(watch_workers(shared.clone(), stop.clone()));
         loops.spawn(run_admission(shared.clone(), stop.clone()));
         loops.spawn(retention::run(shared.pool.clone(), options.archive_dir.clone(), stop.clone()));
         Ok(Self { shared, stop, loops })
@@ -344,8 +349,12 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 partitions_checked = Some(Instant::now());
                 while store::flow::forget_limits(&mut conn).await? > 0 {}
             }
-            let next = queue::next_due_ms(&mut conn).await?;
-            let next = next.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
+            let ahead = queue::ahead(&mut conn).await?;
+            if ahead.claims {
+                shared.claims.notify_one();
+            }
+            let next =
+                ahead.due_ms.map_or(LONGEST_PAUSE, |ms| Duration::from_millis(u64::try_from(ms).unwrap_or(0) + 1));
             Ok::<_, crate::lifecycle::Error>(next.min(LONGEST_PAUSE))
         };
         let pause = match turn.await {
@@ -360,6 +369,32 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 () = stop.cancelled() => {}
                 () = shared.due.notified() => {}
                 () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+/// Looks every second at the locks of the workers that hold claims, for as long as any does. A lock
+/// that was free twice is that of a dead worker.
+async fn watch_workers(shared: Arc<Shared>, stop: CancellationToken) {
+    while stop.run_until_cancelled(shared.claims.notified()).await.is_some() {
+        let mut suspects = Vec::new();
+        let mut trusted_from = Instant::now();
+        loop {
+            if stop.run_until_cancelled(tokio::time::sleep(LOCK_LOOKS)).await.is_none() {
+                return;
+            }
+            match sweep::look_for_dead_workers(&shared, &suspects).await {
+                Ok(looked_at) if !looked_at.claims => break,
+                Ok(looked_at) => suspects = looked_at.unlocked.into_iter().filter(|worker| !worker.dead).collect(),
+                Err(error) => {
+                    // Whatever kept us from the server may have cost the workers their sessions too.
+                    trusted_from = Instant::now() + RECONNECTING;
+                    tracing::debug!(%error, "the workers' locks could not be looked at; their leases decide meanwhile");
+                }
+            }
+            if Instant::now() < trusted_from {
+                suspects.clear();
             }
         }
     }

@@ -186,13 +186,66 @@ pub async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<DueHint>,
         .collect())
 }
 
-/// How long until something is due, by the database's clock; `None` if nothing is.
-pub async fn next_due_ms(conn: &mut PgConnection) -> Result<Option<i64>, Error> {
-    Ok(sqlx::query_scalar!(
-        "select (extract(epoch from min(due_at) - clock_timestamp()) * 1000)::bigint from tasker.due"
+/// What the sweep may sleep on.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead {
+    /// How long until something is due, by the database's clock; `None` if nothing is.
+    pub due_ms: Option<i64>,
+    /// Whether somebody may hold a claim.
+    pub claims: bool,
+}
+
+/// What is ahead.
+pub async fn ahead(conn: &mut PgConnection) -> Result<Ahead, Error> {
+    Ok(sqlx::query_as!(
+        Ahead,
+        r#"select (extract(epoch from min(due_at) - clock_timestamp()) * 1000)::bigint as due_ms,
+             exists (select from tasker.due where kind = 'lease') as "claims!"
+           from tasker.due"#
     )
     .fetch_one(conn)
     .await?)
+}
+
+/// A worker whose advisory lock nobody held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "columns of tasker.workers, explained there")]
+pub struct Unlocked {
+    pub worker: String,
+    pub lock_key: i64,
+    /// It was suspected before, so its claims have ended.
+    pub dead: bool,
+}
+
+/// What a look at the locks of the workers that hold claims came to.
+#[derive(Debug, Default)]
+pub struct LookedAt {
+    /// Whether somebody may hold a claim.
+    pub claims: bool,
+    /// The workers whose lock was free.
+    pub unlocked: Vec<Unlocked>,
+}
+
+/// Looks at the locks of the workers that hold claims, and ends the claims of those that are
+/// `suspected` and still have none: see `tasker.look_for_dead_workers`.
+pub async fn look_for_dead_workers(conn: &mut PgConnection, suspected: &[Unlocked]) -> Result<LookedAt, Error> {
+    let workers: Vec<String> = suspected.iter().map(|suspect| suspect.worker.clone()).collect();
+    let keys: Vec<i64> = suspected.iter().map(|suspect| suspect.lock_key).collect();
+    let rows = sqlx::query!(
+        r#"select held as "held!", worker, lock_key, dead as "dead!" from tasker.look_for_dead_workers($1, $2)"#,
+        &workers,
+        &keys
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut looked_at = LookedAt::default();
+    for row in rows {
+        looked_at.claims |= row.held;
+        if let (Some(worker), Some(lock_key)) = (row.worker, row.lock_key) {
+            looked_at.unlocked.push(Unlocked { worker, lock_key, dead: row.dead });
+        }
+    }
+    Ok(looked_at)
 }
 
 /// What is known of a queue's room: see `tasker.room`.

@@ -31,6 +31,9 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     if done.plans.iter().any(|plan| !plan.due.is_empty()) {
         shared.due.notify_one();
     }
+    if done.plans.iter().any(|plan| !plan.sends.is_empty()) {
+        shared.claims.notify_one();
+    }
     if frees_places(shared, &done) {
         shared.admission.wake.notify_one();
     }

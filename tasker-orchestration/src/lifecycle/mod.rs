@@ -44,6 +44,8 @@ pub struct Shared {
     busy: Busy,
     /// Wakes the sweep: something is due earlier than it thought.
     pub due: Notify,
+    /// Wakes who watches the workers: one of them may hold a claim soon.
+    pub claims: Notify,
     templates: Mutex<HashMap<i32, Arc<Loaded>>>,
 }
 
@@ -58,6 +60,7 @@ impl Shared {
             admission: Admission::default(),
             busy: Busy::default(),
             due: Notify::new(),
+            claims: Notify::new(),
             templates: Mutex::default(),
         }
     }

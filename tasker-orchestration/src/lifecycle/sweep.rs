@@ -3,7 +3,7 @@
 //! A due hint is read like a message: put off for a moment, settled, deleted in the same
 //! transaction. It decides nothing; the rows do.
 
-use tasker_shared::queue::{self, DueHint, STEP_RESULTS};
+use tasker_shared::queue::{self, DueHint, LookedAt, STEP_RESULTS, Unlocked};
 use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
 
@@ -27,6 +27,18 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
         schedules::run(shared, &schedules).await?;
     }
     Ok(taken)
+}
+
+/// Looks at the locks of the workers that hold claims. The claims of those among the suspects that
+/// still have none end now; the sweep is woken for them.
+#[instrument(level = "debug", skip_all)]
+pub async fn look_for_dead_workers(shared: &Shared, suspects: &[Unlocked]) -> Result<LookedAt, StoreError> {
+    let looked_at = queue::look_for_dead_workers(&mut *shared.reads.acquire().await?, suspects).await?;
+    for dead in looked_at.unlocked.iter().filter(|worker| worker.dead) {
+        tracing::warn!(worker = dead.worker, "a worker has died: its session is gone; its steps run again elsewhere");
+        shared.due.notify_one();
+    }
+    Ok(looked_at)
 }
 
 fn hint(due: &DueHint) -> Option<Hint> {

@@ -188,7 +188,7 @@ impl Pass<'_, '_> {
         step.losses += 1;
         if step.losses > MAX_LOST {
             let reason =
-                format!("{MAX_LOST} attempts in a row lost their worker; the last one was silent for its whole lease");
+                format!("{MAX_LOST} attempts in a row lost their worker: it died, or was silent for its whole lease");
             let detail = Detail { reason: Some(reason.clone()), error_type: Some("lease_expired".into()), ..detail };
             self.move_step(index, StepEvent::LeaseExpired, StepState::Error, Some(detail));
             self.step_failed(index, "lease_expired", &reason);
