@@ -62,9 +62,9 @@ steps:
 #[tokio::test(flavor = "multi_thread")]
 async fn an_input_that_would_nest_too_deep_fails_its_step_alone_and_says_why() {
     let world = World::start(Setup::default()).await;
-    world
-        .register("deep", "on_failure: block\nsteps: [{name: a, handler: ok}, {name: b, handler: ok, input: {}}]")
-        .await;
+    let around = format!("{}'${{input}}'{}", "[".repeat(40), "]".repeat(40));
+    let steps = format!("[{{name: a, handler: ok, input: {around}}}, {{name: b, handler: ok}}]");
+    world.register("deep", &format!("on_failure: block\nsteps: {steps}")).await;
     world.register_steps("one", "a: ok").await;
     let nested = (0..63).fold(json!(1), |inner: Value, _| json!([inner]));
     let deep = world.submit_with(json!({"template": "deep", "input": {"x": nested}})).await.expect("submitted");
@@ -73,7 +73,7 @@ async fn an_input_that_would_nest_too_deep_fails_its_step_alone_and_says_why() {
     assert_eq!(world.steps(deep).await, ["a: error", "b: complete"]);
     let why = world.words("select detail->>'reason' from tasker.transitions where event = 'Fail'").await;
     assert_eq!(why.len(), 1);
-    assert!(why[0].contains("would nest deeper than 64 levels; give the step an `input`"), "{why:?}");
+    assert!(why[0].contains("would nest deeper than 96 levels"), "{why:?}");
     world.assert_complete().await;
     world.end().await;
 }

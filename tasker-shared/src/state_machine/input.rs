@@ -10,6 +10,10 @@ use serde_json::{Map, Value, json};
 /// The deepest JSON that is accepted anywhere, counting objects and lists.
 pub const MAX_DEPTH: usize = 64;
 
+/// The deepest input of a step: a payload of the deepest kind and what a template puts around it.
+/// Readers of JSON commonly stop at 128 levels.
+pub const MAX_INPUT_DEPTH: usize = 96;
+
 /// The most bytes of JSON that the references of one input may bring in. It
 /// only keeps a small template from copying a payload thousands of times; the
 /// payload limit of the installation is checked by the caller.
@@ -183,7 +187,7 @@ pub enum Found {
     NoItem,
     /// The input would grow beyond [`MAX_RESOLVED_BYTES`].
     TooLarge,
-    /// The input would nest deeper than [`MAX_DEPTH`].
+    /// The input would nest deeper than [`MAX_INPUT_DEPTH`].
     TooDeep,
 }
 
@@ -205,7 +209,7 @@ impl fmt::Display for Found {
             }
             Found::NoItem => write!(to, "this step has no for_each"),
             Found::TooLarge => write!(to, "the input would exceed {MAX_RESOLVED_BYTES} bytes"),
-            Found::TooDeep => write!(to, "the input would nest deeper than {MAX_DEPTH} levels"),
+            Found::TooDeep => write!(to, "the input would nest deeper than {MAX_INPUT_DEPTH} levels"),
         }
     }
 }
@@ -245,7 +249,7 @@ impl InputTemplate {
     /// The input of an attempt. `outputs` gives a step's output, and `None` if
     /// it has none.
     ///
-    /// The result nests at most [`MAX_DEPTH`] levels if the template was
+    /// The result nests at most [`MAX_INPUT_DEPTH`] levels if the template was
     /// checked; its size is for the caller to check.
     pub fn resolve<'a>(
         &self,
@@ -265,7 +269,7 @@ impl InputTemplate {
 /// outputs by name, as `{"input": …, "steps": {"<parent>": <output>}}`. A
 /// parent without output is left out by the caller.
 ///
-/// Errors, in words for a person, if that would nest deeper than [`MAX_DEPTH`] or exceed
+/// Errors, in words for a person, if that would nest deeper than [`MAX_INPUT_DEPTH`] or exceed
 /// [`MAX_RESOLVED_BYTES`].
 pub fn default_input<'a>(
     task_input: &Value,
@@ -273,8 +277,8 @@ pub fn default_input<'a>(
 ) -> Result<Value, String> {
     let mut room = MAX_RESOLVED_BYTES;
     let mut fits = |what: &str, value: &Value, below: usize| {
-        let problem = if depth(value, MAX_DEPTH - below) > MAX_DEPTH - below {
-            format!("nest deeper than {MAX_DEPTH} levels")
+        let problem = if depth(value, MAX_INPUT_DEPTH - below) > MAX_INPUT_DEPTH - below {
+            format!("nest deeper than {MAX_INPUT_DEPTH} levels")
         } else if !take_bytes(value, &mut room) {
             format!("exceed {MAX_RESOLVED_BYTES} bytes")
         } else {
@@ -680,7 +684,7 @@ impl<'a> Resolve<'a, '_> {
             Part::Whole(reference) => {
                 let value = self.read(reference)?;
                 self.take_room(reference, value)?;
-                let deepest = MAX_DEPTH.saturating_sub(self.at.len());
+                let deepest = MAX_INPUT_DEPTH.saturating_sub(self.at.len());
                 if depth(value, deepest) > deepest {
                     return Err(self.missing(reference, Found::TooDeep));
                 }
@@ -922,9 +926,9 @@ mod tests {
     fn resolved_input_nests_no_deeper_than_the_limit() {
         let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!([inner]));
         let template = InputTemplate::parse(&json!({"a": {"b": "${input}"}})).unwrap();
-        let resolved = template.resolve(&nested(MAX_DEPTH - 2), &|_| None).unwrap();
-        assert_eq!(depth(&resolved, 1000), MAX_DEPTH);
-        let error = template.resolve(&nested(MAX_DEPTH - 1), &|_| None).unwrap_err();
+        let resolved = template.resolve(&nested(MAX_INPUT_DEPTH - 2), &|_| None).unwrap();
+        assert_eq!(depth(&resolved, 1000), MAX_INPUT_DEPTH);
+        let error = template.resolve(&nested(MAX_INPUT_DEPTH - 1), &|_| None).unwrap_err();
         assert_eq!(error.found, Found::TooDeep);
     }
 
@@ -949,13 +953,13 @@ mod tests {
     #[test]
     fn default_input_nests_no_deeper_and_grows_no_larger_than_the_limits() {
         let nested = |levels: usize| (0..levels).fold(json!(1), |inner, _| json!([inner]));
-        let (flat, deep, deeper) = (json!({}), nested(MAX_DEPTH - 2), nested(MAX_DEPTH - 1));
+        let (flat, deep, deeper) = (json!({}), nested(MAX_INPUT_DEPTH - 2), nested(MAX_INPUT_DEPTH - 1));
         let with = |input: &Value, parent: &Value| default_input(input, [("reserve", parent)].into_iter());
-        assert_eq!(with(&flat, &deep).map(|input| depth(&input, 1000)), Ok(MAX_DEPTH));
+        assert_eq!(with(&flat, &deep).map(|input| depth(&input, 1000)), Ok(MAX_INPUT_DEPTH));
         assert!(with(&deeper, &flat).is_ok());
         let error = with(&flat, &deeper).unwrap_err();
-        assert!(error.starts_with("with the output of reserve the input would nest deeper than 64 levels;"), "{error}");
-        assert!(with(&nested(MAX_DEPTH), &flat).unwrap_err().starts_with("with the task's input"));
+        assert!(error.starts_with("with the output of reserve the input would nest deeper than 96 levels;"), "{error}");
+        assert!(with(&nested(MAX_INPUT_DEPTH), &flat).unwrap_err().starts_with("with the task's input"));
         let big = json!("x".repeat(MAX_RESOLVED_BYTES / 2));
         assert!(with(&big, &big).unwrap_err().contains("would exceed 16777216 bytes"));
     }
