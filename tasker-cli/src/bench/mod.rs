@@ -165,7 +165,11 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     report.traced = Some(load::run(&pool, &scenario(tasks, template, steps, true)).await?);
     for pair in 0..args.pairs {
         progress(&format!("pair {} of {}", pair + 1, args.pairs));
+        // A shared machine changes its pace from minute to minute: the limit is taken on both sides.
+        let before = limits::pgmq_rate(&pool).await?;
         let off = load::run(&pool, &scenario(tasks, template, steps, false)).await?;
+        let after = limits::pgmq_rate(&pool).await?;
+        report.over_pgmq.push(off.steps_per_second / f64::midpoint(before, after));
         let on = load::run(&pool, &scenario(tasks, template, steps, true)).await?;
         report.pairs.push((off, on));
     }

@@ -18,6 +18,8 @@ pub struct Report {
     pub untraced: Option<Run>,
     pub traced: Option<Run>,
     pub pairs: Vec<(Run, Run)>,
+    /// Of each pair, steps/s with tracing off over the PGMQ messages/s measured right before and after.
+    pub over_pgmq: Vec<f64>,
     pub latency: Option<Latency>,
     pub fanouts: Vec<(Run, Run)>,
     pub idle_statements_per_second: Option<f64>,
@@ -94,6 +96,11 @@ impl Report {
             line("traced over untraced, median of pairs (bar: 0.80)", format!("{:.2} ({all})", median(ratios)));
             let off: Vec<f64> = self.pairs.iter().map(|(off, _)| off.steps_per_second).collect();
             line("  steps/s, tracing off, median", format!("{:.0}", median(off)));
+            let all = self.over_pgmq.iter().map(|ratio| format!("{ratio:.3}")).collect::<Vec<_>>().join(" ");
+            line(
+                "  … over PGMQ messages/s beside it (bar: 0.167)",
+                format!("{:.3} ({all})", median(self.over_pgmq.clone())),
+            );
         }
         if let Some(latency) = &self.latency {
             line("", String::new());
