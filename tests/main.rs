@@ -27,6 +27,7 @@ mod large_payloads;
 mod late_and_duplicate_results;
 mod malformed_messages;
 mod map;
+mod metrics;
 mod no_worker_lost;
 mod operator_retry;
 mod orchestrator_killed_under_load;

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use sqlx::{Connection as _, PgConnection};
+use sqlx::{Connection as _, PgConnection, PgPool};
 use tasker_shared::client::Client;
+use tasker_shared::metrics::{self, Listen, Scrape, Serving};
 use tasker_shared::migrate::migrate;
 use tasker_shared::postgres::Database;
 use tasker_shared::store::tx::{self, PoolOptions};
@@ -58,6 +59,26 @@ pub fn telemetry(global: &Global, role: Role, default_level: &str) -> anyhow::Re
         tracing::warn!("{warning}");
     }
     Ok((config, started))
+}
+
+/// The flag of every long-running command.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct Metrics {
+    /// Serve metrics at /metrics here: a port (this machine only) or ADDRESS:PORT
+    #[arg(long, env = "TASKER_METRICS_LISTEN", value_name = "ADDRESS")]
+    metrics_listen: Option<Listen>,
+}
+
+impl Metrics {
+    /// Serves this process's metrics until the answer is dropped, if that was asked for. With a
+    /// pool, also what only the database knows.
+    pub async fn serve(self, pool: Option<PgPool>) -> anyhow::Result<Option<Serving>> {
+        let Some(listen) = self.metrics_listen else {
+            return Ok(None);
+        };
+        let serving = metrics::serve(listen, Scrape::new(pool)).await;
+        Ok(Some(serving.with_context(|| format!("--metrics-listen: {listen} cannot be listened on"))?))
+    }
 }
 
 /// Fires on the first SIGINT or SIGTERM; the second ends the process at once.

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod error;
 pub mod message;
+pub mod metrics;
 pub mod migrate;
 pub mod postgres;
 pub mod queue;

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::executor::Executor;
+use crate::measure;
 use crate::runtime::{Line, backoff, jittered};
 
 /// In one call; a longer transaction would keep the first of its attempts waiting.
@@ -68,6 +69,7 @@ impl Claimer {
                 }
                 Err(error) => {
                     line.broken();
+                    measure::call_failed("claim");
                     let missing = is_missing(&error);
                     if failures == 0 {
                         self.complain(&error, missing);
@@ -99,6 +101,7 @@ impl Claimer {
 
     fn start(&self, claims: Vec<Claim>, slots: &mut OwnedSemaphorePermit) {
         let received = Instant::now();
+        self.executor.numbers.claimed(claims.len());
         let stops = self.executor.held.insert(&claims, received);
         for (claim, stop) in claims.into_iter().zip(stops) {
             let slot = slots.split(1).expect("no more claims come than were asked for");

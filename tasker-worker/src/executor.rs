@@ -19,6 +19,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::context::StepContext;
 use crate::handler::{Handler, Output, StepError};
 use crate::held::{Held, Stop};
+use crate::measure::Numbers;
 use crate::registry::Registry;
 use crate::report::Results;
 
@@ -38,6 +39,7 @@ pub(crate) struct Executor {
     /// For `parent_output`.
     pub(crate) pool: PgPool,
     pub(crate) cancel_grace: Duration,
+    pub(crate) numbers: Numbers,
 }
 
 /// Gives the claim up if the attempt ends without a report, whatever the
@@ -62,6 +64,7 @@ impl Executor {
         received: Instant,
         slot: OwnedSemaphorePermit,
     ) {
+        let _busy = self.numbers.busy();
         let mut unreported = Unreported { held: &self.held, claim: Some(claim.token) };
         let (step_uuid, token) = (claim.step, claim.token);
         let input = claim.input.take().unwrap_or(Value::Null);
@@ -71,7 +74,8 @@ impl Executor {
 
         let started = Instant::now();
         let deadline = timeout.and_then(|timeout| started.checked_add(timeout));
-        let handler = self.registry.get(&claim.handler);
+        let name = claim.handler.clone();
+        let handler = self.registry.get(&name);
         let ctx = StepContext::new(
             claim,
             Arc::clone(&self.namespace),
@@ -88,14 +92,17 @@ impl Executor {
             }
             None => running.await,
         };
-        if let Some(output) = output {
+        let took = started.elapsed();
+        let outcome = output.map(outcome);
+        self.numbers.ran(&name, outcome.as_ref(), took, incoming.traceparent.as_ref());
+        if let Some(outcome) = outcome {
             unreported.claim = None;
             self.results.push(Report {
                 step: step_uuid,
                 token,
-                outcome: outcome(output),
+                outcome,
                 start_offset_ms: milliseconds(started - received),
-                run_ms: milliseconds(started.elapsed()),
+                run_ms: milliseconds(took),
             });
         }
         drop(slot);

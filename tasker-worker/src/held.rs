@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::measure;
 use crate::runtime::{Line, backoff};
 
 /// A template with a lease of nothing must not make the loop spin.
@@ -173,6 +174,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: C
             }
             Err(error) => {
                 line.broken();
+                measure::call_failed("heartbeat");
                 if failures == 0 {
                     tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
                 }

@@ -7,12 +7,14 @@
 use std::sync::Arc;
 
 use sqlx::PgPool;
+use tasker_shared::metrics::metrics;
 use tasker_shared::store::Error;
 use tasker_shared::store::protocol::{self, Outcome, Report, ReportedError};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::held::Held;
+use crate::measure;
 use crate::runtime::{Line, backoff};
 
 /// In one call.
@@ -52,6 +54,7 @@ impl Results {
             waiting.results += 1;
             waiting.bytes += bytes(&report);
         });
+        metrics().worker_results_waiting.inc();
         // The receiver lives as long as the worker runs.
         let _ = self.sender.send(report);
     }
@@ -69,6 +72,7 @@ impl Results {
     }
 
     fn answered(&self, reports: &[Report]) {
+        metrics().worker_results_waiting.dec_by(i64::try_from(reports.len()).unwrap_or(0));
         self.waiting.send_modify(|waiting| {
             waiting.results -= reports.len();
             waiting.bytes -= reports.iter().map(bytes).sum::<usize>();
@@ -134,6 +138,7 @@ impl Reporter {
                         tracing::info!("results are reported again");
                         failures = 0;
                     }
+                    measure::answered(&accepted);
                     for (report, _) in part.iter().zip(&accepted).filter(|(_, accepted)| !**accepted) {
                         tracing::info!(step_uuid = %report.step, "a result came too late: its claim is another's, or its task has ended");
                     }
@@ -154,6 +159,7 @@ impl Reporter {
                 }
                 Err(error) => {
                     line.broken();
+                    measure::call_failed("report");
                     if failures == 0 {
                         tracing::warn!(%error, results = part.len(), "results cannot be reported; they are kept until the database takes them");
                     }

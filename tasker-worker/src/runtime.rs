@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
 use sqlx::{PgConnection, PgPool, Postgres};
+use tasker_shared::metrics::{Listen, Scrape, serve};
 use tasker_shared::store::protocol::{self, Hello};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{Error as StoreError, HOT_PATH_SETTINGS};
@@ -25,6 +26,7 @@ use crate::executor::Executor;
 use crate::handler::{StepError, Typed};
 use crate::handlers::{self, Http};
 use crate::held::{self, Held};
+use crate::measure::Numbers;
 use crate::registry::Registry;
 use crate::report::{REPORTERS, Reporter, Results};
 
@@ -60,6 +62,9 @@ pub enum Error {
     /// The database was not reached at the start.
     #[error("the database: {0}")]
     Connect(#[from] sqlx::Error),
+    /// The listener of metrics.
+    #[error("metrics_listen: {0}; give another address, or none")]
+    Metrics(std::io::Error),
     /// A loop of the worker panicked.
     #[error("the worker stopped: {0}; this is a defect of Tasker")]
     Stopped(String),
@@ -79,6 +84,7 @@ pub struct Builder {
     cancel_grace: Duration,
     name: Option<String>,
     version: String,
+    metrics: Option<Listen>,
 }
 
 impl Builder {
@@ -173,6 +179,14 @@ impl Builder {
         self
     }
 
+    /// Serves the process's metrics there, at `/metrics`: `9464` on this machine only, or
+    /// `0.0.0.0:9464`. Not served if not given.
+    #[must_use]
+    pub fn metrics_listen(mut self, listen: Listen) -> Self {
+        self.metrics = Some(listen);
+        self
+    }
+
     /// Checks what was given. Talks to nobody.
     pub fn build(mut self) -> Result<Worker, Error> {
         check_name("namespace", &self.namespace)?;
@@ -210,6 +224,7 @@ impl Builder {
             cancel_grace: self.cancel_grace,
             name: self.name.unwrap_or_else(default_name),
             version: self.version,
+            metrics: self.metrics,
         })
     }
 }
@@ -226,6 +241,7 @@ pub struct Worker {
     cancel_grace: Duration,
     name: String,
     version: String,
+    metrics: Option<Listen>,
 }
 
 impl Worker {
@@ -245,6 +261,7 @@ impl Worker {
             cancel_grace: Duration::from_secs(10),
             name: None,
             version: env!("CARGO_PKG_VERSION").into(),
+            metrics: None,
         }
     }
 
@@ -260,6 +277,11 @@ impl Worker {
     ///
     /// Errors if the database is not reached at the start; later it may come and go.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let _metrics = match self.metrics {
+            // A worker's role may read no table: what the database knows, orchestrators tell.
+            Some(listen) => Some(serve(listen, Scrape::new(None)).await.map_err(Error::Metrics)?),
+            None => None,
+        };
         let pools = Pools::open(&self.url, self.queues.len()).await?;
         let mut running = self.start(&pools, shutdown.child_token());
         let ended = running.until_stopped().await;
@@ -275,13 +297,15 @@ impl Worker {
         let handlers = self.registry.names();
         let (results, inbox) = Results::new();
         let held = Arc::new(Held::default());
+        let namespace: Arc<str> = self.namespace.as_str().into();
         let executor = Arc::new(Executor {
             registry: self.registry,
-            namespace: self.namespace.as_str().into(),
+            namespace: Arc::clone(&namespace),
             held: Arc::clone(&held),
             results,
             pool: pools.claims.clone(),
             cancel_grace: self.cancel_grace,
+            numbers: Numbers::new(namespace, self.slots),
         });
         let presence = Arc::new(Presence {
             worker: self.name.clone(),

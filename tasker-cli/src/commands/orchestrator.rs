@@ -35,15 +35,18 @@ pub struct Run {
     /// Where retention archives tasks before it removes them, as JSON lines, a file a day
     #[arg(long, env = "TASKER_ARCHIVE_DIR", value_name = "FOLDER")]
     archive_dir: Option<PathBuf>,
+    #[command(flatten)]
+    metrics: run::Metrics,
 }
 
 impl Orchestrator {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Run(Run { batch, settlers, archive_dir }) = self;
+        let Self::Run(Run { batch, settlers, archive_dir, metrics }) = self;
         let stop = run::stop_signal()?;
         let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "info")?;
         let connected = run::connect(global).await?;
+        let _metrics = metrics.serve(Some(connected.client.pool().clone())).await?;
         if trace.enabled {
             tracing::info!(endpoint = trace.printable_endpoint(), "traces are exported");
         }

@@ -36,6 +36,8 @@ pub struct Up {
     /// A host that the `http` handler may talk to, as HOST or HOST:PORT; may be repeated
     #[arg(long = "allow-http-host", value_name = "HOST")]
     http_hosts: Vec<String>,
+    #[command(flatten)]
+    metrics: run::Metrics,
 }
 
 impl Up {
@@ -50,6 +52,10 @@ impl Up {
             eprintln!("traces    {}", trace.printable_endpoint());
         } else {
             eprintln!("traces    not exported; set OTEL_EXPORTER_OTLP_ENDPOINT, or look with `tasker trace show`");
+        }
+        let metrics = self.metrics.serve(Some(client.pool().clone())).await?;
+        if let Some(metrics) = &metrics {
+            eprintln!("metrics   http://{}/metrics", metrics.address);
         }
         let orchestrator = Orchestrator::start(&connected.url, &Options { trace, ..Options::default() }).await?;
         let mut watch = client.watch().await?;

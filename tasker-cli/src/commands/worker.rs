@@ -43,6 +43,8 @@ pub struct Run {
     /// How long running handlers may take to finish at the end
     #[arg(long, default_value = "30s", value_parser = tasker_shared::template::parse_duration, value_name = "DURATION")]
     drain: Duration,
+    #[command(flatten)]
+    metrics: run::Metrics,
 }
 
 impl Worker {
@@ -52,6 +54,7 @@ impl Worker {
         let stop = run::stop_signal()?;
         let (_, telemetry) = run::telemetry(global, Role::Worker, "info")?;
         let connected = run::connect(global).await?;
+        let _metrics = command.metrics.serve(None).await?;
         let mut builder = tasker_worker::Worker::builder(&connected.url)
             .namespace(command.namespace)
             .slots(command.slots)

@@ -13,8 +13,8 @@ use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
 
 use tracing::instrument;
 
-use super::Shared;
 use super::settle::Work;
+use super::{Shared, measure};
 
 /// A settle that has committed.
 pub(super) struct Committed {
@@ -28,6 +28,7 @@ pub(super) struct Committed {
 
 /// Runs the actions.
 pub(super) fn run(shared: &Shared, done: Committed) {
+    measure::committed(&done);
     if done.plans.iter().any(|plan| !plan.due.is_empty()) {
         shared.due.notify_one();
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::RngExt;
 use serde_json::Value;
 use tasker_shared::message::{ResultHint, SendSignal};
+use tasker_shared::metrics::metrics;
 use tasker_shared::queue::{self, Message};
 use tasker_shared::store::tx::in_tx;
 use uuid::Uuid;
@@ -100,7 +101,9 @@ pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i
     for (msg_id, reason) in &bad {
         tracing::warn!(queue, msg_id, reason, "message quarantined");
     }
-    in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await
+    in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await?;
+    metrics().messages_quarantined.inc_by(u64::try_from(bad.len()).unwrap_or(u64::MAX));
+    Ok(())
 }
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.

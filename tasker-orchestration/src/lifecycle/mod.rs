@@ -5,6 +5,7 @@ pub mod admission;
 mod batch;
 mod busy;
 pub mod initialize;
+mod measure;
 pub mod results;
 pub mod schedules;
 pub mod settle;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Act, Error, Hint, Look, Shared, actions, waits};
+use super::{Act, Error, Hint, Look, Shared, actions, measure, waits};
 use tasker_shared::message::step_message;
 
 /// What became of a batch.
@@ -107,6 +107,7 @@ impl Work {
 /// that no message is deleted from).
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
 pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
+    let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
     let (settled, done) = in_tx(&shared.pool, async |conn| {
         let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
         let rows = tasks::lock(conn, &uuids).await?;
@@ -138,11 +139,13 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
     })
     .await
     .inspect_err(|error| {
+        measure::failed(&source);
         // The answer to COMMIT may be what was lost: then the spans are still owed.
         if let Some(exporter) = shared.exporter.as_ref().filter(|_| error.is_transient()) {
             exporter.doubt();
         }
     })?;
+    measure::settled(&source, count, began.elapsed());
     actions::run(shared, done);
     Ok(settled)
 }

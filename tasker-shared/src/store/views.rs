@@ -437,6 +437,27 @@ pub async fn queues(conn: &mut PgConnection) -> Result<Vec<QueueView>, Error> {
     .await?)
 }
 
+/// Who works for a namespace at this moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "counts")]
+pub struct LiveWorkers {
+    pub namespace: String,
+    pub workers: i64,
+    pub slots: i64,
+}
+
+/// Live workers and their slots, of every namespace that any worker ever worked for.
+pub async fn live_workers(conn: &mut PgConnection) -> Result<Vec<LiveWorkers>, Error> {
+    Ok(sqlx::query_as!(
+        LiveWorkers,
+        r#"select namespace, count(*) filter (where live) as "workers!", coalesce(sum(slots) filter (where live), 0) as "slots!"
+           from (select w.namespace, w.slots, w.seen_at > clock_timestamp() - interval '30 s' as live from tasker.workers w) w
+           group by namespace"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// A message that could not become a task or be tied to one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "columns of tasker.quarantine")]

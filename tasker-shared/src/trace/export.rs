@@ -5,7 +5,7 @@
 //! took its spans; the rows of a dead orchestrator are adopted and derived again from the log.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use super::sampling::exported;
 use super::span::TaskSpans;
 use super::transport::{Error as TransportError, Transport};
 use super::tree;
+use crate::metrics::metrics;
 use crate::store::exports::Orphan;
 use crate::store::{self, exports, transitions};
 use crate::template::Keep;
@@ -77,6 +78,8 @@ pub struct Stats {
     pub failed_requests: AtomicU64,
     /// Spans that a receiver took and then said it dropped.
     pub rejected: AtomicU64,
+    /// Whether the last request failed.
+    pub failing: AtomicBool,
     /// Log rows that wait in memory.
     pub queued_rows: AtomicUsize,
     /// Batches handed over and neither acknowledged nor released.
@@ -127,6 +130,7 @@ impl Exporter {
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             exporter: exporter.clone(),
         };
+        metrics().watch_export(&exporter.stats);
         tokio::spawn(worker.run(receiver));
         tokio::spawn(recover(exporter.clone()));
         Ok(exporter)
@@ -323,6 +327,7 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes, new
     loop {
         match transport.send(request.clone()).await {
             Ok(accepted) => {
+                exporter.stats.failing.store(false, Ordering::Relaxed);
                 exporter.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
                 if accepted.rejected_spans > 0 {
                     tracing::warn!(spans = accepted.rejected_spans, "the receiver refused some spans");
@@ -334,6 +339,7 @@ async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes, new
             }
             Err(error) => {
                 exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
+                exporter.stats.failing.store(true, Ordering::Relaxed);
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
                 }

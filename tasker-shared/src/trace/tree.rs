@@ -233,7 +233,7 @@ impl<'a> Tree<'a> {
                 None if opens(row).is_none() => self.loose_step_move(row),
                 None => {}
             }
-            if closes(row)
+            if closes(row.event, row.to)
                 && let Some((attempt, moves)) = open.take()
             {
                 self.attempt(info, attempt, &moves, Some(row));
@@ -467,42 +467,43 @@ impl Ending {
         let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
         let detail = closing.detail.as_ref();
         let said = || (detail.and_then(|d| d.error_type.clone()), detail.and_then(|d| d.reason.clone()));
-        let (outcome, error) = match closing.event {
-            "Complete" | "CompleteManually" => ("success", None),
-            "Skip" => ("skip", None),
+        let outcome = outcome(closing.event, closing.to, failure.map(|failure| &*failure.kind));
+        let error = match closing.event {
+            "Complete" | "CompleteManually" | "Skip" => None,
             "LeaseExpired" => {
-                ("lost", Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned())))
+                Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))
             }
-            "Cancel" => (
-                "cancellation",
-                Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned()))),
-            ),
+            "Cancel" => Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned()))),
             "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
                 let (kind, reason) = said();
                 let kind = kind.unwrap_or_else(|| "timeout".to_owned());
-                ("timeout", Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned()))))
+                Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned())))
             }
-            _ => match failure {
-                Some(failure) if failure.kind == "timeout" => {
-                    ("timeout", Some((failure.kind.clone(), failure.message.clone())))
-                }
-                Some(failure) => (retried_or_failed(closing), Some((failure.kind.clone(), failure.message.clone()))),
-                None => {
+            _ => Some(failure.map_or_else(
+                || {
                     let (kind, reason) = said();
-                    (
-                        retried_or_failed(closing),
-                        Some((kind.unwrap_or_else(|| "error".to_owned()), reason.unwrap_or_default())),
-                    )
-                }
-            },
+                    (kind.unwrap_or_else(|| "error".to_owned()), reason.unwrap_or_default())
+                },
+                |failure| (failure.kind.clone(), failure.message.clone()),
+            )),
         };
         Self { outcome, error, last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at) }
     }
 }
 
-/// An attempt that failed and is tried again is an `error`, one that ends its step a `failure`.
-fn retried_or_failed(closing: &Transition) -> &'static str {
-    if closing.to == StepState::WaitingForRetry.as_str() { "error" } else { "failure" }
+/// How an attempt ended, in one word, by the move that closed it and the class of its failure. One
+/// that failed and is tried again is an `error`, one that ends its step a `failure`.
+pub fn outcome(event: &str, to: &str, failure: Option<&str>) -> &'static str {
+    match event {
+        "Complete" | "CompleteManually" => "success",
+        "Skip" => "skip",
+        "LeaseExpired" => "lost",
+        "Cancel" => "cancellation",
+        "RunTimeout" | "QueueTimeout" | "TotalTimeout" => "timeout",
+        _ if failure == Some("timeout") => "timeout",
+        _ if to == StepState::WaitingForRetry.as_str() => "error",
+        _ => "failure",
+    }
 }
 
 /// The attempt that a move opens.
@@ -512,9 +513,9 @@ fn opens(row: &Transition) -> Option<i32> {
 }
 
 /// Whether a move ends the attempt that was open before it.
-fn closes(row: &Transition) -> bool {
-    row.event == StepEvent::LeaseExpired.as_str()
-        || row.to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
+pub fn closes(event: &str, to: &str) -> bool {
+    event == StepEvent::LeaseExpired.as_str()
+        || to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
 }
 
 /// The id of a generation's task.orchestration.

@@ -1,0 +1,127 @@
+//! What a settle tells the metrics, once it has committed: numbers of this process only.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tasker_shared::metrics::{
+    AttemptEnd, Exemplar, OfHandler, OfNamespace, OfSource, OfTemplate, StepEnd, TaskEnd, metrics,
+};
+use tasker_shared::state_machine::plan::{Move, Outcome, Plan};
+use tasker_shared::state_machine::{StepState, TaskEvent};
+use tasker_shared::trace::tree;
+use uuid::Uuid;
+
+use super::Hint;
+use super::actions::Committed;
+use super::settle::Work;
+
+/// Where these hints came from: their queue, or `due` if no message brought them.
+pub(super) fn source(queue: &str, hints: &[Hint]) -> OfSource {
+    let by_message = hints.iter().any(|hint| hint.msg_id.is_some());
+    let source = match queue {
+        _ if !by_message => "due",
+        tasker_shared::queue::TASK_REQUESTS => tasker_shared::queue::TASK_REQUESTS,
+        _ => tasker_shared::queue::STEP_RESULTS,
+    };
+    OfSource { source }
+}
+
+/// A settle of so many hints took so long.
+pub(super) fn settled(source: &OfSource, hints: usize, took: Duration) {
+    #[expect(clippy::cast_precision_loss, reason = "a batch has thousands of hints at most")]
+    metrics().settle_batch.of(source).observe(hints as f64, None, None);
+    metrics().settle_duration.of(source).observe(took.as_secs_f64(), None, None);
+}
+
+/// A settle failed.
+pub(super) fn failed(source: &OfSource) {
+    metrics().settle_failures.of(source).inc();
+}
+
+/// Counts what has committed.
+pub(super) fn committed(done: &Committed) {
+    for (work, plan) in done.works.iter().zip(&done.plans) {
+        if plan.ignored > 0 {
+            metrics().hints_ignored.inc_by(plan.ignored.into());
+        }
+        if !plan.is_empty() {
+            measure(work, plan, done.applied.at);
+        }
+    }
+    if done.applied.cancelled.is_empty() {
+        return;
+    }
+    let works: HashMap<Uuid, &Work> = done.works.iter().map(|work| (work.row.task.uuid, work)).collect();
+    for work in done.applied.cancelled.iter().filter_map(|step| works.get(&step.task_uuid)) {
+        let namespace = work.template.definition.namespace.clone();
+        metrics().steps_ended.of(&StepEnd { namespace, state: StepState::Cancelled.as_str() }).inc();
+    }
+}
+
+fn measure(work: &Work, plan: &Plan, at: DateTime<Utc>) {
+    let (m, row, definition) = (metrics(), &work.row, &work.template.definition);
+    let (namespace, template) = (&definition.namespace, &definition.name);
+    let exemplar = Exemplar::of(row.trace_id, row.trace_flags);
+    let of_template = || OfTemplate { namespace: namespace.clone(), template: template.clone() };
+    if !plan.sends.is_empty() {
+        let sent = u64::try_from(plan.sends.len()).unwrap_or(u64::MAX);
+        m.steps_enqueued.of(&OfNamespace { namespace: namespace.clone() }).inc_by(sent);
+    }
+    let closed: HashSet<(Uuid, i32)> = plan.closed.iter().copied().collect();
+    for made in &plan.moves {
+        if made.entity == plan.task.uuid {
+            if made.event == TaskEvent::Start.as_str() {
+                m.tasks_started.of(&of_template()).inc();
+            }
+            continue;
+        }
+        if made.to.parse::<StepState>().is_ok_and(StepState::is_terminal) {
+            m.steps_ended.of(&StepEnd { namespace: namespace.clone(), state: made.to }).inc();
+        }
+        if made.attempt.is_some_and(|attempt| closed.contains(&(made.entity, attempt)))
+            && tree::closes(made.event, made.to)
+        {
+            attempt_ended(work, made, exemplar, at);
+        }
+    }
+    if plan.task_changed && plan.task.state.is_terminal() {
+        let outcome = plan.task.state.public_status();
+        let ended = TaskEnd { namespace: namespace.clone(), template: template.clone(), outcome };
+        m.tasks_ended.of(&ended).inc();
+        m.task_duration.of(&of_template()).observe(seconds(row.created_at, at), exemplar, None);
+    }
+}
+
+fn attempt_ended(work: &Work, closing: &Move, exemplar: Option<Exemplar>, at: DateTime<Utc>) {
+    let (m, definition) = (metrics(), &work.template.definition);
+    let Some(step) = work.steps.get(&closing.entity) else {
+        return;
+    };
+    let (namespace, handler) = (&definition.namespace, &definition.steps[step.step.index as usize].handler);
+    let kind = match &step.outcome {
+        Some(Outcome::Failure(failure)) => Some(&*failure.kind),
+        _ => None,
+    };
+    let outcome = tree::outcome(closing.event, closing.to, kind);
+    m.attempts.of(&AttemptEnd { namespace: namespace.clone(), handler: handler.clone(), outcome }).inc();
+    let Some(attempt) = &step.attempt else {
+        return;
+    };
+    let of_namespace = OfNamespace { namespace: Arc::clone(namespace) };
+    if let Some(sent_at) = step.step.enqueued_at {
+        m.queue_wait.of(&of_namespace).observe(seconds(sent_at, attempt.claimed_at), exemplar, None);
+    }
+    if let Some(run_ms) = attempt.run_ms {
+        let of_handler = OfHandler { namespace: namespace.clone(), handler: handler.clone() };
+        m.handler_duration.of(&of_handler).observe(run_ms / 1000.0, exemplar, None);
+    }
+    if let Some(reported_at) = attempt.reported_at {
+        m.result_wait.of(&of_namespace).observe(seconds(reported_at, at), exemplar, None);
+    }
+}
+
+fn seconds(from: DateTime<Utc>, to: DateTime<Utc>) -> f64 {
+    (to - from).as_seconds_f64().max(0.0)
+}
