@@ -86,6 +86,8 @@ create table tasker.tasks (
   trace_id              bytea not null,
   root_span_id          bytea not null,
   remote_span_id        bytea,
+  -- The traceparent that the root is linked to, where that is not its parent.
+  root_link             text,
   trace_flags           smallint not null default 1,
   tracestate            text,
   baggage               text,

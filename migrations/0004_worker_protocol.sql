@@ -408,7 +408,11 @@ begin
        or (s.state in ('enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')
            and exists (select from reported r where r.step_uuid = s.step_uuid))
        or (s.state = 'waiting_for_retry' and exists (select from watched w where w.step_uuid = s.step_uuid))
-       or (s.state = 'waiting' and (s.due_at is null or exists (select from watched w where w.step_uuid = s.step_uuid)))
+       or (s.state = 'waiting' and (s.due_at is null or exists (select from watched w where w.step_uuid = s.step_uuid))
+           -- A task that it started moves it when it ends, by a message in the same transaction.
+           and not exists (select from tasker.children c
+             where c.task_uuid = s.task_uuid and c.step_uuid = s.step_uuid and c.attempt = s.attempt
+               and not (c.awaited and exists (select from tasker.tasks k where k.task_uuid = c.child_uuid and k.finished_at is null))))
        or s.held_by is not null
   )
   select t.task_uuid, t.state, t.last_at, 'no message, claim, due time or declared wait'

@@ -79,3 +79,10 @@ select format('limit %s allows %s at once, but %s are in flight under it', l.nam
 from tasker.limits l join tasker.places p using (limit_id) join tasker.steps s on s.step_uuid = p.step_uuid
 where tasker.is_in_flight(s.state)
 group by l.limit_id having count(*) > l.concurrency
+union all
+select format('task %s goes on, and step %s, which started it as attempt %s and awaited it, is %s as attempt %s', c.child_uuid, c.step_uuid,
+  c.attempt, s.state, s.attempt)
+from tasker.children c join tasker.tasks k on k.task_uuid = c.child_uuid and k.finished_at is null
+join tasker.steps s on s.step_uuid = c.step_uuid
+where c.awaited and (s.state, s.attempt) <> ('waiting', c.attempt)
+  and not exists (select from pgmq.q_task_requests q where q.message->>'type' = 'cancel' and q.message->>'task' = c.child_uuid::text)

@@ -17,6 +17,7 @@ fn features() -> Vec<(&'static str, &'static str, Value, &'static str)> {
         ("limited", LIMITED, json!({"customer": "c1"}), "complete"),
         ("going_on", GOING_ON, json!({}), "complete"),
         ("failing", FAILING, json!({}), "error"),
+        ("nesting", NESTING, json!({"items": [1, 2, 3]}), "complete"),
         ("large", LARGE, json!({"text": "x".repeat(100_000)}), "complete"),
     ]
 }
@@ -41,6 +42,15 @@ steps:
   - {name: nap, wait: {sleep: 30ms}}
   - {name: approval, wait: {signal: approved, allowed: [yes_please, no_thanks]}, depends_on: [nap]}
   - {name: act, handler: ok, depends_on: [approval], input: {answer: '${steps.approval.output.answer}'}}
+";
+
+const NESTING: &str = "
+steps:
+  - {name: before, handler: ok}
+  - {name: child, task: {template: chain, await: true}, depends_on: [before]}
+  - {name: forgotten, task: {template: one, await: false}, depends_on: [before]}
+  - {name: each, for_each: '${input.items}', task: {template: one}, depends_on: [before], input: {n: '${item}'}}
+  - {name: after, handler: ok, depends_on: [child, each], input: {got: '${steps.child.output.c}', all: '${steps.each.output}'}}
 ";
 
 const LIMITED: &str = "

@@ -28,6 +28,7 @@ mod late_and_duplicate_results;
 mod malformed_messages;
 mod map;
 mod metrics;
+mod nested;
 mod no_worker_lost;
 mod operator_retry;
 mod orchestrator_killed_under_load;

@@ -35,6 +35,8 @@ pub enum Request {
     ByHand(Uuid, Operator, String, ByHand, Option<Value>),
     /// Look at the signals that were kept for a task.
     Signal(Uuid),
+    /// Look at the task that this attempt of a step started.
+    Child(Uuid, Uuid, i32),
     /// Keep a signal for a task, as `tasker.signal_task` does.
     SendSignal(SendSignal),
 }
@@ -112,6 +114,7 @@ impl Request {
                 let output = output.or((act == ByHand::Complete).then_some(Value::Null));
                 Ok(Self::ByHand(task()?, operator(object), step.to_owned(), act, output))
             }
+            "child" => Ok(Self::Child(task()?, uuid(object, "step")?, attempt(object)?)),
             "signal" => match object.get("name") {
                 None => Ok(Self::Signal(uuid(object, "task")?)),
                 Some(name) => Ok(Self::SendSignal(SendSignal {
@@ -134,12 +137,7 @@ impl ResultHint {
     /// Reads a result's hint. Errors as [`Request::parse`] does.
     pub fn parse(message: &Value) -> Result<Self, String> {
         let object = versioned(message)?;
-        let attempt = object.get("attempt").and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok());
-        Ok(Self {
-            task: uuid(object, "task")?,
-            step: uuid(object, "step")?,
-            attempt: attempt.filter(|n| *n > 0).ok_or("attempt: must be a positive whole number")?,
-        })
+        Ok(Self { task: uuid(object, "task")?, step: uuid(object, "step")?, attempt: attempt(object)? })
     }
 }
 
@@ -163,6 +161,11 @@ fn uuid(object: &Map<String, Value>, key: &str) -> Result<Uuid, String> {
         .and_then(Value::as_str)
         .and_then(|text| Uuid::try_parse(text).ok())
         .ok_or_else(|| format!("{key}: must be a uuid in text form"))
+}
+
+fn attempt(object: &Map<String, Value>) -> Result<i32, String> {
+    let attempt = object.get("attempt").and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok());
+    attempt.filter(|n| *n > 0).ok_or_else(|| "attempt: must be a positive whole number".to_owned())
 }
 
 /// The names in `steps`; none if it is not there.

@@ -33,7 +33,7 @@ use crate::state_machine::input::{InputError, InputTemplate, Reference};
 use crate::state_machine::retry::milliseconds;
 pub use crate::state_machine::retry::{OnExhausted, RetryPolicy};
 use crate::state_machine::wait::Work;
-pub use crate::state_machine::wait::{OnTimeout, SignalWait, WaitFor};
+pub use crate::state_machine::wait::{ChildTask, OnTimeout, SignalWait, WaitFor};
 
 /// The most bytes a definition may have in its JSON form.
 pub const MAX_DEFINITION_BYTES: usize = 1024 * 1024;
@@ -172,12 +172,15 @@ pub struct StepDefinition {
     /// Unique in the template.
     pub name: String,
     /// The name under which a worker registered the code to run; empty for a
-    /// step that waits instead.
+    /// step that waits or starts a task instead.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub handler: String,
     /// What the step waits for, instead of running a handler.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait: Option<WaitFor>,
+    /// The task that the step starts, instead of running a handler.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<ChildTask>,
     /// Names of the steps this one waits for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub depends_on: Vec<String>,
@@ -199,7 +202,7 @@ pub struct StepDefinition {
     /// Of a map: what items that have failed for good mean for it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub on_item_failure: OnItemFailure,
-    /// The handler's input with `${…}` references; see [`InputTemplate`].
+    /// The input of the handler, or of the task it starts, with `${…}` references; see [`InputTemplate`].
     /// Without it, [`crate::state_machine::input::default_input`] applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<Value>,
@@ -384,7 +387,11 @@ impl Template {
 impl StepDefinition {
     /// What the step does once it is ready.
     pub fn work(&self) -> Work {
-        self.wait.clone().map_or(Work::Handler, Work::Wait)
+        match (&self.wait, &self.task) {
+            (Some(wait), _) => Work::Wait(wait.clone()),
+            (None, Some(task)) => Work::Task(task.clone()),
+            (None, None) => Work::Handler,
+        }
     }
 
     /// Whatever may hold references: the `input:`, or the time that a wait ends, as `until`.

@@ -38,7 +38,8 @@ use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::state_machine::decide::Event;
 use crate::state_machine::input::BY_REFERENCE;
@@ -56,7 +57,7 @@ const MOST_DECISIONS: usize = 1_000_000;
 pub struct Call {
     /// The step's name.
     pub step: String,
-    /// The handler's name.
+    /// The handler's name, or the template of the task that the step starts.
     pub handler: String,
     /// From 1.
     pub attempt: i32,
@@ -107,6 +108,7 @@ type Mock = Box<dyn FnMut(&Call) -> Result<Value, MockError>>;
 pub struct Harness {
     loaded: Loaded,
     mocks: HashMap<String, Mock>,
+    tasks: HashMap<String, Mock>,
 }
 
 impl fmt::Debug for Harness {
@@ -131,7 +133,7 @@ impl Harness {
     pub fn from_yaml(text: &str) -> Result<Self, HarnessError> {
         let checked = template::parse("template.yaml", text).map_err(HarnessError::Template)?;
         let loaded = templates::loaded(1, template::to_json(&checked.template))?;
-        Ok(Self { loaded, mocks: HashMap::new() })
+        Ok(Self { loaded, mocks: HashMap::new(), tasks: HashMap::new() })
     }
 
     /// What a handler does; the latest mock of a name counts.
@@ -143,6 +145,13 @@ impl Harness {
     /// A handler that always answers this.
     pub fn answers(&mut self, name: &str, output: Value) -> &mut Self {
         self.handler(name, move |_| Ok(output.clone()))
+    }
+
+    /// What becomes of a task of another template that a step starts: an output, or an error, after
+    /// which the step's retry policy decides about starting another one.
+    pub fn task(&mut self, template: &str, mock: impl FnMut(&Call) -> Result<Value, MockError> + 'static) -> &mut Self {
+        self.tasks.insert(template.to_owned(), Box::new(mock));
+        self
     }
 
     /// Runs a task with this input until it ends or waits for a person.
@@ -170,6 +179,9 @@ impl Harness {
                 world.settle(reported, &mut room);
             } else if !world.messages.is_empty() {
                 self.work(&mut world, &mut calls);
+            } else if !world.children.is_empty() {
+                let event = self.end_child(&mut world, &mut calls);
+                world.settle(vec![event], &mut room);
             } else {
                 let event = next_due(&mut world);
                 world.settle(vec![event], &mut room);
@@ -193,23 +205,57 @@ impl Harness {
         let mock = self.mocks.get_mut(&call.handler);
         let mock =
             mock.unwrap_or_else(|| panic!("step {} needs handler {}, which has no mock", call.step, call.handler));
-        let outcome = match mock(&call) {
-            Ok(output) => Some(Outcome::Success(output)),
-            Err(MockError::Retry { kind, message, after }) => Some(Outcome::Failure(Failure {
-                kind,
-                message,
-                retryable: true,
-                retry_after_ms: after.map(|after| after.as_secs_f64() * 1000.0),
-            })),
-            Err(MockError::Fail { kind, message }) => {
-                Some(Outcome::Failure(Failure { kind, message, retryable: false, retry_after_ms: None }))
-            }
-            Err(MockError::Lost) => None,
-        };
+        let outcome = outcome(mock(&call));
         calls.push(call);
         if let Some(outcome) = outcome {
             world.report(claim, outcome);
         }
+    }
+
+    /// Takes the task that a step started first, and ends it as its mock says.
+    fn end_child(&mut self, world: &mut World, calls: &mut Vec<Call>) -> Event {
+        let (step, attempt, task) = world.children.remove(0);
+        let row = &world.steps[step as usize];
+        let call = Call {
+            step: world.definition.steps[row.index as usize].name.to_string(),
+            handler: task.template,
+            attempt,
+            input: whole_input(world, row.input.as_ref()),
+            at: world.clock,
+        };
+        let mock = self.tasks.get_mut(&call.handler);
+        let mock =
+            mock.unwrap_or_else(|| panic!("step {} starts a task of {}, which has no mock", call.step, call.handler));
+        let outcome = match outcome(mock(&call)).unwrap_or_else(|| panic!("a task cannot be lost")) {
+            Outcome::Success(_) if !task.awaited => Outcome::Success(json!({"task": Uuid::nil()})),
+            Outcome::Failure(failure) => Outcome::Failure(Failure {
+                message: format!("{}: {}", failure.kind, failure.message),
+                kind: "child_failed".into(),
+                retryable: true,
+                retry_after_ms: None,
+            }),
+            output @ Outcome::Success(_) => output,
+        };
+        calls.push(call);
+        world.tick();
+        Event::ChildEnded { step, attempt, outcome, link: None }
+    }
+}
+
+/// What a mock's answer is as a report; `None` if nothing is ever reported.
+fn outcome(answer: Result<Value, MockError>) -> Option<Outcome> {
+    match answer {
+        Ok(output) => Some(Outcome::Success(output)),
+        Err(MockError::Retry { kind, message, after }) => Some(Outcome::Failure(Failure {
+            kind,
+            message,
+            retryable: true,
+            retry_after_ms: after.map(|after| after.as_secs_f64() * 1000.0),
+        })),
+        Err(MockError::Fail { kind, message }) => {
+            Some(Outcome::Failure(Failure { kind, message, retryable: false, retry_after_ms: None }))
+        }
+        Err(MockError::Lost) => None,
     }
 }
 
@@ -322,8 +368,6 @@ impl Run {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     const DIAMOND: &str = r#"
@@ -381,6 +425,22 @@ steps:
         assert_eq!((run.state(), run.status()), (TaskState::BlockedByFailures, "waiting"));
         assert_eq!((run.step_state("b"), run.step_state("c")), (Some(StepState::Error), Some(StepState::Complete)));
         assert_eq!((run.output("b"), run.calls("b").len()), (None, 1));
+    }
+
+    #[test]
+    fn a_task_that_a_step_starts_is_a_mock_too() {
+        let yaml = DIAMOND.replace("{name: b, handler: b,", "{name: b, task: {template: refund},");
+        let mut harness = Harness::from_yaml(&yaml).unwrap();
+        for name in ["a", "c", "d"] {
+            harness.answers(name, json!(name));
+        }
+        harness.task("refund", |call| match call.attempt {
+            1 => Err(MockError::fail("Broken", "no")),
+            _ => Ok(json!({"paid": call.input["steps"]["a"]})),
+        });
+        let run = harness.run(json!({"id": 7}));
+        assert_eq!((run.status(), run.output("b")), ("completed", Some(&json!({"paid": "a"}))));
+        assert_eq!((run.calls("b").len(), &*run.calls("b")[0].handler), (2, "refund"));
     }
 
     #[test]

@@ -215,7 +215,9 @@ impl Rules {
                 }
                 let to = |name: &str| span.links.iter().any(|link| ids.get(link).is_some_and(|to| to.name == name));
                 if span.name == names::STEP_EXECUTION {
-                    if !to(names::STEP_ENQUEUING) {
+                    // The attempt of a step that starts a task is sent to nobody.
+                    let was_sent = span.get(names::HANDLER_NAME).is_some();
+                    if was_sent && !to(names::STEP_ENQUEUING) {
                         wrong.push(format!("is not linked to its step.enqueuing: {}", words(span)));
                     }
                     if span.int(names::ATTEMPT_NUMBER) > Some(1) && !to(names::STEP_EXECUTION) {

@@ -373,10 +373,11 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     let task = client.get(id).await?;
     let (steps, result) = (client.steps(id).await?, client.result(id).await?);
     let sentence = client.why(id).await?.sentence();
+    let children = views::children(&mut *client.pool().acquire().await?, id, false).await?;
     if global.output == Format::Json {
         let input = views::input(&mut *client.pool().acquire().await?, id).await?;
         let mut value = serde_json::to_value(&task)?;
-        let more = json!({"why": sentence, "input": input, "result": result, "steps": steps});
+        let more = json!({"why": sentence, "input": input, "result": result, "steps": steps, "children": children});
         if let (Value::Object(all), Value::Object(more)) = (&mut value, more) {
             all.extend(more);
         }
@@ -387,6 +388,9 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     output::line(format!("correlation id  {}", output::cell(Some(&task.correlation_id))))?;
     output::line(format!("trace id        {}", task.trace_id))?;
     output::line(format!("created         {} UTC", output::time(task.created_at)))?;
+    if let Some(parent) = task.parent_task_uuid {
+        output::line(format!("started by      task {parent}"))?;
+    }
     let mut table = Table::new(["STEP", "STATE", "ATTEMPT", "HANDLER", "WORKER", "ERROR"]);
     for step in steps {
         let held = step.held_by.as_deref().map_or_else(String::new, |held| format!(" (held: {held})"));
@@ -406,6 +410,21 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
         ]);
     }
     table.print("no step")?;
+    if !children.is_empty() {
+        let mut table = Table::new(["STEP", "ATTEMPT", "STARTED TASK", "TEMPLATE", "STATUS", "AWAITED"]);
+        for child in children {
+            let of = |one: Option<&str>| output::cell(one);
+            table.row([
+                child.step,
+                child.attempt.to_string(),
+                child.task_uuid.map_or_else(|| output::clip(&of(child.error.as_deref()), 80), |task| task.to_string()),
+                of(child.template.as_deref()),
+                child.status.map_or_else(|| "-".into(), output::status),
+                if child.awaited { "yes" } else { "no" }.into(),
+            ]);
+        }
+        table.print("")?;
+    }
     for (step, result) in result {
         output::line(format!("result of {step}: {}", serde_json::to_string_pretty(&result)?))?;
     }

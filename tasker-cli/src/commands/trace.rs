@@ -8,11 +8,13 @@ mod verify;
 use std::collections::HashSet;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use tasker_shared::client::Client;
-use tasker_shared::store::views;
+use tasker_shared::store::{transitions, views};
 use tasker_shared::template::parse_duration;
 use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::{otlp, tree};
 use uuid::Uuid;
 
@@ -90,7 +92,7 @@ impl Show {
             let (config, _) = TraceConfig::from_env()?;
             let mut spans = Vec::with_capacity(tasks.len());
             for task in tasks {
-                spans.push(tree::spans(&client.log(task).await?.0));
+                spans.extend(in_trace_of(client, task).await?.0.iter().map(tree::spans));
             }
             return output::json(&otlp::to_json(&spans, &config.service_names));
         }
@@ -100,9 +102,12 @@ impl Show {
         loop {
             let (mut texts, mut moves) = (Vec::with_capacity(tasks.len()), 0);
             for task in &tasks {
-                let (log, now) = client.log(*task).await?;
-                moves += log.transitions.len();
-                texts.push(Waterfall::new(&tree::spans_so_far(&log, now), detail).text(output_width()));
+                let (logs, now) = in_trace_of(client, *task).await?;
+                moves += logs.iter().map(|log| log.transitions.len()).sum::<usize>();
+                let mut trees = logs.iter().map(|log| tree::spans_so_far(log, now));
+                let mut whole = trees.next().context("the task is gone")?;
+                whole.spans.extend(trees.flat_map(|tree| tree.spans));
+                texts.push(Waterfall::new(&whole, detail).text(output_width()));
             }
             // On a terminal the open bars grow; elsewhere only what has moved is worth a drawing.
             if drawn.replace(moves) != Some(moves) || terminal.is_term() {
@@ -119,6 +124,18 @@ impl Show {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
+}
+
+/// The logs of a task and of those that it awaits, the task's own first, and the database's time.
+async fn in_trace_of(client: &Client, task: Uuid) -> anyhow::Result<(Vec<TaskLog>, DateTime<Utc>)> {
+    let mut conn = client.pool().acquire().await?;
+    let tasks = views::in_trace_of(&mut conn, task).await?;
+    let mut logs = transitions::logs(&mut conn, &tasks).await?;
+    logs.sort_by_key(|log| tasks.iter().position(|task| *task == log.head.task_uuid));
+    if logs.first().is_none_or(|log| log.head.task_uuid != task) {
+        return Err(failure(NOT_FOUND, format!("there is no task {task}")));
+    }
+    Ok((logs, views::now(&mut conn).await?))
 }
 
 /// The tasks with this correlation id, the oldest first.

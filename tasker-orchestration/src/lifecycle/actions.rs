@@ -5,7 +5,8 @@
 
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::StepEvent;
-use tasker_shared::state_machine::plan::{Plan, Step};
+use tasker_shared::state_machine::plan::{Detail, Plan, Step};
+use tasker_shared::state_machine::wait::CHILD;
 use tasker_shared::store::apply::{Applied, ExportBatch};
 use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
@@ -143,7 +144,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
 }
 
 /// The moves of a closed attempt before the one that closed it, as the log has them: its
-/// Enqueue, its Claim, its Report. The step's row and the attempt's say when each was.
+/// Enqueue, its Claim, its Report, or the one that began its wait for a task. The step's row and the attempt's say when each was.
 fn earlier_moves(row: &StepRow) -> Vec<Transition> {
     let step = &row.step;
     let (Some(version), Some(began_at), Some(at)) = (step.enqueued_version, step.enqueued_began_at, step.enqueued_at)
@@ -166,6 +167,12 @@ fn earlier_moves(row: &StepRow) -> Vec<Transition> {
         at,
         detail: None,
     };
+    if event == StepEvent::BeginWait.as_str() {
+        // A step that has failed before in its generation comes from its retry.
+        let from = if step.failures > 0 { "waiting_for_retry" } else { "pending" };
+        let detail = Some(Detail { waiting: Some(CHILD.to_owned()), ..Detail::default() });
+        return vec![Transition { detail, ..move_of(version, from, "waiting", event, began_at, at) }];
+    }
     let from = match event {
         "RetryReady" => "waiting_for_retry",
         "LeaseExpired" => "in_progress",
@@ -208,6 +215,7 @@ fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
         created_at: row.created_at,
         trace_id: row.trace_id,
         remote_span_id: row.remote_span_id,
+        root_link: row.root_link.clone(),
         trace_flags: row.trace_flags,
         tracestate: row.tracestate.clone(),
     }

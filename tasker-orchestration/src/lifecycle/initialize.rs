@@ -38,6 +38,7 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
                 (task, Look::Operate(operator, Act::ByHand(step, act, output)))
             }
             Ok(Request::Signal(task)) => (task, Look::Signal),
+            Ok(Request::Child(task, step, attempt)) => (task, Look::Child(step, attempt)),
             Ok(Request::SendSignal(signal)) => {
                 signals.push(Item::Signal(signal, message));
                 continue;

@@ -100,6 +100,10 @@ fn attempt_ended(work: &Work, closing: &Move, exemplar: Option<Exemplar>, at: Da
         return;
     };
     let (namespace, handler) = (&definition.namespace, &definition.steps[step.step.index as usize].handler);
+    // A step that starts a task has none, and its attempt is that task's whole life.
+    if handler.is_empty() {
+        return;
+    }
     let kind = match &step.outcome {
         Some(Outcome::Failure(failure)) => Some(&*failure.kind),
         _ => None,

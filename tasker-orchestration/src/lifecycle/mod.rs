@@ -6,6 +6,7 @@ mod batch;
 mod busy;
 pub mod initialize;
 mod measure;
+mod nested;
 pub mod results;
 pub mod schedules;
 pub mod settle;
@@ -133,6 +134,8 @@ pub enum Look {
     Admit(Uuid),
     /// The wait of a step may be over.
     Timer(Uuid),
+    /// The task that an attempt started may have ended.
+    Child(Uuid, i32),
     /// A signal was kept, and a step may wait for it.
     Signal,
     /// An operator ends it.
@@ -183,6 +186,7 @@ impl Look {
             | Self::Retry(step)
             | Self::Queue(step)
             | Self::Timer(step)
+            | Self::Child(step, _)
             | Self::Admit(step) => Some(*step),
             _ => None,
         }

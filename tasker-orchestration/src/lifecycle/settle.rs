@@ -18,6 +18,7 @@ use tasker_shared::state_machine::{Event, Snapshot, StepState, TaskState, decide
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::flow::{self, Wanted};
 use tasker_shared::store::maps::{self, Window};
+use tasker_shared::store::nested::ChildEnd;
 use tasker_shared::store::steps::{self, Output, StepRow};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
@@ -28,7 +29,7 @@ use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Act, Error, Hint, Look, Shared, actions, measure, waits};
+use super::{Act, Error, Hint, Look, Shared, actions, measure, nested, waits};
 use tasker_shared::message::step_message;
 
 /// What became of a batch.
@@ -64,6 +65,8 @@ pub(super) struct Work {
     asked: Lacks,
     /// Every step is loaded, because an operator's act is about all of it.
     whole: bool,
+    /// What became of tasks that its attempts started, where a hint asks.
+    pub children: HashMap<(Uuid, i32), ChildEnd>,
     /// Signals that were kept; read only where the template waits for any.
     pub signals: Vec<Signal>,
 }
@@ -132,6 +135,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
         };
         record_flow(conn, &plans, &places).await?;
         waits::record(conn, &works, &plans, applied.at).await?;
+        nested::record(conn, &works, &plans).await?;
         tell_workers(conn, &applied, &plans).await?;
         settled.moved = moved.len();
         settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
@@ -237,6 +241,7 @@ async fn load(
             collected: HashMap::new(),
             asked: Lacks::default(),
             whole,
+            children: HashMap::new(),
             signals: Vec::new(),
         });
     }
@@ -261,6 +266,7 @@ async fn load(
             put(&mut works, rows);
         }
     }
+    nested::load(conn, &mut works, hints).await?;
     let signalled = waits::load_signals(conn, &mut works, hints).await?;
     if !signalled.is_empty() {
         let loaded = steps::load(conn, &signalled).await?;
@@ -504,7 +510,8 @@ async fn decide_with_all_it_needs(
             wanted.extend(lacks.outputs.iter().map(|step| (task, *step)));
             for map in &lacks.collected {
                 if let Some(step) = work.map_step(*map) {
-                    work.collected.insert(*map, maps::collect(conn, step).await?);
+                    let ended = nested::item_outputs(work, *map);
+                    work.collected.insert(*map, maps::collect(conn, step, &ended).await?);
                 }
             }
             let items = lacks.items.iter().filter_map(|(map, window)| Some((work.map_step(*map)?, *window)));
@@ -593,6 +600,11 @@ fn event(work: &Work, look: &Look) -> Option<Event> {
             Event::QueueDue { step: work.key(row), attempt: row.step.attempt }
         }
         Look::Timer(step) => Event::TimerDue { step: key(step)? },
+        Look::Child(step, attempt) => {
+            let end = work.children.get(&(*step, *attempt))?;
+            let (outcome, link) = (end.outcome.clone(), end.link.clone());
+            Event::ChildEnded { step: key(step)?, attempt: *attempt, outcome, link }
+        }
         Look::Signal => Event::SignalDue,
         Look::Total => Event::TotalDue,
         Look::Admit(step) => Event::Admit { step: key(step)? },
@@ -661,7 +673,9 @@ fn export_batch(shared: &Shared, works: &[Work], plans: &[Plan], now: DateTime<U
 /// looks at the whole log and has the last word.
 fn may_be_kept(work: &Work, plan: &Plan, now: DateTime<Utc>) -> bool {
     let (keep, task) = (&work.template.keep, &plan.task);
-    if keep.is_empty() || !plan.task_changed || !task.state.is_terminal() || work.row.parent_task_uuid.is_some() {
+    // A nested task in its parent's trace goes with that; one with a trace of its own does not.
+    let is_within = work.row.parent_task_uuid.is_some() && work.row.remote_span_id.is_some();
+    if keep.is_empty() || !plan.task_changed || !task.state.is_terminal() || is_within {
         return false;
     }
     keep.iter().any(|keep| match keep {

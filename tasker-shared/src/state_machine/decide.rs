@@ -106,6 +106,17 @@ pub enum Event {
         /// Index of the step.
         step: u32,
     },
+    /// The task that an attempt started has ended, was not to be awaited, or could not be started.
+    ChildEnded {
+        /// Key of the step.
+        step: u32,
+        /// The attempt that started it.
+        attempt: i32,
+        /// What that is for the step.
+        outcome: Outcome,
+        /// The `traceparent` of a task with a trace of its own.
+        link: Option<String>,
+    },
     /// A signal came, or was kept when a step began to wait for it.
     SignalDue,
     /// The task may have taken longer than its template allows.
@@ -191,6 +202,7 @@ impl Event {
             Self::Admit { step } => (7, *step, 0),
             // A signal that came before the end of its timeout counts.
             Self::SignalDue => (8, 0, 0),
+            Self::ChildEnded { step, attempt, .. } => (8, *step, *attempt),
             Self::TimerDue { step } => (9, *step, 0),
             Self::TotalDue => (10, 0, 0),
             Self::Cancel(_) | Self::Terminate(_) => (11, 0, 0),
@@ -331,6 +343,8 @@ impl<'a, 'r> Pass<'a, 'r> {
                 cancel_open_steps: false,
                 closed: Vec::new(),
                 answers: Vec::new(),
+                children: Vec::new(),
+                left_children: Vec::new(),
                 used_signals: Vec::new(),
                 audit: Vec::new(),
                 outputs: Vec::new(),
@@ -367,6 +381,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             Event::Admit { step } => self.admit(step),
             Event::TimerDue { step } => self.timer_due(step),
             Event::SignalDue => self.signal_due(),
+            Event::ChildEnded { step, attempt, outcome, link } => self.child_ended(step, attempt, outcome, link),
         };
         if !changed {
             self.plan.ignored += 1;
@@ -429,6 +444,9 @@ impl<'a, 'r> Pass<'a, 'r> {
             detail,
         };
         self.plan.moves.push(made);
+        if from == StepState::Waiting && self.waits_for_child(index) {
+            self.left_child(index, event);
+        }
         self.count(from, to);
     }
 

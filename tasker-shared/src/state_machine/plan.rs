@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::flow::{self, Places};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState};
+use super::wait::ChildTask;
 
 /// A task's row, as far as decisions depend on it.
 #[derive(Debug, Clone, PartialEq)]
@@ -403,6 +404,19 @@ pub struct Answer {
     pub outcome: Outcome,
 }
 
+/// A task to start, for the attempt of a step that waits for it from now on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StartChild {
+    /// The step; its input is the task's.
+    pub step: Uuid,
+    /// Its attempt.
+    pub attempt: i32,
+    /// What to start.
+    pub task: ChildTask,
+    /// The step's own, which is the task's from now on.
+    pub priority: i32,
+}
+
 /// A step message to send.
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
@@ -482,6 +496,10 @@ pub struct Plan {
     pub closed: Vec<(Uuid, i32)>,
     /// What steps without a handler came to.
     pub answers: Vec<Answer>,
+    /// Tasks to start.
+    pub children: Vec<StartChild>,
+    /// Steps that wait no more for a task that they started and that may not have ended.
+    pub left_children: Vec<Uuid>,
     /// Kept signals that a step used, by id.
     pub used_signals: Vec<i64>,
     /// What operators did, one each.

@@ -23,7 +23,7 @@ use super::plan::{
 };
 use super::retry::{OnExhausted, RetryPolicy};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
-use super::wait::{OnTimeout, SignalWait, WaitFor, Work};
+use super::wait::{CHILD, ChildTask, OnTimeout, SignalWait, WaitFor, Work};
 
 pub(crate) const QUEUE: &str = "worker_shop";
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
@@ -115,6 +115,8 @@ pub(crate) struct World {
     pub signals: Vec<Signal>,
     /// A message says that there are signals to look at.
     pub sent_signal: bool,
+    /// The table `children`, without those that have ended: the step, its attempt, and what it started.
+    pub children: Vec<(u32, i32, ChildTask)>,
     /// What steps without a handler came to, by step and attempt.
     pub answers: HashMap<(Uuid, i32), Outcome>,
     /// Every message ever sent, to find an attempt that is dispatched twice.
@@ -163,6 +165,7 @@ impl World {
             settled: Vec::new(),
             signals: Vec::new(),
             sent_signal: false,
+            children: Vec::new(),
             answers: HashMap::new(),
             sent: BTreeSet::new(),
             given: HashMap::new(),
@@ -533,6 +536,7 @@ impl World {
             let twice = self.answers.insert((answer.step, answer.attempt), answer.outcome.clone());
             assert!(twice.is_none(), "attempt {} of {} comes to two things", answer.attempt, answer.step);
         }
+        self.write_children(plan);
         let kept = self.signals.len();
         self.signals.retain(|signal| !plan.used_signals.contains(&signal.id));
         assert_eq!(kept - self.signals.len(), plan.used_signals.len(), "a signal is used once");
@@ -543,6 +547,14 @@ impl World {
         }
         for given in &plan.outputs {
             self.given.insert((given.step, given.attempt), given.output.clone());
+        }
+        let started = plan.children.iter().map(|child| (child.step, child.attempt));
+        for (step, attempt) in started.collect::<Vec<_>>() {
+            let row = &self.steps[self.index_of(step, plan) as usize];
+            assert_eq!((row.state, row.attempt), (StepState::Waiting, attempt), "a task that nobody waits for");
+            if row.failures == 0 && row.losses == 0 {
+                assert!(row.input.is_some(), "a task without its input");
+            }
         }
         let resumed = plan.moves.iter().any(|made| made.event == TaskEvent::Resume.as_str());
         for send in &plan.sends {
@@ -563,8 +575,7 @@ impl World {
             self.messages.push(Message { id: i64::try_from(self.ids).unwrap(), step, attempt: send.attempt });
         }
         let rebuilt = closed.iter().flat_map(|(step, attempt)| {
-            let row =
-                before.iter().find(|row| row.uuid == *step && row.attempt == *attempt && row.state.is_in_flight());
+            let row = before.iter().find(|row| row.uuid == *step && row.attempt == *attempt && self.has_attempt(row));
             row.map(|row| self.earlier_moves(row)).unwrap_or_default()
         });
         let rebuilt = rebuilt.collect();
@@ -604,6 +615,23 @@ impl World {
             let times = enqueued.then_some((began_at, at)).unzip();
             self.steps.push(Step { enqueued_began_at: times.0, enqueued_at: times.1, last_at: at, ..new.clone() });
         }
+    }
+
+    /// `lifecycle/nested.rs`.
+    fn write_children(&mut self, plan: &Plan) {
+        for child in &plan.children {
+            let step = self.index_of(child.step, plan);
+            self.children.push((step, child.attempt, child.task.clone()));
+        }
+        let left: Vec<u32> = plan.left_children.iter().map(|step| self.index_of(*step, plan)).collect();
+        let ended = plan.task.state.is_terminal();
+        self.children.retain(|(step, ..)| !ended && !left.contains(step));
+    }
+
+    /// Whether an attempt of it is open: its message, its claim, its report, or the task it waits for.
+    fn has_attempt(&self, step: &Step) -> bool {
+        let waits_for_child = || matches!(self.definition.steps[step.index as usize].work, Work::Task(_));
+        step.state.is_in_flight() || (step.state == StepState::Waiting && waits_for_child())
     }
 
     /// A step's input, out of every output there is; `None` if it reads one that is not there.
@@ -646,14 +674,16 @@ impl World {
                 let reason = self.definition.steps[step.index as usize].work.wait_reason().unwrap();
                 Wait::new(reason, step.last_at, step.due_at, step.version)
             });
-            let has_number = has_attempt || waited.is_some();
+            let waited_now = waited.is_some();
+            let has_number = has_attempt || waited_now;
             let detail = Detail {
                 reason: self.task.reason.clone(),
                 error_type: Some("cancelled".into()),
                 waits: retry.into_iter().chain(waited).chain(held).collect(),
                 ..Detail::default()
             };
-            if has_attempt {
+            let for_child = matches!(self.definition.steps[step.index as usize].work, Work::Task(_));
+            if has_attempt || (waited_now && for_child) {
                 closed.push((step.uuid, step.attempt));
             }
             let made = Move {
@@ -706,6 +736,13 @@ impl World {
             began_at,
             at,
         };
+        if event == StepEvent::BeginWait.as_str() {
+            let from = if step.failures > 0 { "waiting_for_retry" } else { "pending" };
+            let times = (step.enqueued_began_at.unwrap(), step.enqueued_at.unwrap());
+            let mut opening = row(version, from, "waiting", event, times.0, times.1);
+            opening.made.detail = Some(Detail { waiting: Some(CHILD.into()), ..Detail::default() });
+            return vec![opening];
+        }
         let mut opening =
             row(version, from, "enqueued", event, step.enqueued_began_at.unwrap(), step.enqueued_at.unwrap());
         opening.made.task_version = step.enqueued_task_version;
@@ -803,6 +840,11 @@ impl World {
         for step in &self.steps {
             self.check_step(step);
         }
+        for (step, attempt, task) in &self.children {
+            let step = &self.steps[*step as usize];
+            let waits = step.state == StepState::Waiting && step.attempt == *attempt;
+            assert!(waits, "nobody waits for {task:?} any more, and it goes on: {step:?}");
+        }
         self.check_log();
     }
 
@@ -837,6 +879,9 @@ impl World {
                     let hint = self.due.iter().any(|(of, ..)| *of == "signal");
                     (step.due_at.is_none() || due("timer")) && (!kept || hint || self.sent_signal)
                 }
+                None if self.has_attempt(step) => {
+                    self.children.iter().any(|(of, attempt, _)| (*of, *attempt) == (step.index, step.attempt))
+                }
                 None => step.due_at.is_some() && due("timer"),
             },
             StepState::Pending => {
@@ -852,9 +897,10 @@ impl World {
             _ => true,
         };
         assert!(token, "nothing will ever move it: {step:?}");
-        if step.state.is_in_flight() {
+        if self.has_attempt(step) {
             // The columns tell of the open attempt what the log tells.
-            for row in self.earlier_moves(step) {
+            for mut row in self.earlier_moves(step) {
+                row.made.detail = None;
                 let logged = self
                     .log
                     .iter()
@@ -986,6 +1032,7 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
         | Event::RetryDue { step }
         | Event::QueueDue { step, .. }
         | Event::TimerDue { step }
+        | Event::ChildEnded { step, .. }
         | Event::Admit { step }
         | Event::ByHand { step, .. } => Some(*step),
         _ => None,
@@ -1121,6 +1168,15 @@ pub(crate) fn with_wait(definition: Definition, step: &str, wait: WaitFor) -> De
     with(definition, step, |step| {
         step.work = Work::Wait(wait);
         step.needs.clear();
+    })
+}
+
+/// Makes a step start a task instead of running a handler.
+pub(crate) fn with_task(definition: Definition, step: &str, awaited: bool) -> Definition {
+    let task = ChildTask { template: "child".into(), version: None, namespace: None, awaited };
+    with(definition, step, |step| {
+        step.work = Work::Task(task);
+        step.handler = "".into();
     })
 }
 

@@ -88,19 +88,29 @@ pub async fn load_items(
 }
 
 /// The outputs of a map's items in the order of its list, null for those that failed; or why
-/// they cannot be kept. Called when every item has ended or was just reported.
-pub async fn collect(conn: &mut PgConnection, map_step: Uuid) -> Result<Result<Value, String>, Error> {
+/// they cannot be kept. Called when every item has ended or was just reported; of those in `ended`,
+/// by place, it is not written yet.
+pub async fn collect(
+    conn: &mut PgConnection,
+    map_step: Uuid,
+    ended: &[(u32, Value)],
+) -> Result<Result<Value, String>, Error> {
+    let places: Vec<i32> = ended.iter().map(|(item, _)| i32::try_from(*item).unwrap_or(-1)).collect();
+    let outputs: Vec<Value> = ended.iter().map(|(_, output)| output.clone()).collect();
     let row = sqlx::query!(
         r#"select coalesce(c.output, '[]') as "output!", tasker.payload_problem(c.output, tasker.max_payload_bytes()) as problem
            from (
-             select jsonb_agg(case when s.state in ('complete', 'enqueued_for_orchestration') and a.outcome = 'success'
-               then a.output end order by s.item) as output
+             select jsonb_agg(coalesce(n.output, case when s.state in ('complete', 'enqueued_for_orchestration') and a.outcome = 'success'
+               then a.output end) order by s.item) as output
              from tasker.steps m
              join tasker.steps s on s.task_uuid = m.task_uuid and s.step_index = m.step_index and s.item >= 0
              left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
+             left join unnest($2::int[], $3::jsonb[]) n(item, output) on n.item = s.item
              where m.step_uuid = $1
            ) c"#,
-        map_step
+        map_step,
+        &places,
+        &outputs
     )
     .fetch_one(conn)
     .await?;

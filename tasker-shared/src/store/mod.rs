@@ -4,6 +4,7 @@ pub mod apply;
 pub mod exports;
 pub mod flow;
 pub mod maps;
+pub mod nested;
 pub mod operators;
 pub mod protocol;
 pub mod requests;

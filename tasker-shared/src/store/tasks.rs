@@ -22,6 +22,7 @@ pub struct TaskRow {
     pub trace_id: TraceId,
     pub root_span_id: SpanId,
     pub remote_span_id: Option<SpanId>,
+    pub root_link: Option<String>,
     pub trace_flags: u8,
     pub tracestate: Option<String>,
     pub created_at: DateTime<Utc>,
@@ -35,7 +36,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     let rows = sqlx::query!(
         r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
              parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
-             error_type, reason, ended_by, suspended_from, run_at, trace_id, root_span_id, remote_span_id, trace_flags, tracestate,
+             error_type, reason, ended_by, suspended_from, run_at, trace_id, root_span_id, remote_span_id, root_link, trace_flags, tracestate,
              created_at, generation_began_at, last_at, clock_timestamp() as "now!"
            from tasker.tasks where task_uuid = any($1) order by task_uuid for no key update skip locked"#,
         task_uuids
@@ -83,6 +84,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 trace_id: bytes(&row.trace_id).ok_or_else(|| bad("trace_id", "needs 16 bytes".into()))?,
                 root_span_id: bytes(&row.root_span_id).ok_or_else(|| bad("root_span_id", "needs 8 bytes".into()))?,
                 remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
+                root_link: row.root_link,
                 trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
                 tracestate: row.tracestate,
                 created_at: row.created_at,

@@ -7,6 +7,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 
 use super::Error;
+use crate::state_machine::wait::Work;
 use crate::state_machine::{Definition, StepDefinition};
 use crate::template::{self, InputSchema, Join, Keep, OnFailure, Template};
 
@@ -144,6 +145,8 @@ pub struct Loaded {
     pub definition: Definition,
     /// The steps that wait for a signal, by index, with its name.
     pub signals: Vec<(u32, Arc<str>)>,
+    /// Whether any of its steps starts tasks.
+    pub starts_tasks: bool,
     /// Checks inputs; `None` accepts any object.
     pub schema: Option<InputSchema>,
     /// Ends whose trace is exported although sampling did not choose it.
@@ -224,5 +227,6 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
     };
     let signals = (0_u32..).zip(&definition.steps);
     let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
-    Ok(Loaded { definition, signals, schema, keep: template.trace.keep.clone() })
+    let starts_tasks = definition.steps.iter().any(|step| matches!(step.work, Work::Task(_)));
+    Ok(Loaded { definition, signals, starts_tasks, schema, keep: template.trace.keep.clone() })
 }

@@ -18,7 +18,7 @@ use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskLog>, Error> {
     let heads = sqlx::query!(
         r#"select t.task_uuid, t.namespace, t.correlation_id, t.parent_correlation_id, t.parent_task_uuid, t.priority,
-             t.generation, t.generation_began_at, t.created_at, t.trace_id, t.remote_span_id, t.trace_flags, t.tracestate,
+             t.generation, t.generation_began_at, t.created_at, t.trace_id, t.remote_span_id, t.root_link, t.trace_flags, t.tracestate,
              p.name, p.version
            from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
            where t.task_uuid = any($1)"#,
@@ -43,6 +43,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
             created_at: row.created_at,
             trace_id: bytes(&row.trace_id).ok_or_else(|| Error::bad_row("tasks", "trace_id", id, "needs 16 bytes"))?,
             remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
+            root_link: row.root_link,
             trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
             tracestate: row.tracestate,
         };

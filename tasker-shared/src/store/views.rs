@@ -29,6 +29,10 @@ pub struct TaskView {
     pub state: &'static str,
     pub correlation_id: String,
     pub idempotency_key: Option<String>,
+    /// The task, the step and the attempt that started it.
+    pub parent_task_uuid: Option<Uuid>,
+    pub parent_step_uuid: Option<Uuid>,
+    pub parent_attempt: Option<i32>,
     pub priority: i32,
     pub generation: i32,
     pub open_steps: i32,
@@ -100,8 +104,8 @@ pub fn states_of(status: &str) -> impl Iterator<Item = TaskState> {
 /// These tasks, in any order; unknown ones are not in the answer.
 pub async fn these(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskView>, Error> {
     let rows = sqlx::query!(
-        "select t.task_uuid, t.namespace, p.name, p.version, t.state, t.correlation_id, t.idempotency_key, t.priority,
-           t.generation, t.open_steps, t.failed_steps, t.error_type, t.reason, t.trace_id, t.created_at, t.run_at,
+        "select t.task_uuid, t.namespace, p.name, p.version, t.state, t.correlation_id, t.idempotency_key, t.parent_task_uuid,
+           t.parent_step_uuid, t.parent_attempt, t.priority, t.generation, t.open_steps, t.failed_steps, t.error_type, t.reason, t.trace_id, t.created_at, t.run_at,
            t.last_at, t.finished_at
          from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
          where t.task_uuid = any($1)",
@@ -122,6 +126,9 @@ pub async fn these(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<T
                 state: state.as_str(),
                 correlation_id: row.correlation_id,
                 idempotency_key: row.idempotency_key,
+                parent_task_uuid: row.parent_task_uuid,
+                parent_step_uuid: row.parent_step_uuid,
+                parent_attempt: row.parent_attempt,
                 priority: row.priority,
                 generation: row.generation,
                 open_steps: row.open_steps,
@@ -206,6 +213,75 @@ pub async fn results(
         results.entry(row.task_uuid).or_default().insert(row.name, row.output);
     }
     Ok(results)
+}
+
+/// A task that a step started, or could not start.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "columns of tasker.children and the rows that it ties together")]
+pub struct ChildView {
+    /// The step that started it, with the place of its item in a map.
+    pub step: String,
+    pub attempt: i32,
+    /// Whether the step waits for it.
+    pub awaited: bool,
+    /// `None` if it could not be created.
+    pub task_uuid: Option<Uuid>,
+    pub namespace: Option<String>,
+    pub template: Option<String>,
+    /// The public word; `None` if it could not be created, or retention removed it.
+    pub status: Option<&'static str>,
+    /// Why it could not be created.
+    pub error: Option<String>,
+}
+
+/// The tasks that the steps of a task started, in the order in which they did, at most 1000; those
+/// in the trace of their parent only, if `awaited`.
+pub async fn children(conn: &mut PgConnection, task_uuid: Uuid, awaited: bool) -> Result<Vec<ChildView>, Error> {
+    let rows = sqlx::query!(
+        r#"select d.name || case when s.item >= 0 then format('[%s]', s.item) else '' end as "step!", c.attempt, c.awaited,
+             c.child_uuid, k.namespace as "namespace?", p.name as "template?", k.state as "state?", c.error
+           from tasker.children c
+           join tasker.tasks t on t.task_uuid = c.task_uuid
+           join tasker.steps s on s.step_uuid = c.step_uuid
+           join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+           left join tasker.tasks k on k.task_uuid = c.child_uuid
+           left join tasker.templates p on p.template_id = k.template_id
+           where c.task_uuid = $1 and (c.awaited or not $2) order by c.number limit 1000"#,
+        task_uuid,
+        awaited
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| ChildView {
+            step: row.step,
+            attempt: row.attempt,
+            awaited: row.awaited,
+            task_uuid: row.child_uuid,
+            namespace: row.namespace,
+            template: row.template,
+            status: row.state.and_then(|state| state.parse().ok()).map(TaskState::public_status),
+            error: row.error,
+        })
+        .collect())
+}
+
+/// A task, and the tasks in its trace: those that it awaits or awaited, and those that they do; the
+/// task first, then by age, at most 1000.
+pub async fn in_trace_of(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"with recursive below as (
+             select $1::uuid as task_uuid
+             union all
+             select c.child_uuid from below b join tasker.children c on c.task_uuid = b.task_uuid
+             where c.awaited and c.child_uuid is not null
+           )
+           select task_uuid as "task_uuid!" from below order by task_uuid <> $1, task_uuid limit 1000"#,
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?)
 }
 
 /// A step as people see it.

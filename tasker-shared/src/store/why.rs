@@ -26,6 +26,8 @@ pub struct Situation {
     pub open: Vec<OpenSteps>,
     /// Its maps whose items have not all ended.
     pub maps: Vec<OpenMap>,
+    /// What the first of its steps that wait for a task waits for, one level deep.
+    pub awaited: Option<Box<Self>>,
 }
 
 /// A map that waits for its items.
@@ -79,10 +81,23 @@ pub struct OpenSteps {
     pub error: Option<String>,
     /// The signal that the first one waits for.
     pub waits_for: Option<String>,
+    /// The task that the first one started and waits for.
+    pub child_uuid: Option<Uuid>,
 }
 
-/// Looks at a task; `None` if there is no such task. Three statements.
+/// Looks at a task, and at the task that it waits for; `None` if there is no such task. Three
+/// statements for each of them.
 pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situation>, Error> {
+    let Some(mut seen) = look(conn, task_uuid).await? else {
+        return Ok(None);
+    };
+    if let Some(child) = seen.open.iter().find_map(|group| group.child_uuid) {
+        seen.awaited = look(conn, child).await?.map(Box::new);
+    }
+    Ok(Some(seen))
+}
+
+async fn look(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situation>, Error> {
     let Some(task) = views::these(conn, &[task_uuid]).await?.pop() else {
         return Ok(None);
     };
@@ -105,7 +120,9 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
              (select concat_ws(': ', a.error->>'type', a.error->>'message') from tasker.attempts a
               where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error,
              case when g.state = 'waiting' then (select p.definition->'steps'->g.step_index->'wait'->'signal'->>'name'
-               from tasker.templates p where p.template_id = g.template_id) end as waits_for
+               from tasker.templates p where p.template_id = g.template_id) end as waits_for,
+             case when g.state = 'waiting' then (select c.child_uuid from tasker.children c
+               where c.task_uuid = $1 and c.step_uuid = g.step_uuid and c.attempt = g.attempt) end as child_uuid
            from (
              select t.template_id, s.step_index, s.step_uuid, s.attempt, s.state, s.held_by, s.lane, d.queue, d.handler,
                d.name || case when s.item >= 0 then format('[%s]', s.item) else '' end as name, s.claimed_by as worker,
@@ -142,7 +159,7 @@ pub async fn situation(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Optio
     )
     .fetch_all(conn)
     .await?;
-    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open, maps }))
+    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open, maps, awaited: None }))
 }
 
 /// The first limit of the group's lane that lets nothing through now, in words.
@@ -294,6 +311,23 @@ impl Situation {
         } else {
             ""
         };
+        if let Some(child) = group.child_uuid {
+            let awaited = self.awaited.as_deref().filter(|awaited| awaited.task.task_uuid == child);
+            return match awaited {
+                Some(Self { task, .. }) if task.is_finished() => {
+                    format!(
+                        "{name} waited for task {child} of template {}, which has ended; that is being evaluated",
+                        task.template
+                    )
+                }
+                Some(awaited) => format!(
+                    "{name} waits for task {child} of template {} since {since}; that is {}",
+                    awaited.task.template,
+                    awaited.sentence()
+                ),
+                None => format!("{name} waits for task {child} since {since}"),
+            };
+        }
         match (&group.waits_for, ends) {
             (Some(signal), ends) => {
                 let until = ends.map_or_else(String::new, |at| format!(", until {at}"));

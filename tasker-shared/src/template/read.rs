@@ -11,8 +11,8 @@ use super::duration::{format_duration, parse_duration};
 use super::schema::InputSchema;
 use super::yaml::{self, Entry, Kind, Node, Place};
 use super::{
-    Checked, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES, MAX_PARALLEL,
-    MAX_STEPS, OnExhausted, OnFailure, OnItemFailure, OnTimeout, Problem, Rate, RetryPolicy, SignalWait,
+    Checked, ChildTask, Concurrency, Incoming, Join, Keep, MAX_DEFINITION_BYTES, MAX_DEPTH, MAX_FILE_BYTES,
+    MAX_PARALLEL, MAX_STEPS, OnExhausted, OnFailure, OnItemFailure, OnTimeout, Problem, Rate, RetryPolicy, SignalWait,
     StepDefinition, StepTimeouts, TaskTimeouts, Template, Trace, WaitFor, key_template,
 };
 use crate::state_machine::condition::Condition;
@@ -39,10 +39,11 @@ pub(super) const CONCURRENCY_KEYS: [&str; 2] = ["key", "limit"];
 pub(super) const RATE_KEYS: [&str; 3] = ["key", "limit", "per"];
 pub(super) const TASK_TIMEOUT_KEYS: [&str; 1] = ["total"];
 pub(super) const TRACE_KEYS: [&str; 2] = ["incoming", "keep"];
-pub(super) const STEP_KEYS: [&str; 17] = [
+pub(super) const STEP_KEYS: [&str; 18] = [
     "name",
     "handler",
     "wait",
+    "task",
     "depends_on",
     "join",
     "when",
@@ -59,6 +60,7 @@ pub(super) const STEP_KEYS: [&str; 17] = [
     "timeouts",
 ];
 pub(super) const WAIT_KEYS: [&str; 6] = ["sleep", "until", "signal", "allowed", "timeout", "on_timeout"];
+pub(super) const TASK_KEYS: [&str; 4] = ["template", "version", "namespace", "await"];
 pub(super) const RETRY_KEYS: [&str; 7] = [
     "max_attempts",
     "initial_interval",
@@ -207,6 +209,9 @@ impl Read<'_> {
         }
         self.conditions(&steps, input_schema.as_ref());
         self.maps(&steps, input_schema.as_ref());
+        if let (Some(namespace), Some(name)) = (&namespace, &name) {
+            self.nested(&steps, namespace, name);
+        }
 
         let template = Template {
             namespace: namespace?,
@@ -359,8 +364,12 @@ impl Read<'_> {
         let fields = self.fields(node, path, &STEP_KEYS)?;
         let name = self.required(&fields, "name", Self::name);
         let wait = self.optional(&fields, "wait", Self::wait);
+        let task = self.optional(&fields, "task", Self::task);
         let handler = if fields.get("wait").is_some() {
             self.only_waits(&fields);
+            None
+        } else if fields.get("task").is_some() {
+            self.only_starts(&fields);
             None
         } else {
             self.required(&fields, "handler", Self::handler)
@@ -403,6 +412,7 @@ impl Read<'_> {
             // the handler to be right.
             handler: handler.unwrap_or_default(),
             wait,
+            task,
             depends_on: depends_on.unwrap_or_default(),
             join: join.unwrap_or_default(),
             when,
@@ -482,6 +492,7 @@ impl Read<'_> {
     fn only_waits(&mut self, fields: &Fields<'_>) {
         for (key, advice) in [
             ("handler", "a step either waits or runs a handler; put the handler into a step that depends on this one"),
+            ("task", "a step either waits or starts a task; put the task into a step that depends on this one"),
             ("input", "a wait has no input; give it to the step that depends on this one"),
             ("queue", "a wait is in no queue; remove the line"),
             ("concurrency", "a wait takes nobody's place; remove the line"),
@@ -496,13 +507,48 @@ impl Read<'_> {
                 self.wrong(node.place, fields.path(key), advice);
             }
         }
+        self.only_total(fields, "a wait has no worker to hurry; only timeouts.total applies");
+    }
+
+    /// A step that starts a task has nothing that only a worker could heed; the task's own steps do.
+    fn only_starts(&mut self, fields: &Fields<'_>) {
+        for (key, advice) in [
+            ("handler", "a step either starts a task or runs a handler; put the handler into a step of its own"),
+            ("queue", "a step that starts a task is in no queue; the steps of that task are"),
+            ("concurrency", "a step that starts a task takes nobody's place; limit the steps of that task"),
+            ("rate", "a step that starts a task takes nobody's place; limit the steps of that task"),
+            ("branches", "a task decides nothing for its parent; let the step that depends on this one decide"),
+        ] {
+            if let Some(node) = fields.get(key) {
+                self.wrong(node.place, fields.path(key), advice);
+            }
+        }
+        self.only_total(fields, "a step that starts a task has no worker to hurry; only timeouts.total applies");
+    }
+
+    fn only_total(&mut self, fields: &Fields<'_>, advice: &str) {
         let Some(Node { kind: Kind::Map(timeouts), .. }) = fields.get("timeouts") else {
             return;
         };
         for entry in timeouts.iter().filter(|entry| entry.key != "total") {
             let path = format!("{}.{}", fields.path("timeouts"), shown(&entry.key));
-            self.wrong(entry.key_place, path, "a wait has no worker to hurry; only timeouts.total applies");
+            self.wrong(entry.key_place, path, advice);
         }
+    }
+
+    fn task(&mut self, node: &Node, path: &str) -> Option<ChildTask> {
+        let fields = self.fields(node, path, &TASK_KEYS)?;
+        let template = self.required(&fields, "template", Self::name);
+        let version = self.optional(&fields, "version", Self::version);
+        let namespace = self.optional(&fields, "namespace", Self::namespace);
+        let awaited = self.optional(&fields, "await", |read, node, path| {
+            let Kind::Bool(awaited) = node.kind else {
+                read.kind(node, path, "true or false");
+                return None;
+            };
+            Some(awaited)
+        });
+        Some(ChildTask { template: template?, version, namespace, awaited: awaited.unwrap_or(true) })
     }
 
     fn wait(&mut self, node: &Node, path: &str) -> Option<WaitFor> {
@@ -781,6 +827,31 @@ impl Read<'_> {
                 let path: Vec<Segment> = [key("input")].into_iter().chain(at.to_vec()).collect();
                 let message = "reads an item, but the step has no `for_each`";
                 self.wrong(step.place(&path), format!("steps[{}]{}", step.index, Path(&path)), message);
+            }
+        }
+    }
+
+    /// A template that starts itself would nest for ever, and a task's input is an object.
+    fn nested(&mut self, steps: &[ReadStep<'_>], namespace: &str, name: &str) {
+        for step in steps {
+            let Some(task) = &step.definition.task else {
+                continue;
+            };
+            if task.template == name && task.namespace.as_deref().is_none_or(|of| of == namespace) {
+                let message = "starts the template that it stands in, which would nest without end; \
+                               name another, or use for_each to do something often";
+                let path = [key("task"), key("template")];
+                self.wrong(step.place(&path), format!("steps[{}]{}", step.index, Path(&path)), message);
+            }
+            let whole = |text: &str| text.starts_with("${");
+            let is_object = match &step.definition.input {
+                None | Some(serde_json::Value::Object(_)) => true,
+                Some(serde_json::Value::String(text)) => whole(text),
+                Some(_) => false,
+            };
+            if !is_object {
+                let message = "must come to an object, which is the input of the task that the step starts";
+                self.wrong(step.place(&[key("input")]), format!("steps[{}].input", step.index), message);
             }
         }
     }

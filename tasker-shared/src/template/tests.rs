@@ -92,6 +92,7 @@ steps:
             name: "charge".into(),
             handler: "payments.charge".into(),
             wait: None,
+            task: None,
             depends_on: vec!["reserve".into(), "fraud_check".into()],
             join: Join::Taken,
             when: Some("${input.total} > 0".into()),
@@ -693,9 +694,10 @@ fn tables_of_the_document_list_every_key_with_its_default() {
         list(&format!("{of}rate."), &read::RATE_KEYS);
     }
     list("steps[].wait.", &read::WAIT_KEYS);
+    list("steps[].task.", &read::TASK_KEYS);
     list("steps[].retry.", &read::RETRY_KEYS);
     list("steps[].timeouts.", &read::STEP_TIMEOUT_KEYS);
-    for parent in ["timeouts", "trace", "steps[].wait", "steps[].retry", "steps[].timeouts"] {
+    for parent in ["timeouts", "trace", "steps[].wait", "steps[].task", "steps[].retry", "steps[].timeouts"] {
         known.remove(parent);
     }
     for parent in ["concurrency", "rate", "steps[].concurrency", "steps[].rate"] {

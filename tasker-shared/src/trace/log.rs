@@ -41,6 +41,7 @@ pub struct Head {
     pub created_at: DateTime<Utc>,
     pub trace_id: TraceId,
     pub remote_span_id: Option<SpanId>,
+    pub root_link: Option<String>,
     pub trace_flags: u8,
     pub tracestate: Option<String>,
 }

@@ -15,6 +15,7 @@ use super::names;
 use super::span::{Event, Kind, Link, Service, Span, SpanId, TaskSpans, Value};
 use crate::state_machine::plan::Wait;
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
+use crate::state_machine::wait::CHILD;
 
 /// The most links one result.evaluation carries; the rest is counted in `links_omitted`.
 pub const MAX_LINKS: usize = 128;
@@ -145,12 +146,15 @@ impl<'a> Tree<'a> {
         if let Some(parent) = head.parent_task_uuid {
             attributes.push((names::PARENT_TASK_UUID, parent.to_string().into()));
         }
-        let links = (generation > 1).then(|| self.link(root_id(head, generation - 1)));
+        let before = (generation > 1).then(|| self.link(root_id(head, generation - 1)));
+        let linked = head.root_link.as_deref().filter(|_| generation == 1).and_then(link_to);
+        // What awaited a nested task ended before an operator began its next generation.
+        let parent = head.remote_span_id.filter(|_| generation == 1 || head.parent_task_uuid.is_none());
         Span {
-            parent: head.remote_span_id,
-            parent_is_remote: head.remote_span_id.is_some(),
+            parent,
+            parent_is_remote: parent.is_some(),
             attributes,
-            links: links.into_iter().collect(),
+            links: before.into_iter().chain(linked).collect(),
             ..span(names::TASK_ORCHESTRATION, root_id(head, generation), None, start, end)
         }
     }
@@ -265,9 +269,7 @@ impl<'a> Tree<'a> {
             if let Some(actor) = actor {
                 waited.attributes.push((names::ACTOR, actor.clone().into()));
             }
-            if let Some(sender) = link.as_deref().and_then(|link| link.parse::<Traceparent>().ok()) {
-                waited.links.push(Link { trace_id: sender.trace_id, span_id: sender.span_id });
-            }
+            waited.links.extend(link.as_deref().and_then(link_to));
             self.spans.push(waited);
         }
     }
@@ -322,10 +324,13 @@ impl<'a> Tree<'a> {
         execution.attributes = vec![
             (names::STEP_UUID, entity.to_string().into()),
             (names::STEP_NAME, info.name.to_string().into()),
-            (names::HANDLER_NAME, info.handler.to_string().into()),
             (names::ATTEMPT_NUMBER, i64::from(number).into()),
             (names::MAX_ATTEMPTS, i64::from(info.max_attempts).into()),
         ];
+        // The attempt of a step that starts a task has none.
+        if !info.handler.is_empty() {
+            execution.attributes.push((names::HANDLER_NAME, info.handler.to_string().into()));
+        }
         if let Some(item) = info.item {
             execution.attributes.push((names::STEP_INDEX, i64::from(item).into()));
         }
@@ -354,7 +359,9 @@ impl<'a> Tree<'a> {
         let mut waited = span(names::STEP_WAIT, wait_id, Some(id), opening.at, claim.map_or(end, |row| row.at));
         waited.attributes.push((names::STEP_UUID, entity.to_string().into()));
         waited.attributes.push((names::WAIT_REASON, "queue".into()));
-        self.spans.push(waited);
+        if opening.to == StepState::Enqueued.as_str() {
+            self.spans.push(waited);
+        }
 
         if let (Some(claim), Some(attempt)) = (claim, attempt) {
             let report = moves.iter().find(|row| row.event == StepEvent::Report.as_str()).copied();
@@ -470,6 +477,7 @@ impl Ending {
         let outcome = outcome(closing.event, closing.to, failure.map(|failure| &*failure.kind));
         let error = match closing.event {
             "Complete" | "CompleteManually" | "Skip" => None,
+            "ChildFinished" if closing.to == StepState::Complete.as_str() => None,
             "LeaseExpired" => {
                 Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))
             }
@@ -496,6 +504,7 @@ impl Ending {
 pub fn outcome(event: &str, to: &str, failure: Option<&str>) -> &'static str {
     match event {
         "Complete" | "CompleteManually" => "success",
+        "ChildFinished" if to == StepState::Complete.as_str() => "success",
         "Skip" => "skip",
         "LeaseExpired" => "lost",
         "Cancel" => "cancellation",
@@ -508,7 +517,9 @@ pub fn outcome(event: &str, to: &str, failure: Option<&str>) -> &'static str {
 
 /// The attempt that a move opens.
 fn opens(row: &Transition) -> Option<i32> {
-    let attempt = row.attempt.filter(|_| row.to == StepState::Enqueued.as_str())?;
+    let waits_for_child = || row.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some(CHILD));
+    let opens = row.to == StepState::Enqueued.as_str() || (row.to == StepState::Waiting.as_str() && waits_for_child());
+    let attempt = row.attempt.filter(|_| opens)?;
     Some(if row.event == StepEvent::LeaseExpired.as_str() { attempt + 1 } else { attempt })
 }
 
@@ -516,6 +527,11 @@ fn opens(row: &Transition) -> Option<i32> {
 pub fn closes(event: &str, to: &str) -> bool {
     event == StepEvent::LeaseExpired.as_str()
         || to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
+}
+
+fn link_to(traceparent: &str) -> Option<Link> {
+    let to: Traceparent = traceparent.parse().ok()?;
+    Some(Link { trace_id: to.trace_id, span_id: to.span_id })
 }
 
 /// The id of a generation's task.orchestration.

@@ -17,7 +17,7 @@ use super::super::plan::{Outcome, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
     Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, signal_wait, success, template,
-    with, with_branches, with_input, with_join, with_wait, with_when,
+    with, with_branches, with_input, with_join, with_task, with_wait, with_when,
 };
 use super::super::states::{StepState, TaskState};
 use super::super::wait::{OnTimeout, WaitFor};
@@ -65,6 +65,8 @@ enum RandomWait {
     WaitsForSignal(Option<OnTimeout>),
     /// For an answer that only some signals give.
     WaitsForApproval,
+    /// Starts a task, and awaits it or not.
+    StartsTask(bool),
 }
 
 /// The signals that random steps wait for.
@@ -105,6 +107,8 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         1 => Just(RandomWait::WaitsForSignal(Some(OnTimeout::Continue))),
         1 => Just(RandomWait::WaitsForSignal(Some(OnTimeout::Fail))),
         1 => Just(RandomWait::WaitsForApproval),
+        2 => Just(RandomWait::StartsTask(true)),
+        1 => Just(RandomWait::StartsTask(false)),
     ];
     (
         prop::collection::btree_set(0_usize..40, 0..4),
@@ -174,7 +178,7 @@ impl Story {
             let [go, approved] = SIGNALS;
             let soon = Some(Duration::from_mins(1));
             let wait = match step.wait {
-                RandomWait::Runs => None,
+                RandomWait::Runs | RandomWait::StartsTask(_) => None,
                 RandomWait::Sleeps => Some(WaitFor::Sleep(Duration::from_secs(30))),
                 RandomWait::WaitsUntil => Some(WaitFor::Until("${input.at}".into())),
                 RandomWait::WaitsForSignal(None) => Some(signal_wait(go, &[], None, OnTimeout::Fail)),
@@ -190,6 +194,9 @@ impl Story {
                 }
                 continue;
             }
+            if let RandomWait::StartsTask(awaited) = step.wait {
+                definition = with_task(definition, &name, awaited);
+            }
             definition = match (step.input, step.parents.first()) {
                 (6 | 7, Some(parent)) if self.steps[*parent].wait == RandomWait::Runs => {
                     with_input(definition, &name, &json!({"n": format!("${{steps.s{parent}.output.n}}")}))
@@ -204,7 +211,7 @@ impl Story {
                     with_when(definition, &name, &format!("${{steps.s{parent}.output.n}} > {}", step.choice % 8))
                 }
                 (3, _) => with_when(definition, &name, "${input.total} != 7"),
-                (4 | 5, _) => {
+                (4 | 5, _) if step.wait == RandomWait::Runs => {
                     let branches = self.branches(index);
                     let branches: Vec<&str> = branches.iter().map(String::as_str).collect();
                     with_branches(definition, &name, &branches)
@@ -307,6 +314,8 @@ impl Driver {
             } else if !self.world.results.is_empty() {
                 let results = std::mem::take(&mut self.world.results);
                 self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
+            } else if !self.world.children.is_empty() {
+                self.end_child(0)?;
             } else if self.world.steps.iter().any(|step| step.held_by.is_some()) && self.has_places() {
                 self.admit(usize::MAX, Room::unlimited())?;
             } else if self.world.sent_signal {
@@ -382,6 +391,9 @@ impl Driver {
                 self.world.report(self.ghosts[argument % self.ghosts.len()], permanent("Late"));
             }
             14 => self.nonsense(argument)?,
+            15 if argument % 8 == 3 && !self.world.children.is_empty() => {
+                self.end_child(argument / 8 % self.world.children.len())?;
+            }
             15 if argument % 8 == 1 => {
                 let answer = ["yes", "no", "perhaps"][argument / 8 % 3];
                 self.world.signal(SIGNALS[argument / 24 % 2], json!({"n": 3, "answer": answer}));
@@ -498,6 +510,20 @@ impl Driver {
         self.settle(events, self.room(usize::from(now.timestamp_subsec_millis().is_multiple_of(7))))
     }
 
+    /// A task that a step started has ended, was not to be awaited, or could not be started.
+    fn end_child(&mut self, place: usize) -> TestCaseResult {
+        let (step, attempt, task) = self.world.children.swap_remove(place);
+        let behaviour = if self.healed { Behaviour::Succeeds } else { self.story.behaviour(step, attempt) };
+        let outcome = match behaviour {
+            Behaviour::FailsForGood => permanent("child_not_created"),
+            _ if !task.awaited => Outcome::Success(json!({"task": "somewhere", "n": step})),
+            Behaviour::Fails | Behaviour::IsLost | Behaviour::Hangs => failure("child_failed"),
+            _ => Outcome::Success(json!({"n": step})),
+        };
+        self.world.pass(Duration::from_millis(5));
+        self.settle(vec![Event::ChildEnded { step, attempt, outcome, link: None }], Room::unlimited())
+    }
+
     fn signal_due(&mut self) -> TestCaseResult {
         self.world.sent_signal = false;
         self.settle(vec![Event::SignalDue], Room::unlimited())
@@ -533,7 +559,11 @@ impl Driver {
             1 => vec![Event::LeaseDue { step: index }],
             2 => vec![Event::RetryDue { step: index }, Event::RetryDue { step: index }],
             3 => vec![Event::QueueDue { step: index, attempt }],
-            4 => vec![Event::Admit { step: index }, Event::Admit { step: index }],
+            4 => {
+                let (outcome, link) = (success(), None);
+                let late = Event::ChildEnded { step: index, attempt: attempt - 1, outcome, link };
+                vec![Event::Admit { step: index }, late, Event::Admit { step: index }]
+            }
             5 => vec![Event::TotalDue, Event::TimerDue { step: index }, Event::SignalDue],
             6 => vec![self.world.start_event()],
             _ if argument.is_multiple_of(3) => {

@@ -25,6 +25,7 @@ impl Pass<'_, '_> {
             let task = &mut self.plan.task;
             (task.open_steps, task.in_flight_steps, task.retrying_steps, task.held_steps) = (0, 0, 0, 0);
             self.plan.sends.clear();
+            self.plan.children.clear();
         }
         self.plan.task_changed |= self.plan.task.version != self.plan.task_version_before;
         self.collect_steps();

@@ -6,7 +6,7 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 
-use super::super::plan::{Answer, Detail, Due, Failure, Outcome, Wait};
+use super::super::plan::{Answer, Detail, Due, Failure, Outcome, StartChild, Step, Wait};
 use super::super::retry::LONGEST;
 use super::super::states::{StepEvent, StepState};
 use super::super::wait::{OnTimeout, WaitFor, Work};
@@ -36,7 +36,10 @@ impl Pass<'_, '_> {
         self.opened(index, StepEvent::BeginWait, None);
         let step = self.touch(index);
         step.due_at = due;
-        let uuid = step.uuid;
+        let (uuid, attempt, priority) = (step.uuid, step.attempt, step.priority);
+        if let Work::Task(task) = &definition.work {
+            self.plan.children.push(StartChild { step: uuid, attempt, task: task.clone(), priority });
+        }
         if let Some(at) = due {
             self.plan.due.push(Due { kind: "timer", at, step: Some(uuid) });
         }
@@ -112,12 +115,51 @@ impl Pass<'_, '_> {
         self.plan.used_signals.len() > used
     }
 
+    /// Whether it waits, if it waits, for a task that it started.
+    pub(super) fn waits_for_child(&self, index: u32) -> bool {
+        let definition = self.defined(index);
+        let is_map = definition.for_each.is_some() && self.steps[&index].item.is_none();
+        matches!(definition.work, Work::Task(_)) && !is_map
+    }
+
+    /// Its attempt ends with the wait; by anything but the task's own end, the task is to end too.
+    pub(super) fn left_child(&mut self, index: u32, event: StepEvent) {
+        let step = &self.steps[&index];
+        self.plan.closed.push((step.uuid, step.attempt));
+        if event != StepEvent::ChildFinished {
+            self.plan.left_children.push(step.uuid);
+        }
+    }
+
+    pub(super) fn child_ended(&mut self, index: u32, attempt: i32, outcome: Outcome, link: Option<String>) -> bool {
+        let waits = |step: &Step| step.state == StepState::Waiting && step.attempt == attempt;
+        if !self.steps.get(&index).is_some_and(waits) || !self.waits_for_child(index) {
+            return false;
+        }
+        let wait = Wait { link, ..self.waited(index) };
+        match outcome {
+            Outcome::Success(output) => self.wait_done(index, StepEvent::ChildFinished, output, wait),
+            Outcome::Failure(failure) => {
+                self.answer(index, &wait, Outcome::Failure(failure.clone()));
+                self.attempt_failed(index, &failure, StepEvent::ChildFinished, StepEvent::ChildFinished);
+                let uuid = self.steps[&index].uuid;
+                if let Some(made) = self.plan.moves.iter_mut().rfind(|made| made.entity == uuid) {
+                    let detail = made.detail.get_or_insert_default();
+                    detail.waits.push(wait);
+                    detail.error_type = Some(failure.kind);
+                    detail.reason = Some(failure.message);
+                }
+            }
+        }
+        true
+    }
+
     /// The wait of a step that waits now.
     pub(super) fn waited(&self, index: u32) -> Wait {
         let step = &self.steps[&index];
         let definition = self.defined(index);
-        let reason =
-            if definition.for_each.is_some() { "items" } else { definition.work.wait_reason().unwrap_or("timer") };
+        let is_map = definition.for_each.is_some() && step.item.is_none();
+        let reason = if is_map { "items" } else { definition.work.wait_reason().unwrap_or("timer") };
         Wait::new(reason, step.last_at, step.due_at, step.version)
     }
 

@@ -36,6 +36,7 @@ fn head(world: &World) -> Head {
         generation_began_at: world.generation_began_at,
         created_at: world.created_at,
         trace_id: [7; 16],
+        root_link: None,
         remote_span_id: Some([9; 8]),
         trace_flags: 1,
         tracestate: None,
@@ -192,13 +193,18 @@ fn tree_is_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
     attempts_are_sound(log, all)
 }
 
+fn waits_for_child(row: &Transition) -> bool {
+    row.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some("child"))
+}
+
 /// Every attempt 1..n has one step.execution, linked to the one before it.
 fn attempts_are_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
     let execution = |step, attempt: i32| {
         span_id(&log.head.trace_id, step, 0, u64::from(attempt.unsigned_abs()), SpanKey::StepExecution, 0)
     };
     for step in log.steps.keys() {
-        let opened = log.transitions.iter().filter(|row| row.entity == *step && row.to == "enqueued").count();
+        let opens = |row: &&Transition| row.entity == *step && (row.to == "enqueued" || waits_for_child(row));
+        let opened = log.transitions.iter().filter(opens).count();
         for attempt in 1..=i32::try_from(opened).unwrap() {
             let found: Vec<&Span> = all.spans.iter().filter(|span| span.id == execution(*step, attempt)).collect();
             prop_assert_eq!(found.len(), 1, "attempt {} of {}", attempt, step);
@@ -236,6 +242,7 @@ fn counted(log: &TaskLog) -> BTreeMap<&'static str, usize> {
                 add(names::STEP_EXECUTION, 1);
                 add(names::STEP_WAIT, 1);
             }
+            _ if waits_for_child(row) => add(names::STEP_EXECUTION, 1),
             "Claim" => add(names::HANDLER_EXECUTION, 1),
             "Report" => add(names::RESULT_SUBMISSION, 1),
             _ => {}
