@@ -78,6 +78,20 @@ fn orchestration_and_worker_never_import_each_other() {
 }
 
 #[test]
+fn the_api_runs_nothing_and_writes_no_sql() {
+    nowhere(&files("tasker-api", &["rs", "toml"]), |_, line| {
+        let process = ["tasker_worker", "tasker-worker", "tasker_orchestration", "tasker-orchestration"];
+        if process.iter().any(|name| line.contains(name)) {
+            return Some("it asks the database; the processes read its wishes there");
+        }
+        None
+    });
+    nowhere(&files("tasker-api/src", &["rs"]), |_, line| {
+        line.contains("sqlx::query").then_some("statements are in tasker-shared/src/store")
+    });
+}
+
+#[test]
 fn only_tx_begins_transactions() {
     // A migration runs before there is anything to protect, on a connection of its own.
     let may = ["tasker-shared/src/store/tx.rs", "tasker-shared/src/migrate.rs"].map(Path::new);
@@ -88,7 +102,7 @@ fn only_tx_begins_transactions() {
             .any(|word| line.contains(word))
     };
     let sources: Vec<PathBuf> =
-        ["tasker-shared/src", "tasker-orchestration/src", "tasker-worker/src", "tasker-cli/src"]
+        ["tasker-shared/src", "tasker-orchestration/src", "tasker-worker/src", "tasker-api/src", "tasker-cli/src"]
             .into_iter()
             .flat_map(|folder| files(folder, &["rs", "sql"]))
             .collect();

@@ -26,7 +26,7 @@ Exit codes:
 
 Examples:
   tasker demo                                        see 24 orders run, and one whole trace
-  tasker up                                          an orchestrator and a worker, until Ctrl-C
+  tasker up                                          an orchestrator, a worker and the web page, until Ctrl-C
   tasker task submit shop/order --input @order.json  ask for a task (one run of a workflow)
   tasker task why ORD-4711                           what does it wait for?
   tasker trace show ORD-4711                         its trace, in the terminal
@@ -87,8 +87,14 @@ impl From<Log> for LogFormat {
 enum Command {
     /// Run 24 orders through everything, check each result, and show a trace
     Demo(commands::demo::Demo),
-    /// Run an orchestrator and workers with the built-in handlers, until Ctrl-C
+    /// Run an orchestrator, workers with the built-in handlers, and the web page, until Ctrl-C
     Up(commands::up::Up),
+    /// Serve the HTTP API and the web page
+    #[command(subcommand)]
+    Api(commands::api::Api),
+    /// Make and revoke the keys of the HTTP API
+    #[command(subcommand)]
+    Key(commands::key::Key),
     /// Run orchestrators: they decide what happens next
     #[command(subcommand)]
     Orchestrator(commands::orchestrator::Orchestrator),
@@ -153,6 +159,8 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
     match command {
         Command::Demo(command) => command.run(&global).await,
         Command::Up(command) => command.run(&global).await,
+        Command::Api(command) => command.run(&global).await,
+        Command::Key(command) => command.run(&global).await,
         Command::Orchestrator(command) => command.run(&global).await,
         Command::Worker(command) => command.run(&global).await,
         Command::Template(command) => command.run(&global).await,

@@ -1,8 +1,10 @@
 //! One file per noun.
 
 pub mod act;
+pub mod api;
 pub mod db;
 pub mod demo;
+pub mod key;
 pub mod limit;
 pub mod migrate;
 pub mod orchestrator;

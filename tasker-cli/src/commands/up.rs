@@ -13,6 +13,7 @@ use tasker_shared::telemetry::Role;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::api::Serve;
 use super::orchestrator::FLUSH;
 use super::worker::BUILTINS;
 use crate::Global;
@@ -22,8 +23,8 @@ use crate::run;
 /// How often new templates are looked for, so that `template apply` needs no restart.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Run an orchestrator and workers with the built-in handlers in this process, and print every
-/// task that ends, until Ctrl-C.
+/// Run an orchestrator, workers with the built-in handlers, and the HTTP API with its web page in
+/// this process, and print every task that ends, until Ctrl-C.
 ///
 /// There is a worker for each queue with a step for a built-in handler, also of templates that
 /// are registered meanwhile. Handlers of your own run in a program of your own beside it.
@@ -38,6 +39,8 @@ pub struct Up {
     http_hosts: Vec<String>,
     #[command(flatten)]
     metrics: run::Metrics,
+    #[command(flatten)]
+    serve: Serve,
 }
 
 impl Up {
@@ -57,6 +60,9 @@ impl Up {
         if let Some(metrics) = &metrics {
             eprintln!("metrics   http://{}/metrics", metrics.address);
         }
+        let serving = self.serve.start(&connected.url).await?;
+        let open = serving.link.clone().unwrap_or_else(|| serving.server.url());
+        let farewell = serving.farewell();
         let orchestrator = Orchestrator::start(&connected.url, &Options { trace, ..Options::default() }).await?;
         let mut watch = client.watch().await?;
         let mut workers = Workers {
@@ -66,6 +72,8 @@ impl Up {
             known: HashSet::new(),
             running: JoinSet::new(),
         };
+        let api = tokio::spawn(serving.server.run(stop.clone()));
+        eprintln!("open      {open}");
         eprintln!("running; Ctrl-C finishes what has begun and ends");
 
         let mut look = tokio::time::interval(LOOK_EVERY);
@@ -85,6 +93,8 @@ impl Up {
         while let Some(result) = workers.running.join_next().await {
             result??;
         }
+        api.await?;
+        farewell.await;
         watch.end().await;
         orchestrator.shutdown(FLUSH).await;
         telemetry.shutdown(FLUSH).await;

@@ -3,6 +3,8 @@
 pub mod apply;
 pub mod exports;
 pub mod flow;
+pub mod keys;
+pub mod listing;
 pub mod maps;
 pub mod nested;
 pub mod operators;

@@ -17,7 +17,7 @@ use crate::trace::otlp::hex;
 use crate::trace::span::TraceId;
 
 /// A task as people see it. Times are the database's.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
 pub struct TaskView {
     pub task_uuid: Uuid,
@@ -285,7 +285,7 @@ pub async fn in_trace_of(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec
 }
 
 /// A step as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]
 pub struct StepView {
     pub step_uuid: Uuid,
@@ -334,7 +334,7 @@ pub async fn steps(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<StepV
 }
 
 /// One execution of a step, as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.attempts")]
 pub struct AttemptView {
     pub task_uuid: Uuid,
@@ -385,7 +385,7 @@ pub async fn callers(
 }
 
 /// A registered template.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.templates")]
 pub struct TemplateView {
     pub namespace: String,
@@ -476,7 +476,7 @@ pub async fn is_offered(conn: &mut PgConnection, queue: &str, handlers: &[String
 }
 
 /// One queue, and what stands before and behind it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct QueueView {
     /// Its PGMQ name.
     pub queue: String,
@@ -535,7 +535,7 @@ pub async fn live_workers(conn: &mut PgConnection) -> Result<Vec<LiveWorkers>, E
 }
 
 /// A message that could not become a task or be tied to one.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.quarantine")]
 pub struct QuarantineView {
     pub quarantine_id: i64,

@@ -1,0 +1,171 @@
+//! The HTTP API of Tasker, its sign-in, and the web page.
+//!
+//! It asks the database and sends wishes to the orchestrators; it decides nothing, and imports
+//! neither of the two kinds of process. [`operation::Api`] is the one way to make a route.
+
+pub mod auth;
+pub mod guard;
+pub mod operation;
+pub mod page;
+pub mod problem;
+pub mod routes;
+mod serve;
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sqlx::PgPool;
+use tasker_shared::client::Client;
+use tokio_util::sync::CancellationToken;
+
+pub use self::guard::Caller;
+pub use self::serve::{Error, Server};
+
+/// How a server is started.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where it listens. Beyond this machine only with TLS, its own or a proxy's.
+    pub bind: SocketAddr,
+    /// The certificate chain and the key, as PEM files.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// A proxy in front of it ends TLS.
+    pub behind_tls_proxy: bool,
+    /// Host names that it answers to, besides this machine's own when it listens there.
+    pub hosts: Vec<String>,
+    /// The path under which a proxy shows it, such as `/tasker`; empty for none.
+    pub base_path: String,
+    /// Refuses whatever changes something.
+    pub read_only: bool,
+    /// Requests a second that one principal may send.
+    pub rate_per_s: u32,
+    /// Requests that one principal may send at once, after a pause.
+    pub burst: u32,
+    /// Connections that may be open at once.
+    pub max_connections: usize,
+}
+
+impl Default for Config {
+    /// On this machine only.
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 7878)),
+            tls: None,
+            behind_tls_proxy: false,
+            hosts: Vec::new(),
+            base_path: String::new(),
+            read_only: false,
+            rate_per_s: 200,
+            burst: 1000,
+            max_connections: 2000,
+        }
+    }
+}
+
+impl Config {
+    /// Whether browsers reach it over TLS.
+    pub fn is_secure(&self) -> bool {
+        self.tls.is_some() || self.behind_tls_proxy
+    }
+
+    /// Whether it answers to this `Host`, with or without a port.
+    pub(crate) fn answers_to(&self, host: &str) -> bool {
+        let end = if host.starts_with('[') {
+            host.find(']').map_or(host.len(), |end| end + 1)
+        } else {
+            host.find(':').unwrap_or(host.len())
+        };
+        let (name, port) = host.split_at(end);
+        if !(port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok())) {
+            return false;
+        }
+        let own = match self.bind.ip() {
+            IpAddr::V6(ip) => format!("[{ip}]"),
+            ip @ IpAddr::V4(_) => ip.to_string(),
+        };
+        let local = ["localhost", "127.0.0.1", "[::1]"];
+        self.hosts.iter().any(|known| known.eq_ignore_ascii_case(name) || known.eq_ignore_ascii_case(host))
+            || (!self.bind.ip().is_unspecified() && own.eq_ignore_ascii_case(name))
+            || (self.bind.ip().is_loopback() && local.iter().any(|known| known.eq_ignore_ascii_case(name)))
+    }
+}
+
+/// What every request shares. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct State(Arc<Inner>);
+
+/// The insides of a [`State`].
+#[derive(Debug)]
+pub struct Inner {
+    client: Client,
+    config: Config,
+    known: guard::Known,
+    rates: guard::Rates,
+    document: Vec<u8>,
+    stop: CancellationToken,
+}
+
+impl Deref for State {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Inner {
+    /// What asks and acts.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Connections for statements.
+    pub fn pool(&self) -> &PgPool {
+        self.client.pool()
+    }
+
+    /// How this server was started.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Fires when the server is told to end: answers that would not end by themselves end then.
+    pub fn stop(&self) -> &CancellationToken {
+        &self.stop
+    }
+
+    pub(crate) fn known(&self) -> &guard::Known {
+        &self.known
+    }
+
+    pub(crate) fn rates(&self) -> &guard::Rates {
+        &self.rates
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_answers_to_this_machine_and_to_names_it_was_told() {
+        let config = Config { hosts: vec!["tasks.example.com".into()], ..Config::default() };
+        for good in ["localhost:7878", "127.0.0.1", "[::1]:7878", "tasks.example.com", "TASKS.example.com:443"] {
+            assert!(config.answers_to(good), "{good}");
+        }
+        for bad in [
+            "",
+            "evil.example",
+            "localhost.evil.example",
+            "localhost:x",
+            "127.0.0.1:99999",
+            "[::1",
+            "tasks.example.com.evil",
+        ] {
+            assert!(!config.answers_to(bad), "{bad}");
+        }
+        let wide = Config { bind: SocketAddr::from(([0, 0, 0, 0], 7878)), ..Config::default() };
+        assert!(!wide.answers_to("0.0.0.0") && !wide.answers_to("localhost"));
+    }
+}

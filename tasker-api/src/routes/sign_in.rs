@@ -1,0 +1,83 @@
+//! How a browser signs in and out.
+
+use axum::extract::{Form, Query, State as Extract};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use axum::{Router, response::Redirect};
+use http::{HeaderMap, HeaderValue, header};
+use serde::Deserialize;
+
+use crate::auth::{self, Session};
+use crate::guard::same_site;
+use crate::problem::Problem;
+use crate::{State, page};
+
+pub(super) fn routes() -> Router<State> {
+    Router::new().route("/login", get(show).post(with_key)).route("/logout", post(out))
+}
+
+#[derive(Deserialize)]
+struct Link {
+    once: Option<String>,
+}
+
+async fn show(Extract(state): Extract<State>, Query(link): Query<Link>) -> Result<Response, Problem> {
+    let Some(once) = link.once else {
+        return Ok(page::sign_in_page(&state, None));
+    };
+    match auth::redeem_once(state.pool(), &once).await? {
+        Some(session) => Ok(begin(&state, &session)),
+        None => Ok(page::sign_in_page(&state, Some("the link was used, or is too old"))),
+    }
+}
+
+#[derive(Deserialize)]
+struct WithKey {
+    key: String,
+}
+
+async fn with_key(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+    Form(form): Form<WithKey>,
+) -> Result<Response, Problem> {
+    same_site(&headers)?;
+    match auth::sign_in(state.pool(), &form.key).await? {
+        Some(session) => Ok(begin(&state, &session)),
+        None => Ok(page::sign_in_page(&state, Some("the key is unknown, expired or revoked"))),
+    }
+}
+
+#[derive(Deserialize)]
+struct Out {
+    #[serde(default)]
+    csrf: String,
+}
+
+async fn out(Extract(state): Extract<State>, headers: HeaderMap, Form(form): Form<Out>) -> Result<Response, Problem> {
+    same_site(&headers)?;
+    // Without a session there is nothing to protect, and nothing to end.
+    if let Some(own) = auth::cookie_of(&headers).map(auth::csrf_of)
+        && own != form.csrf
+    {
+        return Err(crate::problem::CROSS_SITE.because("the form lacks this session's token; load the page again"));
+    }
+    let config = state.config();
+    let cookie = auth::sign_out(state.pool(), &headers, config.is_secure(), &config.base_path).await?;
+    Ok(redirect(&format!("{}/login", config.base_path), &cookie))
+}
+
+fn begin(state: &State, session: &Session) -> Response {
+    let config = state.config();
+    redirect(&format!("{}/", config.base_path), &session.cookie(config.is_secure(), &config.base_path))
+}
+
+/// A link that signs in must not stay in a history or a log as one that works: it does not work twice.
+fn redirect(to: &str, cookie: &str) -> Response {
+    let mut response = Redirect::to(to).into_response();
+    if let Ok(cookie) = HeaderValue::from_str(cookie) {
+        response.headers_mut().insert(header::SET_COOKIE, cookie);
+    }
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

@@ -1,0 +1,6 @@
+//! The HTTP API against a real database, over a real socket.
+
+mod harness;
+
+mod sign_in;
+mod tasks;

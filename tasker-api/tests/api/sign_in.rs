@@ -1,0 +1,100 @@
+//! Who is let in, and how.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use tasker_api::auth::{self, Role};
+use tasker_shared::store::keys;
+
+use crate::harness::{World, order, send};
+
+#[tokio::test]
+async fn nobody_sees_anything_without_a_key() {
+    let world = World::start().await;
+    for (name, value) in [
+        ("x", ""),
+        ("authorization", "Bearer tsk_0_0"),
+        ("authorization", "Basic YTpi"),
+        ("cookie", "tasker_session=1"),
+    ] {
+        let refused = send(world.request(Method::GET, "/v1/tasks").header(name, value)).await;
+        assert_eq!((refused.status.as_u16(), &*refused.code()), (401, "unauthenticated"), "{name}: {value}");
+        assert_eq!(refused.headers["www-authenticate"], "Bearer");
+    }
+    for open in ["/health/live", "/health/ready", "/openapi.json"] {
+        assert_eq!(send(world.request(Method::GET, open)).await.status, 200, "{open}");
+    }
+}
+
+#[tokio::test]
+async fn a_revoked_key_is_refused_within_a_second() {
+    let world = World::start().await;
+    let key = world.key(Role::Viewer).await;
+    assert_eq!(world.get(&key, "/v1/tasks").await.status, 200);
+    let id = key.split('_').nth(1).unwrap();
+    assert!(keys::revoke(&mut world.pool().acquire().await.unwrap(), id, "the test").await.unwrap());
+    let revoked = Instant::now();
+    while world.get(&key, "/v1/tasks").await.status == 200 {
+        assert!(revoked.elapsed() < Duration::from_secs(1));
+    }
+    assert_eq!(world.get(&key, "/v1/tasks").await.code(), "unauthenticated");
+}
+
+#[tokio::test]
+async fn a_task_of_another_namespace_does_not_exist() {
+    let world = World::start().await;
+    world.register(&order("shop")).await;
+    world.register(&order("depot")).await;
+    let (own, other) = (world.submit("shop", "A").await, world.submit("depot", "B").await);
+    let key = world.key_of(Role::Admin, None, Some(&["shop"])).await;
+    assert_eq!(world.get(&key, &format!("/v1/tasks/{own}")).await.status, 200);
+    assert_eq!(world.get(&key, &format!("/v1/tasks/{other}")).await.code(), "not_found");
+    let all = world.get(&key, "/v1/tasks").await;
+    assert_eq!(all.at("/items/0/task_uuid"), own.to_string());
+    assert_eq!(all.at("/items/1"), serde_json::Value::Null);
+    assert_eq!(world.get(&key, "/v1/tasks?namespace=depot").await.code(), "forbidden");
+}
+
+#[tokio::test]
+async fn a_link_signs_one_browser_in_once() {
+    let world = World::start().await;
+    let key = world.key(Role::Admin).await;
+    let once = auth::once_link(world.pool(), key.split('_').nth(1).unwrap()).await.unwrap();
+    let login = format!("/login?once={once}");
+    let signed_in = send(world.request(Method::GET, &login)).await;
+    assert_eq!((signed_in.status.as_u16(), &signed_in.headers["location"]), (303, &"/".parse().unwrap()));
+    let cookie = signed_in.headers["set-cookie"].to_str().unwrap().to_owned();
+    assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+    let cookie = cookie.split(';').next().unwrap().to_owned();
+    let seen = send(world.request(Method::GET, "/v1/tasks").header("cookie", &cookie)).await;
+    assert_eq!(seen.status, 200);
+    let again = send(world.request(Method::GET, &login)).await;
+    assert!(!again.headers.contains_key("set-cookie"), "{again:?}");
+    // The session ends with its key.
+    keys::revoke(&mut world.pool().acquire().await.unwrap(), key.split('_').nth(1).unwrap(), "the test").await.unwrap();
+    tokio::time::timeout(Duration::from_secs(1), async {
+        while send(world.request(Method::GET, "/v1/tasks").header("cookie", &cookie)).await.status == 200 {}
+    })
+    .await
+    .expect("the session ends with its key");
+}
+
+#[tokio::test]
+async fn a_name_that_points_here_from_elsewhere_is_not_answered() {
+    let world = World::start().await;
+    let refused = send(world.request(Method::GET, "/health").header("host", "evil.example")).await;
+    assert_eq!((refused.status.as_u16(), &*refused.code()), (421, "unknown_host"));
+    let good = send(world.request(Method::GET, "/openapi.json").header("host", "localhost:1234")).await;
+    assert_eq!(good.status, 200);
+    assert!(good.headers["content-security-policy"].to_str().unwrap().contains("frame-ancestors 'none'"));
+    assert_eq!(good.headers["x-content-type-options"], "nosniff");
+}
+
+#[tokio::test]
+async fn a_server_that_is_told_to_end_ends() {
+    let world = World::start().await;
+    assert_eq!(send(world.request(Method::GET, "/health/live")).await.status, 200);
+    world.stop.cancel();
+    world.running.await.expect("it ends");
+    assert!(tokio::net::TcpStream::connect(world.address).await.is_err());
+}
