@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod migrate;
 pub mod postgres;
 pub mod queue;
+pub mod redact;
 pub mod schedule;
 pub mod state_machine;
 pub mod store;
