@@ -148,7 +148,7 @@ fn main() -> std::process::ExitCode {
         Err(error) => {
             // The reader of a pipe that has seen enough is no failure of ours.
             if !output::is_broken_pipe(&error) {
-                eprintln!("error: {error:#}");
+                eprintln!("error: {}", tasker_shared::redact::text(&format!("{error:#}")));
             }
             exit_code(&error).into()
         }

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use clap::ValueEnum;
 use console::{Style, measure_text_width};
 use serde::Serialize;
+use tasker_shared::redact;
 
 /// The choices of `-o`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -16,17 +17,25 @@ pub enum Format {
     Json,
 }
 
-/// Writes a line to stdout; unlike `println!` it does not panic when the reader is gone.
+/// Writes a line to stdout, without secrets; unlike `println!` it does not panic when the reader is gone.
 pub fn line(text: impl AsRef<str>) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_ref().as_bytes())?;
-    out.write_all(b"\n")?;
-    Ok(())
+    write(&redact::document(text.as_ref()))
 }
 
-/// Writes a value as indented JSON.
+/// Writes a value as indented JSON, without secrets.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string_pretty(value)?)
+    match redact::shown(&serde_json::to_value(value)?) {
+        Some(clean) => write(&serde_json::to_string_pretty(&clean)?),
+        // In the order of its fields.
+        None => write(&serde_json::to_string_pretty(value)?),
+    }
+}
+
+fn write(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.write_all(b"\n")?;
+    Ok(())
 }
 
 /// Whether an error is only that the reader of our output has left.

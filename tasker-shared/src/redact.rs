@@ -104,7 +104,7 @@ pub enum Error {
 const MOST_RULES: usize = 500;
 
 /// A policy, ready for use.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Policy {
     definition: Definition,
     attributes: Vec<(String, Action)>,
@@ -119,12 +119,6 @@ enum Part {
     Any,
     /// `..`
     Deep,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self { definition: Definition::default(), attributes: Vec::new(), paths: Vec::new() }
-    }
 }
 
 static CURRENT: LazyLock<RwLock<Arc<Policy>>> = LazyLock::new(RwLock::default);
@@ -154,6 +148,27 @@ pub fn clipped(text: &str, limit: usize) -> String {
 /// A payload without its secrets, by the policy of this process.
 pub fn json(value: &mut Value) {
     policy().json(value);
+}
+
+/// A line that may be JSON or text, by the policy of this process. JSON in which nothing is hidden
+/// stays as it is, to the order of its keys.
+pub fn document(line: &str) -> Cow<'_, str> {
+    if line.starts_with(['{', '['])
+        && let Ok(known) = serde_json::from_str::<Value>(line)
+    {
+        return match shown(&known) {
+            Some(clean) => Cow::Owned(clean.to_string()),
+            None => Cow::Borrowed(line),
+        };
+    }
+    text(line)
+}
+
+/// The same of a value; `None` if nothing of it is hidden.
+pub fn shown(known: &Value) -> Option<Value> {
+    let mut clean = known.clone();
+    json(&mut clean);
+    (clean != *known).then_some(clean)
 }
 
 impl Policy {

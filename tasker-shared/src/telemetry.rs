@@ -6,6 +6,7 @@
 //! `trace::otlp` and `trace::transport`), and never keeps a process from
 //! starting or working.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
@@ -33,8 +34,9 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Filter, Layer, SubscriberExt};
 use tracing_subscriber::registry::{LookupSpan, Registry};
 
+use crate::redact::{self, Action, Policy};
 use crate::trace::config::{Compression, Detail, Protocol, TraceConfig};
-use crate::trace::transport;
+use crate::trace::{clean, transport};
 
 /// Which kind of process this is; gives live spans their `service.name`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,6 +144,7 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
         return Telemetry::default();
     }
     config.propagators.activate();
+    log_panics();
     if let Some(live) = &live {
         // For user code that works with the OpenTelemetry API directly.
         opentelemetry::global::set_tracer_provider(live.provider.clone());
@@ -154,6 +157,17 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
         tracing::warn!(error = %failure, "live spans are not exported");
     }
     Telemetry { live }
+}
+
+/// A panic becomes a log line: the standard library would write its message to stderr as it is.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let message = panic.payload_as_str().unwrap_or("no message");
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let trace = std::backtrace::Backtrace::capture();
+        let trace = (trace.status() == std::backtrace::BacktraceStatus::Captured).then(|| trace.to_string());
+        tracing::error!(place, backtrace = trace, "panicked: {message}");
+    }));
 }
 
 impl Telemetry {
@@ -355,7 +369,11 @@ struct Counted<E> {
 }
 
 impl<E: SpanExporter> SpanExporter for Counted<E> {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+    async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
+        let policy = redact::policy();
+        for span in &mut batch {
+            clean::span(&policy, span);
+        }
         let spans = batch.len() as u64;
         let result = self.inner.export(batch).await;
         let counter = if result.is_ok() { &self.counts.exported } else { &self.counts.failed };
@@ -612,6 +630,7 @@ where
 /// A log line in the making.
 struct Line {
     format: LogFormat,
+    policy: Arc<Policy>,
     text: String,
     seen: Vec<&'static str>,
 }
@@ -619,11 +638,15 @@ struct Line {
 /// Keys of ours in JSON; a field with such a name is written as `field.<name>`.
 const JSON_KEYS: [&str; 3] = ["timestamp", "level", "target"];
 const MESSAGE: &str = "message";
+/// Made by us, and never a secret.
+const OWN_FIELDS: [&str; 4] = ["trace_id", "span_id", "task_uuid", "step_uuid"];
 
 impl Line {
     fn new(format: LogFormat, ansi: bool, meta: &Metadata<'_>, own: &Fields) -> Self {
         let at = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
+        let policy = redact::policy();
         let message = own.iter().find(|(name, ..)| *name == MESSAGE).map_or("", |(_, text, _)| text);
+        let message = policy.text(message);
         let mut text = String::with_capacity(256);
         match format {
             LogFormat::Json => {
@@ -634,16 +657,16 @@ impl Line {
                 text.push_str(",\"target\":");
                 push_json(&mut text, meta.target());
                 text.push_str(",\"message\":");
-                push_json(&mut text, message);
+                push_json(&mut text, &message);
             }
             LogFormat::Pretty => {
                 let (on, off) = if ansi { (color(*meta.level()), "\x1b[0m") } else { ("", "") };
                 // Writing to a String cannot fail.
                 let _ = write!(text, "{at} {on}{:>5}{off} {}: ", meta.level().as_str(), meta.target());
-                push_printable(&mut text, message);
+                push_printable(&mut text, &message);
             }
         }
-        let mut line = Self { format, text, seen: vec![MESSAGE] };
+        let mut line = Self { format, policy: Arc::clone(&policy), text, seen: vec![MESSAGE] };
         for (name, value, shape) in own.iter() {
             line.field(name, value, shape);
         }
@@ -656,6 +679,17 @@ impl Line {
             return;
         }
         self.seen.push(name);
+        let value = match (shape, OWN_FIELDS.contains(&name)) {
+            (Shape::Text, false) => match self.policy.attribute(name, value) {
+                Some(shown) => shown,
+                None => return,
+            },
+            (Shape::Bare, false) if self.policy.of_attribute(name).is_some_and(|action| action != Action::Allow) => {
+                return;
+            }
+            _ => Cow::Borrowed(value),
+        };
+        let value = &*value;
         match self.format {
             LogFormat::Json => {
                 self.text.push(',');

@@ -12,6 +12,7 @@ use futures_util::FutureExt as _;
 use opentelemetry::context::FutureExt as _;
 use serde_json::Value;
 use sqlx::PgPool;
+use tasker_shared::redact;
 use tasker_shared::store::protocol::{Claim, Outcome, Report, ReportedError};
 use tasker_shared::trace::context::{Incoming, to_otel_context};
 use tokio::sync::OwnedSemaphorePermit;
@@ -176,17 +177,17 @@ fn outcome(output: Output) -> Outcome {
     };
     Outcome::Error {
         error: ReportedError {
-            kind: clip(kind, MAX_KIND_BYTES),
-            message: clip(message, MAX_MESSAGE_BYTES),
+            kind: clip(&kind, MAX_KIND_BYTES),
+            message: clip(&message, MAX_MESSAGE_BYTES),
             retryable,
             retry_after_ms: after.map(|after| u64::try_from(after.min(LONGEST_DELAY).as_millis()).unwrap_or(0)),
         },
     }
 }
 
-/// At most `limit` bytes, and nothing that the database cannot store.
-fn clip(mut text: String, limit: usize) -> String {
-    text.truncate(text.floor_char_boundary(limit));
+/// At most `limit` bytes, no secrets, and nothing that the database cannot store.
+fn clip(text: &str, limit: usize) -> String {
+    let mut text = redact::clipped(text, limit);
     if text.contains('\0') {
         text = text.replace('\0', "\u{fffd}");
         text.truncate(text.floor_char_boundary(limit));

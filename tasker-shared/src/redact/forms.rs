@@ -58,13 +58,13 @@ pub(super) fn is_secret_name(name: &str) -> bool {
         return false;
     }
     let words = in_words(name);
-    let has = |word: &&str| {
-        words.match_indices(*word).any(|(at, _)| {
+    let has = |word: &str| {
+        words.match_indices(word).any(|(at, _)| {
             let end = at + word.len();
             (at == 0 || words.as_bytes()[at - 1] == b'_') && (end == words.len() || words.as_bytes()[end] == b'_')
         })
     };
-    SECRET_WORDS.iter().any(|word| has(&word))
+    SECRET_WORDS.iter().any(|word| has(word))
         && !HARMLESS_ENDS.iter().any(|end| words.strip_suffix(end).is_some_and(|rest| rest.ends_with('_')))
 }
 
@@ -101,14 +101,24 @@ fn rest(found: &Captures<'_>) -> String {
     format!("{}{REDACTED}", &found[1])
 }
 
-/// Keeps the first group, and everything if the value is redacted already.
+/// Keeps the first group, and everything if the value is redacted already or says nothing. JSON
+/// stays JSON: a quoted value keeps its quotes, a bare one behind a quoted key gets some.
 fn value(found: &Captures<'_>) -> String {
-    if found[2].trim_start_matches(['"', '\'', '\\']).starts_with("[redacted") {
+    let (before, value) = (&found[1], &found[2]);
+    let bare = value.trim_start_matches(['"', '\'', '\\']);
+    if bare.starts_with("[redacted") || matches!(value, "null" | "true" | "false") {
         return found[0].to_owned();
     }
-    let quote = found[2].chars().next().filter(|c| matches!(c, '"' | '\''));
-    let (open, close) = (quote.map(String::from).unwrap_or_default(), quote.map(String::from).unwrap_or_default());
-    format!("{}{open}{REDACTED}{close}", &found[1])
+    let escaped = if value.starts_with('\\') { "\\" } else { "" };
+    let key = before.trim_end_matches([' ', '\t', ':', '=']);
+    let quote = match value[escaped.len()..].chars().next() {
+        Some(c @ ('"' | '\'')) => Some(c),
+        _ => key.chars().next_back().filter(|c| *c == '"' && before.len() > key.len()),
+    };
+    match quote {
+        Some(quote) => format!("{before}{escaped}{quote}{REDACTED}{escaped}{quote}"),
+        None => format!("{before}{REDACTED}"),
+    }
 }
 
 /// Only what looks made by a machine: `Bearer abc123…`, not "bearer instruments".
@@ -129,11 +139,11 @@ fn card(found: &Captures<'_>) -> String {
             (_, double) => double,
         })
         .sum();
-    let known = match (digits.len(), digits[0], digits[0] * 10 + digits[1]) {
-        (13 | 16 | 19, 4, _) | (15, _, 34 | 37) | (16, _, 22..=27 | 35 | 51..=55 | 60..=65) => true,
-        _ => false,
-    };
-    if known && sum % 10 == 0 { REDACTED.to_owned() } else { found[0].to_owned() }
+    let known = matches!(
+        (digits.len(), digits[0], digits[0] * 10 + digits[1]),
+        (13 | 16 | 19, 4, _) | (15, _, 34 | 37) | (16, _, 22..=27 | 35 | 51..=55 | 60..=65)
+    );
+    if known && sum.is_multiple_of(10) { REDACTED.to_owned() } else { found[0].to_owned() }
 }
 
 /// From the widest to the narrowest: what one has replaced the next does not see.
@@ -143,9 +153,15 @@ const FORMS: [Form; 11] = [
         pattern: r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY( BLOCK)?-----(?s:.*?)(-----END [A-Z0-9 ]{0,40}PRIVATE KEY( BLOCK)?-----|\z)",
         replace: all,
     },
-    // Headers, to the end of the line or of the quoted text.
-    Form { pattern: r#"(?i)(\b(?:proxy-)?authorization\\?["']?\s*[:=]\s*\\?["']?)([^\r\n"'\\]+)"#, replace: value },
-    Form { pattern: r#"(?i)(\b(?:set-)?cookie\\?["']?\s*[:=]\s*\\?["']?)([^\r\n"'\\]+)"#, replace: value },
+    // Headers: to the end of the line, or of the quoted text behind a quoted name.
+    Form {
+        pattern: r#"(?i)(\b(?:(?:proxy-)?authorization|(?:set-)?cookie)\s*[:=]\s*["']?)([^\r\n"'\\]+)"#,
+        replace: |found| if found[2].starts_with("[redacted") { found[0].to_owned() } else { rest(found) },
+    },
+    Form {
+        pattern: r#"(?i)(\b(?:(?:proxy-)?authorization|(?:set-)?cookie)\\?["']\s*[:=]\s*)(\\?"[^"\r\n]*"?|'[^'\r\n]*'?)"#,
+        replace: value,
+    },
     // scheme://user:password@host
     Form {
         pattern: r#"(?i)(\b[a-z][a-z0-9+.-]{1,20}://)[^\s/?#"'<>@]+(?:@[^\s/?#"'<>@]+)*@"#,

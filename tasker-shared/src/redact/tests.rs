@@ -53,6 +53,23 @@ fn each_form_of_the_built_in_policy_is_hidden_and_what_is_around_it_stays() {
 }
 
 #[test]
+fn json_stays_json() {
+    for (said, clean) in [
+        (r#"{"token":null,"pwd":12}"#, r#"{"token":null,"pwd":"[redacted]"}"#),
+        (r#"{"cookie": null, "next": "a"}"#, r#"{"cookie": null, "next": "a"}"#),
+        (r#"{"cookie": "a=b; c", "next": "a"}"#, r#"{"cookie": "[redacted]", "next": "a"}"#),
+        (r#"{"x":"password=abc","y":1}"#, r#"{"x":"password=[redacted]","y":1}"#),
+        (r#""{\"secret\": \"abc\", \"b\": 1}""#, r#""{\"secret\": \"[redacted]\", \"b\": 1}""#),
+    ] {
+        assert_eq!(Policy::default().text(said), clean);
+        assert!(serde_json::from_str::<Value>(clean).is_ok(), "{clean}");
+    }
+    assert_eq!(document(r#"{"b":1,"a":{"token":5}}"#), r#"{"a":{"token":"[redacted]"},"b":1}"#);
+    assert_eq!(document(r#"{"b":1,"a":2}"#), r#"{"b":1,"a":2}"#);
+    assert_eq!(document("{ password=1"), "{ password=[redacted]");
+}
+
+#[test]
 fn what_only_looks_like_a_secret_stays() {
     for harmless in [
         "the bearer instruments are gone",

@@ -1,5 +1,6 @@
 //! Step rows and the attempts behind them.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
@@ -8,6 +9,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
+use crate::redact;
 use crate::state_machine::plan::{Failure, Outcome, Step};
 use crate::state_machine::states::{StepEvent, StepState};
 use crate::trace::log::Attempt;
@@ -31,6 +33,22 @@ pub struct StepRow {
     pub read_at: DateTime<Utc>,
 }
 
+/// An error as it was reported, by a worker in any language: without its secrets from here on.
+pub(super) fn failure(error: Value) -> Failure {
+    let mut failure = serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
+        kind: "error".into(),
+        message: format!("the recorded error cannot be read: {problem}"),
+        retryable: true,
+        retry_after_ms: None,
+    });
+    for text in [&mut failure.kind, &mut failure.message] {
+        if let Cow::Owned(clean) = redact::text(text) {
+            *text = clean;
+        }
+    }
+    failure
+}
+
 /// Loads the steps that events are about, with what was reported of their current attempts.
 ///
 /// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
@@ -41,14 +59,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
         .map(|row| {
             let id = row.step_uuid;
             let state: StepState = row.state.parse().map_err(|e| Error::bad_row("steps", "state", id, e))?;
-            let failure = row.error.map(|error| {
-                serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
-                    kind: "error".into(),
-                    message: format!("the recorded error cannot be read: {problem}"),
-                    retryable: true,
-                    retry_after_ms: None,
-                })
-            });
+            let failure = row.error.map(failure);
             let attempt = row.claimed_at.map(|claimed_at| Attempt {
                 step: id,
                 attempt: row.attempt,

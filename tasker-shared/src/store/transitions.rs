@@ -7,9 +7,9 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::Error;
 use super::tasks::bytes;
-use crate::state_machine::plan::{Detail, Failure};
+use super::{Error, steps};
+use crate::state_machine::plan::Detail;
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
 use crate::template::Keep;
 use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
@@ -176,7 +176,7 @@ async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap
             reported_at: row.reported_at,
             start_offset_ms: row.start_offset_ms,
             run_ms: row.run_ms,
-            failure: row.error.and_then(|error: Value| serde_json::from_value::<Failure>(error).ok()),
+            failure: row.error.map(steps::failure),
             usage: row.usage,
             milestones: row.milestones,
         });

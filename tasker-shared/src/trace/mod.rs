@@ -1,5 +1,6 @@
 //! The trace of a task: a pure function of committed rows, and its delivery.
 
+pub mod clean;
 pub mod config;
 pub mod context;
 pub mod export;
