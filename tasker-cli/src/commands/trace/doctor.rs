@@ -53,14 +53,6 @@ impl Doctor {
                 let config = &resolved.config;
                 let (source, label) = resolved.origin(tasker_shared::trace::config::Key::Enabled);
                 if config.enabled {
-                        format!("{label}, {source}")
-                    };
-                    find(
-                        "settings",
-                        false,
-                        format!("tracing is off ({because}); `tasker trace enable` switches it on"),
-                    );
-                } else {
                     find("settings", true, format!("{} to {}", config.exporter, config.destination()));
                     if config.exporter.is_remote() {
                         match transport::reach(config).await {
@@ -75,9 +67,13 @@ impl Doctor {
                     let (ok, words) = export(config).await;
                     find("a probe span", ok, words);
                 } else {
-                    let because = if label.is_empty() {
-                        "nothing switches it on".to_owned()
-                    }
+                    let because = match label {
+                        "" => "nothing switches it on".to_owned(),
+                        label => format!("{label}, {source}"),
+                    };
+                    let words = format!("tracing is off ({because}); `tasker trace enable` switches it on");
+                    find("settings", false, words);
+                }
             }
         }
         let waiting = exports::waiting(&mut conn).await?;
