@@ -39,7 +39,6 @@ mod retry;
 mod sampling;
 mod schedules;
 mod suspend;
-mod trace_settings;
 mod two_orchestrators_two_workers;
 mod versions;
 mod waits;

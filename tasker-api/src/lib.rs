@@ -38,12 +38,30 @@ pub struct Config {
     pub base_path: String,
     /// Refuses whatever changes something.
     pub read_only: bool,
+    /// Whether pages show timelines.
+    pub ui_trace: bool,
+    /// Where a trace can be looked at, with `{trace_id}` in its place, such as
+    /// `http://localhost:16686/trace/{trace_id}`.
+    pub trace_url: Option<String>,
+    /// What the button "Run an example" submits.
+    pub example: Option<Example>,
     /// Requests a second that one principal may send.
     pub rate_per_s: u32,
     /// Requests that one principal may send at once, after a pause.
     pub burst: u32,
     /// Connections that may be open at once.
     pub max_connections: usize,
+}
+
+/// A template that is there to be tried.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// Who owns it.
+    pub namespace: String,
+    /// Its name.
+    pub template: String,
+    /// Inputs to choose from, one for each run.
+    pub inputs: Vec<serde_json::Value>,
 }
 
 impl Default for Config {
@@ -56,6 +74,9 @@ impl Default for Config {
             hosts: Vec::new(),
             base_path: String::new(),
             read_only: false,
+            ui_trace: true,
+            trace_url: None,
+            example: None,
             rate_per_s: 200,
             burst: 1000,
             max_connections: 2000,

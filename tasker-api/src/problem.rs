@@ -125,6 +125,11 @@ impl Code {
 }
 
 impl Problem {
+    /// Which field, what is wrong with it, what to do.
+    pub fn detail(&self) -> &str {
+        &self.0.detail
+    }
+
     /// Names the field that is at fault.
     #[must_use]
     pub fn field(mut self, field: impl Into<String>) -> Self {

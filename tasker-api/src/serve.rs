@@ -210,7 +210,7 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
     }));
     let all = operations
         .merge(routes::outside_the_api())
-        .merge(page::routes())
+        .merge(page::routes(&state))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed);
     let all = if base_path.is_empty() { all } else { Router::new().nest(&base_path, all).fallback(not_found) };

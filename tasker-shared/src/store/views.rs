@@ -591,7 +591,7 @@ pub async fn quarantine(
 }
 
 /// JSON as it is; what this program cannot read, as a text.
-fn readable(json: String) -> Value {
+pub(super) fn readable(json: String) -> Value {
     serde_json::from_str(&json).unwrap_or(Value::String(json))
 }
 

@@ -9,7 +9,6 @@ pub mod log;
 pub mod names;
 pub mod otlp;
 pub mod sampling;
-pub mod settings;
 pub mod span;
 pub mod transport;
 pub mod tree;

@@ -1,0 +1,286 @@
+//! One step in full: what it got, what it gave, each attempt, and what a person may do with it.
+
+use axum::extract::{Path, Query};
+use axum::response::Response;
+use chrono::{DateTime, TimeDelta, Utc};
+use maud::{Markup, html};
+use serde::Deserialize;
+use serde_json::Value;
+use tasker_shared::redact;
+use tasker_shared::store::pages::{self, AttemptDetail, ItemLine, StepDetail};
+use tasker_shared::store::why::duration;
+use tasker_shared::trace::ids::{SpanKey, span_id};
+use tasker_shared::trace::otlp::hex;
+use uuid::Uuid;
+
+use super::shell::Section;
+use super::task::{Seen, payload, seen};
+use super::words::{self, copyable, counted, pill, when};
+use super::{Page, hidden};
+use crate::auth::Scope;
+use crate::problem::Problem;
+
+/// The address of a step's page.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Asked {
+    /// Which attempt; the latest if not said.
+    attempt: Option<i32>,
+}
+
+/// `GET /tasks/{task}/steps/{step}`
+pub(super) async fn show(
+    page: Page,
+    Path((task, step)): Path<(Uuid, Uuid)>,
+    Query(asked): Query<Asked>,
+) -> Result<Response, Problem> {
+    let seen = seen(&page, task).await?;
+    let mut conn = page.state.pool().acquire().await?;
+    let detail = pages::step(&mut conn, task, step).await?.ok_or_else(|| Problem::not_found(format!("step {step}")))?;
+    let attempts = pages::attempts(&mut conn, task, step).await?;
+    let items = if detail.item < 0 && is_map(&seen, &detail) {
+        pages::items(&mut conn, task, detail.step_index).await?
+    } else {
+        Vec::new()
+    };
+    drop(conn);
+    let now = seen.situation.now;
+    let chosen = match asked.attempt {
+        Some(number) => attempts.iter().find(|attempt| attempt.attempt == number),
+        None => attempts.first(),
+    };
+    let view = &seen.situation.task;
+    let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
+    let name = name_of(&detail);
+    let body = html! {
+        (head(&page, &seen, &detail, now))
+        div.columns id="step" data-live-part="" {
+            section.panel aria-labelledby="input-title" {
+                h2 id="input-title" { "Input" }
+                @match (&detail.input, may_see) {
+                    (_, false) => (hidden()),
+                    (Some(input), true) => (payload("input", input)),
+                    (None, true) => p.quiet { "It gets its input when it is sent to a worker." },
+                }
+            }
+            section.panel aria-labelledby="attempt-title" {
+                h2 id="attempt-title" { "Attempts" }
+                @if attempts.is_empty() {
+                    p.quiet { "No worker has claimed it yet." }
+                } @else {
+                    nav.tabs aria-label="Attempts" {
+                        @for attempt in &attempts {
+                            a href=(page.link(format!("/tasks/{task}/steps/{step}?attempt={}", attempt.attempt)))
+                                aria-current=[(chosen.map(|c| c.attempt) == Some(attempt.attempt)).then_some("true")] {
+                                (sign(attempt)) " " (attempt.attempt)
+                            }
+                        }
+                    }
+                }
+                @if let Some(attempt) = chosen { (attempt_panel(&seen, &detail, attempt, may_see, now)) }
+                @else if asked.attempt.is_some() { p.quiet { "There is no such attempt." } }
+            }
+        }
+        @if let Some(attempt) = chosen { (told(attempt, may_see)) }
+        @if !items.is_empty() { (item_table(&page, task, &items, now)) }
+    };
+    let events = format!("/v1/events?task={task}");
+    let events = Some(events.as_str()).filter(|_| !view.is_finished());
+    Ok(page.show(now, format!("{name} of {}", view.template), Section::Tasks, events, &body))
+}
+
+fn name_of(step: &StepDetail) -> String {
+    if step.item >= 0 { format!("{}[{}]", step.name, step.item) } else { step.name.clone() }
+}
+
+fn is_map(seen: &Seen, step: &StepDetail) -> bool {
+    definition(seen, step)["for_each"].is_string()
+}
+
+fn definition<'a>(seen: &'a Seen, step: &StepDetail) -> &'a Value {
+    &seen.around.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]
+}
+
+fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Markup {
+    let task = &seen.situation.task;
+    html! {
+        div.panel id="head" data-live-part="" {
+            p.small { a href=(page.link(format!("/tasks/{}", task.task_uuid))) { "← " (task.template) " " (super::tasks::short(task.task_uuid)) } }
+            div.head {
+                (pill(words::step(&step.state)))
+                h1 { (name_of(step)) }
+                span.grow {}
+                @if !task.is_finished() { (Page::live_button()) }
+                (actions(page, seen, step))
+            }
+            dl.facts.wide {
+                @if !step.handler.is_empty() { div { dt { "Handler" } dd { code { (step.handler) } } } }
+                @if !step.handler.is_empty() { div { dt { "Queue" } dd { code { (step.queue) } } } }
+                div { dt { "Attempts" } dd { (step.attempt) " begun · " (step.failures) " failed of " (step.max_attempts) " allowed" @if step.losses > 0 { " · " (step.losses) " lost" } } }
+                @if let Some(worker) = &step.worker { div { dt { "Worker" } dd { (worker) } } }
+                @if let Some(held) = &step.held_by { div { dt { "Held back by" } dd { (held) @if let Some(since) = step.ready_at { ", ready " (when(now, since)) } } } }
+                @if let Some(due) = step.due_at { div { dt { "Due" } dd { (when(now, due)) } } }
+                @if step.state == "in_progress" {
+                    @if let Some(beat) = step.last_heartbeat_at { div { dt { "Last heartbeat" } dd { (when(now, beat)) } } }
+                    @if let Some(ends) = step.lease_expires_at { div { dt { "Lease ends" } dd { (when(now, ends)) } } }
+                }
+                div { dt { "In this state" } dd { (when(now, step.last_at)) } }
+                div { dt { "Step id" } dd { (copyable(&step.step_uuid.to_string(), "step id")) } }
+            }
+            @if let Some(progress) = &step.progress {
+                @if page.who.may(Scope::PayloadsRead, &task.namespace) {
+                    h3 { "Progress, as its handler says" }
+                    (payload("progress", progress))
+                }
+            }
+        }
+    }
+}
+
+fn actions(page: &Page, seen: &Seen, step: &StepDetail) -> Markup {
+    let task = &seen.situation.task;
+    if !page.may_change(Scope::TasksOperate, &task.namespace) || step.item >= 0 {
+        return html! {};
+    }
+    let ended = task.is_finished();
+    let look = words::step(&step.state);
+    let blocked = task.state == "blocked_by_failures" && step.state == "error";
+    let by_hand = !ended && (!look.ended || step.state == "error");
+    html! {
+        @if ended || by_hand {
+            details.menu {
+                summary.button { "Actions ▾" }
+                div.sheet {
+                    form method="post" action=(page.link(format!("/tasks/{}/act", task.task_uuid))) {
+                        (page.csrf())
+                        input type="hidden" name="step" value=(step.name);
+                        div.field { label for="reason" { "Reason, for the audit" } input id="reason" type="text" name="reason" maxlength="1000" data-keep=""; }
+                        @if by_hand {
+                            div.field {
+                                label for="output" { "Output, as JSON" }
+                                textarea.mono id="output" name="output" placeholder="{}" rows="3" data-keep="" {}
+                                span.hint { "For completing or resolving it by hand; steps behind it read it." }
+                            }
+                        }
+                        div.actions {
+                            @if ended { button.primary name="action" value="rerun" { "Rerun from here" } }
+                            @if blocked { button.primary name="action" value="retry" { "Retry this step" } }
+                            @if by_hand {
+                                button name="action" value="complete_step" { "Complete" }
+                                button name="action" value="resolve_step" { "Resolve" }
+                                button.danger name="action" value="skip_step" { "Skip" }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn sign(attempt: &AttemptDetail) -> &'static str {
+    match (attempt.outcome.as_deref(), &attempt.error) {
+        (_, Some(_)) => "✕",
+        (Some(_), None) => "✓",
+        (None, None) => "▶",
+    }
+}
+
+fn attempt_panel(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail, may_see: bool, now: DateTime<Utc>) -> Markup {
+    let milliseconds = |ms: f64| {
+        #[expect(clippy::cast_possible_truncation, reason = "a length for people")]
+        duration(TimeDelta::microseconds((ms * 1000.0) as i64))
+    };
+    html! {
+        dl.facts {
+            dt { "Worker" } dd { (attempt.worker) @if let Some(version) = &attempt.worker_version { " " span.quiet { (version) } } }
+            dt { "Claimed" } dd { (when(now, attempt.claimed_at)) }
+            @if let Some(reported) = attempt.reported_at { dt { "Reported" } dd { (when(now, reported)) } }
+            @if let Some(ms) = attempt.run_ms { dt { "Ran" } dd { (milliseconds(ms)) } }
+            dt { "Outcome" } dd { (attempt.outcome.as_deref().unwrap_or("open")) }
+            @if attempt.attempt > 0 {
+                @if let Some(span) = handler_span(seen, step, attempt) { dt { "Span" } dd { (copyable(&span, "span id")) } }
+            }
+            @if attempt.generation > 1 { dt { "Run" } dd { (attempt.generation) } }
+        }
+        @if let Some(error) = &attempt.error {
+            h3 { "Error" }
+            div.banner.bad {
+                span aria-hidden="true" { "✕" }
+                span {
+                    strong { (words::clip(error["type"].as_str().unwrap_or("error"), 200)) }
+                    @if may_see { @if let Some(message) = error["message"].as_str() { ": " (words::clip(&redact::text(message), 4000)) } }
+                    @if error["retryable"] == Value::Bool(false) { " (not retryable)" }
+                }
+            }
+            @if may_see { details { summary { "The whole error" } (payload("error", error)) } }
+        }
+        @if let Some(output) = &attempt.output {
+            h3 { "Output" }
+            @if may_see { (payload("output", output)) } @else { (hidden()) }
+        }
+    }
+}
+
+/// The id of the attempt's `handler.execution`: the same in every backend.
+fn handler_span(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail) -> Option<String> {
+    let trace = u128::from_str_radix(&seen.situation.task.trace_id, 16).ok()?.to_be_bytes();
+    let number = u64::try_from(attempt.attempt).ok()?;
+    Some(hex(&span_id(&trace, step.step_uuid, 0, number, SpanKey::Handler, 0)))
+}
+
+/// What the handler told on its way: milestones, and usage where it counts something.
+fn told(attempt: &AttemptDetail, may_see: bool) -> Markup {
+    let usage: Vec<(&str, f64)> = attempt
+        .usage
+        .as_ref()
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?)))
+        .take(20)
+        .collect();
+    let milestones = attempt.milestones.as_ref().and_then(Value::as_array).filter(|list| !list.is_empty());
+    html! {
+        @if !usage.is_empty() || milestones.is_some() {
+            div.columns {
+                @if !usage.is_empty() { section.panel { h2 { "Usage" } (usage_chart(&usage)) } }
+                @if let Some(milestones) = milestones {
+                    section.panel { h2 { "Milestones" }
+                        @if may_see { @for (at, one) in milestones.iter().take(100).enumerate() { (payload(&format!("milestone-{at}"), one)) } } @else { (hidden()) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Counts (tokens, bytes, calls) as bars of one scale.
+fn usage_chart(usage: &[(&str, f64)]) -> Markup {
+    let most = usage.iter().map(|(_, n)| *n).fold(0.0, f64::max).max(1.0);
+    let height = usage.len() * 24;
+    html! {
+        svg.usage width="100%" height=(height) role="img" aria-label={ @for (name, n) in usage { (name) ": " (n) "; " } } {
+            @for (row, (name, n)) in usage.iter().enumerate() {
+                text x="0" y=(row * 24 + 16) { (words::clip(name, 26)) ": " (n) }
+                rect x="50%" y=(row * 24 + 6) height="12" rx="3" width={ (format!("{:.1}", 50.0 * n / most)) "%" } {}
+            }
+        }
+    }
+}
+
+fn item_table(page: &Page, task: Uuid, items: &[ItemLine], now: DateTime<Utc>) -> Markup {
+    html! {
+        section.panel.flush {
+            div.panel-head { h2 { "Items" } span.quiet.small { @if items.len() == 200 { "the first 200, what failed and what is open first" } @else { (counted(items.len(), "item")) } } }
+            div.scroll { table.cards {
+                thead { tr { th { "State" } th { "Item" } th.tight { "Attempt" } th.tight { "Since" } } }
+                tbody { @for item in items { tr {
+                    td.tight data-label="State" { span { (pill(words::step(&item.state))) } }
+                    td data-label="Item" { a href=(page.link(format!("/tasks/{task}/steps/{}", item.step_uuid))) data-row="" { (item.item) } }
+                    td.tight data-label="Attempt" { @if item.attempt > 0 { span { (item.attempt) } } }
+                    td.tight data-label="Since" { span { (when(now, item.last_at)) } }
+                } } }
+            } }
+        }
+    }
+}

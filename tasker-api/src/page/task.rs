@@ -1,0 +1,692 @@
+//! One task: why it is where it is, its graph, its timeline, its log, and what can be done to it.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, Query};
+use axum::response::{IntoResponse as _, Response};
+use chrono::{DateTime, SecondsFormat, Utc};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use maud::{Markup, html};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tasker_shared::redact;
+use tasker_shared::state_machine::decide::ByHand;
+use tasker_shared::store::pages::{self, Around, StepLine};
+use tasker_shared::store::views::{self, TaskView};
+use tasker_shared::store::why::{self, Situation};
+use tasker_shared::store::{requests, transitions, waits};
+use tasker_shared::trace::log::TaskLog;
+use tasker_shared::trace::otlp::hex;
+use tasker_shared::trace::tree;
+use uuid::Uuid;
+
+use super::graph::{self, Node};
+use super::shell::Section;
+use super::timeline::Timeline;
+use super::words::{self, copyable, count, counted, pill, when};
+use super::{Form, Page, accepted, hidden, json_of};
+use crate::auth::{Scope, sha256};
+use crate::problem::Problem;
+
+/// How old the picture of a task may be that many look at.
+const GOOD_FOR: Duration = Duration::from_millis(800);
+/// Steps of a list; the rest is a page away.
+const STEPS: usize = 200;
+/// With more steps than this the page does not wait for the trace: the script fetches it.
+const TRACE_WITH_PAGE: usize = 150;
+/// Bytes of a payload that a page shows.
+pub(super) const SHOWN: usize = 64 * 1024;
+
+/// What the page of a task is drawn from.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub situation: Situation,
+    pub around: Around,
+    pub steps: Vec<StepLine>,
+    pub children: Vec<TaskView>,
+}
+
+/// A task that the caller may look at, or "not found" whatever the reason.
+pub(super) async fn seen(page: &Page, task: Uuid) -> Result<Arc<Seen>, Problem> {
+    page.who.require_scope(Scope::TasksRead)?;
+    let seen = page.memory.tasks.get(task, GOOD_FOR, async || {
+        let mut conn = page.state.pool().acquire().await?;
+        let Some(situation) = why::situation(&mut conn, task).await? else {
+            return Ok(None);
+        };
+        let Some(around) = pages::around(&mut conn, task).await? else {
+            return Ok(None);
+        };
+        let steps = pages::step_lines(&mut conn, task).await?;
+        let children = pages::children(&mut conn, task, &situation.task.correlation_id).await?;
+        Ok(Some(Arc::new(Seen { situation, around, steps, children })))
+    });
+    let missing = || Problem::not_found(format!("task {task}"));
+    let seen = seen.await?.ok_or_else(missing)?;
+    if page.who.may(Scope::TasksRead, &seen.situation.task.namespace) { Ok(seen) } else { Err(missing()) }
+}
+
+/// The address of a task's page.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Asked {
+    /// Only steps whose name begins so.
+    #[serde(default)]
+    steps: String,
+    #[serde(default)]
+    from: usize,
+}
+
+/// `GET /tasks/{task}`
+pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
+    let seen = seen(&page, task).await?;
+    let now = seen.situation.now;
+    let view = &seen.situation.task;
+    let trace = if page.config().ui_trace && !seen.steps.is_empty() {
+        Some(if seen.steps.len() <= TRACE_WITH_PAGE { Some(read_trace(&page, task).await?) } else { None })
+    } else {
+        None
+    };
+    let body = html! {
+        (header(&page, &seen))
+        (graph_panel(&page, &seen))
+        @if let Some(trace) = &trace { (timeline_panel(&page, task, trace.as_ref())) }
+        (step_table(&page, &seen, &asked))
+        (facts(&page, &seen))
+    };
+    let events = format!("/v1/events?task={task}");
+    let events = Some(events.as_str()).filter(|_| !view.is_finished());
+    Ok(page.show(
+        now,
+        format!("{} {}", view.template, words::clip(&view.correlation_id, 40)),
+        Section::Tasks,
+        events,
+        &body,
+    ))
+}
+
+fn header(page: &Page, seen: &Seen) -> Markup {
+    let task = &seen.situation.task;
+    let now = seen.situation.now;
+    let sentence = seen.situation.sentence();
+    let sentence = redact::text(&sentence);
+    let reason = sentence.split_once(": ").map_or(&*sentence, |(_, reason)| reason);
+    let unoffered = seen.situation.open.iter().find(|group| {
+        !group.offered
+            && (group.held_by.as_deref() == Some("worker") || (group.state == "enqueued" && group.held_by.is_none()))
+    });
+    let trace_url = page.config().trace_url.as_ref().map(|url| url.replace("{trace_id}", &task.trace_id));
+    html! {
+        div.panel id="head" data-live-part="" {
+            div.head {
+                (pill(words::status(task.status)))
+                h1 { (task.template) " " span.quiet.small { (task.version) } }
+                @if task.generation > 1 { span.pill.queued { "run " (task.generation) } }
+                span.grow {}
+                @if !task.is_finished() { (Page::live_button()) }
+                (actions(page, task))
+            }
+            p.reason { (reason) }
+            @if let Some(group) = unoffered {
+                div.banner.bad role="alert" {
+                    span aria-hidden="true" { "⚠" }
+                    span {
+                        "No live worker offers the handler " code { (group.handler) } " on the queue " code { (group.queue) } ". Start one that does; the "
+                        (counted(group.count, "step")) " will go on by " (if group.count == 1 { "itself" } else { "themselves" }) ". "
+                        @if page.who.has(Scope::QueuesRead) { a href=(page.link("/queues")) { "See queues and workers" } }
+                    }
+                }
+            }
+            (waiting_for_person(page, seen))
+            dl.facts.wide {
+                div { dt { "Task" } dd { (copyable(&task.task_uuid.to_string(), "task id")) } }
+                div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all of it" } } }
+                div { dt { "Trace" } dd { (copyable(&task.trace_id, "trace id")) @if let Some(url) = &trace_url { " " a href=(url) rel="noopener" { "Open the trace ↗" } } } }
+                div { dt { "Created" } dd { (when(now, task.created_at)) " · took " (words::took(Some(task.finished_at.unwrap_or(now) - task.created_at))) @if !task.is_finished() { " so far" } } }
+                div { dt { "Namespace" } dd { a href=(page.link(format!("/?namespace={}", encoded(&task.namespace)))) { (task.namespace) } " · priority " (task.priority) } }
+                @if let Some(key) = &task.idempotency_key { div { dt { "Idempotency key" } dd { (copyable(key, "idempotency key")) } } }
+                @if let Some(parent) = seen.around.parent_task_uuid {
+                    div { dt { "Started by" } dd { a href=(page.link(format!("/tasks/{parent}"))) { "task " (super::tasks::short(parent)) }
+                        @if let Some(step) = &seen.around.parent_step { ", step " (step) } @if let Some(attempt) = seen.around.parent_attempt { ", attempt " (attempt) } } }
+                }
+                @if !seen.children.is_empty() {
+                    div { dt { "Started" } dd { @for child in &seen.children { a href=(page.link(format!("/tasks/{}", child.task_uuid))) { (child.template) } " " (pill(words::status(child.status))) " " } } }
+                }
+            }
+        }
+    }
+}
+
+/// A value for a query string.
+pub(super) fn encoded(text: &str) -> String {
+    form_urlencoded::byte_serialize(text.as_bytes()).collect()
+}
+
+/// The acts that make sense in this state, most likely first.
+fn actions(page: &Page, task: &TaskView) -> Markup {
+    if !page.may_change(Scope::TasksOperate, &task.namespace) {
+        return html! {};
+    }
+    let offered: &[(&str, &str, bool)] = match task.state {
+        "error" | "cancelled" => &[("retry", "Retry", false)],
+        "complete" | "resolved_manually" => &[],
+        "suspended" => &[("resume", "Resume", false), ("cancel", "Cancel", true)],
+        "blocked_by_failures" => &[
+            ("retry", "Retry what failed", false),
+            ("give_up", "Give up", true),
+            ("resolve", "Resolve by hand", false),
+            ("cancel", "Cancel", true),
+        ],
+        _ => &[("suspend", "Suspend", false), ("cancel", "Cancel", true), ("terminate", "Terminate", true)],
+    };
+    html! {
+        @if !offered.is_empty() {
+            details.menu {
+                summary.button { "Actions ▾" }
+                div.sheet {
+                    form method="post" action=(page.link(format!("/tasks/{}/act", task.task_uuid))) {
+                        (page.csrf())
+                        div.field { label for="reason" { "Reason, for the audit" } input id="reason" type="text" name="reason" maxlength="1000" data-keep=""; }
+                        div.actions { @for (action, name, danger) in offered { button name="action" value=(action) class=[danger.then_some("danger")] { (name) } } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Steps that wait for a signal, with the answers that count.
+fn waiting_for_person(page: &Page, seen: &Seen) -> Markup {
+    let task = &seen.situation.task;
+    let may = page.may_change(Scope::TasksSignal, &task.namespace);
+    let waiting: Vec<&StepLine> = seen.steps.iter().filter(|step| step.state == "waiting").collect();
+    html! {
+        @for step in waiting {
+            @let definition = &seen.around.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]["wait"]["signal"];
+            @if let Some(signal) = definition["name"].as_str() {
+                @let allowed: Vec<&str> = definition["allowed"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                div.banner.warn data-key={ "signal-" (step.step_uuid) } {
+                    span aria-hidden="true" { "◷" }
+                    div {
+                        p { strong { (step.name) } " waits for the signal " code { (signal) }
+                            @if let Some(due) = step.due_at { ", " (when(seen.situation.now, due)) " at the latest" } "." }
+                        @if may {
+                            form.actions method="post" action=(page.link(format!("/tasks/{}/signal", task.task_uuid))) {
+                                (page.csrf())
+                                input type="hidden" name="name" value=(signal);
+                                @if allowed.is_empty() {
+                                    input type="text" name="payload" value="{}" aria-label={ "Payload of the signal " (signal) ", as JSON" } data-keep="";
+                                    button.primary { "Send the signal" }
+                                } @else {
+                                    input type="text" name="comment" aria-label="A comment, kept with the answer" placeholder="Comment" maxlength="1000" data-keep="";
+                                    @for answer in &allowed { button name="answer" value=(answer) { (answer) } }
+                                }
+                            }
+                        } @else { p.small { "Your key may not send signals." } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn detail(step: &StepLine, now: DateTime<Utc>) -> String {
+    let look = words::step(&step.state);
+    if let (Some(items), Some(ended)) = (step.items, step.items_ended) {
+        let failed = step
+            .items_failed
+            .filter(|failed| *failed > 0)
+            .map_or_else(String::new, |failed| format!(", {failed} failed"));
+        return format!("{} of {} items{failed}", count(ended), count(items));
+    }
+    match (step.state.as_str(), step.held_by.as_deref()) {
+        (_, Some("worker")) => "no worker offers it".into(),
+        (_, Some("limit")) => "held by a limit".into(),
+        (_, Some("paused")) => "queue is paused".into(),
+        (_, Some(_)) => "waits for a slot".into(),
+        ("waiting_for_retry", None) => {
+            let at = step.due_at.map_or_else(String::new, |due| format!(" {}", words::relative(now, due)));
+            format!("retry{at}, {} of {}", step.failures + 1, step.max_attempts)
+        }
+        ("error", _) => step.error_type.clone().unwrap_or_else(|| "failed".into()),
+        ("complete" | "in_progress" | "enqueued", _) if step.attempt > 1 => {
+            format!("{}, attempt {}", look.word, step.attempt)
+        }
+        _ => look.word.into(),
+    }
+}
+
+fn graph_panel(page: &Page, seen: &Seen) -> Markup {
+    let task = seen.situation.task.task_uuid;
+    let nodes = nodes(seen, |step| page.link(format!("/tasks/{task}/steps/{}", step.step_uuid)));
+    let drawing = graph::layout(&nodes);
+    html! {
+        section.panel id="graph" data-live-part="" aria-labelledby="graph-title" {
+            div.head {
+                h2.grow id="graph-title" { "Graph" }
+                span.quiet.small { (counted(nodes.len(), "step")) @if let Some(drawing) = &drawing { @if drawing.boxes() < nodes.len() { ", alike ones gathered" } } }
+                button.js-only type="button" data-fit="" data-keep="" { "Fit to width" }
+            }
+            @match &drawing {
+                Some(drawing) => div.graph-box tabindex="0" role="region" aria-label="Graph of the steps" { (drawing.svg(&nodes, "Steps and what they depend on")) },
+                None => p.quiet { "This graph is too large to draw; the steps are listed below." },
+            }
+        }
+    }
+}
+
+/// The steps as nodes; those that have no row yet are not begun.
+fn nodes(seen: &Seen, href: impl Fn(&StepLine) -> String) -> Vec<Node> {
+    let mut nodes = template_nodes(&seen.around.definition);
+    for node in &mut nodes {
+        node.state = Some("pending".into());
+        node.detail = "not begun".into();
+    }
+    for step in &seen.steps {
+        let Some(node) = usize::try_from(step.step_index).ok().and_then(|index| nodes.get_mut(index)) else {
+            continue;
+        };
+        node.detail = detail(step, seen.situation.now);
+        node.items = step.items.map(|items| (items, step.items_ended.unwrap_or(0), step.items_failed.unwrap_or(0)));
+        node.state = Some(step.state.clone());
+        node.href = Some(href(step));
+    }
+    nodes
+}
+
+/// The nodes of a definition, without states.
+pub(super) fn template_nodes(definition: &Value) -> Vec<Node> {
+    let steps = definition["steps"].as_array().map_or(&[][..], Vec::as_slice);
+    let places: std::collections::HashMap<&str, usize> =
+        steps.iter().enumerate().filter_map(|(index, step)| Some((step["name"].as_str()?, index))).collect();
+    let place = |name: &Value| places.get(name.as_str()?).copied();
+    steps
+        .iter()
+        .map(|step| {
+            let text = |key: &str| step[key].as_str().unwrap_or_default().to_owned();
+            let handler = text("handler");
+            let detail = match () {
+                () if !handler.is_empty() => handler.clone(),
+                () if step["wait"]["signal"].is_object() => {
+                    format!("waits for {}", step["wait"]["signal"]["name"].as_str().unwrap_or("a signal"))
+                }
+                () if step["wait"].is_object() => "sleeps".into(),
+                () => "starts a task".into(),
+            };
+            Node {
+                name: text("name"),
+                depends_on: step["depends_on"].as_array().into_iter().flatten().filter_map(place).collect(),
+                decides: step["when"].is_string()
+                    || step["branches"].as_array().is_some_and(|branches| !branches.is_empty()),
+                items: None,
+                handler,
+                state: None,
+                detail,
+                href: None,
+            }
+        })
+        .collect()
+}
+
+fn timeline_panel(page: &Page, task: Uuid, trace: Option<&Timeline>) -> Markup {
+    let source = page.link(format!("/tasks/{task}/timeline.json"));
+    let steps = page.link(format!("/tasks/{task}/steps/"));
+    html! {
+        section.panel.flush aria-labelledby="timeline-title" {
+            div.panel-head {
+                h2 id="timeline-title" { "Timeline" }
+                div.legend.grow aria-hidden="true" {
+                    span { i.i-queue {} "queue" } span { i.i-run {} "run" } span { i.i-fail {} "failed" } span { i.i-retry {} "retry wait" }
+                    span { i.i-held {} "held back" } span { i.i-wait {} "waiting" } span { i.i-open {} "now" }
+                }
+                div.actions.js-only {
+                    button.plain type="button" data-zoom="left" aria-label="Earlier" { "◀" }
+                    button.plain type="button" data-zoom="in" aria-label="Zoom in" { "+" }
+                    button.plain type="button" data-zoom="out" aria-label="Zoom out" { "−" }
+                    button.plain type="button" data-zoom="right" aria-label="Later" { "▶" }
+                    button.plain type="button" data-zoom="all" { "All" }
+                }
+            }
+            @match trace {
+                Some(trace) => (trace.markup(&source, &steps)),
+                None => div.timeline data-source=(source) data-steps=(steps) tabindex="0" role="group" aria-label="Timeline; plus and minus zoom, arrows move" {
+                    p.tl-more.quiet { span.js-only { "Loading …" } span.no-js-only { "With JavaScript, or as " a href=(source) { "JSON" } "." } }
+                },
+            }
+        }
+    }
+}
+
+fn step_table(page: &Page, seen: &Seen, asked: &Asked) -> Markup {
+    let task = &seen.situation.task;
+    let found: Vec<&StepLine> = seen.steps.iter().filter(|step| step.name.starts_with(asked.steps.as_str())).collect();
+    let now = seen.situation.now;
+    let shown = found.iter().skip(asked.from).take(STEPS);
+    html! {
+        section.panel.flush id="steps" data-live-part="" aria-labelledby="steps-title" {
+            div.panel-head {
+                h2 id="steps-title" { "Steps" }
+                span.quiet.small.grow { @if found.len() > STEPS { (count(asked.from + 1)) " to " (count((asked.from + STEPS).min(found.len()))) " of " } (counted(found.len(), "step")) }
+                a.button href=(page.link(format!("/tasks/{}/log", task.task_uuid))) { "Transitions" }
+            }
+            @if found.is_empty() {
+                div.empty { p { @if seen.steps.is_empty() { "The steps appear when an orchestrator has begun the task." } @else { "No step has such a name." } } }
+            } @else {
+                div.scroll { table.cards {
+                    thead { tr { th { "State" } th { "Step" } th { "Now" } th.tight { "Attempt" } th { "Worker" } th.tight { "Since" } } }
+                    tbody { @for step in shown {
+                        tr data-key=(step.step_uuid) {
+                            td.tight data-label="State" { span { (pill(words::step(&step.state))) } }
+                            td data-label="Step" { div { a.strong href=(page.link(format!("/tasks/{}/steps/{}", task.task_uuid, step.step_uuid))) data-row="" { (step.name) } span.sub { (step.handler) } } }
+                            @let now_at = detail(step, now);
+                            td data-label="Now" { @if now_at != words::step(&step.state).word { span { (now_at) } } }
+                            td.tight data-label="Attempt" { @if step.attempt > 0 { span { (step.failures + i32::from(step.state != "error")) " of " (step.max_attempts) } } }
+                            td.minor data-label="Worker" { @if let Some(worker) = &step.worker { span { (words::clip(worker, 40)) } } }
+                            td.tight.minor data-label="Since" { span { (when(now, step.last_at)) } }
+                        }
+                    } }
+                } }
+                @if found.len() > STEPS {
+                    div.pages {
+                        @let link = |from: usize| page.link(format!("/tasks/{}?steps={}&from={from}#steps", task.task_uuid, encoded(&asked.steps)));
+                        @if asked.from > 0 { a.button href=(link(asked.from.saturating_sub(STEPS))) { "Before" } }
+                        @if asked.from + STEPS < found.len() { a.button href=(link(asked.from + STEPS)) { "After" } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn facts(page: &Page, seen: &Seen) -> Markup {
+    let task = &seen.situation.task;
+    let may_see = page.who.may(Scope::PayloadsRead, &task.namespace);
+    html! {
+        div.columns {
+            section.panel aria-labelledby="input-title" {
+                h2 id="input-title" { "Input" }
+                @if may_see { (payload("input", &seen.around.input)) } @else { (hidden()) }
+            }
+            section.panel aria-labelledby="more-title" {
+                h2 id="more-title" { "On a terminal" }
+                p { "Why it is where it is, and its trace, without this page:" }
+                (super::shell::command(&format!("tasker task why {}", task.task_uuid)))
+                p {}
+                (super::shell::command(&format!("tasker trace show {}", task.task_uuid)))
+                @if page.who.has(Scope::AuditRead) { p {} p { a href=(page.link(format!("/audit?task={}", task.task_uuid))) { "What people did to it" } } }
+            }
+        }
+    }
+}
+
+/// A payload, indented, with a button to copy it.
+pub(super) fn payload(id: &str, value: &Value) -> Markup {
+    let cleaned = redact::shown(value);
+    let (text, clipped) = words::pretty(cleaned.as_ref().unwrap_or(value), SHOWN);
+    html! {
+        pre id={ "json-" (id) } tabindex="0" { (text) }
+        div.actions {
+            button.plain.js-only type="button" data-copy-from={ "json-" (id) } { (words::copy_sign()) "Copy" }
+            @if cleaned.is_some() { span.pill.suspended { "secrets hidden" } }
+            @if clipped { span.quiet.small { "Only the first " (count(SHOWN / 1024)) " KiB are shown; the API gives all of it." } }
+        }
+    }
+}
+
+/// `POST /tasks/{task}/act`: one wish about a task or one of its steps.
+pub(super) async fn act(Path(task): Path<Uuid>, form: Form) -> Result<Response, Problem> {
+    let page = &form.page;
+    operate(page, task, Scope::TasksOperate).await?;
+    let action = form.need("action")?;
+    let reason = form.get("reason");
+    let actor = Some(page.who.name.as_str());
+    let mut conn = page.state.pool().acquire().await?;
+    let steps: Vec<String> = form.all("step").filter(|step| !step.is_empty()).map(str::to_owned).collect();
+    let step = || steps.first().map(String::as_str).ok_or_else(|| Problem::invalid("step", "must be given"));
+    let by_hand = |act: ByHand, output: Option<Value>| (act, output);
+    let answer = match action {
+        "cancel" | "terminate" => requests::cancel(&mut conn, task, action == "terminate", actor, reason).await?,
+        "retry" => requests::retry(&mut conn, task, &steps, actor, reason).await?,
+        "rerun" => requests::rerun(&mut conn, task, &steps, actor, reason).await?,
+        "suspend" | "resume" | "give_up" | "resolve" => {
+            requests::act(&mut conn, task, super::tasks::act_of(action), actor, reason).await?
+        }
+        "skip_step" | "resolve_step" | "complete_step" => {
+            let output = form.get("output").map(|text| json_of("output", text)).transpose()?;
+            let (act, output) = match action {
+                "skip_step" => by_hand(ByHand::Skip, None),
+                "resolve_step" => by_hand(ByHand::Resolve, output),
+                _ => by_hand(ByHand::Complete, output),
+            };
+            requests::settle_step(&mut conn, task, step()?, act, output, actor, reason).await?
+        }
+        _ => return Err(Problem::invalid("action", "must be one of those that the page offers")),
+    };
+    accepted(&answer)?;
+    let done = if action.ends_with("_step") { "step" } else { action };
+    Ok(page.then(format!("/tasks/{task}"), done))
+}
+
+/// `POST /tasks/{task}/signal`
+pub(super) async fn signal(Path(task): Path<Uuid>, form: Form) -> Result<Response, Problem> {
+    let page = &form.page;
+    operate(page, task, Scope::TasksSignal).await?;
+    let name = form.need("name")?;
+    let payload = match (form.get("answer"), form.get("payload")) {
+        (Some(answer), _) => {
+            let mut payload = json!({"answer": answer, "by": page.who.name});
+            if let Some(comment) = form.get("comment") {
+                payload["comment"] = comment.into();
+            }
+            payload
+        }
+        (None, Some(text)) => json_of("payload", text)?,
+        (None, None) => json!({}),
+    };
+    let mut conn = page.state.pool().acquire().await?;
+    let answer = waits::signal(&mut conn, task, name, &payload, Some(&page.who.name), None).await?;
+    accepted(&answer)?;
+    Ok(page.then(format!("/tasks/{task}"), "signal"))
+}
+
+/// Refuses an act on a task that the caller may not operate, and hides what it may not even see.
+async fn operate(page: &Page, task: Uuid, scope: Scope) -> Result<(), Problem> {
+    page.who.require_scope(scope)?;
+    let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?;
+    match found.first() {
+        Some(view) if page.who.reaches(&view.namespace) => Ok(()),
+        _ => Err(Problem::not_found(format!("task {task}"))),
+    }
+}
+
+async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), Problem> {
+    let mut conn = page.state.pool().acquire().await?;
+    let log = transitions::logs(&mut conn, &[task]).await?.pop();
+    let now = page.memory.now(&page.state).await?;
+    Ok((log.ok_or_else(|| Problem::not_found(format!("task {task}")))?, now))
+}
+
+async fn read_trace(page: &Page, task: Uuid) -> Result<Timeline, Problem> {
+    let (log, now) = read_log(page, task).await?;
+    Ok(Timeline::new(&log, &tree::spans_so_far(&log, now)))
+}
+
+/// `GET /tasks/{task}/timeline.json`
+pub(super) async fn timeline(page: Page, Path(task): Path<Uuid>, headers: HeaderMap) -> Result<Response, Problem> {
+    may_look(&page, task).await?;
+    if !page.config().ui_trace {
+        return Err(Problem::not_found("timeline; this server was started with ui.trace off"));
+    }
+    let (log, now) = read_log(&page, task).await?;
+    // The tree and its text are work for the processor alone; others go on meanwhile.
+    let text = tokio::task::spawn_blocking(move || {
+        serde_json::to_vec(&Timeline::new(&log, &tree::spans_so_far(&log, now))).unwrap_or_default()
+    });
+    let text = text.await.map_err(|_| crate::problem::INTERNAL.because("the timeline could not be drawn"))?;
+    let tag = format!("\"{}\"", hex(&sha256(&text)[..8]));
+    if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == tag.as_bytes()) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
+    }
+    let about = [(header::CONTENT_TYPE, "application/json".to_owned()), (header::ETAG, tag)];
+    Ok((about, text).into_response())
+}
+
+async fn may_look(page: &Page, task: Uuid) -> Result<TaskView, Problem> {
+    page.who.require_scope(Scope::TasksRead)?;
+    let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop();
+    found.filter(|view| page.who.reaches(&view.namespace)).ok_or_else(|| Problem::not_found(format!("task {task}")))
+}
+
+/// One row of the log, as it is shown and downloaded.
+#[derive(Debug, serde::Serialize)]
+struct Move {
+    at: DateTime<Utc>,
+    began_at: DateTime<Utc>,
+    /// The step's name; `task` for the task itself.
+    of: String,
+    from: &'static str,
+    event: &'static str,
+    to: &'static str,
+    attempt: Option<i32>,
+    generation: i32,
+    actor: Option<String>,
+    reason: Option<String>,
+    error_type: Option<String>,
+}
+
+fn moves(log: &TaskLog) -> Vec<Move> {
+    let mut rows: Vec<_> = log.transitions.iter().collect();
+    // Moves of one settle share their time; the task's own frame those of its steps.
+    rows.sort_by_key(|row| (row.at, row.task_version.unwrap_or(row.version), row.entity, row.version));
+    rows.into_iter()
+        .map(|row| {
+            let info = log.steps.get(&row.entity);
+            Move {
+                at: row.at,
+                began_at: row.began_at,
+                of: match info {
+                    Some(info) => {
+                        info.item.map_or_else(|| info.name.to_string(), |item| format!("{}[{item}]", info.name))
+                    }
+                    None => "task".into(),
+                },
+                from: row.from,
+                event: row.event,
+                to: row.to,
+                attempt: row.attempt,
+                generation: row.generation,
+                actor: row.actor.clone(),
+                reason: row.detail.as_ref().and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
+                error_type: row.detail.as_ref().and_then(|detail| detail.error_type.clone()),
+            }
+        })
+        .collect()
+}
+
+/// Rows of the log on one page.
+const MOVES: usize = 500;
+
+/// `GET /tasks/{task}/log`
+pub(super) async fn log(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
+    let view = may_look(&page, task).await?;
+    let (log, now) = read_log(&page, task).await?;
+    let all = moves(&log);
+    let body = html! {
+        div.head {
+            h1 { "Transitions of " a href=(page.link(format!("/tasks/{task}"))) { (view.template) " " (super::tasks::short(task)) } }
+            span.grow {}
+            a.button href=(page.link(format!("/tasks/{task}/log.csv"))) download { "CSV" }
+            a.button href=(page.link(format!("/tasks/{task}/log.json"))) download { "JSON" }
+        }
+        div.panel.flush {
+            div.scroll { table.cards {
+                thead { tr { th.tight { "At" } th { "What" } th { "Move" } th { "Event" } th.tight { "Attempt" } th { "By" } th { "Reason" } } }
+                tbody { @for row in all.iter().skip(asked.from).take(MOVES) { tr {
+                    td.tight data-label="At" { time datetime=(row.at.to_rfc3339_opts(SecondsFormat::Micros, true)) title=(words::relative(now, row.at)) data-keep="" { (row.at.format("%m-%d %H:%M:%S%.6f")) } }
+                    td data-label="What" { span.strong { (row.of) } }
+                    td data-label="Move" { span { (row.from) " → " (row.to) } }
+                    td data-label="Event" { span { (row.event) } }
+                    td.tight data-label="Attempt" { @if let Some(attempt) = row.attempt { span { (attempt) } } }
+                    td data-label="By" { @if let Some(actor) = &row.actor { span { (words::clip(actor, 60)) } } }
+                    td data-label="Reason" { @if let Some(reason) = &row.reason { span { @if let Some(kind) = &row.error_type { code { (kind) } " " } (words::clip(reason, 300)) } } }
+                } } }
+            } }
+            div.pages {
+                span.quiet.small { (counted(all.len(), "transition")) }
+                @let link = |from: usize| page.link(format!("/tasks/{task}/log?from={from}"));
+                @if asked.from > 0 { a.button href=(link(asked.from.saturating_sub(MOVES))) { "Before" } }
+                @if asked.from + MOVES < all.len() { a.button href=(link(asked.from + MOVES)) { "After" } }
+            }
+        }
+    };
+    Ok(page.show(now, "Transitions", Section::Tasks, None, &body))
+}
+
+/// `GET /tasks/{task}/log.json`
+pub(super) async fn log_json(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
+    may_look(&page, task).await?;
+    let (log, _) = read_log(&page, task).await?;
+    let text = serde_json::to_vec_pretty(&moves(&log)).unwrap_or_default();
+    Ok(download(&format!("{task}.json"), "application/json", text))
+}
+
+/// `GET /tasks/{task}/log.csv`
+pub(super) async fn log_csv(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
+    may_look(&page, task).await?;
+    let (log, _) = read_log(&page, task).await?;
+    let mut text = String::from("at,began_at,of,from,event,to,attempt,generation,actor,error_type,reason\r\n");
+    for row in moves(&log) {
+        let at = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Micros, true);
+        let attempt = row.attempt.map_or_else(String::new, |attempt| attempt.to_string());
+        // Writing to a string does not fail.
+        let _ = write!(
+            text,
+            "{},{},{},{},{},{},{},{},{},{},{}\r\n",
+            at(row.at),
+            at(row.began_at),
+            cell(&row.of),
+            row.from,
+            row.event,
+            row.to,
+            attempt,
+            row.generation,
+            cell(row.actor.as_deref().unwrap_or_default()),
+            cell(row.error_type.as_deref().unwrap_or_default()),
+            cell(row.reason.as_deref().unwrap_or_default()),
+        );
+    }
+    Ok(download(&format!("{task}.csv"), "text/csv; charset=utf-8", text.into_bytes()))
+}
+
+/// A cell of a CSV file: quoted where it must be, and never a formula to a spreadsheet.
+fn cell(text: &str) -> String {
+    let text = if text.starts_with(['=', '+', '-', '@', '\t', '\r']) { format!("'{text}") } else { text.to_owned() };
+    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
+}
+
+fn download(name: &str, kind: &'static str, content: Vec<u8>) -> Response {
+    let mut response = ([(header::CONTENT_TYPE, kind)], content).into_response();
+    if let Ok(value) = HeaderValue::from_str(&format!("attachment; filename=\"{name}\"")) {
+        response.headers_mut().insert(header::CONTENT_DISPOSITION, value);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spreadsheet_runs_nothing() {
+        for (text, safe) in [
+            ("a", "a"),
+            ("a,b", "\"a,b\""),
+            ("=1+1", "'=1+1"),
+            ("say \"x\"", "\"say \"\"x\"\"\""),
+            ("@x,y", "\"'@x,y\""),
+        ] {
+            assert_eq!(cell(text), safe);
+        }
+    }
+}
