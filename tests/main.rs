@@ -39,6 +39,7 @@ mod retry;
 mod sampling;
 mod schedules;
 mod suspend;
+mod told;
 mod two_orchestrators_two_workers;
 mod versions;
 mod waits;

@@ -99,6 +99,7 @@ async fn a_scrape_counts_what_happened_and_the_dashboard_and_the_alerts_name_not
         assert!(count("tasker_attempts_total", &["namespace=\"tests\"", &outcome]) >= least, "{outcome}\n{text}");
         assert!(count("tasker_worker_attempts_total", &["namespace=\"tests\"", &outcome]) >= least, "{outcome}");
     }
+    assert!(count("tasker_span_errors_total", &["span_name=\"inside\"", "handler=\"broken\""]) >= 1.0);
     assert!(count("tasker_worker_claims_total", &[]) >= 4.0);
     assert!(count("tasker_worker_reports_total", &["result=\"accepted\""]) >= 4.0);
     assert!(count("tasker_worker_slots", &["namespace=\"tests\""]) >= 8.0);

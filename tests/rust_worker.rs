@@ -25,6 +25,11 @@ impl RustWorker {
                 if inside(&ctx) {
                     std::future::pending::<()>().await;
                 }
+                let span = ctx.span("inside");
+                if broken {
+                    span.record_error(&StepError::fail("Broken", "broken said Broken"));
+                }
+                span.finish();
                 match ctx.attempt() {
                     _ if broken => Err(StepError::fail("Broken", "broken said Broken")),
                     1 if flaky => Err(StepError::retry("Hiccup", "flaky said Hiccup")),

@@ -113,6 +113,15 @@ pub struct OfSource {
     pub source: &'static str,
 }
 
+/// A kind of span that handlers' helpers make.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[expect(missing_docs, reason = "labels")]
+pub struct SpanEnd {
+    pub span_name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub handler: Arc<str>,
+}
+
 /// A function of the worker protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[expect(missing_docs, reason = "labels")]
@@ -146,6 +155,7 @@ with_other! {
     OfSource { ; source }
     OfResult { ; result }
     OfCall { ; call }
+    SpanEnd { span_name, namespace, handler; }
 }
 
 /// Of things that take milliseconds, as a rule.
@@ -185,6 +195,7 @@ pub struct Metrics {
     pub worker_reports: Bounded<OfResult, Counter>,
     pub worker_results_waiting: Gauge,
     pub worker_call_failures: Bounded<OfCall, Counter>,
+    pub span_errors: Bounded<SpanEnd, Counter>,
     exports: Exports,
 }
 
@@ -261,6 +272,13 @@ impl Metrics {
             None,
             Counter::default,
         );
+        let span_errors = family(
+            r,
+            "tasker_span_errors",
+            "Spans of handlers that ended in an error, by name",
+            None,
+            Counter::default,
+        );
         // A rate needs a zero to begin with.
         for source in ["task_requests", "step_results", "due"] {
             settle_failures.of(&OfSource { source });
@@ -297,6 +315,7 @@ impl Metrics {
             worker_reports,
             worker_results_waiting,
             worker_call_failures,
+            span_errors,
             exports,
         }
     }

@@ -1,12 +1,16 @@
 //! What a handler may know and do beyond its input.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use opentelemetry::KeyValue;
+use opentelemetry::trace::SpanKind;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sqlx::PgPool;
+use tasker_shared::redact::clipped;
 use tasker_shared::store::protocol::{self, Claim};
 use tasker_shared::trace::context::inject_current;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +18,8 @@ use uuid::Uuid;
 
 use crate::handler::StepError;
 use crate::held::{Held, Stop};
+use crate::recorder::{Recorder, SHORT};
+use crate::span::{Artifact, ModelCall, Span};
 
 /// The attempt that a handler runs for. Cheap to clone.
 #[derive(Clone)]
@@ -26,9 +32,22 @@ struct Inner {
     stop: Stop,
     held: Arc<Held>,
     pool: PgPool,
+    recorder: Recorder,
+    capture: Capture,
+}
+
+/// Whether payloads are kept with attempts, for people to look at: redacted, and cut at 4 KiB.
+/// Nothing is unless it is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Capture {
+    /// Inputs of handlers, and what was said to models.
+    pub input: bool,
+    /// Outputs of handlers, and what models answered.
+    pub output: bool,
 }
 
 impl StepContext {
+    #[expect(clippy::too_many_arguments, reason = "the parts of an attempt, each by its name")]
     pub(crate) fn new(
         claim: Claim,
         namespace: Arc<str>,
@@ -36,8 +55,10 @@ impl StepContext {
         stop: Stop,
         held: Arc<Held>,
         pool: PgPool,
+        recorder: Recorder,
+        capture: Capture,
     ) -> Self {
-        Self(Arc::new(Inner { claim, namespace, deadline, stop, held, pool }))
+        Self(Arc::new(Inner { claim, namespace, deadline, stop, held, pool, recorder, capture }))
     }
 
     /// The task.
@@ -135,6 +156,111 @@ impl StepContext {
                 answer => return answer,
             }
         }
+    }
+
+    /// Notes that the handler has come so far, and what there is to say about it. It is kept with the
+    /// attempt and becomes an event of its `handler.execution`: redacted, texts cut at 1 KiB, up to
+    /// 128 events of 32 KiB together; what does not fit is counted. An attempt that is lost with its
+    /// worker loses them.
+    ///
+    /// ```no_run
+    /// # fn example(ctx: &tasker_worker::StepContext) {
+    /// ctx.milestone("basket_loaded", [("items", 3.into()), ("shop", "berlin".into())]);
+    /// # }
+    /// ```
+    pub fn milestone<K: AsRef<str>>(&self, name: &str, attributes: impl IntoIterator<Item = (K, Value)>) {
+        self.0.recorder.event(name, attributes, SHORT);
+    }
+
+    /// Notes how long a part of the work took, as a milestone of that name.
+    pub fn timing(&self, name: &str, took: Duration) {
+        let milliseconds = (took.as_secs_f64() * 1e6).round() / 1e3;
+        self.0.recorder.event(name, [("duration_ms", milliseconds.into())], SHORT);
+    }
+
+    /// Notes something that the handler made and that lives elsewhere, as a milestone `artifact`.
+    ///
+    /// ```no_run
+    /// # use tasker_worker::Artifact;
+    /// # fn example(ctx: &tasker_worker::StepContext) {
+    /// ctx.artifact(Artifact { name: "invoice".into(), uri: "s3://shop/4711.pdf".into(), size: Some(48_211), digest: None });
+    /// # }
+    /// ```
+    pub fn artifact(&self, artifact: Artifact) {
+        let Artifact { name, uri, size, digest } = artifact;
+        let attributes = [
+            ("artifact.name", name.into()),
+            ("artifact.uri", uri.into()),
+            ("artifact.size", size.map_or(Value::Null, Value::from)),
+            ("artifact.digest", digest.map_or(Value::Null, Value::from)),
+        ];
+        self.0.recorder.event("artifact", attributes, SHORT);
+    }
+
+    /// Adds to a number that says what the attempt used, such as `gen_ai.usage.input_tokens` or
+    /// `pages`. The numbers of all attempts add up to those of the step and of the task.
+    pub fn add_usage(&self, name: &str, amount: f64) {
+        self.0.recorder.add_usage(name, amount);
+    }
+
+    /// A live span below this attempt: see [`Span`].
+    pub fn span(&self, name: impl Into<Cow<'static, str>>) -> Span {
+        Span::start(self, name.into(), SpanKind::Internal, Vec::new())
+    }
+
+    /// A span of a call to another service: `name` says what is called, `server` where it is.
+    pub fn external_call(&self, name: impl Into<Cow<'static, str>>, server: &str) -> Span {
+        Span::start(self, name.into(), SpanKind::Client, vec![KeyValue::new("server.address", clipped(server, 255))])
+    }
+
+    /// A span of a database's operation, such as `SELECT` on `orders`. Never its parameters.
+    pub fn database_call(&self, system: &str, operation: &str, collection: &str) -> Span {
+        let name = clipped(&format!("{operation} {collection}"), 255);
+        let attributes = vec![
+            KeyValue::new("db.system.name", clipped(system, 64)),
+            KeyValue::new("db.operation.name", clipped(operation, 64)),
+            KeyValue::new("db.collection.name", clipped(collection, 255)),
+            KeyValue::new("db.query.summary", name.clone()),
+        ];
+        Span::start(self, name.into(), SpanKind::Client, attributes)
+    }
+
+    /// A span of a tool that an agent runs.
+    pub fn tool_call(&self, tool: &str) -> Span {
+        let attributes = vec![
+            KeyValue::new("gen_ai.operation.name", "execute_tool"),
+            KeyValue::new("gen_ai.tool.name", clipped(tool, 255)),
+        ];
+        Span::start(self, format!("execute_tool {}", clipped(tool, 100)).into(), SpanKind::Internal, attributes)
+    }
+
+    /// A span of a call of a language model; tell its tokens with [`Span::usage`].
+    pub fn model_call(&self, call: ModelCall<'_>) -> Span {
+        let attributes = vec![
+            KeyValue::new("gen_ai.operation.name", clipped(call.operation, 64)),
+            KeyValue::new("gen_ai.provider.name", clipped(call.provider, 64)),
+            KeyValue::new("gen_ai.request.model", clipped(call.model, 255)),
+        ];
+        let name = format!("{} {}", clipped(call.operation, 64), clipped(call.model, 100));
+        Span::start(self, name.into(), SpanKind::Client, attributes)
+    }
+
+    /// What is kept of payloads here.
+    pub fn capture(&self) -> Capture {
+        self.0.capture
+    }
+
+    /// The name of the handler that runs.
+    pub fn handler_name(&self) -> &str {
+        &self.0.claim.handler
+    }
+
+    pub(crate) fn shared_namespace(&self) -> Arc<str> {
+        Arc::clone(&self.0.namespace)
+    }
+
+    pub(crate) fn recorder(&self) -> &Recorder {
+        &self.0.recorder
     }
 
     /// The W3C `traceparent` of this attempt, if its task has a valid one.

@@ -17,10 +17,11 @@ use tasker_shared::store::protocol::{Claim, Outcome, Report, ReportedError};
 use tasker_shared::trace::context::{Incoming, to_otel_context};
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::context::StepContext;
+use crate::context::{Capture, StepContext};
 use crate::handler::{Handler, Output, StepError};
 use crate::held::{Held, Stop};
 use crate::measure::Numbers;
+use crate::recorder::{MAX_CAPTURE_BYTES, Recorder};
 use crate::registry::Registry;
 use crate::report::Results;
 
@@ -41,6 +42,7 @@ pub(crate) struct Executor {
     pub(crate) pool: PgPool,
     pub(crate) cancel_grace: Duration,
     pub(crate) numbers: Numbers,
+    pub(crate) capture: Capture,
 }
 
 /// Gives the claim up if the attempt ends without a report, whatever the
@@ -84,7 +86,13 @@ impl Executor {
             stop.clone(),
             Arc::clone(&self.held),
             self.pool.clone(),
+            Recorder::new(received),
+            self.capture,
         );
+        if self.capture.input {
+            ctx.recorder().event("handler.input", [("payload", input.clone())], MAX_CAPTURE_BYTES);
+        }
+        let told = ctx.clone();
         let running = execute(handler, ctx, input, &stop, timeout, self.cancel_grace);
         let output = match &incoming.traceparent {
             Some(parent) => {
@@ -97,6 +105,13 @@ impl Executor {
         let outcome = output.map(outcome);
         self.numbers.ran(&name, outcome.as_ref(), took, incoming.traceparent.as_ref());
         if let Some(outcome) = outcome {
+            if self.capture.output
+                && let Outcome::Success { output } = &outcome
+            {
+                let payload = serde_json::from_str(output.get()).unwrap_or(Value::Null);
+                told.recorder().event("handler.output", [("payload", payload)], MAX_CAPTURE_BYTES);
+            }
+            let (milestones, usage) = told.recorder().take();
             unreported.claim = None;
             self.results.push(Report {
                 step: step_uuid,
@@ -104,6 +119,8 @@ impl Executor {
                 outcome,
                 start_offset_ms: milliseconds(started - received),
                 run_ms: milliseconds(took),
+                usage,
+                milestones,
             });
         }
         drop(slot);

@@ -76,7 +76,7 @@ impl<E: std::error::Error> From<E> for StepError {
 }
 
 /// `core::num::error::ParseIntError` -> `ParseIntError`, without type parameters.
-fn short_type_name(full: &str) -> &str {
+pub(crate) fn short_type_name(full: &str) -> &str {
     let path = full.trim_start_matches(['&', '(']).split('<').next().unwrap_or(full);
     path.rsplit("::").next().unwrap_or(path)
 }

@@ -39,12 +39,15 @@ mod handler;
 pub mod handlers;
 mod held;
 mod measure;
+mod recorder;
 mod registry;
 mod report;
 mod runtime;
+mod span;
 
-pub use context::StepContext;
+pub use context::{Capture, StepContext};
 pub use handler::StepError;
 pub use runtime::{Builder, Error, Worker};
+pub use span::{Artifact, Failed, ModelCall, Span, Usage};
 pub use tasker_shared::metrics::Listen;
 pub use tokio_util::sync::CancellationToken;

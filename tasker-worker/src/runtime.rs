@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::claim::Claimer;
-use crate::context::StepContext;
+use crate::context::{Capture, StepContext};
 use crate::executor::Executor;
 use crate::handler::{StepError, Typed};
 use crate::handlers::{self, Http};
@@ -85,6 +85,7 @@ pub struct Builder {
     name: Option<String>,
     version: String,
     metrics: Option<Listen>,
+    capture: Capture,
 }
 
 impl Builder {
@@ -187,6 +188,13 @@ impl Builder {
         self
     }
 
+    /// Keeps inputs or outputs of handlers with their attempts: redacted, and cut at 4 KiB. Not if not given.
+    #[must_use]
+    pub fn capture(mut self, capture: Capture) -> Self {
+        self.capture = capture;
+        self
+    }
+
     /// Checks what was given. Talks to nobody.
     pub fn build(mut self) -> Result<Worker, Error> {
         check_name("namespace", &self.namespace)?;
@@ -225,6 +233,7 @@ impl Builder {
             name: self.name.unwrap_or_else(default_name),
             version: self.version,
             metrics: self.metrics,
+            capture: self.capture,
         })
     }
 }
@@ -242,6 +251,7 @@ pub struct Worker {
     name: String,
     version: String,
     metrics: Option<Listen>,
+    capture: Capture,
 }
 
 impl Worker {
@@ -262,6 +272,7 @@ impl Worker {
             name: None,
             version: env!("CARGO_PKG_VERSION").into(),
             metrics: None,
+            capture: Capture::default(),
         }
     }
 
@@ -306,6 +317,7 @@ impl Worker {
             pool: pools.claims.clone(),
             cancel_grace: self.cancel_grace,
             numbers: Numbers::new(namespace, self.slots),
+            capture: self.capture,
         });
         let presence = Arc::new(Presence {
             worker: self.name.clone(),

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider, SpanData};
 use serde_json::{Value, json};
-use tasker_worker::{StepContext, StepError};
+use tasker_worker::{ModelCall, StepContext, StepError, Usage};
 use tracing::Instrument as _;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
@@ -20,6 +20,7 @@ fn exporter() -> &'static InMemorySpanExporter {
     EXPORTER.get_or_init(|| {
         let exporter = InMemorySpanExporter::default();
         let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        opentelemetry::global::set_tracer_provider(provider.clone());
         let spans = tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("test"))
             .with_filter(filter_fn(|meta| meta.target().starts_with("worker::spans")));
@@ -77,4 +78,79 @@ async fn spans_of_a_handler_are_children_of_its_attempt() {
         );
         assert_eq!(headers["baggage"], "correlation_id=order-4711");
     }
+}
+
+async fn with_helpers(ctx: StepContext, _: Value) -> Result<(), StepError> {
+    let outer = ctx.span("with_helpers");
+    let outcome: Result<(), std::num::ParseIntError> = outer
+        .within(async {
+            let call = ctx.external_call("rates.lookup", "rates.example.com");
+            call.http_response(503).set("password", "hunter2");
+            call.finish();
+            ctx.database_call("postgresql", "SELECT", "orders").finish();
+            let tool = ctx.tool_call("search");
+            tool.set("process.command", "search --token hunter2 shoes");
+            tool.finish();
+            let model = ctx.model_call(ModelCall { operation: "chat", provider: "example", model: "large" });
+            model.usage(Usage { input_tokens: 12, output_tokens: 3 }).messages(&json!("asked"), &json!("answered"));
+            model.finish();
+            drop(ctx.span("forgotten"));
+            ctx.span("parse").run(async { "x".parse::<i32>().map(drop) }).await
+        })
+        .await;
+    assert!(outcome.is_err());
+    outer.finish();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn helpers_make_spans_by_the_conventions_and_none_stays_open() {
+    let exporter = exporter();
+    let bench = Bench::new().await;
+    let (task, steps) = bench.enqueue(&[step("with_helpers", json!(null))]).await;
+    let worker = start(bench.worker().handler("with_helpers", with_helpers));
+    let attempt = bench.reported(steps[0]).await;
+    assert_eq!(attempt.outcome.as_deref(), Some("success"), "{:?}", attempt.error);
+    worker.drained().await;
+
+    let all = exporter.get_finished_spans().expect("spans");
+    let task = task.to_string();
+    let text = |span: &SpanData, key: &str| {
+        let found = span.attributes.iter().find(|pair| pair.key.as_str() == key);
+        found.map(|pair| pair.value.as_str().into_owned())
+    };
+    let of_task: Vec<&SpanData> = all.iter().filter(|span| text(span, "task_uuid").as_ref() == Some(&task)).collect();
+    let find = |name: &str| *of_task.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("no span {name}"));
+    let outer = find("with_helpers");
+    for span in &of_task {
+        assert_eq!(text(span, "correlation_id").as_deref(), Some("order-4711"), "{}", span.name);
+        assert!(span.name == "with_helpers" || span.parent_span_id == outer.span_context.span_id(), "{}", span.name);
+    }
+    let shown: Vec<String> = of_task
+        .iter()
+        .map(|span| {
+            let own = |key: &&opentelemetry::KeyValue| {
+                !["correlation_id", "task_uuid", "namespace"].contains(&key.key.as_str())
+            };
+            let own = span.attributes.iter().filter(own).map(|pair| format!("{}={}", pair.key, pair.value.as_str()));
+            format!("{} {:?} {}", span.name, span.span_kind, own.collect::<Vec<_>>().join(" "))
+        })
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "rates.lookup Client server.address=rates.example.com http.response.status_code=503 error.type=503 password=[redacted]",
+            "SELECT orders Client db.system.name=postgresql db.operation.name=SELECT db.collection.name=orders db.query.summary=SELECT orders",
+            "execute_tool search Internal gen_ai.operation.name=execute_tool gen_ai.tool.name=search process.command=search --token [redacted] shoes",
+            "chat large Client gen_ai.operation.name=chat gen_ai.provider.name=example gen_ai.request.model=large gen_ai.usage.input_tokens=12 gen_ai.usage.output_tokens=3",
+            "forgotten Internal error.type=abandoned",
+            "parse Internal error.type=ParseIntError",
+            "with_helpers Internal ",
+        ]
+    );
+    let parse = find("parse");
+    assert_eq!(parse.events.events[0].name, "exception");
+    assert!(format!("{:?}", parse.status).contains("invalid digit found in string"));
+    let usage: Option<Value> = bench.ask("select usage from tasker.attempts").await;
+    assert_eq!(usage, Some(json!({"gen_ai.usage.input_tokens": 12, "gen_ai.usage.output_tokens": 3})));
 }

@@ -373,11 +373,15 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     let task = client.get(id).await?;
     let (steps, result) = (client.steps(id).await?, client.result(id).await?);
     let sentence = client.why(id).await?.sentence();
+    let usage = views::usage(&mut *client.pool().acquire().await?, id).await?;
     let children = views::children(&mut *client.pool().acquire().await?, id, false).await?;
     if global.output == Format::Json {
-        let input = views::input(&mut *client.pool().acquire().await?, id).await?;
+        let mut conn = client.pool().acquire().await?;
+        let input = views::input(&mut conn, id).await?;
+        let told = views::told(&mut conn, id).await?;
         let mut value = serde_json::to_value(&task)?;
-        let more = json!({"why": sentence, "input": input, "result": result, "steps": steps, "children": children});
+        let more = json!({"why": sentence, "input": input, "result": result, "steps": steps, "children": children,
+            "usage": usage, "told": told});
         if let (Value::Object(all), Value::Object(more)) = (&mut value, more) {
             all.extend(more);
         }
@@ -390,6 +394,9 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     output::line(format!("created         {} UTC", output::time(task.created_at)))?;
     if let Some(parent) = task.parent_task_uuid {
         output::line(format!("started by      task {parent}"))?;
+    }
+    for (name, amount) in &usage.total {
+        output::line(format!("used            {amount} {}", output::cell(Some(name))))?;
     }
     let mut table = Table::new(["STEP", "STATE", "ATTEMPT", "HANDLER", "WORKER", "ERROR"]);
     for step in steps {

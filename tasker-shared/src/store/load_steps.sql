@@ -7,7 +7,7 @@ select s.step_uuid as "step_uuid!", s.task_uuid as "task_uuid!", s.step_index as
   a.result_message_id as "result_message_id?", a.claim_began_at as "claim_began_at?", a.claimed_at as "claimed_at?",
   a.report_began_at as "report_began_at?", a.reported_at as "reported_at?",
   a.start_offset_ms as "start_offset_ms?", a.run_ms as "run_ms?", a.outcome as "outcome?", a.output as "output?",
-  a.error as "error?", clock_timestamp() as "now!"
+  a.error as "error?", a.usage as "usage?", a.milestones as "milestones?", clock_timestamp() as "now!"
 from tasker.steps s
 left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
 where s.step_uuid = any($1::uuid[])

@@ -93,6 +93,12 @@ pub struct Report {
     pub start_offset_ms: f64,
     /// The handler's duration in milliseconds.
     pub run_ms: f64,
+    /// What it used: numbers by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Value>,
+    /// What it told of itself: `[{name, at_ms, attributes}]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub milestones: Option<Value>,
 }
 
 /// How an attempt ended.

@@ -49,6 +49,12 @@ pub(super) fn failure(error: Value) -> Failure {
     failure
 }
 
+/// What a handler told of itself, by a worker in any language: without its secrets from here on.
+pub(super) fn milestones(mut told: Value) -> Value {
+    redact::json(&mut told);
+    told
+}
+
 /// Loads the steps that events are about, with what was reported of their current attempts.
 ///
 /// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
@@ -74,8 +80,8 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                 start_offset_ms: row.start_offset_ms,
                 run_ms: row.run_ms,
                 failure: failure.clone(),
-                usage: None,
-                milestones: None,
+                usage: row.usage,
+                milestones: row.milestones.map(milestones),
             });
             let outcome = match (row.outcome.as_deref(), failure) {
                 (Some("success"), _) => Some(Outcome::Success(row.output.unwrap_or(Value::Null))),

@@ -178,7 +178,7 @@ async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap
             run_ms: row.run_ms,
             failure: row.error.map(steps::failure),
             usage: row.usage,
-            milestones: row.milestones,
+            milestones: row.milestones.map(steps::milestones),
         });
     }
     Ok(())

@@ -284,6 +284,68 @@ pub async fn in_trace_of(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec
     .await?)
 }
 
+/// What the attempts of a task used, added up.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, schemars::JsonSchema)]
+pub struct UsageView {
+    /// Of the whole task.
+    pub total: BTreeMap<String, f64>,
+    /// Of each step that used anything, by its name; the items of a map together.
+    pub steps: BTreeMap<String, BTreeMap<String, f64>>,
+}
+
+/// Adds up what the attempts of a task used; empty if none told.
+pub async fn usage(conn: &mut PgConnection, task_uuid: Uuid) -> Result<UsageView, Error> {
+    let rows = sqlx::query!(
+        r#"select d.name, u.key as "key!", sum(u.value::numeric)::float8 as "amount!"
+           from tasker.attempts a
+           join tasker.steps s on s.step_uuid = a.step_uuid
+           join tasker.tasks t on t.task_uuid = s.task_uuid
+           join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+           cross join lateral jsonb_each_text(case when jsonb_typeof(a.usage) = 'object' then a.usage else '{}' end) u
+           where a.task_uuid = $1 and a.usage is not null and jsonb_typeof(a.usage->u.key) = 'number'
+           group by d.name, u.key"#,
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut usage = UsageView::default();
+    for row in rows {
+        *usage.total.entry(row.key.clone()).or_default() += row.amount;
+        usage.steps.entry(row.name).or_default().insert(row.key, row.amount);
+    }
+    Ok(usage)
+}
+
+/// What one attempt told of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[expect(missing_docs, reason = "columns of tasker.attempts")]
+pub struct ToldView {
+    pub step: String,
+    /// Its place in the list of a map; -1 of every other step.
+    pub item: i32,
+    pub attempt: i32,
+    pub usage: Option<Value>,
+    pub milestones: Option<Value>,
+}
+
+/// What attempts of a task told of themselves: milestones, timings, artifacts, usage. The first 1,000
+/// that told anything.
+pub async fn told(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<ToldView>, Error> {
+    Ok(sqlx::query_as!(
+        ToldView,
+        "select d.name as step, s.item, a.attempt, a.usage, a.milestones
+         from tasker.attempts a
+         join tasker.steps s on s.step_uuid = a.step_uuid
+         join tasker.tasks t on t.task_uuid = s.task_uuid
+         join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+         where a.task_uuid = $1 and (a.usage is not null or a.milestones is not null)
+         order by s.step_index, s.item, a.attempt limit 1000",
+        task_uuid
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// A step as people see it.
 #[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]

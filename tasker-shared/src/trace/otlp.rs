@@ -413,7 +413,7 @@ fn json_span(task: &TaskSpans, span: &Span) -> serde_json::Value {
     out
 }
 
-fn json_attributes<'a>(attributes: impl Iterator<Item = &'a (&'static str, Value)>) -> serde_json::Value {
+fn json_attributes<'a, K: AsRef<str> + 'a>(attributes: impl Iterator<Item = &'a (K, Value)>) -> serde_json::Value {
     attributes
         .map(|(key, value)| {
             let value = match value {
@@ -427,7 +427,7 @@ fn json_attributes<'a>(attributes: impl Iterator<Item = &'a (&'static str, Value
                 }
                 Value::Float(value) => json!({"doubleValue": value}),
             };
-            json!({"key": key, "value": value})
+            json!({"key": key.as_ref(), "value": value})
         })
         .collect()
 }
@@ -453,18 +453,20 @@ mod tests {
 
     /// The request as the generated types would hold it, built by the obvious code.
     fn expected(tasks: &[TaskSpans], names: &ServiceNames) -> ExportTraceServiceRequest {
-        let attribute = |(key, value): &(&'static str, Value)| KeyValue {
-            key: (*key).into(),
-            value: Some(AnyValue {
-                value: Some(match value {
-                    Value::Str(s) => any_value::Value::StringValue(s.to_string()),
-                    Value::Int(i) => any_value::Value::IntValue(*i),
-                    Value::Float(f) => any_value::Value::DoubleValue(*f),
-                    Value::Bool(b) => any_value::Value::BoolValue(*b),
+        fn attribute<K: AsRef<str>>((key, value): &(K, Value)) -> KeyValue {
+            KeyValue {
+                key: key.as_ref().into(),
+                value: Some(AnyValue {
+                    value: Some(match value {
+                        Value::Str(s) => any_value::Value::StringValue(s.to_string()),
+                        Value::Int(i) => any_value::Value::IntValue(*i),
+                        Value::Float(f) => any_value::Value::DoubleValue(*f),
+                        Value::Bool(b) => any_value::Value::BoolValue(*b),
+                    }),
                 }),
-            }),
-            ..KeyValue::default()
-        };
+                ..KeyValue::default()
+            }
+        }
         let nanos = |at: DateTime<Utc>| u64::try_from(at.timestamp_nanos_opt().unwrap()).unwrap();
         let span = |task: &TaskSpans, span: &Span| proto::Span {
             trace_id: task.trace_id.to_vec(),
@@ -476,14 +478,14 @@ mod tests {
             kind: span.kind as i32,
             start_time_unix_nano: nanos(span.start),
             end_time_unix_nano: nanos(span.end),
-            attributes: task.common.iter().chain(&span.attributes).map(attribute).collect(),
+            attributes: task.common.iter().chain(&span.attributes).map(attribute::<&str>).collect(),
             events: span
                 .events
                 .iter()
                 .map(|e| proto::span::Event {
                     time_unix_nano: nanos(e.at),
                     name: e.name.to_string(),
-                    attributes: e.attributes.iter().map(attribute).collect(),
+                    attributes: e.attributes.iter().map(attribute::<_>).collect(),
                     dropped_attributes_count: 0,
                 })
                 .collect(),
@@ -568,8 +570,10 @@ mod tests {
             at(),
             at(),
         );
-        let event =
-            (PLAIN, at(), attributes()).prop_map(|(name, at, attributes)| Event { name: name.into(), at, attributes });
+        let event = (PLAIN, at(), attributes()).prop_map(|(name, at, attributes)| {
+            let attributes = attributes.into_iter().map(|(key, value)| (key.into(), value)).collect();
+            Event { name: name.into(), at, attributes }
+        });
         let link = (any::<[u8; 16]>(), any::<[u8; 8]>()).prop_map(|(trace_id, span_id)| Link { trace_id, span_id });
         let tail = (
             attributes(),

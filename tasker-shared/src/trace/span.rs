@@ -95,7 +95,7 @@ pub struct Event {
     /// When it happened.
     pub at: DateTime<Utc>,
     /// What it says.
-    pub attributes: Vec<(&'static str, Value)>,
+    pub attributes: Vec<(Cow<'static, str>, Value)>,
 }
 
 /// An attribute value.

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+use serde_json::Value as Json;
 use uuid::Uuid;
 
 use super::context::Traceparent;
@@ -19,6 +20,8 @@ use crate::state_machine::wait::CHILD;
 
 /// The most links one result.evaluation carries; the rest is counted in `links_omitted`.
 pub const MAX_LINKS: usize = 128;
+/// The most events that a handler's span takes from its report, which may be of a worker in any language.
+const MAX_EVENTS: usize = 256;
 
 /// The spans of everything that has ended.
 pub fn spans(log: &TaskLog) -> TaskSpans {
@@ -418,6 +421,7 @@ impl<'a> Tree<'a> {
         if let Some(beat) = ending.and_then(|ending| ending.last_heartbeat_at) {
             ran.attributes.push((names::LAST_HEARTBEAT_AT, time(beat)));
         }
+        told(&mut ran, attempt, claim.at);
         if let Some(failure) = &attempt.failure {
             fail(&mut ran, failure.kind.clone(), failure.message.clone(), stop);
         } else if let Some((kind, message)) =
@@ -577,11 +581,56 @@ fn fail(span: &mut Span, kind: String, message: String, at: DateTime<Utc>) {
         name: names::EXCEPTION.into(),
         at,
         attributes: vec![
-            (names::EXCEPTION_TYPE, kind.clone().into()),
-            (names::EXCEPTION_MESSAGE, message.clone().into()),
+            (names::EXCEPTION_TYPE.into(), kind.clone().into()),
+            (names::EXCEPTION_MESSAGE.into(), message.clone().into()),
         ],
     });
     span.error = Some(if message.is_empty() { kind } else { message });
+}
+
+/// What the handler told of itself: its milestones as events, its usage as attributes.
+fn told(span: &mut Span, attempt: &Attempt, claimed_at: DateTime<Utc>) {
+    for told in attempt.milestones.iter().filter_map(Json::as_array).flatten().take(MAX_EVENTS) {
+        let Some(name) = told.get("name").and_then(Json::as_str) else {
+            continue;
+        };
+        let at = told.get("at_ms").and_then(Json::as_f64).map_or(span.end, |ms| claimed_at + milliseconds(Some(ms)));
+        let attributes = told.get("attributes").and_then(Json::as_object).into_iter().flatten();
+        span.events.push(Event {
+            name: name.to_owned().into(),
+            at: at.clamp(span.start, span.end),
+            attributes: attributes.filter_map(|(key, value)| Some((key.clone().into(), plain(value)?))).collect(),
+        });
+    }
+    let mut others = Vec::new();
+    for (name, amount) in attempt.usage.iter().filter_map(Json::as_object).flatten() {
+        let Some(amount) = plain(amount) else {
+            continue;
+        };
+        match name.as_str() {
+            names::INPUT_TOKENS => span.attributes.push((names::INPUT_TOKENS, amount)),
+            names::OUTPUT_TOKENS => span.attributes.push((names::OUTPUT_TOKENS, amount)),
+            _ => others.push((name.clone().into(), amount)),
+        }
+    }
+    if !others.is_empty() {
+        span.events.push(Event { name: names::USAGE.into(), at: span.end, attributes: others });
+    }
+    span.events.sort_by_key(|event| event.at);
+}
+
+/// A value as an attribute has it; lists and objects as JSON text.
+fn plain(value: &Json) -> Option<Value> {
+    Some(match value {
+        Json::Null => return None,
+        Json::Bool(value) => Value::Bool(*value),
+        Json::Number(number) => match number.as_i64() {
+            Some(whole) => Value::Int(whole),
+            None => Value::Float(number.as_f64()?),
+        },
+        Json::String(text) => text.clone().into(),
+        other => other.to_string().into(),
+    })
 }
 
 fn count(n: usize) -> Value {
