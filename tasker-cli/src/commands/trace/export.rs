@@ -195,7 +195,11 @@ mod tests {
             end: at + TimeDelta::milliseconds(3),
             attributes: vec![("attempt_number", 2i64.into()), ("outcome", "success".into())],
             links: vec![Link { trace_id: [7; 16], span_id: [1; 8] }],
-            events: vec![Event { name: "exception".into(), at, attributes: vec![("exception.type".into(), "E".into())] }],
+            events: vec![Event {
+                name: "exception".into(),
+                at,
+                attributes: vec![("exception.type".into(), "E".into())],
+            }],
             error: parent.map(|_| "it failed".into()),
             settled_at: at,
         };
