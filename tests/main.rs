@@ -40,6 +40,7 @@ mod sampling;
 mod schedules;
 mod suspend;
 mod told;
+mod trace_settings;
 mod two_orchestrators_two_workers;
 mod versions;
 mod waits;

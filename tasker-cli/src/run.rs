@@ -10,11 +10,12 @@ use tasker_shared::migrate::migrate;
 use tasker_shared::postgres::Database;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::{self, Role, Telemetry};
-use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::Global;
+use crate::commands::trace::settings::TraceFlags;
 use crate::failure::{NOT_FOUND, UNREACHABLE, failure};
 
 /// A migrated database, and a client of it. The managed server runs as long as this lives.
@@ -51,14 +52,25 @@ pub async fn open(global: &Global) -> anyhow::Result<Database> {
     Ok(tokio::task::spawn_blocking(Database::open).await??)
 }
 
+/// The trace configuration of a process, the sources that it follows, and its telemetry.
+pub struct Traced {
+    /// What holds until the stored settings are read.
+    pub config: TraceConfig,
+    /// What comes before and after the stored settings.
+    pub sources: Sources,
+    /// Shut it down before exit.
+    pub telemetry: Telemetry,
+}
+
 /// Reads the trace configuration, says what is wrong with it, and starts logging.
-pub fn telemetry(global: &Global, role: Role, default_level: &str) -> anyhow::Result<(TraceConfig, Telemetry)> {
-    let (config, warnings) = TraceConfig::from_env()?;
-    let started = telemetry::init_at(role, &config, global.log_format.into(), default_level);
-    for warning in warnings {
+pub fn telemetry(global: &Global, role: Role, default_level: &str, flags: &TraceFlags) -> anyhow::Result<Traced> {
+    let (sources, warnings) = Sources::of_process(flags.settings());
+    let resolved = sources.resolve(&Stored::new())?;
+    let telemetry = telemetry::init_at(role, &resolved.config, global.log_format.into(), default_level);
+    for warning in warnings.iter().chain(&resolved.warnings) {
         tracing::warn!("{warning}");
     }
-    Ok((config, started))
+    Ok(Traced { config: resolved.config, sources, telemetry })
 }
 
 /// The flag of every long-running command.

@@ -585,3 +585,54 @@ async fn retention_is_set_counted_and_run() {
     assert_eq!(shop.json(&["task", "list"]).as_array().unwrap().len(), 1);
     shop.tasker(&["retention", "unset", "--namespace", "*"]).exits_with(0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trace_settings_are_stored_shown_refused_and_checked() {
+    let shop = Shop::new().await;
+    let mut receiver = Receiver::start().await;
+    let endpoint = receiver.endpoint();
+    let status = shop.json(&["trace", "status"]);
+    assert_eq!((&status["stored"], &status["here"]["enabled"]), (&json!([]), &json!(false)));
+    assert!(shop.tasker(&["trace", "doctor"]).exits_with(1).stdout.contains("tracing is off"));
+
+    for (flags, words) in [
+        (vec!["--otlp-endpoint", "ftp://c"], "--otlp-endpoint: only http:// and https:// are supported"),
+        (vec!["--sample-rate", "half"], "--sample-rate=half: it must be a number from 0 to 1"),
+        (vec!["--areas", "walls"], "--areas=walls: it must be any of db, http, messaging"),
+        (vec!["--set", "headers=authorization=x"], "--set headers: there is no such setting, or it cannot be stored"),
+    ] {
+        let refused = shop.tasker(&[&["trace", "enable"], flags.as_slice()].concat()).exits_with(1);
+        assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    }
+    assert_eq!(shop.json(&["trace", "status"])["stored"], json!([]), "nothing of it was stored");
+
+    let enable = ["trace", "enable", "--exporter", "otlp", "--otlp-endpoint", &endpoint, "--set", "protocol=grpc"];
+    let answer = shop.tasker(&[&enable[..], &["--sample-rate", "7", "--service-name", "shop"]].concat()).exits_with(0);
+    assert!(answer.stderr.contains("--sample-rate=7 is used as 1: it must be from 0 to 1"), "{}", answer.stderr);
+    let status = shop.json(&["trace", "status"]);
+    assert_eq!(status["here"]["to"], json!(endpoint));
+    assert_eq!(status["here"]["from"]["endpoint"], json!({"source": "database", "as": "endpoint in the database"}));
+    assert_eq!(status["shares"], json!([{"namespace": "*", "share": 1.0}]));
+    let mut secretive = command(&shop.database.url(), &["trace", "status"]);
+    let shown = run(secretive
+        .env("TASKER_TRACING_ENDPOINT", "http://me:hunter2@c:4318")
+        .env("TASKER_TRACING_HEADERS", "a=hunter2"));
+    let shown = shown.exits_with(0).stdout;
+    assert!(
+        shown.contains("otlp to http://c:4318") && !shown.contains("hunter2"),
+        "the environment comes first: {shown}"
+    );
+
+    let seen = receiver.requests();
+    assert!(shop.tasker(&["trace", "doctor"]).exits_with(0).stdout.contains("acknowledged in"));
+    assert_eq!(receiver.requests(), seen + 1);
+    assert_eq!(receiver.spans()[0].span.name, "tasker.trace.doctor");
+    receiver.down().await;
+    let down = shop.tasker(&["trace", "doctor"]).exits_with(1);
+    assert!(down.stdout.contains("is the collector running"), "{}", down.stdout);
+
+    shop.tasker(&["trace", "disable"]).exits_with(0);
+    assert_eq!(shop.json(&["trace", "status"])["here"]["enabled"], json!(false));
+    shop.tasker(&["trace", "enable"]).exits_with(0);
+    assert_eq!(shop.json(&["trace", "status"])["here"]["to"], json!(endpoint), "where was not forgotten");
+}

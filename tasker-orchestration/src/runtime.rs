@@ -8,14 +8,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
-use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
+use sqlx::{PgPool, Postgres};
 use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS};
-use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::telemetry;
+use tasker_shared::trace::config::{Resolved, Sources, TraceConfig};
 use tasker_shared::trace::export::{Exporter, StartError, Stats};
+use tasker_shared::trace::settings::{self, Applying, Follower};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +32,9 @@ use crate::retention;
 pub struct Options {
     /// Where spans go; disabled sends none and writes no export batches.
     pub trace: TraceConfig,
+    /// With these, `trace` is only what holds until the stored settings are read: what these and
+    /// the stored settings give then holds, also after each change.
+    pub settings: Option<Sources>,
     /// Messages settled in one transaction, at most.
     pub batch: i32,
     /// Loops that settle results side by side: while one waits for its commit, another works.
@@ -40,9 +45,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { trace: TraceConfig::default(), batch: 500, settlers: 2, archive_dir: None }
+        Self { trace: TraceConfig::default(), settings: None, batch: 500, settlers: 2, archive_dir: None }
     }
 }
+
+/// How long spans may take to be acknowledged once tracing was switched off.
+const DISABLE_FLUSH: Duration = Duration::from_secs(2);
 
 /// An orchestrator could not start.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +61,9 @@ pub enum Error {
     /// The exporter.
     #[error("traces cannot be exported: {0}")]
     Export(#[from] StartError),
+    /// The settings of traces.
+    #[error("traces cannot be exported: {0}")]
+    Settings(#[from] settings::Error),
 }
 
 impl From<sqlx::Error> for Error {
@@ -89,17 +100,36 @@ impl Orchestrator {
             HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
         let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 5, &read_settings)).await?;
         let instance = Uuid::new_v4();
-        let exporter = if options.trace.enabled {
-            Some(Exporter::start(&options.trace, pool.clone(), instance).await?)
+        let trace = trace_of(options, &reads).await?;
+        let exporter = if trace.config.enabled {
+            Some(Exporter::start(&trace.config, pool.clone(), instance).await?)
         } else {
             None
         };
+        let config = &trace.config;
+        tracing::info!(
+            enabled = config.enabled,
+            to = config.destination(),
+            sample_rate = config.sample_rate,
+            live_spans = %config.areas(),
+            "traces"
+        );
         let shared = Arc::new(Shared::new(pool, reads, instance, exporter));
         admission::refresh(&shared).await?;
 
         let stop = CancellationToken::new();
         let wakes = Arc::new(Wakes::default());
         let mut loops = JoinSet::new();
+        let follower = Follower {
+            pool: shared.reads.clone(),
+            kind: "orchestrator",
+            name: settings::process_name(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            sources: options.settings.clone(),
+            now: trace,
+            wake: shared.trace_settings.clone(),
+        };
+        loops.spawn(follow(follower, shared.clone(), stop.clone()));
         let listener = PgListener::connect(url).await?;
         loops.spawn(listen(listener, url.to_owned(), shared.clone(), wakes.clone(), stop.clone()));
         loops.spawn(read_requests(shared.clone(), wakes.clone(), options.batch, stop.clone()));
@@ -114,13 +144,13 @@ impl Orchestrator {
     }
 
     /// What was delivered to the receiver of traces; `None` when tracing is off.
-    pub fn export_stats(&self) -> Option<&Stats> {
-        self.shared.exporter.as_ref().map(Exporter::stats)
+    pub fn export_stats(&self) -> Option<Arc<Stats>> {
+        self.shared.exporter().map(|exporter| exporter.stats().clone())
     }
 
     /// Waits until the spans of everything settled so far are acknowledged; false if that took too long.
     pub async fn flush(&self, deadline: Duration) -> bool {
-        match &self.shared.exporter {
+        match self.shared.exporter() {
             Some(exporter) => exporter.flush(deadline).await,
             None => true,
         }
@@ -130,7 +160,7 @@ impl Orchestrator {
     pub async fn shutdown(mut self, deadline: Duration) {
         self.stop.cancel();
         while self.loops.join_next().await.is_some() {}
-        if let Some(exporter) = &self.shared.exporter {
+        if let Some(exporter) = self.shared.exporter() {
             exporter.shutdown(deadline).await;
         }
         if let Ok(mut conn) = self.shared.reads.acquire().await {
@@ -160,6 +190,52 @@ fn reader(instance: Uuid, place: usize) -> String {
     format!("{instance}/{place}")
 }
 
+/// What holds for traces at the start.
+async fn trace_of(options: &Options, reads: &PgPool) -> Result<Resolved, Error> {
+    let Some(sources) = &options.settings else {
+        return Ok(Resolved { config: options.trace.clone(), warnings: Vec::new(), origins: Vec::new() });
+    };
+    let mut conn = reads.acquire().await?;
+    let (resolved, _) = settings::read(&mut conn, sources).await?;
+    if resolved.config != options.trace
+        && let Err(error) = telemetry::apply(&resolved.config)
+    {
+        tracing::warn!(%error, "live spans are not exported");
+    }
+    Ok(resolved)
+}
+
+/// Makes a new configuration hold.
+async fn apply(shared: Arc<Shared>, config: TraceConfig) -> Result<(), String> {
+    telemetry::apply(&config).map_err(|error| error.to_string())?;
+    match (shared.exporter(), config.enabled) {
+        (None, false) => {}
+        (Some(exporter), true) => exporter.reconfigure(&config).map_err(|error| error.to_string())?,
+        // What the former one left in the database is adopted under the new one's name.
+        (None, true) => {
+            let exporter = Exporter::start(&config, shared.pool.clone(), Uuid::new_v4()).await;
+            shared.replace_exporter(Some(exporter.map_err(|error| error.to_string())?));
+        }
+        // What it cannot deliver by then waits in the database.
+        (Some(exporter), false) => {
+            shared.replace_exporter(None);
+            exporter.shutdown(DISABLE_FLUSH).await;
+        }
+    }
+    Ok(())
+}
+
+/// Follows the stored settings of traces while the orchestrator runs.
+async fn follow(follower: Follower, shared: Arc<Shared>, stop: CancellationToken) {
+    let applied_to = shared.clone();
+    let apply = move |config| -> Applying { Box::pin(apply(applied_to.clone(), config)) };
+    let health = || match shared.exporter() {
+        Some(exporter) => exporter.stats().summary(),
+        None => serde_json::Value::Null,
+    };
+    follower.run(apply, health, stop.clone()).await;
+}
+
 #[derive(Debug, Default)]
 struct Wakes {
     requests: Notify,
@@ -184,6 +260,7 @@ async fn listen(
                     STEP_RESULTS => wakes.results.notify_one(),
                     "admit" => shared.admission.wake.notify_one(),
                     "due" => shared.due.notify_one(),
+                    "trace" => shared.trace_settings.notify_one(),
                     _ => {}
                 }
             }
@@ -210,6 +287,7 @@ async fn listen(
         wakes.results.notify_one();
         shared.admission.wake.notify_one();
         shared.due.notify_one();
+        shared.trace_settings.notify_one();
     }
 }
 

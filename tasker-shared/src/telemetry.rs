@@ -10,32 +10,33 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use opentelemetry::propagation::TextMapCompositePropagator;
-use opentelemetry::trace::{TraceContextExt, TracerProvider};
+use opentelemetry::trace::{Link, SpanKind, TraceContextExt, TraceId, TracerProvider};
 use opentelemetry::{Context as OtelContext, KeyValue};
 use opentelemetry_otlp::{WithExportConfig, WithHttpConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData, SpanExporter,
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SamplingDecision, SamplingResult, SdkTracer, SdkTracerProvider,
+    ShouldSample, SpanData, SpanExporter, SpanProcessor,
 };
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
-use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Filter, Layer, SubscriberExt};
 use tracing_subscriber::registry::{LookupSpan, Registry};
 
 use crate::redact::{self, Action, Policy};
-use crate::trace::config::{Compression, Detail, Protocol, TraceConfig};
+use crate::trace::config::{Compression, ConfigError, Detail, Protocol, Sources, Stored, TraceConfig};
 use crate::trace::{clean, transport};
 
 /// Which kind of process this is; gives live spans their `service.name`.
@@ -107,10 +108,12 @@ const LIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// live spans that are still queued are lost otherwise.
 #[derive(Debug, Default)]
 pub struct Telemetry {
-    live: Option<LiveExport>,
+    live: Option<Arc<LiveExport>>,
 }
 
 static STARTED: OnceLock<()> = OnceLock::new();
+/// The live spans of this process, once [`init`] has run.
+static PROCESS: OnceLock<Arc<LiveExport>> = OnceLock::new();
 
 /// Installs logging on stderr (`TASKER_LOG`, else `RUST_LOG`, else `info`)
 /// and, when `config` enables tracing, the export of live spans.
@@ -123,6 +126,19 @@ pub fn init(role: Role, config: &TraceConfig, format: LogFormat) -> Telemetry {
     init_at(role, config, format, "info")
 }
 
+/// [`init`] with what the environment and the file that `TASKER_CONFIG` names say. Give the sources
+/// to an orchestrator's options or to a worker's builder, so that the process also follows what
+/// is stored in the database.
+pub fn start(role: Role, format: LogFormat) -> Result<(Telemetry, Sources), ConfigError> {
+    let (sources, warnings) = Sources::of_process(Vec::new());
+    let resolved = sources.resolve(&Stored::new())?;
+    let telemetry = init(role, &resolved.config, format);
+    for warning in warnings.iter().chain(&resolved.warnings) {
+        tracing::warn!("{warning}");
+    }
+    Ok((telemetry, sources))
+}
+
 /// [`init`] with another level for when the environment asks for none, such as `warn` for a
 /// command whose own output says enough.
 pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str) -> Telemetry {
@@ -133,30 +149,36 @@ pub fn init_at(role: Role, config: &TraceConfig, format: LogFormat, level: &str)
         let set = std::env::var(name).ok().filter(|text| !text.trim().is_empty());
         set.or_else(|| (name == "RUST_LOG").then(|| level.to_owned()))
     });
-    let live = config.enabled.then(|| LiveExport::start(role, config)).transpose();
-    let (live, failure) = match live {
-        Ok(live) => (live, None),
-        Err(e) => (None, Some(e)),
-    };
-    let tracer = live.as_ref().map(|live| (live.tracer(), config.detail));
+    let live = Arc::new(LiveExport::idle(role));
     let lines = LogLines { format, ansi: use_ansi(format), writer: std::io::stderr };
+    let tracer = Some((live.tracer(), live.mode.clone()));
     if tracing::subscriber::set_global_default(subscriber(lines, filter, tracer)).is_err() {
         return Telemetry::default();
     }
-    config.propagators.activate();
     log_panics();
-    if let Some(live) = &live {
-        // For user code that works with the OpenTelemetry API directly.
-        opentelemetry::global::set_tracer_provider(live.provider.clone());
-        opentelemetry::global::set_text_map_propagator(propagator(config));
-    }
+    let failure = live.apply(config).err();
+    // For user code that works with the OpenTelemetry API directly.
+    opentelemetry::global::set_tracer_provider(live.provider.clone());
+    opentelemetry::global::set_text_map_propagator(propagator(config));
+    let _ = PROCESS.set(live.clone());
     if let Some(complaint) = complaint {
         tracing::warn!("{complaint}");
     }
     if let Some(failure) = failure {
         tracing::warn!(error = %failure, "live spans are not exported");
     }
-    Telemetry { live }
+    Telemetry { live: Some(live) }
+}
+
+/// Changes where this process's live spans go and which there are, while it runs. Does nothing
+/// in a process that has not called [`init`].
+pub fn apply(config: &TraceConfig) -> Result<(), Error> {
+    PROCESS.get().map_or(Ok(()), |live| live.apply(config))
+}
+
+/// What became of this process's live spans; zeros without [`init`].
+pub fn live_spans() -> LiveSpans {
+    PROCESS.get().map(|live| live.counts()).unwrap_or_default()
 }
 
 /// A panic becomes a log line: the standard library would write its message to stderr as it is.
@@ -173,7 +195,7 @@ fn log_panics() {
 impl Telemetry {
     /// Live spans exported and lost so far; zeros with tracing off.
     pub fn live_spans(&self) -> LiveSpans {
-        self.live.as_ref().map(LiveExport::counts).unwrap_or_default()
+        self.live.as_ref().map(|live| live.counts()).unwrap_or_default()
     }
 
     /// Exports what is queued, for at most `deadline`, stops the export, and
@@ -195,44 +217,60 @@ pub struct LiveSpans {
     pub failed: u64,
 }
 
-/// The SDK's pipeline: batch processor, exporter, and the threads they need.
+impl LiveSpans {
+    /// The figures by name, for people.
+    pub fn summary(self) -> serde_json::Value {
+        serde_json::json!({"live_exported": self.exported, "live_lost": self.failed})
+    }
+}
+
+/// Live spans: the SDK's provider, and the pipeline that takes them at the moment, if any does.
 #[derive(Debug)]
 pub struct LiveExport {
+    role: Role,
     provider: SdkTracerProvider,
-    /// Drives gRPC. A runtime of its own, so that a flush that blocks a
-    /// thread of the program's runtime cannot wait for itself.
-    runtime: Option<tokio::runtime::Runtime>,
+    current: Arc<Current>,
+    mode: Arc<Mode>,
     counts: Arc<Counts>,
+    applied: Mutex<Option<TraceConfig>>,
 }
 
 impl LiveExport {
     /// Starts the pipeline. An unreachable collector is no error here; it is
     /// logged once when the first export fails.
     pub fn start(role: Role, config: &TraceConfig) -> Result<Self, Error> {
-        let counts = Arc::new(Counts::default());
-        let (exporter, runtime) = match config.protocol {
-            Protocol::Grpc => {
-                let runtime = tokio::runtime::Builder::new_multi_thread()
-                    .worker_threads(1)
-                    .thread_name("tasker-otlp")
-                    .enable_all()
-                    .build()?;
-                (grpc_exporter(config, &runtime)?, Some(runtime))
-            }
-            Protocol::HttpProtobuf => (http_exporter(config)?, None),
-        };
-        let exporter = Counted { inner: exporter, counts: Arc::clone(&counts), endpoint: config.printable_endpoint() };
-        let batches = BatchConfigBuilder::default()
-            .with_max_queue_size(config.live.max_queue)
-            .with_max_export_batch_size(config.live.batch)
-            .with_scheduled_delay(config.live.delay)
-            .build();
+        let live = Self::idle(role);
+        live.apply(config)?;
+        Ok(live)
+    }
+
+    /// Makes no spans until [`apply`](Self::apply) says so.
+    fn idle(role: Role) -> Self {
+        let (current, mode) = (Arc::new(Current::default()), Arc::new(Mode::default()));
         let provider = SdkTracerProvider::builder()
-            .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batches).build())
-            .with_sampler(sampler(config))
-            .with_resource(resource(role, config))
+            .with_span_processor(Hand(current.clone()))
+            .with_sampler(mode.sampler())
             .build();
-        Ok(Self { provider, runtime, counts })
+        Self { role, provider, current, mode, counts: Arc::default(), applied: Mutex::default() }
+    }
+
+    /// Puts the pipeline that `config` describes in the place of the one before, which exports
+    /// what it has in the background and ends.
+    pub fn apply(&self, config: &TraceConfig) -> Result<(), Error> {
+        let mut applied = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
+        if applied.as_ref() == Some(config) {
+            return Ok(());
+        }
+        config.propagators.activate();
+        let next = if config.enabled { Some(Pipeline::start(self.role, config, self.counts.clone())?) } else { None };
+        self.mode.set(config);
+        let before = std::mem::replace(&mut *self.current.0.write().unwrap_or_else(PoisonError::into_inner), next);
+        if let Some(before) = before {
+            std::thread::spawn(move || before.processor.shutdown_with_timeout(LIVE_TIMEOUT));
+        }
+        tracing::callsite::rebuild_interest_cache();
+        *applied = Some(config.clone());
+        Ok(())
     }
 
     /// A tracer whose spans go out with this pipeline.
@@ -249,24 +287,189 @@ impl LiveExport {
     }
 
     /// Exports what is queued, for at most `deadline`, and stops.
-    pub async fn shutdown(mut self, deadline: Duration) -> LiveSpans {
+    pub async fn shutdown(&self, deadline: Duration) -> LiveSpans {
         let provider = self.provider.clone();
         let stopped = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(deadline));
         // The SDK's Ok says nothing about delivery, and at exit nobody could act on an error.
         let _ = tokio::time::timeout(deadline, stopped).await;
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        self.current.0.write().unwrap_or_else(PoisonError::into_inner).take();
         self.counts()
     }
 }
 
-impl Drop for LiveExport {
+/// Which live spans there are, read at each span.
+#[derive(Debug, Default)]
+struct Mode {
+    /// 0: none. 1: the user's. 2: ours too.
+    level: AtomicU8,
+    /// The bits of the share.
+    rate: AtomicU64,
+}
+
+impl Mode {
+    fn set(&self, config: &TraceConfig) {
+        let level = match (config.enabled, config.detail) {
+            (false, _) => 0,
+            (true, Detail::Tree) => 1,
+            (true, Detail::Full) => 2,
+        };
+        self.rate.store(config.sample_rate.to_bits(), Ordering::Relaxed);
+        self.level.store(level, Ordering::Relaxed);
+    }
+
+    /// Below a task the stored decision rules; the ratio is for other traces.
+    fn sampler(self: &Arc<Self>) -> Sampled {
+        Sampled(self.clone())
+    }
+
+    fn wants(&self, meta: &Metadata<'_>) -> bool {
+        let level = self.level.load(Ordering::Relaxed);
+        level > 0 && *meta.level() <= Level::INFO && is_live(meta.target(), level == 2)
+    }
+}
+
+/// The sampler of live spans; see [`Mode`].
+#[derive(Debug, Clone)]
+struct Sampled(Arc<Mode>);
+
+impl ShouldSample for Sampled {
+    fn should_sample(
+        &self,
+        parent: Option<&OtelContext>,
+        trace_id: TraceId,
+        name: &str,
+        kind: &SpanKind,
+        attributes: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        if self.0.level.load(Ordering::Relaxed) == 0 {
+            return SamplingResult {
+                decision: SamplingDecision::Drop,
+                attributes: Vec::new(),
+                trace_state: opentelemetry::trace::TraceState::default(),
+            };
+        }
+        let rate = f64::from_bits(self.0.rate.load(Ordering::Relaxed));
+        Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(rate)))
+            .should_sample(parent, trace_id, name, kind, attributes, links)
+    }
+}
+
+/// Which callsites the layer of live spans hears of.
+struct LiveFilter(Arc<Mode>);
+
+impl<S> Filter<S> for LiveFilter {
+    fn enabled(&self, meta: &Metadata<'_>, _: &Context<'_, S>) -> bool {
+        self.0.wants(meta)
+    }
+
+    fn callsite_enabled(&self, meta: &'static Metadata<'static>) -> Interest {
+        // Asked again for every callsite when the settings change.
+        if self.0.wants(meta) { Interest::always() } else { Interest::never() }
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(if self.0.level.load(Ordering::Relaxed) == 0 { LevelFilter::OFF } else { LevelFilter::INFO })
+    }
+}
+
+/// The pipeline that takes spans at the moment.
+#[derive(Debug, Default)]
+struct Current(RwLock<Option<Pipeline>>);
+
+/// Hands spans to the current pipeline.
+#[derive(Debug)]
+struct Hand(Arc<Current>);
+
+impl Hand {
+    fn with<T>(&self, otherwise: T, act: impl FnOnce(&BatchSpanProcessor) -> T) -> T {
+        let current = self.0.0.read().unwrap_or_else(PoisonError::into_inner);
+        current.as_ref().map_or(otherwise, |pipeline| act(&pipeline.processor))
+    }
+}
+
+impl SpanProcessor for Hand {
+    fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &OtelContext) {}
+
+    fn on_end(&self, span: SpanData) {
+        self.with((), |processor| processor.on_end(span));
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.with(Ok(()), SpanProcessor::force_flush)
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.with(Ok(()), |processor| processor.shutdown_with_timeout(timeout))
+    }
+}
+
+/// The SDK's batch processor, its exporter, and the threads they need.
+#[derive(Debug)]
+struct Pipeline {
+    processor: BatchSpanProcessor,
+    /// Drives gRPC. A runtime of its own, so that a flush that blocks a
+    /// thread of the program's runtime cannot wait for itself.
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Pipeline {
+    fn start(role: Role, config: &TraceConfig, counts: Arc<Counts>) -> Result<Self, Error> {
+        let endpoint = config.destination();
+        let batches = BatchConfigBuilder::default()
+            .with_max_queue_size(config.live.max_queue)
+            .with_max_export_batch_size(config.live.batch)
+            .with_scheduled_delay(config.live.delay)
+            .build();
+        let resource = resource(role, config);
+        if let Some(lines) = transport::Lines::open(config)? {
+            let exporter = Counted { inner: LineExporter { lines, resource }, counts, endpoint };
+            let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
+            return Ok(Self { processor, runtime: None });
+        }
+        let (mut exporter, runtime) = match config.protocol {
+            Protocol::Grpc => {
+                let runtime = tokio::runtime::Builder::new_multi_thread()
+                    .worker_threads(1)
+                    .thread_name("tasker-otlp")
+                    .enable_all()
+                    .build()?;
+                (grpc_exporter(config, &runtime)?, Some(runtime))
+            }
+            Protocol::HttpProtobuf => (http_exporter(config)?, None),
+        };
+        exporter.set_resource(&resource);
+        let exporter = Counted { inner: exporter, counts, endpoint };
+        let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
+        Ok(Self { processor, runtime })
+    }
+}
+
+impl Drop for Pipeline {
     fn drop(&mut self) {
         // Dropping a runtime inside another one panics.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+/// Live spans as lines of OTLP JSON.
+#[derive(Debug)]
+struct LineExporter {
+    lines: transport::Lines,
+    resource: Resource,
+}
+
+impl SpanExporter for LineExporter {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+        let resource = (&self.resource).into();
+        let resource_spans =
+            opentelemetry_proto::transform::trace::tonic::group_spans_by_resource_and_scope(batch, &resource);
+        self.lines
+            .write(&ExportTraceServiceRequest { resource_spans })
+            .map_err(|error| opentelemetry_sdk::error::OTelSdkError::InternalFailure(error.to_string()))
     }
 }
 
@@ -311,11 +514,6 @@ fn http_exporter(config: &TraceConfig) -> Result<opentelemetry_otlp::SpanExporte
         builder = builder.with_compression(opentelemetry_otlp::Compression::Gzip);
     }
     builder.build().map_err(|e| Error::Exporter(e.to_string()))
-}
-
-/// Below a task the stored decision rules; the ratio is for other traces.
-fn sampler(config: &TraceConfig) -> Sampler {
-    Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_rate)))
 }
 
 fn propagator(config: &TraceConfig) -> TextMapCompositePropagator {
@@ -409,12 +607,12 @@ impl<E: SpanExporter> SpanExporter for Counted<E> {
 fn subscriber<W>(
     lines: LogLines<W>,
     filter: EnvFilter,
-    tracer: Option<(SdkTracer, Detail)>,
+    tracer: Option<(SdkTracer, Arc<Mode>)>,
 ) -> impl Subscriber + Send + Sync
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    let spans = tracer.map(|(tracer, detail)| {
+    let spans = tracer.map(|(tracer, mode)| {
         // Location is useful; threads, targets and busy times triple the payload.
         tracing_opentelemetry::layer()
             .with_tracer(tracer)
@@ -423,17 +621,14 @@ where
             .with_target(false)
             .with_level(false)
             .with_tracked_inactivity(false)
-            .with_filter(
-                FilterFn::new(move |meta| *meta.level() <= Level::INFO && is_live(meta.target(), detail))
-                    .with_max_level_hint(LevelFilter::INFO),
-            )
+            .with_filter(LiveFilter(mode))
     });
     Registry::default().with(lines.with_filter(LogFilter(filter))).with(spans)
 }
 
-fn is_live(target: &str, detail: Detail) -> bool {
+fn is_live(target: &str, ours_too: bool) -> bool {
     let root = crate_of(target);
-    !PLUMBING.contains(&root) && (detail == Detail::Full || !OWN.contains(&root))
+    !PLUMBING.contains(&root) && (ours_too || !OWN.contains(&root))
 }
 
 fn crate_of(target: &str) -> &str {
@@ -753,8 +948,6 @@ fn push_printable(out: &mut String, text: &str) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use opentelemetry::context::FutureExt;
     use opentelemetry_sdk::trace::InMemorySpanExporter;
     use tracing::Instrument;
@@ -791,6 +984,7 @@ mod tests {
         lines: Captured,
         spans: InMemorySpanExporter,
         provider: SdkTracerProvider,
+        mode: Arc<Mode>,
         _current: tracing::subscriber::DefaultGuard,
     }
 
@@ -798,15 +992,17 @@ mod tests {
         fn start(format: LogFormat, filter: &str, detail: Option<Detail>) -> Self {
             let lines = Captured::default();
             let spans = InMemorySpanExporter::default();
-            let provider = SdkTracerProvider::builder()
-                .with_simple_exporter(spans.clone())
-                .with_sampler(sampler(&TraceConfig::default()))
-                .build();
+            let mode = Arc::new(Mode::default());
+            if let Some(detail) = detail {
+                mode.set(&TraceConfig { enabled: true, detail, ..TraceConfig::default() });
+            }
+            let provider =
+                SdkTracerProvider::builder().with_simple_exporter(spans.clone()).with_sampler(mode.sampler()).build();
             let writer = LogLines { format, ansi: false, writer: lines.clone() };
-            let tracer = detail.map(|detail| (provider.tracer("test"), detail));
+            let tracer = detail.map(|_| (provider.tracer("test"), mode.clone()));
             let subscriber = subscriber(writer, EnvFilter::new(filter), tracer);
             let current = tracing::subscriber::set_default(subscriber);
-            Self { lines, spans, provider, _current: current }
+            Self { lines, spans, provider, mode, _current: current }
         }
 
         fn text(&self) -> String {
@@ -881,6 +1077,22 @@ mod tests {
         assert_eq!(events, ["charged"]);
         let keys: Vec<_> = charge.attributes.iter().map(|a| a.key.as_str()).collect();
         assert_eq!(keys, ["code.file.path", "code.module.name", "code.line.number", "card"]);
+    }
+
+    #[tokio::test]
+    async fn tracing_is_switched_off_and_on_while_the_process_runs() {
+        let bench = Bench::start(LogFormat::Json, "info", Some(Detail::Tree));
+        let mut names = Vec::new();
+        for (enabled, detail) in [(true, Detail::Tree), (false, Detail::Full), (true, Detail::Full)] {
+            bench.mode.set(&TraceConfig { enabled, detail, ..TraceConfig::default() });
+            tracing::callsite::rebuild_interest_cache();
+            bench.spans.reset();
+            handled(PARENT).await;
+            names.push(bench.spans().into_iter().map(|span| span.name.into_owned()).collect::<Vec<_>>());
+        }
+        assert_eq!(names[0], ["inner", "charge"]);
+        assert_eq!(names[1], [""; 0]);
+        assert_eq!(names[2], ["inner", "charge", "inside", "execute"]);
     }
 
     #[tokio::test]

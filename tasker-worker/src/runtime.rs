@@ -14,6 +14,9 @@ use tasker_shared::metrics::{Listen, Scrape, serve};
 use tasker_shared::store::protocol::{self, Hello};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{Error as StoreError, HOT_PATH_SETTINGS};
+use tasker_shared::telemetry;
+use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
+use tasker_shared::trace::settings::{Applying, Follower};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -86,6 +89,7 @@ pub struct Builder {
     version: String,
     metrics: Option<Listen>,
     capture: Capture,
+    trace_settings: Option<Sources>,
 }
 
 impl Builder {
@@ -195,6 +199,15 @@ impl Builder {
         self
     }
 
+    /// Lets this process follow the trace settings that are stored in the database; see
+    /// `tasker_shared::telemetry::start`. Without it the spans of handlers go where
+    /// `telemetry::init` was told.
+    #[must_use]
+    pub fn trace_settings(mut self, sources: Sources) -> Self {
+        self.trace_settings = Some(sources);
+        self
+    }
+
     /// Checks what was given. Talks to nobody.
     pub fn build(mut self) -> Result<Worker, Error> {
         check_name("namespace", &self.namespace)?;
@@ -234,6 +247,7 @@ impl Builder {
             version: self.version,
             metrics: self.metrics,
             capture: self.capture,
+            trace_settings: self.trace_settings,
         })
     }
 }
@@ -252,6 +266,7 @@ pub struct Worker {
     version: String,
     metrics: Option<Listen>,
     capture: Capture,
+    trace_settings: Option<Sources>,
 }
 
 impl Worker {
@@ -273,6 +288,7 @@ impl Worker {
             version: env!("CARGO_PKG_VERSION").into(),
             metrics: None,
             capture: Capture::default(),
+            trace_settings: None,
         }
     }
 
@@ -319,7 +335,18 @@ impl Worker {
             numbers: Numbers::new(namespace, self.slots),
             capture: self.capture,
         });
+        let trace_changed: Arc<Notify> = Arc::default();
+        let follower = self.trace_settings.map(|sources| Follower {
+            pool: pools.reports.clone(),
+            kind: "worker",
+            name: self.name.clone(),
+            version: self.version.clone(),
+            now: sources.resolve(&Stored::new()).unwrap_or_default(),
+            sources: Some(sources),
+            wake: Arc::clone(&trace_changed),
+        });
         let presence = Arc::new(Presence {
+            trace_changed,
             worker: self.name.clone(),
             namespace: self.namespace,
             version: self.version,
@@ -362,6 +389,9 @@ impl Worker {
         }
         let mut upkeep = JoinSet::new();
         upkeep.spawn(presence.listen(pools.session.clone(), all_reported.clone()));
+        if let Some(follower) = follower {
+            upkeep.spawn(follow_settings(follower, all_reported.clone()));
+        }
         upkeep.spawn(held::beat(held, pools.claims.clone(), self.lease, all_reported.clone()));
         let mut reporters = JoinSet::new();
         for _ in 0..REPORTERS {
@@ -413,7 +443,7 @@ impl Pools {
         let queues = u32::try_from(queues).unwrap_or(u32::MAX);
         Ok(Self {
             claims: pool(queues.saturating_add(1 + OUTPUT_CONNECTIONS), &asynchronous).await?,
-            reports: pool(REPORTERS + 1, HOT_PATH_SETTINGS).await?,
+            reports: pool(REPORTERS + 2, HOT_PATH_SETTINGS).await?,
             session: pool(1, &[]).await?,
         })
     }
@@ -497,6 +527,14 @@ impl Drop for Running {
     }
 }
 
+/// Follows the stored settings of traces: those that concern live spans.
+async fn follow_settings(follower: Follower, stop: CancellationToken) {
+    let apply = |config: TraceConfig| -> Applying {
+        Box::pin(async move { telemetry::apply(&config).map_err(|error| error.to_string()) })
+    };
+    follower.run(apply, || telemetry::live_spans().summary(), stop).await;
+}
+
 /// What the database knows of this worker.
 struct Presence {
     worker: String,
@@ -514,6 +552,8 @@ struct Presence {
     changed: Notify,
     /// The first hello was answered.
     known: CancellationToken,
+    /// Someone changed where traces go.
+    trace_changed: Arc<Notify>,
 }
 
 impl Presence {
@@ -623,6 +663,8 @@ impl Presence {
     fn told(&self, payload: &str) {
         if payload.strip_prefix("cancel:") == Some(&self.worker) {
             self.held.beat_now();
+        } else if payload == "trace" {
+            self.trace_changed.notify_one();
         } else if let Some(at) = self.queues.iter().position(|queue| queue == payload) {
             self.wakes[at].notify_one();
         }
@@ -713,6 +755,7 @@ mod tests {
     async fn a_notification_wakes_the_loop_it_is_for_and_no_other() {
         let wakes: Vec<Arc<Notify>> = vec![Arc::default(), Arc::default()];
         let presence = Presence {
+            trace_changed: Arc::default(),
             worker: "w1".into(),
             namespace: "shop".into(),
             version: String::new(),

@@ -11,6 +11,7 @@ use tasker_shared::store::keys;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::Role as Process;
 
+use super::trace::settings::TraceFlags;
 use crate::{Global, run};
 
 /// Serve the HTTP API and the web page.
@@ -136,7 +137,8 @@ impl Api {
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let Self::Run(Run { serve }) = self;
         let stop = run::stop_signal()?;
-        let (_, telemetry) = run::telemetry(global, Process::Orchestrator, "info")?;
+        let run::Traced { telemetry, .. } =
+            run::telemetry(global, Process::Orchestrator, "info", &TraceFlags::default())?;
         let connected = run::connect(global).await?;
         let serving = serve.start(&connected.url).await?;
         match &serving.link {

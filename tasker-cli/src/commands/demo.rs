@@ -26,6 +26,7 @@ use uuid::Uuid;
 use super::orchestrator::FLUSH;
 use super::task::progress;
 use super::trace::output_width;
+use super::trace::settings::TraceFlags;
 use crate::Global;
 use crate::failure::{FAILED, TIMEOUT, failure};
 use crate::output::{self, Format, Table};
@@ -100,7 +101,8 @@ impl Demo {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let stop = run::stop_signal()?;
-        let (trace, telemetry) = run::telemetry(global, Role::Cli, "warn")?;
+        let run::Traced { config: trace, telemetry, .. } =
+            run::telemetry(global, Role::Cli, "warn", &TraceFlags::default())?;
         let endpoint = trace.enabled.then(|| trace.printable_endpoint());
         eprintln!("starting the database");
         let connected = run::connect(global).await?;

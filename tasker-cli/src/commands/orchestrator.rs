@@ -6,6 +6,7 @@ use std::time::Duration;
 use tasker_orchestration::{Options, Orchestrator as Running};
 use tasker_shared::telemetry::Role;
 
+use super::trace::settings::TraceFlags;
 use crate::{Global, run};
 
 /// How long the spans of the last batches may take to be acknowledged.
@@ -37,21 +38,20 @@ pub struct Run {
     archive_dir: Option<PathBuf>,
     #[command(flatten)]
     metrics: run::Metrics,
+    #[command(flatten)]
+    trace: TraceFlags,
 }
 
 impl Orchestrator {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Run(Run { batch, settlers, archive_dir, metrics }) = self;
+        let Self::Run(Run { batch, settlers, archive_dir, metrics, trace }) = self;
         let stop = run::stop_signal()?;
-        let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "info")?;
+        let run::Traced { config, sources, telemetry } = run::telemetry(global, Role::Orchestrator, "info", &trace)?;
         let connected = run::connect(global).await?;
         let _metrics = metrics.serve(Some(connected.client.pool().clone())).await?;
-        if trace.enabled {
-            tracing::info!(endpoint = trace.printable_endpoint(), "traces are exported");
-        }
-        let orchestrator =
-            Running::start(&connected.url, &Options { trace, batch, settlers: settlers.into(), archive_dir }).await?;
+        let options = Options { trace: config, settings: Some(sources), batch, settlers: settlers.into(), archive_dir };
+        let orchestrator = Running::start(&connected.url, &options).await?;
         tracing::info!("the orchestrator runs");
         stop.cancelled().await;
         tracing::info!("stopping: the batches that have begun are finished");

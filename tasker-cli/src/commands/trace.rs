@@ -1,8 +1,10 @@
 //! `tasker trace`.
 
+mod doctor;
 mod export;
 mod replay;
 mod sample;
+pub mod settings;
 mod verify;
 
 use std::collections::HashSet;
@@ -37,6 +39,14 @@ pub enum Trace {
     Replay(replay::Replay),
     /// Say what share of a namespace's new traces is recorded
     Sample(sample::Sample),
+    /// Export traces from now on, in every process
+    Enable(settings::Enable),
+    /// Export no traces from now on
+    Disable(settings::Disable),
+    /// Show the settings, and what running processes make of them
+    Status(settings::Status),
+    /// Check the way of traces to their receiver
+    Doctor(doctor::Doctor),
 }
 
 /// Draw the trace of a task from the committed log, also while it runs. It is the trace that is
@@ -76,6 +86,10 @@ impl Trace {
             Self::Verify(verify) => verify.run(global).await,
             Self::Replay(replay) => replay.run(global).await,
             Self::Sample(sample) => sample.run(global).await,
+            Self::Enable(enable) => enable.run(global).await,
+            Self::Disable(disable) => disable.run(global).await,
+            Self::Status(status) => status.run(global).await,
+            Self::Doctor(doctor) => doctor.run(global).await,
         }
     }
 }

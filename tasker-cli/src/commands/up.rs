@@ -10,11 +10,13 @@ use tasker_shared::client::Client;
 use tasker_shared::store::views::{self, TaskView};
 use tasker_shared::store::why::duration;
 use tasker_shared::telemetry::Role;
+use tasker_shared::trace::settings;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::api::Serve;
 use super::orchestrator::FLUSH;
+use super::trace::settings::TraceFlags;
 use super::worker::BUILTINS;
 use crate::Global;
 use crate::output::{self, Format};
@@ -41,20 +43,24 @@ pub struct Up {
     metrics: run::Metrics,
     #[command(flatten)]
     serve: Serve,
+    #[command(flatten)]
+    trace: TraceFlags,
 }
 
 impl Up {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let stop = run::stop_signal()?;
-        let (trace, telemetry) = run::telemetry(global, Role::Orchestrator, "warn")?;
+        let run::Traced { config, sources, telemetry } =
+            run::telemetry(global, Role::Orchestrator, "warn", &self.trace)?;
         let connected = run::connect(global).await?;
         let client = &connected.client;
         eprintln!("database  {}", printable(&connected.url));
-        if trace.enabled {
-            eprintln!("traces    {}", trace.printable_endpoint());
+        let (stored, _) = settings::read(&mut *client.pool().acquire().await?, &sources).await?;
+        if stored.config.enabled {
+            eprintln!("traces    {}", stored.config.destination());
         } else {
-            eprintln!("traces    not exported; set OTEL_EXPORTER_OTLP_ENDPOINT, or look with `tasker trace show`");
+            eprintln!("traces    not exported; `tasker trace enable` does, and `tasker trace show` needs no export");
         }
         let metrics = self.metrics.serve(Some(client.pool().clone())).await?;
         if let Some(metrics) = &metrics {
@@ -63,7 +69,8 @@ impl Up {
         let serving = self.serve.start(&connected.url).await?;
         let open = serving.link.clone().unwrap_or_else(|| serving.server.url());
         let farewell = serving.farewell();
-        let orchestrator = Orchestrator::start(&connected.url, &Options { trace, ..Options::default() }).await?;
+        let options = Options { trace: config, settings: Some(sources), ..Options::default() };
+        let orchestrator = Orchestrator::start(&connected.url, &options).await?;
         let mut watch = client.watch().await?;
         let mut workers = Workers {
             up: &self,

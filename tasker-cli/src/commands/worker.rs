@@ -5,6 +5,7 @@ use std::time::Duration;
 use tasker_shared::telemetry::Role;
 
 use super::orchestrator::FLUSH;
+use super::trace::settings::TraceFlags;
 use crate::{Global, run};
 
 /// The handlers that every `tasker worker` offers.
@@ -45,6 +46,8 @@ pub struct Run {
     drain: Duration,
     #[command(flatten)]
     metrics: run::Metrics,
+    #[command(flatten)]
+    trace: TraceFlags,
 }
 
 impl Worker {
@@ -52,7 +55,7 @@ impl Worker {
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let Self::Run(command) = self;
         let stop = run::stop_signal()?;
-        let (_, telemetry) = run::telemetry(global, Role::Worker, "info")?;
+        let run::Traced { sources, telemetry, .. } = run::telemetry(global, Role::Worker, "info", &command.trace)?;
         let connected = run::connect(global).await?;
         let _metrics = command.metrics.serve(None).await?;
         let mut builder = tasker_worker::Worker::builder(&connected.url)
@@ -60,6 +63,7 @@ impl Worker {
             .slots(command.slots)
             .drain_timeout(command.drain)
             .allow_http_hosts(command.http_hosts)
+            .trace_settings(sources)
             .builtins();
         for queue in &command.queues {
             builder = builder.queue(Some(queue));

@@ -78,7 +78,7 @@ fn ended(work: &Work, plan: &Plan) {
 
 /// Hands the committed transitions to the exporter.
 fn export(shared: &Shared, done: Committed) {
-    let (Some(exporter), Some(export)) = (&shared.exporter, done.export) else {
+    let (Some(exporter), Some(export)) = (shared.exporter(), done.export) else {
         return;
     };
     let Applied { at, cancelled } = done.applied;

@@ -15,7 +15,7 @@ mod turns;
 mod waits;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
@@ -38,14 +38,16 @@ pub struct Shared {
     pub reads: PgPool,
     /// Names this orchestrator in queues' reader lists and in export batches.
     pub instance: Uuid,
-    /// Delivers the tree; `None` when tracing is off.
-    pub exporter: Option<Exporter>,
+    /// Delivers the tree; `None` when tracing is off, which may change at any time.
+    exporter: RwLock<Option<Exporter>>,
     /// How much may be sent.
     pub admission: Admission,
     /// Who settles what in this process.
     busy: Busy,
     /// Wakes the sweep: something is due earlier than it thought.
     pub due: Notify,
+    /// Wakes who follows the settings of traces.
+    pub trace_settings: Arc<Notify>,
     /// Wakes who watches the workers: one of them may hold a claim soon.
     pub claims: Notify,
     templates: Mutex<HashMap<i32, Arc<Loaded>>>,
@@ -58,13 +60,24 @@ impl Shared {
             pool,
             reads,
             instance,
-            exporter,
+            exporter: RwLock::new(exporter),
             admission: Admission::default(),
             busy: Busy::default(),
             due: Notify::new(),
             claims: Notify::new(),
+            trace_settings: Arc::default(),
             templates: Mutex::default(),
         }
+    }
+
+    /// What delivers the tree; `None` when tracing is off.
+    pub fn exporter(&self) -> Option<Exporter> {
+        self.exporter.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts another in its place, and answers the one that was there.
+    pub fn replace_exporter(&self, exporter: Option<Exporter>) -> Option<Exporter> {
+        std::mem::replace(&mut *self.exporter.write().unwrap_or_else(PoisonError::into_inner), exporter)
     }
 
     /// Templates by id; they never change, so they are read once.

@@ -145,7 +145,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
     .inspect_err(|error| {
         measure::failed(&source);
         // The answer to COMMIT may be what was lost: then the spans are still owed.
-        if let Some(exporter) = shared.exporter.as_ref().filter(|_| error.is_transient()) {
+        if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
             exporter.doubt();
         }
     })?;
@@ -658,7 +658,7 @@ fn invalid_input(work: &Work) -> Option<String> {
 
 /// The export batch of this transaction, if any of its tasks is sampled.
 fn export_batch(shared: &Shared, works: &[Work], plans: &[Plan], now: DateTime<Utc>) -> Option<ExportBatch> {
-    let exporter = shared.exporter.as_ref()?;
+    let exporter = shared.exporter()?;
     let task_uuids: Vec<Uuid> = works
         .iter()
         .zip(plans)

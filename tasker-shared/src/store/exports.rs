@@ -118,3 +118,23 @@ pub async fn gone(conn: &mut PgConnection, instance: Uuid) -> Result<(), Error> 
     sqlx::query!("delete from tasker.instances where instance = $1", instance).execute(conn).await?;
     Ok(())
 }
+
+/// What waits for a receiver in the database.
+#[derive(Debug, Clone, Copy)]
+pub struct Waiting {
+    /// Transactions whose spans were not acknowledged.
+    pub batches: i64,
+    /// Age of the oldest of them.
+    pub oldest_seconds: Option<f64>,
+}
+
+/// How much waits, of all orchestrators, and for how long.
+pub async fn waiting(conn: &mut PgConnection) -> Result<Waiting, Error> {
+    Ok(sqlx::query_as!(
+        Waiting,
+        r#"select count(*) as "batches!", extract(epoch from clock_timestamp() - min(at))::float8 as oldest_seconds
+           from tasker.export_batches"#
+    )
+    .fetch_one(conn)
+    .await?)
+}

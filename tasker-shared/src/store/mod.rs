@@ -17,6 +17,7 @@ pub mod schedules;
 pub mod steps;
 pub mod tasks;
 pub mod templates;
+pub mod trace_settings;
 pub mod transitions;
 pub mod tx;
 pub mod views;

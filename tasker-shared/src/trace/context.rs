@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use opentelemetry::baggage::BaggageExt;
 use opentelemetry::trace::{SpanContext, TraceContextExt, TraceFlags, TraceState};
@@ -291,17 +291,20 @@ impl Default for Propagators {
     }
 }
 
-static ACTIVE: OnceLock<Propagators> = OnceLock::new();
+/// Bit 0: no trace context. Bit 1: no baggage.
+static SWITCHED_OFF: AtomicU8 = AtomicU8::new(0);
 
 impl Propagators {
     /// Makes these the ones of [`inject_current`] and [`extract`], for the
-    /// whole process. Only the first call counts.
+    /// whole process, from now on.
     pub fn activate(self) {
-        let _ = ACTIVE.set(self);
+        let off = u8::from(!self.trace_context) | u8::from(!self.baggage) << 1;
+        SWITCHED_OFF.store(off, Ordering::Relaxed);
     }
 
     fn active() -> Self {
-        ACTIVE.get().copied().unwrap_or_default()
+        let off = SWITCHED_OFF.load(Ordering::Relaxed);
+        Self { trace_context: off & 1 == 0, baggage: off & 2 == 0 }
     }
 }
 

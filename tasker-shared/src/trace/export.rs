@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -18,10 +18,10 @@ use uuid::Uuid;
 
 use super::config::TraceConfig;
 use super::log::TaskLog;
-use super::otlp::Encoder;
+use super::otlp::{Encoder, ServiceNames};
 use super::sampling::exported;
 use super::span::TaskSpans;
-use super::transport::{Error as TransportError, Transport};
+use super::transport::{self, Error as TransportError, SendError, Transport};
 use super::tree;
 use crate::metrics::metrics;
 use crate::store::exports::Orphan;
@@ -86,6 +86,50 @@ pub struct Stats {
     pub open_batches: AtomicUsize,
 }
 
+impl Stats {
+    /// The figures by name, for people.
+    pub fn summary(&self) -> serde_json::Value {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let waiting = self.queued_rows.load(Ordering::Relaxed);
+        let reached = if self.failing.load(Ordering::Relaxed) {
+            "down"
+        } else if load(&self.exported) > 0 {
+            "up"
+        } else {
+            "not used yet"
+        };
+        serde_json::json!({
+            "receiver": reached,
+            "exported": load(&self.exported),
+            "re_exported": load(&self.re_exported),
+            "failed_requests": load(&self.failed_requests),
+            "rejected": load(&self.rejected),
+            "abandoned": load(&self.abandoned),
+            "released_batches": load(&self.released),
+            "waiting_rows": waiting,
+            "waiting_batches": self.open_batches.load(Ordering::Relaxed),
+        })
+    }
+}
+
+/// Where spans go now; another one takes its place when the settings change.
+#[derive(Debug)]
+struct Target {
+    transport: Transport,
+    names: ServiceNames,
+    max_lag: Option<Duration>,
+}
+
+impl Target {
+    fn of(config: &TraceConfig) -> Result<Self, TransportError> {
+        Ok(Self {
+            transport: Transport::connect(config)?,
+            names: config.service_names.clone(),
+            max_lag: config.max_export_lag,
+        })
+    }
+}
+
 /// The exporter of one orchestrator. Dropping it stops nothing; see [`Exporter::shutdown`].
 #[derive(Debug, Clone)]
 pub struct Exporter {
@@ -97,7 +141,7 @@ pub struct Exporter {
     /// When rows of ours may last have been left in the database without our knowledge.
     doubted_at: Arc<Mutex<Option<Instant>>>,
     stats: Arc<Stats>,
-    max_lag: Option<Duration>,
+    target: Arc<RwLock<Arc<Target>>>,
     pool: PgPool,
     stop: CancellationToken,
     done: CancellationToken,
@@ -109,7 +153,7 @@ impl Exporter {
     /// Errors if the endpoint or its credentials cannot be used at all; a collector that does
     /// not answer is no error, its spans wait.
     pub async fn start(config: &TraceConfig, pool: PgPool, instance: Uuid) -> Result<Self, StartError> {
-        let transport = Transport::connect(config)?;
+        let target = Arc::new(Target::of(config)?);
         exports::alive(&mut *pool.acquire().await.map_err(store::Error::from)?, instance).await?;
         let (sender, receiver) = mpsc::unbounded_channel();
         let exporter = Self {
@@ -118,22 +162,55 @@ impl Exporter {
             held: Arc::default(),
             doubted_at: Arc::default(),
             stats: Arc::default(),
-            max_lag: config.max_export_lag,
+            target: Arc::new(RwLock::new(target.clone())),
             pool,
             stop: CancellationToken::new(),
             done: CancellationToken::new(),
         };
         let worker = Worker {
-            encoder: Encoder::new(&config.service_names),
+            encoder: Encoder::new(&target.names),
+            names: target.names.clone(),
             open: Vec::new(),
-            transport,
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             exporter: exporter.clone(),
         };
         metrics().watch_export(&exporter.stats);
         tokio::spawn(worker.run(receiver));
         tokio::spawn(recover(exporter.clone()));
+        tokio::spawn(exporter.clone().probe(config.clone()));
         Ok(exporter)
+    }
+
+    /// Sends to where `config` says from now on, also what waits already.
+    pub fn reconfigure(&self, config: &TraceConfig) -> Result<(), TransportError> {
+        let target = Arc::new(Target::of(config)?);
+        *self.target.write().unwrap_or_else(PoisonError::into_inner) = target;
+        tokio::spawn(self.clone().probe(config.clone()));
+        Ok(())
+    }
+
+    fn target(&self) -> Arc<Target> {
+        self.target.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a receiver is there at all, so that one that is not is told of before the first span.
+    async fn probe(self, config: TraceConfig) {
+        if let Some(Err(error)) = self.stop.run_until_cancelled(transport::reach(&config)).await {
+            self.is_away(&error);
+        }
+    }
+
+    fn answers(&self) {
+        if self.stats.failing.swap(false, Ordering::Relaxed) {
+            tracing::info!("the receiver of traces answers again");
+        }
+    }
+
+    /// Said once, until it answers again.
+    fn is_away(&self, error: &SendError) {
+        if !self.stats.failing.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
+        }
     }
 
     /// Hands a batch over; never waits. A transition action, called after commit.
@@ -157,7 +234,7 @@ impl Exporter {
     }
 
     /// What was delivered so far.
-    pub fn stats(&self) -> &Stats {
+    pub fn stats(&self) -> &Arc<Stats> {
         &self.stats
     }
 
@@ -233,9 +310,10 @@ struct Open {
 
 struct Worker {
     encoder: Encoder,
+    /// Those that the encoder writes.
+    names: ServiceNames,
     /// Batches with spans in the request that is being filled.
     open: Vec<Arc<Open>>,
-    transport: Transport,
     slots: Arc<Semaphore>,
     exporter: Exporter,
 }
@@ -296,14 +374,19 @@ impl Worker {
         }
         let spans = self.encoder.spans() as u64;
         let request = self.encoder.finish();
+        let target = self.exporter.target();
+        if target.names != self.names {
+            self.names = target.names.clone();
+            self.encoder = Encoder::new(&self.names);
+        }
         let open = std::mem::take(&mut self.open);
         let Ok(slot) = self.slots.clone().acquire_owned().await else {
             return;
         };
-        let (transport, exporter) = (self.transport.clone(), self.exporter.clone());
+        let exporter = self.exporter.clone();
         tokio::spawn(async move {
             let newest = open.iter().map(|open| open.at).max().unwrap_or_default();
-            match deliver(&transport, &exporter, request, newest).await {
+            match deliver(&exporter, request, newest).await {
                 Delivery::Acknowledged => {
                     exporter.stats.exported.fetch_add(spans, Ordering::Relaxed);
                     settle(&exporter, open).await;
@@ -330,29 +413,23 @@ enum Delivery {
 
 /// Sends until a receiver takes it, or until everything in it, the newest batch too, is older
 /// than `max_export_lag`.
-async fn deliver(transport: &Transport, exporter: &Exporter, request: Bytes, newest: DateTime<Utc>) -> Delivery {
+async fn deliver(exporter: &Exporter, request: Bytes, newest: DateTime<Utc>) -> Delivery {
     let mut wait = Duration::from_millis(100);
-    let mut told = false;
     loop {
-        match transport.send(request.clone()).await {
+        let target = exporter.target();
+        match target.transport.send(request.clone()).await {
             Ok(accepted) => {
-                exporter.stats.failing.store(false, Ordering::Relaxed);
                 exporter.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
                 if accepted.rejected_spans > 0 {
                     tracing::warn!(spans = accepted.rejected_spans, "the receiver refused some spans");
                 }
-                if told {
-                    tracing::info!("the receiver of traces answers again");
-                }
+                exporter.answers();
                 return Delivery::Acknowledged;
             }
             Err(error) => {
                 exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
-                exporter.stats.failing.store(true, Ordering::Relaxed);
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
-                }
-                if exporter.max_lag.is_some_and(|lag| (Utc::now() - newest).to_std().is_ok_and(|age| age > lag)) {
+                exporter.is_away(&error);
+                if target.max_lag.is_some_and(|lag| (Utc::now() - newest).to_std().is_ok_and(|age| age > lag)) {
                     tracing::error!(%error, "spans are given up: no receiver took them within max_export_lag");
                     return Delivery::Abandoned;
                 }

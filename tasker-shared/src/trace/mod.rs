@@ -9,6 +9,7 @@ pub mod log;
 pub mod names;
 pub mod otlp;
 pub mod sampling;
+pub mod settings;
 pub mod span;
 pub mod transport;
 pub mod tree;

@@ -1,15 +1,16 @@
-//! OTLP over gRPC and over HTTP: one request out, one acknowledgement back.
+//! OTLP over gRPC, over HTTP, or as lines of JSON: one request out, one acknowledgement back.
 //!
 //! Never retries (its caller owns the order and the pace of retries), never
 //! follows a redirect, and never prints a header value. Connections are made
 //! when needed and made again when lost.
 
+use std::fs::File;
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use prost::Message;
 use prost::bytes::{Buf, BufMut, Bytes, BytesMut};
 use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
@@ -23,7 +24,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use super::config::{Compression, Protocol, TraceConfig};
+use super::config::{Compression, Exporter, Protocol, TraceConfig};
 
 const EXPORT_PATH: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 const USER_AGENT: &str = concat!("Tasker-OTLP-Exporter/", env!("CARGO_PKG_VERSION"));
@@ -46,6 +47,41 @@ pub struct Transport {
 enum Way {
     Grpc { channel: Channel, metadata: MetadataMap },
     Http { client: reqwest::Client, url: reqwest::Url },
+    Lines(Lines),
+}
+
+/// Where requests go as lines of OTLP JSON: a file, or standard output.
+#[derive(Debug, Clone)]
+pub(crate) struct Lines(Option<Arc<Mutex<File>>>);
+
+impl Lines {
+    /// `None` unless `config` asks for lines.
+    pub(crate) fn open(config: &TraceConfig) -> Result<Option<Self>, Error> {
+        match config.exporter {
+            Exporter::Stdout => Ok(Some(Self(None))),
+            Exporter::File => {
+                let open = File::options().create(true).append(true).open(&config.file);
+                let refuse =
+                    |e: std::io::Error| Error::File { path: config.file.clone(), problem: e.kind().to_string() };
+                Ok(Some(Self(Some(Arc::new(Mutex::new(open.map_err(refuse)?))))))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Writes one request as one line.
+    pub(crate) fn write(&self, request: &ExportTraceServiceRequest) -> std::io::Result<()> {
+        if request.resource_spans.is_empty() {
+            return Ok(());
+        }
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        // One write a line: several processes may append to one file.
+        match &self.0 {
+            Some(file) => file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line),
+            None => std::io::stdout().lock().write_all(&line),
+        }
+    }
 }
 
 /// Why there is no way to the collector. Nothing was sent.
@@ -72,6 +108,14 @@ pub enum Error {
     Header {
         /// Its name; the value is a secret.
         name: String,
+    },
+    /// The file for spans cannot be written.
+    #[error("the trace file {path} cannot be opened: {problem}; name one that this process may write")]
+    File {
+        /// As configured.
+        path: String,
+        /// In words.
+        problem: String,
     },
     /// The HTTP client cannot be set up.
     #[error("the HTTP client for traces cannot be set up: {0}")]
@@ -131,6 +175,10 @@ impl Transport {
     /// Must be called inside a tokio runtime.
     pub fn connect(config: &TraceConfig) -> Result<Self, Error> {
         let way = match config.protocol {
+            _ if !config.exporter.is_remote() && config.exporter != Exporter::None => match Lines::open(config)? {
+                Some(lines) => Way::Lines(lines),
+                None => unreachable!("every exporter that is not remote writes lines"),
+            },
             Protocol::Grpc => Way::Grpc { channel: channel(config)?, metadata: metadata(config)? },
             Protocol::HttpProtobuf => {
                 let mut headers = header_map(config)?;
@@ -163,6 +211,7 @@ impl Transport {
             match &self.way {
                 Way::Grpc { channel, metadata } => self.send_grpc(channel, metadata, request).await,
                 Way::Http { client, url } => self.send_http(client, url, request).await,
+                Way::Lines(lines) => write_line(lines.clone(), request).await,
             }
         };
         tokio::time::timeout(self.timeout, answer).await.unwrap_or_else(|_| {
@@ -222,6 +271,69 @@ impl Transport {
             return serde_json::from_slice(&body).map(|v| accepted_json(&v)).map_err(|e| bad_answer(&e));
         }
         ExportTraceServiceResponse::decode(body).map(accepted).map_err(|e| bad_answer(&e))
+    }
+}
+
+/// Connects to the endpoint's host and port and says nothing; `Ok` names them. A file is always
+/// reached.
+pub async fn reach(config: &TraceConfig) -> Result<String, SendError> {
+    if !config.exporter.is_remote() {
+        return Ok(config.destination());
+    }
+    let unusable = || SendError::new(ErrorKind::Connection, false, "the endpoint is not a URL");
+    let uri: http::Uri = config.endpoint.parse().map_err(|_| unusable())?;
+    let host = uri.host().ok_or_else(unusable)?.trim_matches(['[', ']']);
+    let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
+    match tokio::time::timeout(CONNECT_TIMEOUT, tokio::net::TcpStream::connect((host, port))).await {
+        Ok(Ok(_)) => Ok(format!("{host}:{port}")),
+        Ok(Err(error)) => Err(SendError::new(ErrorKind::Connection, true, format!("{host}:{port}: {error}"))),
+        Err(_) => {
+            let message = format!("{host}:{port} does not answer within {} s", CONNECT_TIMEOUT.as_secs());
+            Err(SendError::new(ErrorKind::Timeout, true, message))
+        }
+    }
+}
+
+/// A request with one span, `tasker.trace.doctor`, and the span's trace id.
+pub fn probe(service: &str) -> (Bytes, super::span::TraceId) {
+    use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value};
+    use opentelemetry_proto::tonic::resource::v1::Resource;
+    use opentelemetry_proto::tonic::trace::v1::{ResourceSpans, ScopeSpans, Span, span};
+
+    let (trace_id, span_id): ([u8; 16], [u8; 8]) = (rand::random(), rand::random());
+    let now = u64::try_from(Utc::now().timestamp_nanos_opt().unwrap_or(0)).unwrap_or(0);
+    let name = KeyValue {
+        key: "service.name".into(),
+        value: Some(AnyValue { value: Some(any_value::Value::StringValue(service.into())) }),
+        ..KeyValue::default()
+    };
+    let span = Span {
+        trace_id: trace_id.to_vec(),
+        span_id: span_id.to_vec(),
+        name: "tasker.trace.doctor".into(),
+        kind: span::SpanKind::Internal.into(),
+        start_time_unix_nano: now,
+        end_time_unix_nano: now + 1_000_000,
+        flags: 1,
+        ..Span::default()
+    };
+    let scope = InstrumentationScope { name: super::otlp::SCOPE_NAME.into(), ..InstrumentationScope::default() };
+    let request = ExportTraceServiceRequest {
+        resource_spans: vec![ResourceSpans {
+            resource: Some(Resource { attributes: vec![name], ..Resource::default() }),
+            scope_spans: vec![ScopeSpans { scope: Some(scope), spans: vec![span], ..ScopeSpans::default() }],
+            ..ResourceSpans::default()
+        }],
+    };
+    (request.encode_to_vec().into(), trace_id)
+}
+
+async fn write_line(lines: Lines, request: Bytes) -> Result<Accepted, SendError> {
+    let written = tokio::task::spawn_blocking(move || lines.write(&ExportTraceServiceRequest::decode(request)?));
+    match written.await {
+        Ok(Ok(())) => Ok(Accepted { rejected_spans: 0, message: None }),
+        Ok(Err(error)) => Err(SendError::new(ErrorKind::Connection, true, error.to_string())),
+        Err(error) => Err(SendError::new(ErrorKind::Connection, true, error.to_string())),
     }
 }
 
