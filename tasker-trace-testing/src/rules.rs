@@ -217,7 +217,11 @@ impl Rules {
                 if span.name == names::STEP_EXECUTION {
                     // The attempt of a step that starts a task is sent to nobody.
                     let was_sent = span.get(names::HANDLER_NAME).is_some();
-                    if was_sent && !to(names::STEP_ENQUEUING) {
+                    // Nor does any move send the one that took over from a lost one while its task was suspended.
+                    let lost =
+                        |to: &&&Span| to.name == names::STEP_EXECUTION && to.text(names::OUTCOME) == Some("lost");
+                    let took_over = span.links.iter().filter_map(|link| ids.get(link)).any(|to| lost(&to));
+                    if was_sent && !took_over && !to(names::STEP_ENQUEUING) {
                         wrong.push(format!("is not linked to its step.enqueuing: {}", words(span)));
                     }
                     if span.int(names::ATTEMPT_NUMBER) > Some(1) && !to(names::STEP_EXECUTION) {
