@@ -33,7 +33,7 @@ create table tasker.due (
   step_uuids uuid[],
   worker     text,
   constraint due_kind_is_known check (kind in (
-    'lease', 'retry', 'timer', 'signal', 'queue_timeout', 'total_timeout', 'start', 'schedule'))
+    'lease', 'retry', 'timer', 'signal', 'queue_timeout', 'step_timeout', 'total_timeout', 'start', 'schedule'))
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 create index due_by_time on tasker.due (due_at);
 -- Who holds claims: looked at every second while somebody does.

@@ -400,7 +400,9 @@ begin
   ), queued as (
     select unnest(v_queued) as step_uuid
   ), watched as (
-    select unnest(d.step_uuids) as step_uuid from tasker.due d where d.step_uuids is not null
+    select unnest(d.step_uuids) as step_uuid from tasker.due d
+    -- That a step may take only so long moves it to its end, but nothing before.
+    where d.step_uuids is not null and d.kind <> 'step_timeout'
   ), alive as (
     select s.task_uuid from tasker.steps s
     where (s.state = 'enqueued' and exists (select from queued q where q.step_uuid = s.step_uuid))

@@ -71,7 +71,7 @@ begin
     end into v_problem
     from unnest(v_steps) n
     join tasker.template_steps d on d.template_id = v_template and d.name = n
-    left join tasker.steps s on s.task_uuid = p_task and s.step_index = d.step_index
+    left join tasker.steps s on s.task_uuid = p_task and s.step_index = d.step_index and s.item = -1
     order by 1 nulls last limit 1;
     if v_problem is not null then
       return v_problem;

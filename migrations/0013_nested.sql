@@ -1,4 +1,4 @@
--- Tasks that a step starts. The row says which attempt started which task, or why it could not;
+-- Tasks that a step starts, and how long a step may take in all. The row says which attempt started which task, or why it could not;
 -- the messages are hints to look at it.
 
 create table tasker.children (
@@ -179,6 +179,15 @@ as $$
   left join lateral tasker.task_output(c.child_uuid) o on c.awaited and t.state in ('complete', 'resolved_manually')
   where c.error is not null or not c.awaited or t.finished_at is not null
 $$;
+
+-- When steps with `timeouts.total` must have ended, counted from when they were first ready in
+-- their generation. The hint to look lies in tasker.due; this says whether it still holds.
+create table tasker.step_deadlines (
+  task_uuid  uuid not null,
+  step_uuid  uuid not null,
+  at         timestamptz not null,
+  primary key (task_uuid, step_uuid)
+);
 
 revoke all on function tasker.start_children, tasker.tell_parents, tasker.cancel_children, tasker.task_output,
   tasker.last_outputs, tasker.child_ends from public;

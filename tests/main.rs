@@ -39,6 +39,7 @@ mod retry;
 mod sampling;
 mod schedules;
 mod suspend;
+mod timeouts;
 mod told;
 mod trace_settings;
 mod two_orchestrators_two_workers;

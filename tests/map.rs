@@ -239,3 +239,54 @@ async fn a_maps_spans_are_its_wait_and_an_attempt_for_each_item() {
     );
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_map_that_is_settled_by_hand_ends_its_open_items_and_may_be_run_again() {
+    let world = World::start(Setup { orchestrators: 2, ..Setup::by_hand() }).await;
+    world.register("map", &template(", max_parallel: 3")).await;
+    for (act, output) in [("complete_step($1, 'each', '[1]')", json!([1])), ("skip_step($1, 'each')", Value::Null)] {
+        let task = submit(&world, "map", json!([1, 2, 3, 4, 5])).await;
+        let list = world.claim().await;
+        let items = json!({"items": [1, 2, 3, 4, 5]});
+        assert_eq!(world.report(&list, &Answer::Success(items)).await, (true, false));
+        let (done, running, failed) = (world.claim().await, world.claim().await, world.claim().await);
+        world.succeed(&done).await;
+        assert_eq!(world.report(&failed, &Answer::Error("Hiccup", true)).await, (true, false));
+        world.until_step(failed.step, &["waiting_for_retry", "enqueued"]).await;
+        let asked: String = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select tasker.{act}")))
+            .bind(task)
+            .fetch_one(&world.pool)
+            .await
+            .expect("asked");
+        assert_eq!(asked, "accepted");
+        world.until_step(running.step, &["cancelled"]).await;
+        assert_eq!(world.report(&running, &work(&running)).await, (false, true), "its worker was told");
+        let sum = world.claim().await;
+        assert_eq!((&*sum.step_name, &sum.input["all"]), ("sum", &output));
+        world.succeed(&sum).await;
+        assert_eq!(world.finish(&[task]).await, ["complete"]);
+        let open = "select count(*) from tasker.steps where item >= 0 and state not in ('complete', 'cancelled')";
+        assert_eq!(world.number(open).await, 0);
+        world.queues_drained().await;
+        world.assert_complete().await;
+        // What was cancelled, and what was never created, runs now.
+        let asked: String = sqlx::query_scalar("select tasker.rerun_task($1, array['each'], 'do it after all')")
+            .bind(task)
+            .fetch_one(&world.pool)
+            .await
+            .expect("asked");
+        assert_eq!(asked, "accepted");
+        for _ in 0..5 {
+            let item = world.claim().await;
+            assert_eq!(item.step_name, "each");
+            assert_eq!(world.report(&item, &work(&item)).await, (true, false));
+        }
+        let sum = world.claim().await;
+        assert_eq!(sum.input["all"], json!([2, 4, 6, 8, 10]));
+        world.succeed(&sum).await;
+        assert_eq!(world.finish(&[task]).await, ["complete"]);
+        world.queues_drained().await;
+        world.assert_complete().await;
+    }
+    world.end().await;
+}

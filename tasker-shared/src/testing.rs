@@ -271,6 +271,7 @@ fn next_due(world: &mut World) -> Event {
         ("lease", Some(step)) => Event::LeaseDue { step },
         ("retry", Some(step)) => Event::RetryDue { step },
         ("timer", Some(step)) => Event::TimerDue { step },
+        ("step_timeout", Some(step)) => Event::StepTotalDue { step },
         ("signal", None) => Event::SignalDue,
         ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: world.steps[step as usize].attempt },
         ("total_timeout", None) => Event::TotalDue,

@@ -406,10 +406,12 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
             (Some(ended), Some(items), failed) => format!(" ({ended} of {items} items ended, {failed} failed)"),
             _ => String::new(),
         };
+        let running = step.progress.as_ref().filter(|_| step.state == "in_progress");
+        let progress = running.map_or_else(String::new, |said| format!(" ({})", output::clip(&said.to_string(), 40)));
         let error = step.error.map(|error| format!("{}: {}", text(&error["type"]), text(&error["message"])));
         table.row([
             step.name,
-            format!("{}{held}{items}", step.state),
+            format!("{}{held}{items}{progress}", step.state),
             format!("{}/{}", step.attempt, step.max_attempts),
             step.handler,
             output::cell(step.worker.as_deref()),

@@ -147,6 +147,8 @@ pub enum Look {
     Admit(Uuid),
     /// The wait of a step may be over.
     Timer(Uuid),
+    /// A step may have taken longer than its template allows.
+    StepTotal(Uuid),
     /// The task that an attempt started may have ended.
     Child(Uuid, i32),
     /// A signal was kept, and a step may wait for it.
@@ -199,6 +201,7 @@ impl Look {
             | Self::Retry(step)
             | Self::Queue(step)
             | Self::Timer(step)
+            | Self::StepTotal(step)
             | Self::Child(step, _)
             | Self::Admit(step) => Some(*step),
             _ => None,

@@ -67,6 +67,8 @@ pub(super) struct Work {
     whole: bool,
     /// What became of tasks that its attempts started, where a hint asks.
     pub children: HashMap<(Uuid, i32), ChildEnd>,
+    /// When steps must have ended, where a hint says that they are late.
+    pub deadlines: HashMap<Uuid, DateTime<Utc>>,
     /// Signals that were kept; read only where the template waits for any.
     pub signals: Vec<Signal>,
 }
@@ -199,15 +201,24 @@ async fn load(
 ) -> Result<(Vec<Work>, DateTime<Utc>), Error> {
     // Times of an entity never go back, even if the database's clock does.
     let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
+    let late: Vec<Uuid> = hints
+        .iter()
+        .filter(|hint| matches!(hint.look, Look::StepTotal(_)))
+        .filter_map(|hint| hint.look.step())
+        .collect();
+    // A map that has taken too long takes its items with it.
+    let items = if late.is_empty() { Vec::new() } else { maps::open_items(conn, &late).await? };
     let claimable: Vec<Uuid> = hints
         .iter()
         .filter(|hint| matches!(hint.look, Look::Lease(_) | Look::Queue(_)))
         .filter_map(|hint| hint.look.step())
+        .chain(late)
+        .chain(items.iter().copied())
         .collect();
     if !claimable.is_empty() {
         steps::lock_claimable(conn, &claimable).await?;
     }
-    let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).collect();
+    let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).chain(items).collect();
     let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
     let whole: HashSet<Uuid> =
         hints.iter().filter(|hint| matches!(hint.look, Look::Operate(..))).map(|hint| hint.task).collect();
@@ -242,6 +253,7 @@ async fn load(
             asked: Lacks::default(),
             whole,
             children: HashMap::new(),
+            deadlines: HashMap::new(),
             signals: Vec::new(),
         });
     }
@@ -258,8 +270,9 @@ async fn load(
     };
     put(&mut works, loaded);
     if !whole.is_empty() {
-        let by_hand = by_hand(&works, hints);
+        let mut by_hand = by_hand(&works, hints);
         if !by_hand.is_empty() {
+            by_hand.extend(maps::open_items(conn, &by_hand).await?);
             steps::lock_claimable(conn, &by_hand).await?;
             let rows = steps::load(conn, &by_hand).await?;
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
@@ -267,6 +280,7 @@ async fn load(
         }
     }
     nested::load(conn, &mut works, hints).await?;
+    waits::load_deadlines(conn, &mut works, hints).await?;
     let signalled = waits::load_signals(conn, &mut works, hints).await?;
     if !signalled.is_empty() {
         let loaded = steps::load(conn, &signalled).await?;
@@ -575,6 +589,11 @@ fn decide_task(work: &Work, looks: Vec<&Look>, room: &mut Room, now: DateTime<Ut
         maps: work.maps.clone(),
         windows: work.windows.clone(),
         collected: work.collected.clone(),
+        deadlines: work
+            .deadlines
+            .iter()
+            .filter_map(|(step, at)| Some((work.key(work.steps.get(step)?), *at)))
+            .collect(),
         signals: work.signals.clone(),
     };
     let plan = decide(snapshot, events, room, now);
@@ -605,6 +624,7 @@ fn event(work: &Work, look: &Look) -> Option<Event> {
             let (outcome, link) = (end.outcome.clone(), end.link.clone());
             Event::ChildEnded { step: key(step)?, attempt: *attempt, outcome, link }
         }
+        Look::StepTotal(step) => Event::StepTotalDue { step: key(step)? },
         Look::Signal => Event::SignalDue,
         Look::Total => Event::TotalDue,
         Look::Admit(step) => Event::Admit { step: key(step)? },

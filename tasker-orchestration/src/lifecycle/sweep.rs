@@ -47,6 +47,7 @@ fn hint(due: &DueHint) -> Option<Hint> {
         ("retry", Some(step)) => Look::Retry(step),
         ("queue_timeout", Some(step)) => Look::Queue(step),
         ("timer", Some(step)) => Look::Timer(step),
+        ("step_timeout", Some(step)) => Look::StepTotal(step),
         ("signal", _) => Look::Signal,
         ("total_timeout", _) => Look::Total,
         ("start", _) => Look::Start,

@@ -64,6 +64,25 @@ pub(super) async fn load_signals(
     Ok(wanted)
 }
 
+/// Reads when the steps must have ended of which hints say that they are late.
+pub(super) async fn load_deadlines(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint]) -> Result<(), Error> {
+    let late = hints.iter().filter_map(|hint| match hint.look {
+        Look::StepTotal(step) => Some((hint.task, step)),
+        _ => None,
+    });
+    let late: Vec<(Uuid, Uuid)> = late.collect();
+    if late.is_empty() {
+        return Ok(());
+    }
+    let mut works: HashMap<Uuid, &mut Work> = works.iter_mut().map(|work| (work.row.task.uuid, work)).collect();
+    for (task, step, at) in waits::deadlines(conn, &late).await? {
+        if let Some(work) = works.get_mut(&task) {
+            work.deadlines.insert(step, at);
+        }
+    }
+    Ok(())
+}
+
 /// Writes what the plans say of steps without a handler.
 pub(super) async fn record(
     conn: &mut PgConnection,
@@ -75,6 +94,11 @@ pub(super) async fn record(
     let due: Vec<_> = new_steps.filter_map(|step| Some((step.uuid, step.due_at?))).collect();
     if !due.is_empty() {
         waits::set_due(conn, &due).await?;
+    }
+    let deadlines = plans.iter().flat_map(|plan| plan.deadlines.iter().map(|(step, at)| (plan.task.uuid, *step, *at)));
+    let deadlines: Vec<_> = deadlines.collect();
+    if !deadlines.is_empty() {
+        waits::set_deadlines(conn, &deadlines).await?;
     }
     let answers: Vec<(Uuid, &Answer)> =
         plans.iter().flat_map(|plan| plan.answers.iter().map(|answer| (plan.task.uuid, answer))).collect();

@@ -54,6 +54,8 @@ pub struct Snapshot<'a> {
     pub windows: HashMap<u32, (u32, Vec<Value>)>,
     /// The outputs of the items of maps that are done, or why they cannot be kept.
     pub collected: HashMap<u32, Result<Value, String>>,
+    /// When steps that an event says are late must have ended, by key.
+    pub deadlines: HashMap<u32, DateTime<Utc>>,
     /// Signals that were kept, oldest first; of a template that waits for any.
     pub signals: Vec<Signal>,
 }
@@ -116,6 +118,11 @@ pub enum Event {
         outcome: Outcome,
         /// The `traceparent` of a task with a trace of its own.
         link: Option<String>,
+    },
+    /// The step may have taken longer than its template allows.
+    StepTotalDue {
+        /// Key of the step.
+        step: u32,
     },
     /// A signal came, or was kept when a step began to wait for it.
     SignalDue,
@@ -204,6 +211,7 @@ impl Event {
             Self::SignalDue => (8, 0, 0),
             Self::ChildEnded { step, attempt, .. } => (8, *step, *attempt),
             Self::TimerDue { step } => (9, *step, 0),
+            Self::StepTotalDue { step } => (9, *step, 1),
             Self::TotalDue => (10, 0, 0),
             Self::Cancel(_) | Self::Terminate(_) => (11, 0, 0),
         }
@@ -250,6 +258,7 @@ struct Pass<'a, 'r> {
     outputs: HashMap<u32, Value>,
     absent: HashSet<u32>,
     passed: HashSet<u32>,
+    deadlines: HashMap<u32, DateTime<Utc>>,
     signals: Vec<Signal>,
     ready: Vec<Ready>,
     /// To be skipped, and why.
@@ -288,6 +297,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             maps,
             windows,
             collected,
+            deadlines,
             signals,
         } = snapshot;
         // An event may name a step that is complete already (a hint that came twice, or late):
@@ -312,6 +322,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             outputs,
             absent,
             passed,
+            deadlines,
             signals,
             ready: Vec::new(),
             skips: Vec::new(),
@@ -343,6 +354,7 @@ impl<'a, 'r> Pass<'a, 'r> {
                 cancel_open_steps: false,
                 closed: Vec::new(),
                 answers: Vec::new(),
+                deadlines: Vec::new(),
                 children: Vec::new(),
                 left_children: Vec::new(),
                 used_signals: Vec::new(),
@@ -380,6 +392,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             Event::QueueDue { step, attempt } => self.queue_due(step, attempt),
             Event::Admit { step } => self.admit(step),
             Event::TimerDue { step } => self.timer_due(step),
+            Event::StepTotalDue { step } => self.step_total_due(step),
             Event::SignalDue => self.signal_due(),
             Event::ChildEnded { step, attempt, outcome, link } => self.child_ended(step, attempt, outcome, link),
         };

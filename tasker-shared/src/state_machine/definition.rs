@@ -70,6 +70,8 @@ pub struct StepDefinition {
     pub retry: RetryPolicy,
     /// The longest it may lie in its queue.
     pub queue_timeout: Option<Duration>,
+    /// The longest it may take from when it is first ready to its end, waits and retries included.
+    pub total: Option<Duration>,
     /// The longest one attempt may run.
     pub run_timeout: Option<Duration>,
     /// The input with its `${…}` references; `None` hands over the task's input and the parents' outputs.

@@ -435,7 +435,7 @@ pub struct Send {
 /// "Look at it then."
 #[derive(Debug, Clone, PartialEq)]
 pub struct Due {
-    /// retry, lease, timer, signal, `queue_timeout`, `total_timeout`.
+    /// retry, lease, timer, signal, `queue_timeout`, `step_timeout`, `total_timeout`.
     pub kind: &'static str,
     /// When.
     pub at: DateTime<Utc>,
@@ -496,6 +496,8 @@ pub struct Plan {
     pub closed: Vec<(Uuid, i32)>,
     /// What steps without a handler came to.
     pub answers: Vec<Answer>,
+    /// When steps must have ended: `(step, when)`.
+    pub deadlines: Vec<(Uuid, DateTime<Utc>)>,
     /// Tasks to start.
     pub children: Vec<StartChild>,
     /// Steps that wait no more for a task that they started and that may not have ended.

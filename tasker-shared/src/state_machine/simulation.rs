@@ -115,6 +115,8 @@ pub(crate) struct World {
     pub signals: Vec<Signal>,
     /// A message says that there are signals to look at.
     pub sent_signal: bool,
+    /// The table `step_deadlines`, by the step's index.
+    pub deadlines: HashMap<u32, DateTime<Utc>>,
     /// The table `children`, without those that have ended: the step, its attempt, and what it started.
     pub children: Vec<(u32, i32, ChildTask)>,
     /// What steps without a handler came to, by step and attempt.
@@ -166,6 +168,7 @@ impl World {
             signals: Vec::new(),
             sent_signal: false,
             children: Vec::new(),
+            deadlines: HashMap::new(),
             answers: HashMap::new(),
             sent: BTreeSet::new(),
             given: HashMap::new(),
@@ -410,6 +413,7 @@ impl World {
             outcomes,
             outputs,
             absent,
+            deadlines: self.deadlines.clone(),
             signals,
             maps: HashMap::new(),
             windows: HashMap::new(),
@@ -607,6 +611,9 @@ impl World {
         for Due { kind, at, step } in &plan.due {
             let step = step.map(|step| self.index_of(step, plan));
             self.due.push((kind, *at, step));
+        }
+        for (step, at) in &plan.deadlines {
+            self.deadlines.insert(self.index_of(*step, plan), *at);
         }
         assert_eq!(plan.new_steps.len(), plan.new_step_queues.len());
         for new in &plan.new_steps {
@@ -1033,6 +1040,7 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
         | Event::QueueDue { step, .. }
         | Event::TimerDue { step }
         | Event::ChildEnded { step, .. }
+        | Event::StepTotalDue { step }
         | Event::Admit { step }
         | Event::ByHand { step, .. } => Some(*step),
         _ => None,
@@ -1097,6 +1105,7 @@ pub(crate) fn template(words: &str) -> Definition {
         priority: 0,
         retry: RetryPolicy { jitter: 0.0, ..RetryPolicy::default() },
         queue_timeout: None,
+        total: None,
         run_timeout: Some(Duration::from_secs(30)),
         input: None,
         needs: graph.parents(index).to_vec(),

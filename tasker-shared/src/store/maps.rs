@@ -39,6 +39,19 @@ pub async fn load(conn: &mut PgConnection, steps: &[(Uuid, Uuid)]) -> Result<Has
         .collect())
 }
 
+/// The open items of those of these steps that are maps.
+pub async fn open_items(conn: &mut PgConnection, steps: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select i.step_uuid
+         from tasker.steps s join tasker.maps m on m.task_uuid = s.task_uuid and m.step_uuid = s.step_uuid
+         join tasker.steps i on i.task_uuid = s.task_uuid and i.step_index = s.step_index and i.item >= 0
+         where s.step_uuid = any($1) and i.state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')",
+        steps
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// A part of the list of a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {

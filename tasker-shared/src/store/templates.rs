@@ -194,6 +194,7 @@ pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, Template
             priority: step.priority,
             retry: step.retry.clone(),
             queue_timeout: step.timeouts.queue,
+            total: step.timeouts.total,
             run_timeout: Some(step.timeouts.run),
             input,
             needs,

@@ -124,6 +124,41 @@ pub async fn set_due(conn: &mut PgConnection, waits: &[(Uuid, DateTime<Utc>)]) -
     Ok(())
 }
 
+/// Says when steps must have ended, `(task, step, when)`; what was said before counts no more.
+pub async fn set_deadlines(conn: &mut PgConnection, deadlines: &[(Uuid, Uuid, DateTime<Utc>)]) -> Result<(), Error> {
+    let tasks: Vec<Uuid> = deadlines.iter().map(|(task, ..)| *task).collect();
+    let steps: Vec<Uuid> = deadlines.iter().map(|(_, step, _)| *step).collect();
+    let at: Vec<DateTime<Utc>> = deadlines.iter().map(|(.., at)| *at).collect();
+    sqlx::query!(
+        "insert into tasker.step_deadlines (task_uuid, step_uuid, at)
+         select * from unnest($1::uuid[], $2::uuid[], $3::timestamptz[])
+         on conflict (task_uuid, step_uuid) do update set at = excluded.at",
+        &tasks,
+        &steps,
+        &at
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// When these steps, `(task, step)`, must have ended.
+pub async fn deadlines(
+    conn: &mut PgConnection,
+    of: &[(Uuid, Uuid)],
+) -> Result<Vec<(Uuid, Uuid, DateTime<Utc>)>, Error> {
+    let (tasks, steps): (Vec<Uuid>, Vec<Uuid>) = of.iter().copied().unzip();
+    let rows = sqlx::query!(
+        "select d.task_uuid, d.step_uuid, d.at from unnest($1::uuid[], $2::uuid[]) w(task_uuid, step_uuid)
+         join tasker.step_deadlines d on d.task_uuid = w.task_uuid and d.step_uuid = w.step_uuid",
+        &tasks,
+        &steps
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.task_uuid, row.step_uuid, row.at)).collect())
+}
+
 /// Forgets what was sent to tasks that have ended and never used it.
 pub async fn forget_signals(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(), Error> {
     sqlx::query!("delete from tasker.signals where task_uuid = any($1)", task_uuids).execute(conn).await?;

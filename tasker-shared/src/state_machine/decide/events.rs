@@ -285,6 +285,34 @@ impl Pass<'_, '_> {
         true
     }
 
+    pub(super) fn step_total_due(&mut self, index: u32) -> bool {
+        let Some(step) = self.steps.get(&index).filter(|step| !step.state.is_terminal()) else {
+            return false;
+        };
+        let (Some(&deadline), Some(total)) = (self.deadlines.get(&index), self.defined(index).total) else {
+            return false;
+        };
+        let reported =
+            matches!(step.state, StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration);
+        // A report that was accepted counts; what comes of it is known in a moment.
+        let at = if reported { deadline.max(self.now + Duration::from_secs(1)) } else { deadline };
+        if at > self.now {
+            self.plan.due.push(Due { kind: "step_timeout", at, step: Some(step.uuid) });
+            return true;
+        }
+        let reason = format!("it took longer than the {total:?} its template allows, retries and waits included");
+        let waits = self.leave(index);
+        let detail = Detail {
+            waits,
+            reason: Some(reason.clone()),
+            error_type: Some("step_timeout".into()),
+            ..Detail::default()
+        };
+        self.move_step(index, StepEvent::TotalTimeout, StepState::Error, Some(detail));
+        self.step_failed(index, "step_timeout", &reason);
+        true
+    }
+
     pub(super) fn total_timeout(&mut self) -> bool {
         let Some(total) = self.definition.total.filter(|_| !self.plan.task.state.is_terminal()) else {
             return false;

@@ -349,26 +349,9 @@ impl Pass<'_, '_> {
         let Ok(not_chosen) = self.not_chosen(index, choice) else {
             return false;
         };
-        let (from, uuid, had_failed) = (step.state, step.uuid, step.state == StepState::Error);
+        let (uuid, had_failed) = (step.uuid, step.state == StepState::Error);
         let was_passed = had_failed && self.counts_as_done(index);
-        let held = step
-            .held_by
-            .map(|held| Wait::new(held.as_str(), step.ready_at.unwrap_or(step.last_at), None, step.version + 1));
-        let waited = (step.state == StepState::Waiting).then(|| self.waited(index));
-        let retry = (step.state == StepState::WaitingForRetry).then(|| retry_wait(step));
-        let waits: Vec<Wait> = retry.into_iter().chain(waited).chain(held).collect();
-        if step.held_by.is_some() {
-            self.plan.task.held_steps -= 1;
-        }
-        if from == StepState::InProgress {
-            self.plan.tell.extend(step.claimed_by.clone());
-        }
-        if from.is_in_flight() {
-            self.close(index);
-        }
-        self.ready.retain(|ready| ready.step != index);
-        let step = self.touch(index);
-        (step.held_by, step.ready_at, step.due_at) = (None, None, None);
+        let waits = self.leave(index);
         let (event, to, action) = match act {
             ByHand::Skip => (StepEvent::Skip, StepState::Skipped, "skip_step"),
             ByHand::Resolve => (StepEvent::ResolveManually, StepState::ResolvedManually, "resolve_step"),
@@ -395,6 +378,51 @@ impl Pass<'_, '_> {
         self.only_lost = false;
         self.audit(action, operator, Some(vec![index]));
         true
+    }
+
+    /// Takes a step out of whatever it is in, before a move that ends it: its attempt closes, its
+    /// place is given back, its items stop. Answers the waits that end there.
+    pub(super) fn leave(&mut self, key: u32) -> Vec<Wait> {
+        let step = &self.steps[&key];
+        let from = step.state;
+        let held = step
+            .held_by
+            .map(|held| Wait::new(held.as_str(), step.ready_at.unwrap_or(step.last_at), None, step.version + 1));
+        let waited = (from == StepState::Waiting).then(|| self.waited(key));
+        let retry = (from == StepState::WaitingForRetry).then(|| retry_wait(step));
+        let waits: Vec<Wait> = retry.into_iter().chain(waited).chain(held).collect();
+        if step.held_by.is_some() {
+            self.plan.task.held_steps -= 1;
+        }
+        if from == StepState::InProgress {
+            self.plan.tell.extend(step.claimed_by.clone());
+        }
+        if from.is_in_flight() {
+            self.close(key);
+        }
+        self.ready.retain(|ready| ready.step != key);
+        let step = self.touch(key);
+        (step.held_by, step.ready_at, step.due_at) = (None, None, None);
+        if from == StepState::Waiting && self.maps.contains_key(&key) {
+            self.stop_items(key);
+        }
+        waits
+    }
+
+    /// Ends the open items of a map that will not wait for them any more. All of them are loaded.
+    fn stop_items(&mut self, map: u32) {
+        let open = |step: &Step| step.index == map && step.item.is_some() && !step.state.is_terminal();
+        let mut items: Vec<u32> = self.steps.iter().filter(|(_, step)| open(step)).map(|(key, _)| *key).collect();
+        items.sort_unstable();
+        for key in items {
+            let detail = Detail {
+                waits: self.leave(key),
+                reason: Some("its map waits for it no more".into()),
+                error_type: Some("cancelled".into()),
+                ..Detail::default()
+            };
+            self.move_step(key, StepEvent::Cancel, StepState::Cancelled, Some(detail));
+        }
     }
 
     /// Says whose failure the task's row tells of, after one of them is gone.

@@ -45,6 +45,7 @@ pub(crate) struct RandomStep {
     on_exhausted: OnExhausted,
     max_attempts: u32,
     has_queue_timeout: bool,
+    has_total: bool,
     /// 0..=5 take the parents' outputs as they come, 6 and 7 read one, 8 reads what no output has.
     input: u8,
     wait: RandomWait,
@@ -114,7 +115,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         prop::collection::btree_set(0_usize..40, 0..4),
         policy,
         1_u32..4,
-        prop::bool::weighted(0.15),
+        (prop::bool::weighted(0.15), prop::bool::weighted(0.1)),
         0_u8..40,
         prop::collection::vec(behaviour, 0..5),
         0_u8..16,
@@ -122,12 +123,23 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         wait,
     )
         .prop_map(
-            |(parents, on_exhausted, max_attempts, has_queue_timeout, input, behaviours, graph, choice, wait)| {
+            |(
+                parents,
+                on_exhausted,
+                max_attempts,
+                (has_queue_timeout, has_total),
+                input,
+                behaviours,
+                graph,
+                choice,
+                wait,
+            )| {
                 RandomStep {
                     parents,
                     on_exhausted,
                     max_attempts,
                     has_queue_timeout,
+                    has_total,
                     input,
                     behaviours,
                     graph,
@@ -174,6 +186,7 @@ impl Story {
                 defined.retry.on_exhausted = step.on_exhausted;
                 defined.retry.max_attempts = step.max_attempts;
                 defined.queue_timeout = step.has_queue_timeout.then_some(Duration::from_mins(2));
+                defined.total = step.has_total.then_some(Duration::from_secs(90));
             });
             let [go, approved] = SIGNALS;
             let soon = Some(Duration::from_mins(1));
@@ -259,6 +272,7 @@ impl Story {
             if step.input == 8 {
                 step.input = 0;
             }
+            step.has_total = false;
             // A wait in vain is waited again, in vain.
             if step.wait == RandomWait::WaitsForSignal(Some(OnTimeout::Fail)) {
                 step.wait = RandomWait::WaitsForSignal(None);
@@ -499,6 +513,7 @@ impl Driver {
                 ("retry", Some(step)) => Event::RetryDue { step },
                 ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: steps[step as usize].attempt },
                 ("timer", Some(step)) => Event::TimerDue { step },
+                ("step_timeout", Some(step)) => Event::StepTotalDue { step },
                 ("signal", None) => Event::SignalDue,
                 ("total_timeout", None) => Event::TotalDue,
                 // Begun by another event already, or here and now.
@@ -564,7 +579,12 @@ impl Driver {
                 let late = Event::ChildEnded { step: index, attempt: attempt - 1, outcome, link };
                 vec![Event::Admit { step: index }, late, Event::Admit { step: index }]
             }
-            5 => vec![Event::TotalDue, Event::TimerDue { step: index }, Event::SignalDue],
+            5 => vec![
+                Event::TotalDue,
+                Event::StepTotalDue { step: index },
+                Event::TimerDue { step: index },
+                Event::SignalDue,
+            ],
             6 => vec![self.world.start_event()],
             _ if argument.is_multiple_of(3) => {
                 vec![Event::Quarantined { step: index, attempt, reason: "it cannot be read".into() }]

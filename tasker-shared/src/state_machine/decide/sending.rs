@@ -72,6 +72,9 @@ impl Pass<'_, '_> {
                         continue;
                     }
                 }
+                if !is_item {
+                    self.set_deadline(index);
+                }
                 if let Some(for_each) = self.defined(index).for_each.as_ref().filter(|_| !is_item) {
                     self.begin_map(index, for_each);
                     continue;
@@ -113,6 +116,17 @@ impl Pass<'_, '_> {
             sent += 1;
         }
         sent
+    }
+
+    /// It is ready for the first time in its generation: its total timeout begins to count.
+    fn set_deadline(&mut self, index: u32) {
+        let Some(total) = self.defined(index).total else {
+            return;
+        };
+        let step = &self.steps[&index];
+        let (uuid, at) = (step.uuid, step.ready_at.unwrap_or(self.now) + total);
+        self.plan.deadlines.push((uuid, at));
+        self.plan.due.push(Due { kind: "step_timeout", at, step: Some(uuid) });
     }
 
     /// Whether a ready step may be sent now, or why not.

@@ -53,6 +53,7 @@ async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: 
         maps: HashMap::new(),
         windows: HashMap::new(),
         collected: HashMap::new(),
+        deadlines: HashMap::new(),
         signals: Vec::new(),
     };
     let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
