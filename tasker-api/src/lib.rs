@@ -5,6 +5,7 @@
 
 pub mod auth;
 pub mod guard;
+pub mod hub;
 pub mod operation;
 pub mod page;
 pub mod problem;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use sqlx::PgPool;
 use tasker_shared::client::Client;
+use tasker_shared::metrics::Scrape;
 use tokio_util::sync::CancellationToken;
 
 pub use self::guard::Caller;
@@ -123,6 +125,8 @@ pub struct Inner {
     config: Config,
     known: guard::Known,
     rates: guard::Rates,
+    hub: Arc<hub::Hub>,
+    scrape: Scrape,
     document: Vec<u8>,
     stop: CancellationToken,
 }
@@ -154,6 +158,15 @@ impl Inner {
     /// Fires when the server is told to end: answers that would not end by themselves end then.
     pub fn stop(&self) -> &CancellationToken {
         &self.stop
+    }
+
+    /// Who watches, and what they are told.
+    pub fn hub(&self) -> &Arc<hub::Hub> {
+        &self.hub
+    }
+
+    pub(crate) fn scrape(&self) -> &Scrape {
+        &self.scrape
     }
 
     pub(crate) fn known(&self) -> &guard::Known {

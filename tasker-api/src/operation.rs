@@ -18,6 +18,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use tasker_shared::template::InputSchema;
 
 use crate::State;
 use crate::auth::{Scope, sha256};
@@ -93,6 +94,8 @@ pub struct Operation {
     writes: bool,
     max_body: usize,
     headers: &'static [(&'static str, &'static str)],
+    /// What the document says of the body.
+    body: Option<Arc<InputSchema>>,
 }
 
 impl Operation {
@@ -110,6 +113,7 @@ impl Operation {
             writes,
             max_body: MAX_BODY,
             headers: &[],
+            body: None,
         }
     }
 
@@ -214,7 +218,7 @@ impl Api {
         F: Future<Output = Answer<T>> + Send,
     {
         let schema = self.outputs.subschema_for::<T>().to_value();
-        let operation = Operation { scope: Some(scope), ..operation };
+        let operation = Operation { scope: Some(scope), body: self.body::<B>(&operation), ..operation };
         self.document::<P, Q, B>(&operation, "application/json", &schema);
         let declared = Arc::new(operation);
         self.route(&Arc::clone(&declared), move |state: State, request: Request| {
@@ -237,7 +241,7 @@ impl Api {
         H: Fn(Call<P, Q, B>) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Result<Response, Problem>> + Send,
     {
-        let operation = Operation { scope: Some(scope), ..operation };
+        let operation = Operation { scope: Some(scope), body: self.body::<B>(&operation), ..operation };
         self.document::<P, Q, B>(&operation, media, &json!({"type": "string"}));
         let declared = Arc::new(operation);
         self.route(&Arc::clone(&declared), move |state: State, request: Request| {
@@ -272,6 +276,19 @@ impl Api {
         };
         let router = std::mem::take(&mut self.router);
         self.router = router.route(operation.path, on(operation.filter(), handle));
+    }
+
+    /// The schema of a body, ready to be asked. One that does not compile is a mistake in the
+    /// declaration, which a test that builds the API finds.
+    fn body<B: JsonSchema>(&mut self, operation: &Operation) -> Option<Arc<InputSchema>> {
+        let schema = self.inputs.subschema_for::<B>().to_value();
+        if operation.method == Method::GET {
+            return None;
+        }
+        match InputSchema::compile(&schema) {
+            Ok(schema) => Some(Arc::new(schema)),
+            Err(error) => panic!("the body of {}: {error}", operation.id),
+        }
     }
 
     fn document<P: JsonSchema, Q: JsonSchema, B: JsonSchema>(
@@ -411,7 +428,7 @@ where
     let query = query(&parts.uri)?;
     let body = match operation.method {
         Method::GET => serde_json::from_value(json!({})).map_err(|error| MALFORMED_BODY.because(plain(error)))?,
-        _ => json_body(&parts.headers, body, operation.max_body).await?,
+        _ => json_body(operation, &parts.headers, body).await?,
     };
     Ok(Call { state, who, headers: parts.headers, path, query, body })
 }
@@ -429,24 +446,28 @@ fn query<Q: DeserializeOwned + 'static>(uri: &Uri) -> Result<Q, Problem> {
     Ok(query)
 }
 
-async fn json_body<B: DeserializeOwned>(headers: &HeaderMap, body: Body, max: usize) -> Result<B, Problem> {
+async fn json_body<B: DeserializeOwned>(operation: &Operation, headers: &HeaderMap, body: Body) -> Result<B, Problem> {
+    let max = operation.max_body;
     let bytes = axum::body::to_bytes(body, max)
         .await
         .map_err(|_| TOO_LARGE.because(format!("the body has more than {max} bytes, or broke off")))?;
-    if bytes.iter().all(u8::is_ascii_whitespace) {
-        // Every field has a default, or the error names the first that is missing.
-        return serde_json::from_value(json!({})).map_err(|error| MALFORMED_BODY.because(plain(error)));
+    let value = if bytes.iter().all(u8::is_ascii_whitespace) {
+        json!({})
+    } else {
+        let media = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let media = media.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        if media != "application/json" && !media.ends_with("+json") {
+            return Err(UNSUPPORTED_MEDIA_TYPE.because("content-type: must be application/json").field("content-type"));
+        }
+        if depth(&bytes) > MAX_DEPTH {
+            return Err(MALFORMED_BODY.because(format!("the body nests deeper than {MAX_DEPTH} levels; flatten it")));
+        }
+        serde_json::from_slice(&bytes).map_err(|error| MALFORMED_BODY.because(plain(error)))?
+    };
+    if let Some(Err(problems)) = operation.body.as_ref().map(|schema| schema.check(&value)) {
+        return Err(Problem::violations(&problems, "input"));
     }
-    let media = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let media = media.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    if media != "application/json" && !media.ends_with("+json") {
-        return Err(UNSUPPORTED_MEDIA_TYPE.because("content-type: must be application/json").field("content-type"));
-    }
-    if depth(&bytes) > MAX_DEPTH {
-        return Err(MALFORMED_BODY.because(format!("the body nests deeper than {MAX_DEPTH} levels; flatten it")));
-    }
-    // Values first: a key that is there twice is not two fields, and the path tells which field it was.
-    serde_json::from_slice(&bytes).map_err(|error| MALFORMED_BODY.because(plain(error)))
+    serde_json::from_value(value).map_err(|error| MALFORMED_BODY.because(plain(error)))
 }
 
 /// How deep JSON nests, without parsing it.

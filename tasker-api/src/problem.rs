@@ -167,6 +167,26 @@ impl Problem {
         NOT_FOUND.because(format!("no {what}"))
     }
 
+    /// What breaks a schema: lines such as `input/tasks/0/priority: is too large`, of which the
+    /// first word stands for the whole and is left out.
+    pub(crate) fn violations(lines: &[String], whole: &str) -> Self {
+        let findings: Vec<Finding> = lines
+            .iter()
+            .map(|line| {
+                let (place, rule) = line.split_once(": ").unwrap_or(("", line));
+                let field = dotted(place.strip_prefix(whole).unwrap_or(place));
+                Finding { field, line: None, detail: rule.to_owned() }
+            })
+            .collect();
+        let Some(first) = findings.first() else {
+            return INVALID_REQUEST.because("the request breaks a rule");
+        };
+        let place = if first.field.is_empty() { "the body" } else { &first.field };
+        let problem = INVALID_REQUEST.because(format!("{place}: {}", first.detail));
+        let problem = if first.field.is_empty() { problem } else { problem.field(first.field.clone()) };
+        if findings.len() > 1 { problem.findings(findings) } else { problem }
+    }
+
     /// What a function of the database refused, in words that begin with the field: `input: …`.
     pub fn refused(text: &str) -> Self {
         let field = text.split_once(": ").map(|(field, _)| field).filter(|field| is_field(field));
@@ -181,6 +201,24 @@ impl Problem {
             None => problem,
         }
     }
+}
+
+/// `/tasks/0/priority` as `tasks[0].priority`.
+fn dotted(pointer: &str) -> String {
+    let mut field = String::new();
+    for part in pointer.split('/').filter(|part| !part.is_empty()) {
+        if part.bytes().all(|byte| byte.is_ascii_digit()) {
+            field.push('[');
+            field.push_str(part);
+            field.push(']');
+        } else {
+            if !field.is_empty() {
+                field.push('.');
+            }
+            field.push_str(part);
+        }
+    }
+    field
 }
 
 fn is_field(word: &str) -> bool {

@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tasker_shared::client::Client;
+use tasker_shared::metrics::Scrape;
 use tasker_shared::store::{self, keys};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -135,6 +136,8 @@ impl Server {
         let Self { listener, tls, router, state } = self;
         let open = Arc::new(Semaphore::new(state.config().max_connections));
         let end = state.stop().clone();
+        let looks = state.clone();
+        tokio::spawn(async move { looks.hub().run(looks.pool().clone(), looks.stop().clone()).await });
         loop {
             // What is over the limit waits in the kernel's queue.
             let place = tokio::select! {
@@ -200,11 +203,14 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
     let server = if config.base_path.is_empty() { "/".to_owned() } else { config.base_path.clone() };
     let (operations, document) = api.finish(&server);
     let base_path = config.base_path.clone();
+    let scrape = Scrape::new(Some(client.pool().clone()));
     let state = State(Arc::new(Inner {
         client,
         config,
         known: guard::Known::default(),
         rates: guard::Rates::default(),
+        hub: Arc::default(),
+        scrape,
         document: document.to_string().into_bytes(),
         stop: CancellationToken::new(),
     }));

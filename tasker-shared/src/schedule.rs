@@ -26,7 +26,7 @@ const WINDOWS: [TimeDelta; 5] =
     [TimeDelta::minutes(2), TimeDelta::hours(2), TimeDelta::days(2), TimeDelta::days(62), TimeDelta::days(366)];
 
 /// A schedule as a person writes it: on the command line, in a file, or in Rust.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {
     /// The namespace of the schedule and of its template.
@@ -109,7 +109,7 @@ impl Schedule {
 }
 
 /// What becomes of ticks that nobody looked at in time: see [`MISSED_AFTER`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Missed {
     /// They are gone.
@@ -133,7 +133,7 @@ impl Missed {
 }
 
 /// What a tick does while the task of the last one is open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
     /// It runs beside it.

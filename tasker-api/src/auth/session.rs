@@ -91,6 +91,6 @@ pub(crate) fn cookie_of(headers: &HeaderMap) -> Option<&str> {
 
 /// What a page of ours sends with each write: only a page of this origin can know it, since it is
 /// made from the cookie, which no script sees.
-pub(crate) fn csrf_of(session: &str) -> String {
+pub fn csrf_of(session: &str) -> String {
     tasker_shared::trace::otlp::hex(&sha256(format!("tasker csrf {session}"))[..16])
 }

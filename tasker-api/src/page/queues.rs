@@ -272,9 +272,10 @@ pub(super) async fn settle(Path(id): Path<i64>, form: Form) -> Result<Response, 
     page.who.require_scope(Scope::QueuesOperate)?;
     message(page, id).await?;
     let mut conn = page.state.pool().acquire().await?;
+    let actor = Some(page.who.name.as_str());
     let done = match form.need("action")? {
-        "requeue" => requests::requeue(&mut conn, id).await?.is_some(),
-        "discard" => requests::discard(&mut conn, id).await?,
+        "requeue" => requests::requeue(&mut conn, id, actor, None).await?.is_some(),
+        "discard" => requests::discard(&mut conn, id, actor, None).await?,
         _ => return Err(Problem::invalid("action", "must be requeue or discard")),
     };
     if !done {

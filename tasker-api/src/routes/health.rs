@@ -7,7 +7,7 @@ use axum::{Json, body::Body};
 use http::{HeaderValue, header};
 use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tasker_shared::store::views;
 
 use crate::State;
@@ -27,7 +27,7 @@ pub(super) fn add(api: &mut Api) {
     let ready = Operation::get("/health/ready", "health_ready", "Whether the database answers");
     api.public::<Health, _, _>(&ready, ready_now);
     let document = Operation::get("/openapi.json", "openapi", "This document");
-    api.public::<Value, _, _>(&document, |state: State| async move {
+    api.public::<Map<String, Value>, _, _>(&document, |state: State| async move {
         let mut response = Response::new(Body::from(state.document.clone()));
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response

@@ -128,4 +128,7 @@ impl World {
     pub async fn get(&self, key: &str, path: &str) -> Answer {
         send(self.request(Method::GET, path).bearer_auth(key)).await
     }
+    pub async fn post(&self, key: &str, path: &str, body: Value) -> Answer {
+        send(self.request(Method::POST, path).bearer_auth(key).json(&body)).await
+    }
 }

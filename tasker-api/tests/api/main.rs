@@ -2,5 +2,8 @@
 
 mod harness;
 
+mod contract;
 mod sign_in;
+mod starting;
+mod submitting;
 mod tasks;

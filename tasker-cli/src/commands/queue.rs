@@ -87,7 +87,7 @@ impl Queue {
                 accepted(global, &queue, "it goes on")
             }
             Self::Quarantine(Quarantine { verb: Some(Verb::Requeue { id }), .. }) => {
-                match requests::requeue(&mut conn, id).await? {
+                match requests::requeue(&mut conn, id, actor().as_deref(), None).await? {
                     Some(queue) if global.output == Format::Json => {
                         output::json(&json!({"requeued": id, "queue": queue}))
                     }
@@ -96,7 +96,7 @@ impl Queue {
                 }
             }
             Self::Quarantine(Quarantine { verb: Some(Verb::Discard { id }), .. }) => {
-                match requests::discard(&mut conn, id).await? {
+                match requests::discard(&mut conn, id, actor().as_deref(), None).await? {
                     true if global.output == Format::Json => output::json(&json!({"discarded": id})),
                     true => output::line(format!("message {id} is deleted")),
                     false => Err(unknown(id)),

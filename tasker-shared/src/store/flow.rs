@@ -197,7 +197,7 @@ pub async fn first_in_lanes(conn: &mut PgConnection, queue: &str, lanes: &[(&Lan
 }
 
 /// A limit, and what of it is used now.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.limits, explained there")]
 pub struct LimitUse {
     #[serde(skip)]

@@ -104,6 +104,17 @@ pub async fn valid(conn: &mut PgConnection, key_id: &str) -> Result<Option<Valid
     .await?)
 }
 
+/// Those of these keys that are valid now.
+pub async fn still_valid(conn: &mut PgConnection, key_ids: &[String]) -> Result<Vec<String>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select key_id from tasker.api_keys
+         where key_id = any($1) and revoked_at is null and (expires_at is null or expires_at > clock_timestamp())",
+        key_ids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// The key that this session belongs to, if both are valid now.
 pub async fn of_session(conn: &mut PgConnection, session_hash: &[u8]) -> Result<Option<ValidKey>, Error> {
     Ok(sqlx::query_as!(

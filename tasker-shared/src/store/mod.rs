@@ -1,6 +1,7 @@
 //! Every SQL statement we own. Functions here take the caller's connection; only `tx` begins a transaction.
 
 pub mod apply;
+pub mod details;
 pub mod exports;
 pub mod flow;
 pub mod keys;

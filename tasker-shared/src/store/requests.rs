@@ -172,24 +172,49 @@ pub async fn await_finished(conn: &mut PgConnection, reader: &str) -> Result<(),
 }
 
 /// Puts a quarantined message back into its queue as a new message, with its headers, and
-/// wakes a reader; answers the queue, or `None` if there is no such message.
-pub async fn requeue(conn: &mut PgConnection, quarantine_id: i64) -> Result<Option<String>, Error> {
+/// wakes a reader; answers the queue, or `None` if there is no such message. Audited.
+pub async fn requeue(
+    conn: &mut PgConnection,
+    quarantine_id: i64,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<Option<String>, Error> {
     let row = sqlx::query!(
         r#"with taken as (delete from tasker.quarantine where quarantine_id = $1 returning queue, message, headers),
            sent as materialized (
              select t.queue, (select max(id) from pgmq.send(t.queue, coalesce(t.message, 'null'), coalesce(t.headers, 'null')) id) as id
+             from taken t),
+           written as (
+             insert into tasker.audit (subject, action, actor, reason)
+             select format('message %s of queue %s', $1::bigint, t.queue), 'requeue', left(coalesce($2, session_user::text), 100), left($3, 1000)
              from taken t)
            select queue as "queue!", tasker.wake(queue)::text as woken from sent where id is not null"#,
-        quarantine_id
+        quarantine_id,
+        actor,
+        reason
     )
     .fetch_optional(conn)
     .await?;
     Ok(row.map(|row| row.queue))
 }
 
-/// Deletes a quarantined message; false if there is none.
-pub async fn discard(conn: &mut PgConnection, quarantine_id: i64) -> Result<bool, Error> {
-    let done =
-        sqlx::query!("delete from tasker.quarantine where quarantine_id = $1", quarantine_id).execute(conn).await?;
+/// Deletes a quarantined message; false if there is none. Audited.
+pub async fn discard(
+    conn: &mut PgConnection,
+    quarantine_id: i64,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "with gone as (delete from tasker.quarantine where quarantine_id = $1 returning queue)
+         insert into tasker.audit (subject, action, actor, reason)
+         select format('message %s of queue %s', $1::bigint, g.queue), 'discard', left(coalesce($2, session_user::text), 100), left($3, 1000)
+         from gone g",
+        quarantine_id,
+        actor,
+        reason
+    )
+    .execute(conn)
+    .await?;
     Ok(done.rows_affected() > 0)
 }

@@ -109,7 +109,7 @@ fn missed(word: &str) -> Missed {
 }
 
 /// A schedule as people see it. Times are the database's.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.schedules, explained there")]
 pub struct ScheduleView {
     pub schedule_uuid: Uuid,

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::{RetryPolicy, StepTimeouts, Template, format_duration, to_json};
 
 /// What changed from one template to another.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Diff {
     /// Keys of the template itself, such as `on_failure`; not its version.
     pub template: Vec<Change>,
@@ -30,7 +30,7 @@ pub struct Diff {
 }
 
 /// A step that differs in more than what it depends on.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct StepChange {
     /// Its name.
     pub step: String,
@@ -39,7 +39,7 @@ pub struct StepChange {
 }
 
 /// One key whose value differs. A value that is not there is the default (of `timeouts`: none).
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
 pub struct Change {
     /// With dots, such as `timeouts.run`; durations are milliseconds.
     pub key: String,
@@ -50,7 +50,7 @@ pub struct Change {
 }
 
 /// `to` depends on `from`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, schemars::JsonSchema)]
 pub struct Edge {
     /// Runs first.
     pub from: String,
