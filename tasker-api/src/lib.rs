@@ -165,6 +165,7 @@ impl Inner {
         &self.hub
     }
 
+    /// This process's metrics, and those of the database.
     pub(crate) fn scrape(&self) -> &Scrape {
         &self.scrape
     }

@@ -18,6 +18,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use tasker_shared::redact;
 use tasker_shared::template::InputSchema;
 
 use crate::State;
@@ -497,10 +498,16 @@ fn json_response<T: Serialize>(
     body: &T,
     if_none_match: Option<&HeaderValue>,
 ) -> Result<Response, Problem> {
-    let bytes = serde_json::to_vec(body).map_err(|error| {
+    let written = |error: serde_json::Error| {
         tracing::error!(%error, operation = operation.id, "an answer could not be written");
         problem::INTERNAL.because("the server made a mistake; its log says more")
-    })?;
+    };
+    // Whatever the operation, no secret of a payload leaves.
+    let bytes = match redact::shown(&serde_json::to_value(body).map_err(written)?) {
+        Some(clean) => serde_json::to_vec(&clean),
+        None => serde_json::to_vec(body),
+    }
+    .map_err(written)?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = operation.status;
     *response.headers_mut() = headers;

@@ -125,6 +125,9 @@ enum Command {
     /// Say how long finished tasks are kept, and remove what is past its time
     #[command(subcommand)]
     Retention(commands::retention::Retention),
+    /// Say what is hidden from logs, traces and screens
+    #[command(subcommand)]
+    Redaction(commands::redaction::Redaction),
     /// Create or update the schema of the database
     Migrate(commands::migrate::Migrate),
     /// Control the managed local PostgreSQL
@@ -171,6 +174,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Queue(command) => command.run(&global).await,
         Command::Limit(command) => command.run(&global).await,
         Command::Retention(command) => command.run(&global).await,
+        Command::Redaction(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,
         Command::Bench(command) => bench::run(command, &global).await,

@@ -8,6 +8,7 @@ use tasker_shared::client::Client;
 use tasker_shared::metrics::{self, Listen, Scrape, Serving};
 use tasker_shared::migrate::migrate;
 use tasker_shared::postgres::Database;
+use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::{self, Role, Telemetry};
 use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
@@ -41,6 +42,7 @@ pub async fn connect(global: &Global) -> anyhow::Result<Connected> {
     let options = PoolOptions { application_name: "tasker-cli", ..PoolOptions::default() };
     let pool = tx::pool(&url, &options).await.context("the database cannot be reached")?;
     migrate(&pool).await?;
+    redaction::load(&pool).await?;
     Ok(Connected { url, client: Client::from_pool(pool), _server: server })
 }
 

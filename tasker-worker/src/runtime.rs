@@ -12,6 +12,7 @@ use sqlx::postgres::PgListener;
 use sqlx::{PgConnection, PgPool, Postgres};
 use tasker_shared::metrics::{Listen, Scrape, serve};
 use tasker_shared::store::protocol::{self, Hello};
+use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{Error as StoreError, HOT_PATH_SETTINGS};
 use tasker_shared::telemetry;
@@ -65,6 +66,9 @@ pub enum Error {
     /// The database was not reached at the start.
     #[error("the database: {0}")]
     Connect(#[from] sqlx::Error),
+    /// The file that `TASKER_REDACTION_FILE` names.
+    #[error(transparent)]
+    Redaction(#[from] tasker_shared::redact::Error),
     /// The listener of metrics.
     #[error("metrics_listen: {0}; give another address, or none")]
     Metrics(std::io::Error),
@@ -310,6 +314,8 @@ impl Worker {
             None => None,
         };
         let pools = Pools::open(&self.url, self.queues.len()).await?;
+        // What handlers say is redacted before it leaves this process.
+        redaction::load(&pools.reports).await?;
         let mut running = self.start(&pools, shutdown.child_token());
         let ended = running.until_stopped().await;
         running.drain().await;

@@ -9,6 +9,7 @@ pub mod limit;
 pub mod migrate;
 pub mod orchestrator;
 pub mod queue;
+pub mod redaction;
 pub mod retention;
 pub mod schedule;
 pub mod task;

@@ -11,6 +11,7 @@ pub mod nested;
 pub mod operators;
 pub mod pages;
 pub mod protocol;
+pub mod redaction;
 pub mod requests;
 pub mod retention;
 pub mod sampling;
