@@ -49,7 +49,14 @@ fn rows() -> Vec<Row> {
         (1, 0, "task.orchestration", 0, 100, json!({"generation": 1, "outcome": "success"})),
         (2, 1, "task.state_transition", 0, 5, json!({"event": "Start"})),
         (3, 2, "step.enqueuing", 0, 5, json!({})),
-        (4, 1, "step.execution", 5, 40, json!({"step_uuid": "a", "step_name": "a", "handler_name": "demo.a", "attempt_number": 1, "links": [3]})),
+        (
+            4,
+            1,
+            "step.execution",
+            5,
+            40,
+            json!({"step_uuid": "a", "step_name": "a", "handler_name": "demo.a", "attempt_number": 1, "links": [3]}),
+        ),
         (5, 4, "handler.execution", 10, 30, json!({})),
         (
             6,
