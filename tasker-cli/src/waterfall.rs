@@ -3,6 +3,7 @@
 //! A pure function of the spans and a width. It never changes what it shows, only how much of it.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use console::{Style, measure_text_width, pad_str};
@@ -11,7 +12,7 @@ use tasker_shared::trace::names;
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};
 
-use crate::output::clip;
+use crate::output::{cell, clip};
 
 /// Which spans are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,47 @@ struct Row<'a> {
     lead: String,
     /// The lines that lead past it, to what stands below.
     below: String,
+}
+
+/// Events of handlers that are listed below a drawing.
+const MOST_EVENTS: usize = 30;
+
+/// What handlers told of themselves, a line an event, each with its time since the trace began; empty
+/// if they told nothing.
+pub fn told(spans: &TaskSpans, width: usize) -> String {
+    let Some(began) = spans.spans.iter().map(|span| span.start).min() else {
+        return String::new();
+    };
+    let handlers = spans.spans.iter().filter(|span| span.name == names::HANDLER_EXECUTION);
+    let mut events: Vec<_> = handlers
+        .flat_map(|span| {
+            span.events.iter().filter(|event| event.name != names::EXCEPTION).map(move |event| (span, event))
+        })
+        .collect();
+    events.sort_by_key(|(_, event)| event.at);
+    let mut text = String::new();
+    for (span, event) in events.iter().take(MOST_EVENTS) {
+        let handler = span.attributes.iter().find(|(key, _)| *key == names::HANDLER_NAME);
+        let handler = handler.map_or_else(String::new, |(_, value)| plain(value));
+        let said: Vec<String> =
+            event.attributes.iter().map(|(key, value)| format!("{key}={}", clip(&plain(value), 60))).collect();
+        let line = format!("+{}  {handler}  {}  {}", duration(event.at - began), event.name, said.join(" "));
+        text.push_str("\n  ");
+        text.push_str(&clip(&cell(Some(line.trim_end())), width.saturating_sub(2)));
+    }
+    if events.len() > MOST_EVENTS {
+        let _ = write!(text, "\n  … and {} more", events.len() - MOST_EVENTS);
+    }
+    if text.is_empty() { text } else { format!("\n\ntold by handlers{text}") }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Str(text) => text.to_string(),
+        Value::Int(number) => number.to_string(),
+        Value::Float(number) => number.to_string(),
+        Value::Bool(yes) => yes.to_string(),
+    }
 }
 
 impl<'a> Waterfall<'a> {

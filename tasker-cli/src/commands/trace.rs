@@ -24,7 +24,7 @@ use crate::Global;
 use crate::failure::{NOT_FOUND, failure};
 use crate::output::{self, Format};
 use crate::run;
-use crate::waterfall::{Detail, Waterfall};
+use crate::waterfall::{self, Detail, Waterfall};
 
 /// Look at traces, write them, compare them with a backend, send them again.
 #[derive(Debug, clap::Subcommand)]
@@ -121,7 +121,8 @@ impl Show {
                 let mut trees = logs.iter().map(|log| tree::spans_so_far(log, now));
                 let mut whole = trees.next().context("the task is gone")?;
                 whole.spans.extend(trees.flat_map(|tree| tree.spans));
-                texts.push(Waterfall::new(&whole, detail).text(output_width()));
+                let told = waterfall::told(&whole, output_width());
+                texts.push(format!("{}{told}", Waterfall::new(&whole, detail).text(output_width())));
             }
             // On a terminal the open bars grow; elsewhere only what has moved is worth a drawing.
             if drawn.replace(moves) != Some(moves) || terminal.is_term() {
