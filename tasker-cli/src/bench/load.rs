@@ -62,7 +62,7 @@ pub struct Run {
 }
 
 /// An orchestrator and a worker that run until they are stopped.
-struct Pair {
+pub(super) struct Pair {
     orchestrator: Orchestrator,
     worker: JoinHandle<()>,
     stop: CancellationToken,
@@ -71,7 +71,7 @@ struct Pair {
 }
 
 impl Pair {
-    async fn start(scenario: &Scenario) -> Result<Self> {
+    pub(super) async fn start(scenario: &Scenario) -> Result<Self> {
         let sink = if scenario.traced { Some(Sink::start().await?) } else { None };
         let trace = match &sink {
             Some(sink) => {
@@ -95,6 +95,10 @@ impl Pair {
         let worker = Worker::builder(&scenario.url)
             .namespace("bench")
             .handler("bench.noop", noop)
+            .handler("bench.flaky", async |ctx: StepContext, _: Value| match ctx.attempt() {
+                1 => Err(StepError::retry("Hiccup", "on purpose")),
+                _ => Ok(Value::Null),
+            })
             .slots(scenario.slots)
             .build()?;
         let stop = CancellationToken::new();
@@ -109,7 +113,7 @@ impl Pair {
         Ok(Self { orchestrator, worker: running, stop, ran, sink })
     }
 
-    async fn stop(self) -> Result<Option<Sink>> {
+    pub(super) async fn stop(self) -> Result<Option<Sink>> {
         self.stop.cancel();
         self.worker.await?;
         self.orchestrator.shutdown(Duration::from_secs(30)).await;
@@ -177,7 +181,8 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     let after = Counters::read(pool, scenario.counts_statements).await?;
 
     let latencies: Vec<f64> = sqlx::query_scalar(
-        "select (extract(epoch from finished_at - created_at) * 1000)::float8 from tasker.tasks where task_uuid > $1 and finished_at is not null",
+        "select (extract(epoch from finished_at - created_at) * 1000)::float8 from tasker.tasks
+         where task_uuid > $1 and finished_at is not null and parent_task_uuid is null",
     )
     .bind(last)
     .fetch_all(pool)
@@ -222,16 +227,16 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
 
 /// What the database counted so far.
 #[derive(Debug, Default)]
-struct Counters {
-    statements: i64,
+pub(super) struct Counters {
+    pub statements: i64,
     calls: BTreeMap<&'static str, i64>,
-    commits: i64,
+    pub commits: i64,
     wal: i64,
     row_writes: BTreeMap<String, i64>,
 }
 
 impl Counters {
-    async fn read(pool: &PgPool, counts_statements: bool) -> Result<Self> {
+    pub(super) async fn read(pool: &PgPool, counts_statements: bool) -> Result<Self> {
         // A server process hands its counts over when it ends or after a second.
         tokio::time::sleep(Duration::from_millis(1_100)).await;
         let mut counters = Self {

@@ -15,6 +15,7 @@ mod limits;
 mod load;
 mod report;
 mod sink;
+mod timers;
 
 use std::time::Duration;
 
@@ -47,6 +48,12 @@ pub enum Shape {
     /// One map over 10,000 items.
     #[value(name = "map_10k")]
     Map10k,
+    /// Three steps, the second of which starts a task of one step and awaits it.
+    #[value(name = "nested")]
+    Nested,
+    /// A sleep and a step; all tasks sleep until the same moment.
+    #[value(name = "timers_10k")]
+    Timers10k,
 }
 
 /// Measure throughput, latency and cost.
@@ -55,7 +62,7 @@ pub struct BenchArgs {
     /// The graph of the tasks.
     #[arg(long, value_enum, default_value = "linear_5")]
     template: Shape,
-    /// Tasks per run; 2000, or 1 of `map_10k`, if none are given.
+    /// Tasks per run; 2000, 1 of `map_10k`, or 10,000 of `timers_10k`, if none are given.
     #[arg(long)]
     tasks: Option<usize>,
     /// Also run this many pairs with tracing off and on, alternately, and print the median ratio.
@@ -73,7 +80,14 @@ pub struct BenchArgs {
     /// Also count the statements of the idle system for this many seconds.
     #[arg(long, default_value_t = 0)]
     idle: u64,
-    /// Everything: 5 pairs, 200 latencies, a backlog of 50,000, a fan-out of 10,000, 60 s idle.
+    /// Also measure how late a due timer and a due retry start on the idle system, this many of each.
+    #[arg(long, default_value_t = 0)]
+    due: usize,
+    /// Also measure what this many sleeping tasks cost.
+    #[arg(long, default_value_t = 0)]
+    sleepers: usize,
+    /// Everything: 5 pairs, 200 latencies, a backlog of 50,000, a fan-out of 10,000, 60 s idle, 100 timers
+    /// and retries one by one, 100,000 sleepers.
     #[arg(long)]
     all: bool,
     /// Attempts that run at once in the worker.
@@ -87,6 +101,7 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
     let server_url = database.url();
     if args.all {
         (args.pairs, args.latency, args.backlog, args.fanout, args.idle) = (5, 200, 50_000, 10_000, 60);
+        (args.due, args.sleepers) = (100, 100_000);
     }
     let name = format!("tasker_bench_{}", std::process::id());
     let server = pool(&server_url, &PoolOptions { application_name: "tasker-bench", ..PoolOptions::default() }).await?;
@@ -121,15 +136,7 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         sqlx::query("create extension if not exists pg_stat_statements").execute(&pool).await.is_ok()
             && sqlx::query("select count(*) from pg_stat_statements").execute(&pool).await.is_ok();
     let fan = args.fanout.max(1);
-    register(&pool, "linear_5", &chain(5)).await?;
-    register(&pool, "one", &chain(1)).await?;
-    register(&pool, "diamond", &fan_out(2)).await?;
-    register(&pool, "fanout_20", &fan_out(20)).await?;
-    register(&pool, "limited", &chain(2).replacen("noop}", "noop, concurrency: {key: '${input.key}', limit: 2}}", 1))
-        .await?;
-    register(&pool, "fanout_wide", &fan_out(fan)).await?;
-    register(&pool, "map_10k", "  - {name: each, handler: bench.noop, for_each: '${input.items}', input: {}}\n")
-        .await?;
+    register_all(&pool, fan).await?;
 
     let mut report = report::Report {
         load_average: load_average(),
@@ -154,12 +161,29 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         Shape::Fanout20 => ("fanout_20", 22),
         Shape::Limited => ("limited", 2),
         Shape::Map10k => ("map_10k", load::MAP_ITEMS),
+        Shape::Nested => ("nested", 3),
+        Shape::Timers10k => ("sleeping", 1),
     };
-    let tasks = args.tasks.unwrap_or(if args.template == Shape::Map10k { 1 } else { 2000 });
+    let tasks = args.tasks.unwrap_or(match args.template {
+        Shape::Map10k => 1,
+        Shape::Timers10k => 10_000,
+        _ => 2000,
+    });
+    report.template = template.to_owned();
+    if args.due > 0 {
+        progress("timers and retries on the idle system");
+        report.lateness = Some(timers::one_by_one(&pool, &scenario(args.due, "timer", 1, false)).await?);
+    }
+    if args.template == Shape::Timers10k {
+        progress("timers that are due at once");
+        report.timers = Some(timers::due_at_once(&pool, &scenario(tasks, template, steps, false)).await?);
+        report.sleepers = sleepers(args, &pool, &scenario(args.sleepers, "day", 0, false)).await?;
+        report.load_average_after = load_average();
+        return Ok(report);
+    }
     progress("warming up");
     load::run(&pool, &scenario(tasks.min(500), template, steps, false)).await?;
     progress("tracing off");
-    report.template = template.to_owned();
     report.untraced = Some(load::run(&pool, &scenario(tasks, template, steps, false)).await?);
     progress("every span exported");
     report.traced = Some(load::run(&pool, &scenario(tasks, template, steps, true)).await?);
@@ -199,8 +223,47 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
         let after: Vec<Run> = repeat(&pool, &scenario(tasks, template, steps, false), 3).await?;
         report.backlog = Some((args.backlog, before, after));
     }
+    // Last, because it leaves the tables full.
+    report.sleepers = sleepers(args, &pool, &scenario(args.sleepers, "day", 0, false)).await?;
     report.load_average_after = load_average();
     Ok(report)
+}
+
+/// Every template that the bench runs; `fan` is the width of the widest.
+async fn register_all(pool: &PgPool, fan: usize) -> Result<()> {
+    register(pool, "linear_5", &chain(5)).await?;
+    register(pool, "one", &chain(1)).await?;
+    register(pool, "diamond", &fan_out(2)).await?;
+    register(pool, "fanout_20", &fan_out(20)).await?;
+    register(pool, "limited", &chain(2).replacen("noop}", "noop, concurrency: {key: '${input.key}', limit: 2}}", 1))
+        .await?;
+    let noop = "handler: bench.noop, input: {}";
+    register(pool, "nested", &format!("  - {{name: s0, {noop}}}\n  - {{name: s1, task: {{template: one}}, input: {{}}, depends_on: [s0]}}\n  - {{name: s2, {noop}, depends_on: [s1]}}\n")).await?;
+    register(
+        pool,
+        "sleeping",
+        &format!("  - {{name: nap, wait: {{until: '${{input.at}}'}}}}\n  - {{name: s0, {noop}, depends_on: [nap]}}\n"),
+    )
+    .await?;
+    register(
+        pool,
+        "timer",
+        &format!("  - {{name: nap, wait: {{sleep: 200ms}}}}\n  - {{name: s0, {noop}, depends_on: [nap]}}\n"),
+    )
+    .await?;
+    register(pool, "retry", "  - {name: s0, handler: bench.flaky, retry: {initial_interval: 200ms}}\n").await?;
+    register(pool, "day", "  - {name: nap, wait: {sleep: 1d}}\n").await?;
+    register(pool, "fanout_wide", &fan_out(fan)).await?;
+    register(pool, "map_10k", "  - {name: each, handler: bench.noop, for_each: '${input.items}', input: {}}\n").await?;
+    Ok(())
+}
+
+async fn sleepers(args: &BenchArgs, pool: &PgPool, scenario: &load::Scenario) -> Result<Option<timers::Sleepers>> {
+    if args.sleepers == 0 {
+        return Ok(None);
+    }
+    eprintln!("bench: sleeping tasks …");
+    Ok(Some(timers::sleepers(pool, scenario).await?))
 }
 
 async fn repeat(pool: &PgPool, scenario: &Scenario, times: usize) -> Result<Vec<Run>> {

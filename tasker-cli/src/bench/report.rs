@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::limits::{Limits, median};
 use super::load::{Latency, Run};
+use super::timers::{Lateness, Sleepers, Timers};
 
 /// Everything one run of the bench measured.
 #[derive(Debug, Default, Serialize)]
@@ -21,6 +22,9 @@ pub struct Report {
     /// Of each pair, steps/s with tracing off over the PGMQ messages/s measured right before and after.
     pub over_pgmq: Vec<f64>,
     pub latency: Option<Latency>,
+    pub timers: Option<Timers>,
+    pub lateness: Option<Lateness>,
+    pub sleepers: Option<Sleepers>,
     pub fanouts: Vec<(Run, Run)>,
     pub idle_statements_per_second: Option<f64>,
     pub backlog: Option<(usize, Vec<Run>, Vec<Run>)>,
@@ -111,6 +115,45 @@ impl Report {
             line(
                 "  bar: 4 commits + 3 ms",
                 format!("{:.2} ms (commit {:.2} ms)", latency.bound_ms, latency.commit_p50_ms),
+            );
+        }
+        if let Some(timers) = &self.timers {
+            line("", String::new());
+            line(
+                &format!("{} timers due at once, late when they fire", timers.tasks),
+                format!("p50 {:.0} ms, p99 {:.0} ms", timers.fired_p50_ms, timers.fired_p99_ms),
+            );
+            line("  timers fired", format!("{:.0}/s", timers.fired_per_second));
+            line("  due → task complete, a step behind the timer", format!("p99 {:.0} ms", timers.ended_p99_ms));
+        }
+        if let Some(late) = &self.lateness {
+            line("", String::new());
+            let bar = |p99: f64| if p99 <= 50.0 { "met" } else { "MISSED" };
+            for (name, p50, p99) in
+                [("timer", late.timer_p50_ms, late.timer_p99_ms), ("retry", late.retry_p50_ms, late.retry_p99_ms)]
+            {
+                line(
+                    &format!("due {name} → next attempt claimed, idle system"),
+                    format!("p50 {p50:.1} ms, p99 {p99:.1} ms of {} (bar: p99 50 ms, {})", late.count, bar(p99)),
+                );
+            }
+        }
+        if let Some(sleepers) = &self.sleepers {
+            line("", String::new());
+            let more = sleepers.sleeping_per_second - sleepers.idle_per_second;
+            line(
+                &format!("{} sleeping tasks cost (bar: 1 query/s)", sleepers.tasks),
+                format!(
+                    "{:.2} {}/s more ({:.2}/s, idle without them {:.2}/s)",
+                    more.max(0.0),
+                    sleepers.counted,
+                    sleepers.sleeping_per_second,
+                    sleepers.idle_per_second
+                ),
+            );
+            line(
+                "  one look at what is due",
+                format!("{:.0} µs, without them {:.0} µs", sleepers.look_after_us, sleepers.look_before_us),
             );
         }
         if !self.fanouts.is_empty() {
