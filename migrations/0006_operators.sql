@@ -52,6 +52,21 @@ begin
   if v_state is null or not tasker.may_use(v_namespace) then
     return 'no such task';
   end if;
+  -- A suspension that nobody has read yet is simply taken back.
+  if p_action = 'resume' and v_state not in ('suspended', 'complete', 'error', 'cancelled', 'resolved_manually') then
+    delete from pgmq.q_task_requests q where q.msg_id in (
+      select r.msg_id from pgmq.q_task_requests r
+      where r.message->>'type' = 'suspend' and r.message->>'task' = p_task::text and r.vt <= clock_timestamp()
+      for update skip locked);
+    if found then
+      insert into tasker.audit (task_uuid, action, actor, reason, details)
+      values (p_task, 'resume', left(p_actor, 100), left(p_reason, 1000), '{"suspension": "taken back before it began"}');
+      return 'accepted';
+    end if;
+    if exists (select from pgmq.q_task_requests r where r.message->>'type' = 'suspend' and r.message->>'task' = p_task::text) then
+      return 'the task is just being suspended; ask again in a moment';
+    end if;
+  end if;
   v_problem := tasker.act_problem(p_action, v_state, v_steps);
   if v_problem is not null then
     return v_problem;

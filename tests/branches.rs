@@ -130,3 +130,27 @@ steps:
     );
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_chain_behind_a_skipped_step_is_skipped_at_once() {
+    let world = World::start(Setup::default()).await;
+    let mut yaml = String::from(
+        "steps:\n  - {name: s0, handler: ok}\n  - {name: s1, handler: ok, depends_on: [s0], when: '${input.go} is present', input: {}}\n",
+    );
+    for n in 2..3000 {
+        use std::fmt::Write as _;
+        let _ = writeln!(yaml, "  - {{name: s{n}, handler: ok, depends_on: [s{}], input: {{}}}}", n - 1);
+    }
+    world.register("long", &yaml).await;
+    let task = world.submit("long").await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    assert_eq!(world.number("select count(*) from tasker.steps where state = 'skipped'").await, 2999);
+    assert_eq!(
+        world.number("select count(distinct at) from tasker.transitions where event = 'Skip'").await,
+        1,
+        "in one go"
+    );
+    world.queues_drained().await;
+    world.assert_complete().await;
+    world.end().await;
+}

@@ -243,3 +243,33 @@ async fn mixed_load_that_is_suspended_and_resumed_loses_nothing() {
     world.assert_complete().await;
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resume_takes_back_a_suspension_that_nobody_has_read() {
+    let mut world = World::start(Setup { orchestrators: 0, ..Setup::default() }).await;
+    world.register_steps("one", "a: ok").await;
+    let task = world.submit("one").await;
+    for (act, wanted) in [
+        ("suspend", "accepted"),
+        ("resume", "accepted"),
+        ("resume", "the task is pending; only a suspended task can be resumed"),
+    ] {
+        let said: String =
+            sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select tasker.{act}_task($1, 'because', 'ann')")))
+                .bind(task)
+                .fetch_one(&world.pool)
+                .await
+                .expect("asked");
+        assert_eq!(said, wanted);
+    }
+    world.add_orchestrator().await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    let moves = world.words("select event from tasker.transitions where event in ('Suspend', 'Resume')").await;
+    assert_eq!(moves, [""; 0]);
+    let audit =
+        world.words("select concat_ws(' ', action, actor, reason, details->>'suspension') from tasker.audit").await;
+    assert_eq!(audit, ["resume ann because taken back before it began"]);
+    world.queues_drained().await;
+    world.assert_complete().await;
+    world.end().await;
+}

@@ -636,3 +636,131 @@ async fn trace_settings_are_stored_shown_refused_and_checked() {
     shop.tasker(&["trace", "enable"]).exits_with(0);
     assert_eq!(shop.json(&["trace", "status"])["here"]["to"], json!(endpoint), "where was not forgotten");
 }
+
+#[tokio::test]
+async fn limits_and_pauses_are_set_shown_and_taken_back() {
+    let shop = Shop::new().await;
+    shop.tasker(&["limit", "set", "shop", "--handler", "echo", "--concurrency", "2", "--reason", "slow"]).exits_with(0);
+    shop.tasker(&["limit", "set", "shop", "--rate", "5", "--per", "1s"]).exits_with(0);
+    let refused = shop.tasker(&["limit", "set", "shop", "--concurrency", "0"]).exits_with(1);
+    assert!(refused.stderr.contains("concurrency"), "{}", refused.stderr);
+    let limits = shop.json(&["limit", "list", "--namespace", "shop"]);
+    let names: Vec<&str> = limits.as_array().unwrap().iter().filter_map(|limit| limit["name"].as_str()).collect();
+    assert_eq!(names.len(), 2, "{limits}");
+    shop.tasker(&["limit", "remove", "shop", "--handler", "echo"]).exits_with(0);
+    assert_eq!(shop.json(&["limit", "list"]).as_array().unwrap().len(), 1);
+
+    let row = |queues: &Value| {
+        let all = queues.as_array().unwrap().iter();
+        all.clone().find(|queue| queue["queue"] == "worker_shop").unwrap().to_string()
+    };
+    shop.tasker(&["queue", "pause", "worker_shop", "--reason", "the bank is away"]).exits_with(0);
+    assert!(row(&shop.json(&["queue", "list"])).contains("the bank is away"));
+    shop.tasker(&["queue", "resume", "worker_shop"]).exits_with(0);
+    assert!(!row(&shop.json(&["queue", "list"])).contains("the bank is away"));
+    assert_ne!(shop.tasker(&["queue", "pause", "worker_nowhere"]).code, 0);
+    let audit = shop.json(&["audit", "list"]).to_string();
+    for word in ["ada", "slow", "the bank is away"] {
+        assert!(audit.contains(word), "{word}: {audit}");
+    }
+}
+
+/// Runs until a command says that the task has this status.
+fn until_status(shop: &Shop, task: &str, status: &str) -> Value {
+    let until = std::time::Instant::now() + std::time::Duration::from_mins(1);
+    loop {
+        let seen = shop.json(&["task", "get", task]);
+        if seen["status"] == status {
+            return seen;
+        }
+        assert!(std::time::Instant::now() < until, "{task} is not {status}: {seen}");
+    }
+}
+
+#[tokio::test]
+async fn operators_repair_tasks_from_the_command_line() {
+    let mut shop = Shop::new().await;
+    for (name, yaml) in [
+        (
+            "repair",
+            "on_failure: block\nsteps:\n  - {name: a, handler: fail, input: {permanent: true}}\n  - {name: b, handler: echo, depends_on: [a], input: {got: '${steps.a.output}'}}",
+        ),
+        (
+            "nest",
+            "steps:\n  - {name: wait, wait: {signal: go}}\n  - {name: child, task: {template: leaf}, depends_on: [wait], input: {}}",
+        ),
+        ("leaf", "steps: [{name: only, handler: noop}]"),
+    ] {
+        let yaml = format!("namespace: shop\nname: {name}\nversion: \"1\"\n{yaml}\n");
+        templates::register(&mut shop.conn, &template::parse("t.yaml", &yaml).unwrap().template).await.unwrap();
+    }
+    let up = Up::start(&shop);
+    let submit = |template: &str, id: &str| {
+        shop.tasker(&["task", "submit", &format!("shop/{template}"), "--correlation-id", id]).exits_with(0);
+    };
+    for (id, act) in [
+        ("SKIP", &["task", "skip-step", "SKIP", "a", "--reason", "not needed"][..]),
+        ("RESOLVE", &["task", "resolve-step", "RESOLVE", "a", "--result", "{\"by\": \"hand\"}"]),
+        ("COMPLETE", &["task", "complete-step", "COMPLETE", "a", "--result", "[1]"]),
+        ("WHOLE", &["task", "resolve", "WHOLE"]),
+    ] {
+        submit("repair", id);
+        until_status(&shop, id, "waiting");
+        let refused = shop.tasker(&["task", "skip-step", id, "nowhere"]).exits_with(1);
+        assert!(refused.stderr.contains("no step nowhere"), "{}", refused.stderr);
+        shop.tasker(act).exits_with(0);
+        let done = until_status(&shop, id, "completed");
+        let got = &done["result"]["b"]["got"];
+        let wanted = match id {
+            "RESOLVE" => json!({"by": "hand"}),
+            "COMPLETE" => json!([1]),
+            _ => Value::Null,
+        };
+        assert_eq!(*got, wanted, "{done}");
+    }
+    submit("repair", "AGAIN");
+    until_status(&shop, "AGAIN", "waiting");
+    shop.tasker(&["task", "retry", "AGAIN", "--step", "a"]).exits_with(0);
+    until_status(&shop, "AGAIN", "waiting");
+    let dry = shop.json(&["task", "give-up", "--status", "waiting", "--dry-run"]);
+    assert_eq!(dry["matched"], 1, "{dry}");
+    shop.tasker(&["task", "give-up", "AGAIN", "--reason", "no use"]).exits_with(0);
+    until_status(&shop, "AGAIN", "failed");
+    shop.tasker(&["task", "rerun", "AGAIN", "--from", "a"]).exits_with(0);
+    until_status(&shop, "AGAIN", "waiting");
+    shop.tasker(&["task", "cancel", "--template", "repair", "--status", "waiting", "--reason", "enough"]).exits_with(0);
+    until_status(&shop, "AGAIN", "cancelled");
+
+    submit("nest", "NEST");
+    until_status(&shop, "NEST", "waiting");
+    shop.tasker(&["task", "suspend", "NEST"]).exits_with(0);
+    until_status(&shop, "NEST", "suspended");
+    shop.tasker(&["task", "signal", "NEST", "go"]).exits_with(0);
+    shop.tasker(&["task", "resume", "NEST"]).exits_with(0);
+    // The correlation id is the child's too, so from here on the task goes by its uuid.
+    let parents = shop.json(&["task", "list", "--template", "nest"]);
+    let parent = parents[0]["task_uuid"].as_str().unwrap();
+    let done = until_status(&shop, parent, "completed");
+    assert_eq!((&done["children"][0]["step"], &done["children"][0]["status"]), (&json!("child"), &json!("completed")));
+    let child = done["children"][0]["task_uuid"].as_str().unwrap();
+    assert_eq!(shop.json(&["task", "get", child])["parent_task_uuid"], *parent);
+    let drawn = shop.tasker(&["trace", "show", parent, "--tree"]).exits_with(0).stdout;
+    let (outer, inner) = (drawn.find("nest 1").expect("the parent"), drawn.find("leaf 1").expect("its child"));
+    assert!(outer < inner, "{drawn}");
+    let audit = shop.json(&["audit", "list"]).to_string();
+    for action in [
+        "skip_step",
+        "resolve_step",
+        "complete_step",
+        "resolve",
+        "retry",
+        "give_up",
+        "rerun",
+        "cancel",
+        "suspend",
+        "resume",
+    ] {
+        assert!(audit.contains(&format!("\"action\":\"{action}\"")), "{action}: {audit}");
+    }
+    assert_eq!(up.stop(), 0);
+}

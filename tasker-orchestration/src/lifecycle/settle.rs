@@ -492,8 +492,8 @@ async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places: &Places) -
 }
 
 /// Decides, and where a skipped step reaches further than what was loaded, loads that and decides
-/// again. Each step is skipped once, so this reads each step once more in all; a batch whose
-/// templates skip nothing decides once.
+/// again. Each time it loads twice as far ahead, so that a long chain of skipped steps is decided a
+/// few times and not once a step; a batch whose templates skip nothing decides once.
 async fn decide_with_all_it_needs(
     shared: &Shared,
     conn: &mut PgConnection,
@@ -502,6 +502,9 @@ async fn decide_with_all_it_needs(
     now: DateTime<Utc>,
 ) -> Result<(Vec<Plan>, Places), Error> {
     let reaches_far = works.iter().any(|work| work.template.definition.reaches_far);
+    let by_task: HashMap<Uuid, usize> =
+        works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
+    let mut ahead = 1;
     loop {
         let (plans, places, lacking) = shared.admission.with_room(|room| {
             let before = reaches_far.then(|| room.clone());
@@ -520,7 +523,7 @@ async fn decide_with_all_it_needs(
         let (mut places, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
         for (work, lacks) in works.iter_mut().zip(lacking) {
             let task = work.row.task.uuid;
-            places.extend(lacks.steps.iter().map(|step| (task, *step)));
+            places.extend(reach(work, &lacks.steps, ahead).into_iter().map(|step| (task, step)));
             wanted.extend(lacks.outputs.iter().map(|step| (task, *step)));
             for map in &lacks.collected {
                 if let Some(step) = work.map_step(*map) {
@@ -538,15 +541,34 @@ async fn decide_with_all_it_needs(
         read_items(conn, works, &windows).await?;
         if !places.is_empty() {
             for row in steps::load_behind(conn, &places).await? {
-                if let Some(work) = works.iter_mut().find(|work| work.row.task.uuid == row.task_uuid) {
-                    work.steps.insert(row.step.uuid, row);
+                if let Some(place) = by_task.get(&row.task_uuid) {
+                    works[*place].steps.entry(row.step.uuid).or_insert(row);
                 }
             }
+            ahead *= 2;
         }
         if !wanted.is_empty() {
             read_outputs(conn, works, &wanted).await?;
         }
     }
+}
+
+/// The most steps of one task that are loaded ahead at a time.
+const AHEAD: usize = 10_000;
+
+/// These steps, and those that follow from them, so many levels ahead.
+fn reach(work: &Work, steps: &BTreeSet<u32>, levels: usize) -> BTreeSet<u32> {
+    let mut found = steps.clone();
+    let mut level: Vec<u32> = steps.iter().copied().collect();
+    for _ in 1..levels {
+        let graph = &work.template.definition.graph;
+        let next: Vec<u32> = level.iter().flat_map(|step| graph.children(*step)).copied().collect();
+        level = next.into_iter().filter(|step| found.len() < AHEAD && found.insert(*step)).collect();
+        if level.is_empty() {
+            break;
+        }
+    }
+    found
 }
 
 /// The steps that an operator names to be run again.
