@@ -200,14 +200,15 @@
       events = new EventSource(document.body.dataset.events);
       events.onopen = () => { if (!paused) show("live"); };
       events.onerror = () => { if (!paused) show("lost"); if (events.readyState === 2) setTimeout(listen, 5000); };
-      for (const name of ["message", "task", "tasks", "change", "changed", "resync", "lagged"]) events.addEventListener(name, refresh);
+      for (const name of ["task", "many"]) events.addEventListener(name, refresh);
     };
     listen();
     document.addEventListener("visibilitychange", () => { if (dirty) refresh(); });
     addEventListener("pagehide", () => events.close());
-    // What waits for time alone raises no event; and without events the page looks by itself.
-    setInterval(refresh, 15000);
+    // Without events the page looks by itself.
     setInterval(() => { if (live.dataset.state === "lost") refresh(); }, 3000);
+    // What was just asked for may have happened before the events began.
+    if (/[?&]done=/.test(location.search)) for (const wait of [600, 2000]) setTimeout(refresh, wait);
   }
 
   // Timeline: only the rows in view exist. The zoom is a window on the common axis.

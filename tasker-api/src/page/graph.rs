@@ -439,7 +439,7 @@ fn node_box(placed: &Placed, members: &[&Node]) -> Markup {
     let class = look.class;
     html! {
         @if let Some(href) = first.href.as_ref() {
-            a.node.(class) href=(href) aria-label=(said) { (drawn) }
+            a.node.(class) href=(href) { (drawn) }
         } @else {
             g.node.(class) { (drawn) }
         }

@@ -59,6 +59,13 @@ impl<K: Eq + Hash, V: Clone> Memo<K, V> {
     }
 }
 
+impl<K: Eq + Hash, V> Memo<K, V> {
+    /// The next one asks anew: something was just changed.
+    pub fn forget(&self, key: &K) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+    }
+}
+
 /// The namespaces that an answer was made for.
 pub(super) type Visible = Option<Vec<String>>;
 

@@ -77,7 +77,7 @@ impl Shell<'_> {
                         @if self.read_only { span { "Read-only: this server changes nothing" } }
                         @if self.who.is_some() {
                             span.js-only { "Keys: " kbd { "/" } " search, " kbd { "j" } " " kbd { "k" } " rows, " kbd { "p" } " pause" }
-                            a href={ (base) "/v1/openapi.json" } { "API description" }
+                            a href={ (base) "/openapi.json" } { "API description" }
                         }
                     }
                 }

@@ -84,8 +84,7 @@ pub(super) async fn show(
         @if !items.is_empty() { (item_table(&page, task, &items, now)) }
     };
     let events = format!("/v1/events?task={task}");
-    let events = Some(events.as_str()).filter(|_| !view.is_finished());
-    Ok(page.show(now, format!("{name} of {}", view.template), Section::Tasks, events, &body))
+    Ok(page.show(now, format!("{name} of {}", view.template), Section::Tasks, Some(&events), &body))
 }
 
 fn name_of(step: &StepDetail) -> String {
@@ -109,7 +108,7 @@ fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Mark
                 (pill(words::step(&step.state)))
                 h1 { (name_of(step)) }
                 span.grow {}
-                @if !task.is_finished() { (Page::live_button()) }
+                (Page::live_button())
                 (actions(page, seen, step))
             }
             dl.facts.wide {

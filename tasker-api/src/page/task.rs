@@ -96,12 +96,11 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
         (facts(&page, &seen))
     };
     let events = format!("/v1/events?task={task}");
-    let events = Some(events.as_str()).filter(|_| !view.is_finished());
     Ok(page.show(
         now,
         format!("{} {}", view.template, words::clip(&view.correlation_id, 40)),
         Section::Tasks,
-        events,
+        Some(&events),
         &body,
     ))
 }
@@ -124,7 +123,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 h1 { (task.template) " " span.quiet.small { (task.version) } }
                 @if task.generation > 1 { span.pill.queued { "run " (task.generation) } }
                 span.grow {}
-                @if !task.is_finished() { (Page::live_button()) }
+                (Page::live_button())
                 (actions(page, task))
             }
             p.reason { (reason) }
@@ -464,6 +463,7 @@ pub(super) async fn act(Path(task): Path<Uuid>, form: Form) -> Result<Response, 
         _ => return Err(Problem::invalid("action", "must be one of those that the page offers")),
     };
     accepted(&answer)?;
+    page.memory.tasks.forget(&task);
     let done = if action.ends_with("_step") { "step" } else { action };
     Ok(page.then(format!("/tasks/{task}"), done))
 }
@@ -487,6 +487,7 @@ pub(super) async fn signal(Path(task): Path<Uuid>, form: Form) -> Result<Respons
     let mut conn = page.state.pool().acquire().await?;
     let answer = waits::signal(&mut conn, task, name, &payload, Some(&page.who.name), None).await?;
     accepted(&answer)?;
+    page.memory.tasks.forget(&task);
     Ok(page.then(format!("/tasks/{task}"), "signal"))
 }
 

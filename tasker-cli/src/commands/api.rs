@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use chrono::{TimeDelta, Utc};
 use tasker_api::auth::{self, KeySpec, Role};
-use tasker_api::{Config, Error, Server};
+use tasker_api::{Config, Error, Example, Server};
 use tasker_shared::client::Client;
 use tasker_shared::store::keys;
 use tasker_shared::store::tx::{self, PoolOptions};
@@ -61,6 +61,12 @@ pub struct Serve {
     /// Refuse whatever changes something
     #[arg(long)]
     read_only: bool,
+    /// Whether the page shows timelines
+    #[arg(long, env = "TASKER_UI_TRACE", default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
+    ui_trace: bool,
+    /// Where a trace can be looked at, such as `http://localhost:16686/trace/{trace_id}`
+    #[arg(long, env = "TASKER_TRACE_URL", value_name = "URL", value_parser = trace_url)]
+    trace_url: Option<String>,
     /// Requests a second that one key or browser may send
     #[arg(long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
@@ -76,9 +82,22 @@ pub struct Serving {
     key_id: Option<String>,
 }
 
+/// A link that leads to a trace: nothing but the web, and with a place for the trace's id.
+fn trace_url(text: &str) -> Result<String, String> {
+    if !(text.starts_with("http://") || text.starts_with("https://")) {
+        return Err("must begin with http:// or https://".into());
+    }
+    if !text.contains("{trace_id}") {
+        return Err("must have {trace_id} where the trace's id belongs".into());
+    }
+    Ok(text.to_owned())
+}
+
 impl Serve {
     /// Listens; on this machine a link that signs a browser in goes with it.
-    pub async fn start(&self, url: &str) -> anyhow::Result<Serving> {
+    ///
+    /// `example` is what the page's button submits.
+    pub async fn start(&self, url: &str, example: Option<Example>) -> anyhow::Result<Serving> {
         let options = PoolOptions { max_connections: 16, application_name: "tasker-api", ..PoolOptions::default() };
         let client = Client::from_pool(tx::pool(url, &options).await?);
         let mut config = Config {
@@ -87,6 +106,9 @@ impl Serve {
             hosts: self.hosts.clone(),
             base_path: self.base_path.clone(),
             read_only: self.read_only,
+            ui_trace: self.ui_trace,
+            trace_url: self.trace_url.clone(),
+            example,
             rate_per_s: self.rate,
             burst: self.rate.saturating_mul(5),
             ..Config::default()
@@ -140,7 +162,7 @@ impl Api {
         let run::Traced { telemetry, .. } =
             run::telemetry(global, Process::Orchestrator, "info", &TraceFlags::default())?;
         let connected = run::connect(global).await?;
-        let serving = serve.start(&connected.url).await?;
+        let serving = serve.start(&connected.url, None).await?;
         match &serving.link {
             Some(link) => eprintln!("open      {link}"),
             None => eprintln!("open      {} and sign in with a key", serving.server.url()),

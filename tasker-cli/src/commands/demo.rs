@@ -201,7 +201,7 @@ fn worker(url: &str) -> anyhow::Result<Worker> {
     Ok(builder.build()?)
 }
 
-fn handle(name: &str, ctx: &StepContext, input: Value) -> Result<Value, StepError> {
+pub(super) fn handle(name: &str, ctx: &StepContext, input: Value) -> Result<Value, StepError> {
     let work = || handlers::call(name, input, ctx.attempt());
     let result = if name == "payments.charge" {
         // A span of the user's own: it hangs below handler.execution of its attempt.

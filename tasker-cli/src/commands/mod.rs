@@ -4,6 +4,7 @@ pub mod act;
 pub mod api;
 pub mod db;
 pub mod demo;
+pub mod example;
 pub mod key;
 pub mod limit;
 pub mod migrate;

@@ -28,8 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Run an orchestrator, workers with the built-in handlers, and the HTTP API with its web page in
 /// this process, and print every task that ends, until Ctrl-C.
 ///
-/// There is a worker for each queue with a step for a built-in handler, also of templates that
-/// are registered meanwhile. Handlers of your own run in a program of your own beside it.
+/// It brings an example along, which the page has a button for. There is a worker for each queue
+/// with a step for a built-in handler, also of templates that are registered meanwhile. Handlers of your own run in a program of your own beside it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  tasker up\n  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 tasker up")]
 pub struct Up {
@@ -39,6 +39,12 @@ pub struct Up {
     /// A host that the `http` handler may talk to, as HOST or HOST:PORT; may be repeated
     #[arg(long = "allow-http-host", value_name = "HOST")]
     http_hosts: Vec<String>,
+    /// Leave out the example: its template, its worker, and the button that submits it
+    #[arg(long)]
+    no_example: bool,
+    /// Leave out the example's worker; `tasker worker example` runs it elsewhere
+    #[arg(long)]
+    no_example_worker: bool,
     #[command(flatten)]
     metrics: run::Metrics,
     #[command(flatten)]
@@ -66,7 +72,9 @@ impl Up {
         if let Some(metrics) = &metrics {
             eprintln!("metrics   http://{}/metrics", metrics.address);
         }
-        let serving = self.serve.start(&connected.url).await?;
+        let example = if self.no_example { None } else { Some(super::example::register(client).await?) };
+        let brings_worker = example.is_some() && !self.no_example_worker;
+        let serving = self.serve.start(&connected.url, example).await?;
         let open = serving.link.clone().unwrap_or_else(|| serving.server.url());
         let farewell = serving.farewell();
         let options = Options { trace: config, settings: Some(sources), ..Options::default() };
@@ -79,6 +87,11 @@ impl Up {
             known: HashSet::new(),
             running: JoinSet::new(),
         };
+        if brings_worker {
+            let worker = super::example::worker(&connected.url)?;
+            eprintln!("worker    {} for the example, fulfillment/order", worker.name());
+            workers.running.spawn(worker.run(stop.child_token()));
+        }
         let api = tokio::spawn(serving.server.run(stop.clone()));
         eprintln!("open      {open}");
         eprintln!("running; Ctrl-C finishes what has begun and ends");

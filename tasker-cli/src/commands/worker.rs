@@ -16,6 +16,8 @@ pub const BUILTINS: [&str; 5] = ["echo", "fail", "http", "noop", "sleep"];
 pub enum Worker {
     /// Run one with the built-in handlers until Ctrl-C or SIGTERM
     Run(Run),
+    /// Run one for the example of `tasker up` until Ctrl-C or SIGTERM
+    Example,
 }
 
 /// Run one worker with the handlers noop, echo, sleep, fail and http until it is told to stop;
@@ -53,7 +55,17 @@ pub struct Run {
 impl Worker {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        let Self::Run(command) = self;
+        let command = match self {
+            Self::Run(command) => command,
+            Self::Example => {
+                let stop = run::stop_signal()?;
+                let connected = run::connect(global).await?;
+                let worker = super::example::worker(&connected.url)?;
+                eprintln!("worker    {} offers the handlers of fulfillment/order; Ctrl-C ends it", worker.name());
+                worker.run(stop).await?;
+                return Ok(());
+            }
+        };
         let stop = run::stop_signal()?;
         let run::Traced { sources, telemetry, .. } = run::telemetry(global, Role::Worker, "info", &command.trace)?;
         let connected = run::connect(global).await?;
