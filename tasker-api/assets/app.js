@@ -195,17 +195,25 @@
   };
   if (live && document.body.dataset.events && window.EventSource) {
     show(paused ? "paused" : "off");
-    let events;
+    let events, later;
+    // The server may answer with what it read a moment before the event: look once more after that.
+    const changed = () => {
+      refresh();
+      clearTimeout(later);
+      later = setTimeout(refresh, 1800);
+    };
     const listen = () => {
       events = new EventSource(document.body.dataset.events);
       events.onopen = () => { if (!paused) show("live"); };
       events.onerror = () => { if (!paused) show("lost"); if (events.readyState === 2) setTimeout(listen, 5000); };
-      for (const name of ["task", "many"]) events.addEventListener(name, refresh);
+      for (const name of ["task", "many"]) events.addEventListener(name, changed);
     };
     listen();
     document.addEventListener("visibilitychange", () => { if (dirty) refresh(); });
     addEventListener("pagehide", () => events.close());
-    // Without events the page looks by itself.
+    // Without events the page looks by itself, and always where what it shows raises none.
+    const poll = Number(document.querySelector("[data-poll]")?.dataset.poll || 0);
+    if (poll) setInterval(refresh, poll);
     setInterval(() => { if (live.dataset.state === "lost") refresh(); }, 3000);
     // What was just asked for may have happened before the events began.
     if (/[?&]done=/.test(location.search)) for (const wait of [600, 2000]) setTimeout(refresh, wait);

@@ -21,7 +21,7 @@ use super::{Form, Page, accepted, forbidden, hidden, may_read};
 use crate::auth::Scope;
 use crate::problem::Problem;
 
-const GOOD_FOR: Duration = Duration::from_millis(1_500);
+const GOOD_FOR: Duration = Duration::from_secs(3);
 /// Messages in quarantine that are listed.
 const LISTED: i64 = 100;
 
@@ -32,6 +32,7 @@ pub(super) struct Overview {
     rates: HashMap<String, Rates>,
     workers: Vec<WorkerLine>,
     orchestrators: Vec<OrchestratorLine>,
+    orchestrator_runs: bool,
     unoffered: Vec<Unoffered>,
     quarantine: Vec<QuarantineView>,
 }
@@ -58,17 +59,18 @@ pub(super) async fn show(page: Page) -> Result<Response, Problem> {
         let rates = page.memory.rates(&pages::queue_totals(&mut conn).await?);
         let workers = pages::workers(&mut conn, page.namespaces()).await?;
         let orchestrators = pages::orchestrators(&mut conn).await?;
+        let orchestrator_runs = pages::orchestrator_runs(&mut conn).await?;
         let unoffered = pages::unoffered(&mut conn, page.namespaces()).await?;
         let (mut quarantine, _) = views::quarantine(&mut conn, None, LISTED).await?;
         quarantine.retain(|message| reaches(&page, &message.queue));
-        Ok(Arc::new(Overview { queues, rates, workers, orchestrators, unoffered, quarantine }))
+        Ok(Arc::new(Overview { queues, rates, workers, orchestrators, orchestrator_runs, unoffered, quarantine }))
     });
     let overview = overview.await?;
     let now = page.memory.now(&page.state).await?;
     let body = html! {
         div.head { h1 { "Queues and workers" } span.grow {} (Page::live_button()) }
         div id="alarms" data-live-part="" { (alarms(&page, &overview, now)) }
-        div id="queues" data-live-part="" { (queue_table(&page, &overview)) }
+        div id="queues" data-live-part="" data-poll="4000" { (queue_table(&page, &overview)) }
         div id="workers" data-live-part="" { (worker_table(&overview, now)) (orchestrator_table(&overview, now)) }
         div id="quarantine" data-live-part="" { (quarantine_table(&page, &overview, now)) }
     };
@@ -76,12 +78,11 @@ pub(super) async fn show(page: Page) -> Result<Response, Problem> {
 }
 
 fn alarms(page: &Page, overview: &Overview, now: DateTime<Utc>) -> Markup {
-    let nobody = !overview.orchestrators.iter().any(|one| one.live);
     let unread = overview.queues.iter().filter(|queue| {
         namespace_of(&queue.queue).is_some() && queue.depth > 0 && queue.workers == 0 && queue.paused.is_none()
     });
     html! {
-        @if nobody {
+        @if !overview.orchestrator_runs {
             div.banner.bad role="alert" { span aria-hidden="true" { "⚠" } span { "No orchestrator is running: nothing begins, retries or ends. Start one with " code { "tasker orchestrator run" } "." } }
         }
         @for one in &overview.unoffered {
@@ -156,7 +157,7 @@ fn worker_table(overview: &Overview, now: DateTime<Utc>) -> Markup {
                             td data-label="Worker" { div { span.strong { (worker.worker) } span.sub { (worker.namespace) @if let Some(version) = &worker.version { " · " (version) } } } }
                             td.tight data-label="Heartbeat" { span { @if worker.live { span.pill.complete { "live" } } @else { span.pill.failed { "silent" } } " " (when(now, worker.seen_at)) } }
                             td.num data-label="Slots" { span { (worker.slots) } }
-                            td data-label="Reads" { div { @for queue in &worker.queues { code { (queue) } " " } } }
+                            td data-label="Reads" { div { @for queue in &worker.queues { code.nowrap { (queue) } " " } } }
                             td data-label="Handlers" { div { @for (at, handler) in worker.handlers.iter().take(30).enumerate() { @if at > 0 { ", " } code { (handler) } } @if worker.handlers.len() > 30 { " and " (worker.handlers.len() - 30) " more" } } }
                         }
                     } }
@@ -170,7 +171,9 @@ fn orchestrator_table(overview: &Overview, now: DateTime<Utc>) -> Markup {
     html! {
         section.panel.flush {
             div.panel-head { h2 { "Orchestrators" } }
-            @if overview.orchestrators.is_empty() {
+            @if overview.orchestrators.is_empty() && overview.orchestrator_runs {
+                div.empty { p { "One is connected. Those that export traces are listed here, each with its last sign of life." } }
+            } @else if overview.orchestrators.is_empty() {
                 (empty("No orchestrator", &html! { (command("tasker orchestrator run")) }))
             } @else {
                 div.scroll { table.cards {

@@ -131,8 +131,8 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 div.banner.bad role="alert" {
                     span aria-hidden="true" { "⚠" }
                     span {
-                        "No live worker offers the handler " code { (group.handler) } " on the queue " code { (group.queue) } ". Start one that does; the "
-                        (counted(group.count, "step")) " will go on by " (if group.count == 1 { "itself" } else { "themselves" }) ". "
+                        "No live worker offers the handler " code { (group.handler) } " on the queue " code { (group.queue) } ". Start one that does; "
+                        @if group.count == 1 { "the step goes on by itself. " } @else { "the " (count(group.count)) " steps go on by themselves. " }
                         @if page.who.has(Scope::QueuesRead) { a href=(page.link("/queues")) { "See queues and workers" } }
                     }
                 }
@@ -140,7 +140,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
             (waiting_for_person(page, seen))
             dl.facts.wide {
                 div { dt { "Task" } dd { (copyable(&task.task_uuid.to_string(), "task id")) } }
-                div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all of it" } } }
+                div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all with it" } } }
                 div { dt { "Trace" } dd { (copyable(&task.trace_id, "trace id")) @if let Some(url) = &trace_url { " " a href=(url) rel="noopener" { "Open the trace ↗" } } } }
                 div { dt { "Created" } dd { (when(now, task.created_at)) " · took " (words::took(Some(task.finished_at.unwrap_or(now) - task.created_at))) @if !task.is_finished() { " so far" } } }
                 div { dt { "Namespace" } dd { a href=(page.link(format!("/?namespace={}", encoded(&task.namespace)))) { (task.namespace) } " · priority " (task.priority) } }

@@ -626,3 +626,14 @@ pub async fn quarantined(conn: &mut PgConnection, quarantine_id: i64) -> Result<
         quarantined_at: row.quarantined_at,
     }))
 }
+
+/// Whether an orchestrator is connected to this database, or was alive within the last 30 s. One that
+/// exports no traces keeps no row of its own.
+pub async fn orchestrator_runs(conn: &mut PgConnection) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from pg_stat_activity where datname = current_database() and application_name = 'tasker-orchestration')
+             or exists (select from tasker.instances where seen_at > clock_timestamp() - interval '30 s') as "yes!""#
+    )
+    .fetch_one(conn)
+    .await?)
+}
