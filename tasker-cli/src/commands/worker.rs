@@ -15,7 +15,7 @@ pub const BUILTINS: [&str; 5] = ["echo", "fail", "http", "noop", "sleep"];
 #[derive(Debug, clap::Subcommand)]
 pub enum Worker {
     /// Run one with the built-in handlers until Ctrl-C or SIGTERM
-    Run(Run),
+    Run(Box<Run>),
     /// Run one for the example of `tasker up` until Ctrl-C or SIGTERM
     Example,
 }
@@ -56,7 +56,7 @@ impl Worker {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let command = match self {
-            Self::Run(command) => command,
+            Self::Run(command) => *command,
             Self::Example => {
                 let stop = run::stop_signal()?;
                 let connected = run::connect(global).await?;
