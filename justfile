@@ -17,3 +17,7 @@ demo:
 # Needs cargo-deny; reads deny.toml.
 deny:
     cargo deny check
+
+# Needs python3; see the script.
+fuzz-api *ARGS:
+    scripts/fuzz-api.sh {{ARGS}}

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse as _, Response};
 use futures_util::stream;
 use schemars::JsonSchema;
 use serde::Deserialize;
+use tasker_shared::redact;
 use tasker_shared::store::views::TaskView;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -58,6 +59,12 @@ async fn events(call: Call<Nothing, EventQuery, Nothing>) -> Result<Response, Pr
     Ok(response)
 }
 
+/// A task as an event, without the secrets that the redaction rules know.
+fn event(task: &TaskView) -> Option<Event> {
+    let value = serde_json::to_value(task).ok()?;
+    Event::default().event("task").json_data(redact::shown(&value).unwrap_or(value)).ok()
+}
+
 /// One who hears.
 struct Live {
     watching: Watching,
@@ -81,7 +88,7 @@ impl Live {
             match change {
                 Change::Tasks(tasks) => {
                     let mine = tasks.iter().rev().filter(|task| self.wants(task));
-                    let events = mine.filter_map(|task| Event::default().event("task").json_data(task).ok());
+                    let events = mine.filter_map(event);
                     self.ready = events.collect();
                 }
                 Change::Many => return Some(Event::default().event("many").data("{}")),

@@ -283,6 +283,22 @@ async fn every_operation_lets_in_whom_it_says_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn secrets_are_hidden_even_from_who_sees_payloads() {
+    let fixture = Fixture::new().await;
+    let admin = fixture.world.key(Role::Admin).await;
+    for sql in [
+        "update tasker.attempts set error = '{\"type\": \"Refused\", \"message\": \"password=hunter2 was refused\"}'",
+        "update tasker.tasks set reason = 'Authorization: Bearer hunter2', input = '{\"api_key\": \"hunter2\"}'",
+    ] {
+        sqlx::query(sql).execute(fixture.world.pool()).await.unwrap();
+    }
+    for path in ["", "/input", "/attempts", "/why", "/steps/charge/payloads"] {
+        let answer = fixture.world.get(&admin, &format!("/v1/tasks/{}{path}", fixture.task)).await;
+        assert!(answer.status == 200 && !answer.body.contains("hunter2"), "{path}: {answer:?}");
+    }
+}
+
+#[tokio::test]
 async fn payloads_are_shown_only_to_who_may_see_them() {
     let fixture = Fixture::new().await;
     let viewer = fixture.world.key(Role::Viewer).await;

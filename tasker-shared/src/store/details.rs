@@ -29,24 +29,25 @@ pub struct StatusCount {
 /// The states in the order in which people read their public words.
 const STATUSES: [&str; 7] = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"];
 
-/// How many tasks there are of each status, in these namespaces or in all. Reads at most
-/// [`COUNT_TO`] rows of each kind of end, and as many open tasks.
+/// How many tasks there are of each status, in these namespaces or in all, of those that were
+/// looked at: about [`COUNT_TO`] of each kind of end (of the completed, the latest twice as many
+/// tasks of a template), and as many open ones.
 pub async fn counts(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<StatusCount>, Error> {
     let rows = sqlx::query!(
         r#"with mine as materialized (
              select array_agg(template_id) as ids from tasker.templates where namespace = any($1)
            ), seen as (
-             (select t.state, true as is_open from tasker.tasks t, mine m
+             (select t.state, 1 as kind from tasker.tasks t, mine m
               where t.finished_at is null and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
              union all
-             (select t.state, false from tasker.tasks t, mine m
+             (select t.state, 2 from tasker.tasks t, mine m
               where t.error_type is not null and t.state = 'error' and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
              union all
-             (select t.state, false from tasker.tasks t, mine m
+             (select t.state, 3 from tasker.tasks t, mine m
               where t.ended_by is not null and t.state = 'cancelled' and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
            )
-           select state as "state!", count(*) as "n!", sum(count(*)) over (partition by is_open) > $2::bigint as "cut!"
-           from seen group by is_open, state"#,
+           select state as "state!", count(*) as "n!", sum(count(*)) over (partition by kind) > $2::bigint as "cut!"
+           from seen group by kind, state"#,
         namespaces,
         COUNT_TO
     )
@@ -67,9 +68,11 @@ pub async fn counts(conn: &mut PgConnection, namespaces: Option<&[String]>) -> R
             sqlx::query_scalar!(
                 r#"select count(*) as "n!" from (
                      select from tasker.templates p cross join lateral (
-                       select from tasker.tasks t where t.template_id = p.template_id and t.state in ('complete', 'resolved_manually')
-                       limit $2::bigint + 1) t
-                     where p.namespace = any($1) limit $2::bigint + 1) n"#,
+                       select t.state from tasker.tasks t
+                       where (t.template_id, t.task_uuid) >= (p.template_id, '00000000-0000-0000-0000-000000000000')
+                         and (t.template_id, t.task_uuid) <= (p.template_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+                       order by t.template_id desc, t.task_uuid desc limit 2 * $2::bigint) t
+                     where p.namespace = any($1) and t.state in ('complete', 'resolved_manually') limit $2::bigint + 1) n"#,
                 namespaces,
                 COUNT_TO
             )
