@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 examples=${1:-50}
-target=${CARGO_TARGET_DIR:-target}
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 venv=$target/schemathesis
 [[ -x $venv/bin/schemathesis ]] || { python3 -m venv "$venv" && "$venv/bin/pip" install -q schemathesis==4.32.5; }
 cargo build -q -p tasker-cli
@@ -32,11 +32,29 @@ key=$("$tasker" key create fuzz --role admin 2>/dev/null)
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 "$tasker" up --listen "127.0.0.1:$port" --rate 100000 >"$TASKER_HOME/up.log" 2>&1 &
 up=$!
-# The stream of live changes does not end; a test of its own looks at it. Well-formed requests name
-# tasks and templates that are not there, so a refusal of one is no mistake.
-"$venv/bin/schemathesis" run "http://127.0.0.1:$port/openapi.json" --wait-for-schema 30 \
-  --header "Authorization: Bearer $key" --exclude-path /v1/events \
-  --checks all --exclude-checks positive_data_acceptance \
-  --max-examples "$examples" --generation-database none --no-color --suppress-health-check all
+"$tasker" task submit examples/approval --input '{}' >/dev/null
+task=$("$tasker" task list -o json | python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["task_uuid"])')
+
+# The stream of live changes does not end; a test of its own looks at it. A well-formed request may
+# name what is not there, so that it is refused is no mistake.
+fuzz() {
+  # It keeps a cache where it stands.
+  (cd "$TASKER_HOME" && "$venv/bin/schemathesis" --config-file "$1" run "http://127.0.0.1:$port/openapi.json" --wait-for-schema 30 \
+    --header "Authorization: Bearer $key" --exclude-path /v1/events \
+    --checks all --exclude-checks positive_data_acceptance --max-examples "$examples" \
+    --generation-database none --no-color --suppress-health-check all --warnings off)
+}
+# First about whatever comes to its mind, then about what is there: a task that waits for a signal.
+: >"$TASKER_HOME/anything.toml"
+cat >"$TASKER_HOME/something.toml" <<TOML
+[parameters]
+"path.task" = "$task"
+"path.step" = "approval"
+"path.namespace" = "examples"
+"path.name" = "approval"
+"path.queue" = "worker_examples"
+TOML
+fuzz "$TASKER_HOME/anything.toml"
+fuzz "$TASKER_HOME/something.toml"
 kill -0 "$up" || { tail -20 "$TASKER_HOME/up.log"; echo "the server ended meanwhile"; exit 1; }
 ! grep -E "panicked| ERROR " "$TASKER_HOME/up.log"

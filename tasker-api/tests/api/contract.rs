@@ -282,6 +282,17 @@ async fn every_operation_lets_in_whom_it_says_and_nobody_else() {
     }
 }
 
+#[test]
+fn the_manual_names_every_code_and_every_scope() {
+    let manual = include_str!("../../../docs/api.md");
+    for code in tasker_api::problem::CODES {
+        assert!(manual.contains(&format!("`{}`", code.code)), "docs/api.md does not name the code {}", code.code);
+    }
+    for scope in Scope::ALL {
+        assert!(manual.contains(&format!("`{}`", scope.as_str())), "docs/api.md does not name {}", scope.as_str());
+    }
+}
+
 #[tokio::test]
 async fn secrets_are_hidden_even_from_who_sees_payloads() {
     let fixture = Fixture::new().await;

@@ -10,6 +10,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
+use super::listing;
 use super::views::{self, TaskView};
 
 /// How many of the latest tasks an overview looks at.
@@ -28,35 +29,41 @@ pub struct TaskFilter {
     pub before: Option<Uuid>,
 }
 
-/// One page of tasks, newest first. `limit` rows at most.
+/// Looks at most at so many pieces of the list, each of which is quick.
+const LOOKS: usize = 8;
+
+/// One page of tasks, newest first. `limit` rows at most; fewer if what matches is rarer than a few looks can tell.
 pub async fn tasks(
     conn: &mut PgConnection,
     namespaces: Option<&[String]>,
     filter: &TaskFilter,
     limit: i64,
 ) -> Result<Vec<TaskView>, Error> {
-    let states: Option<Vec<String>> =
-        filter.status.as_deref().map(|status| views::states_of(status).map(|s| s.as_str().to_owned()).collect());
-    let ids = sqlx::query_scalar!(
-        "select t.task_uuid from tasker.tasks t
-         where ($1::text[] is null or t.namespace = any($1)) and ($2::text is null or t.namespace = $2)
-           and ($3::text is null or t.template_id = any(array(select p.template_id from tasker.templates p where p.name = $3)))
-           and ($4::text[] is null or t.state = any($4)) and ($5::text is null or t.correlation_id = $5)
-           and ($6::text is null or t.error_type = $6) and ($7::uuid is null or t.task_uuid < $7)
-         order by t.task_uuid desc limit $8",
+    let within = |namespace: &String| namespaces.is_none_or(|own| own.contains(namespace));
+    let namespaces = match &filter.namespace {
+        Some(namespace) => Some(Some(namespace.clone()).filter(within).into_iter().collect()),
+        None => namespaces.map(<[String]>::to_vec),
+    };
+    let mut wanted = listing::Filter {
         namespaces,
-        filter.namespace,
-        filter.template,
-        states.as_deref(),
-        filter.correlation_id,
-        filter.error_type,
-        filter.before,
-        limit
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    let mut found = views::these(conn, &ids).await?;
-    found.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));
+        template: filter.template.clone(),
+        statuses: filter.status.iter().cloned().collect(),
+        correlation_id: filter.correlation_id.clone(),
+        error_type: filter.error_type.clone(),
+        after: filter.before,
+        ..listing::Filter::default()
+    };
+    let most = usize::try_from(limit).unwrap_or_default();
+    let mut found = Vec::new();
+    for _ in 0..LOOKS {
+        wanted.limit = u32::try_from(most - found.len()).unwrap_or(u32::MAX);
+        let listed = listing::tasks(conn, &wanted).await?;
+        found.extend(listed.tasks);
+        wanted.after = listed.next;
+        if found.len() >= most || listed.next.is_none() {
+            break;
+        }
+    }
     Ok(found)
 }
 
