@@ -121,7 +121,7 @@ fn queue_table(page: &Page, overview: &Overview) -> Markup {
                         td.num data-label="In / out" { span { @match rates { Some(rates) => { (rate(rates.into)) " / " (rate(rates.out)) }, None => "–" } } }
                         td.num data-label="Workers" { span { @if namespace.is_some() { (count(queue.workers)) } @else { "–" } } }
                         td data-label="State" { div.actions {
-                            @if let Some(paused) = &queue.paused { span.pill.suspended { span.sign aria-hidden="true" { "⏸" } " paused" } span.quiet.small { (words::clip(paused, 120)) } }
+                            @if let Some(paused) = &queue.paused { span.pill.suspended { span.sign aria-hidden="true" { "‖" } " paused" } span.quiet.small { (words::clip(paused, 120)) } }
                             @if let Some(namespace) = namespace {
                                 @if page.may_change(Scope::QueuesOperate, namespace) {
                                     form method="post" action=(page.link("/queues/act")) {

@@ -34,7 +34,7 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
                             td data-label="Runs" { span { a href=(page.link(format!("/templates/{}/{}", one.namespace, one.template))) { (one.template) } @if let Some(version) = &one.version { " " (version) } } }
                             td data-label="When" { span { (timing(one)) } }
                             td data-label="Next" { div {
-                                @if one.paused { span.pill.suspended { span.sign aria-hidden="true" { "⏸" } " paused" } }
+                                @if one.paused { span.pill.suspended { span.sign aria-hidden="true" { "‖" } " paused" } }
                                 @else {
                                     @let ticks = one.next_ticks(3);
                                     @match ticks.split_first() {

@@ -70,7 +70,7 @@ pub fn status(status: &str) -> Look {
         "queued" => Look::new("queued", "◔", "queued", 3),
         "running" => Look::new("running", "▶", "running", 4).begun(),
         "waiting" => Look::new("waiting", "◷", "waiting", 5).begun(),
-        "suspended" => Look::new("suspended", "⏸", "suspended", 6).begun(),
+        "suspended" => Look::new("suspended", "‖", "suspended", 6).begun(),
         "completed" => Look::new("complete", "✓", "completed", 1).done(),
         "failed" => Look::new("failed", "✕", "failed", 7).ended(),
         "cancelled" => Look::new("cancelled", "⊘", "cancelled", 2).ended(),
