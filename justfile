@@ -21,3 +21,8 @@ deny:
 # Needs python3; see the script.
 fuzz-api *ARGS:
     scripts/fuzz-api.sh {{ARGS}}
+
+# The trace at full size: kills, an outage of the collector, a clean count, ten thousand steps, and
+# Jaeger's query API where JAEGER_QUERY_URL and JAEGER_OTLP_URL name one. Takes minutes.
+trace-proof:
+    cargo test --release -p tasker-tests --test promises -- --ignored --nocapture --test-threads 1 trace_proof

@@ -61,3 +61,6 @@ exception
       using errcode = '22023';
 end
 $$;
+
+-- A trace is looked for by its id. The column never changes, so updates of a task stay HOT.
+create index tasks_by_trace on tasker.tasks using hash (trace_id);

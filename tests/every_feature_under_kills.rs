@@ -9,7 +9,10 @@ use uuid::Uuid;
 use crate::harness::{DEADLINE, Setup, World, storm};
 
 /// Name, the rest of the YAML, the input, and how a task of it ends when nobody meddles.
-fn features() -> Vec<(&'static str, &'static str, Value, &'static str)> {
+pub type Feature = (&'static str, &'static str, Value, &'static str);
+
+/// One of each.
+pub fn features() -> Vec<Feature> {
     vec![
         ("branching", BRANCHING, json!({"side": "left", "total": 7}), "complete"),
         ("mapping", MAPPING, json!({"items": [1, 2, 3, 4, 5, 6, 7, 8, 9]}), "complete"),
@@ -95,8 +98,8 @@ async fn resume(world: &World, task: Uuid) {
     .await;
 }
 
-/// Kills a process of each kind in turn, as soon as some work was done since the last kill.
-async fn kill_until(world: &World, done: &AtomicBool) -> usize {
+/// Kills a process of each kind in turn, as soon as so many moves were made since the last kill.
+pub async fn kill_until(world: &World, moves: i64, done: &AtomicBool) -> usize {
     let (mut orchestrators, mut workers, mut killed) = (Vec::new(), Vec::new(), 0);
     for n in 0..2 {
         orchestrators.push(world.orchestrator_process().await);
@@ -105,7 +108,7 @@ async fn kill_until(world: &World, done: &AtomicBool) -> usize {
     while !done.load(Ordering::Relaxed) {
         let before = world.number("select count(*) from tasker.transitions").await;
         let until = tokio::time::Instant::now() + DEADLINE;
-        while world.number("select count(*) from tasker.transitions").await < before + 150
+        while world.number("select count(*) from tasker.transitions").await < before + moves
             && !done.load(Ordering::Relaxed)
         {
             assert!(tokio::time::Instant::now() < until, "nothing moves after {killed} kills");
@@ -126,44 +129,55 @@ async fn kill_until(world: &World, done: &AtomicBool) -> usize {
     killed
 }
 
+/// Submits so many tasks of all features, and signals, suspends and resumes some of them.
+pub async fn submit_mix(world: &World, features: &[Feature], count: usize) -> Vec<Uuid> {
+    let (mut tasks, mut suspended) = (Vec::new(), Vec::new());
+    for n in 0..count {
+        let (name, _, input, _) = &features[n % features.len()];
+        let task = world.submit_with(json!({"template": name, "input": input})).await.expect("submitted");
+        if *name == "waiting" {
+            // Some signals come before the task has begun to wait, or to run at all.
+            let answer: String =
+                sqlx::query_scalar("select tasker.signal_task($1, 'approved', '{\"answer\": \"yes_please\"}')")
+                    .bind(task)
+                    .fetch_one(&world.pool)
+                    .await
+                    .expect("asked");
+            assert_eq!(answer, "accepted");
+        }
+        if n % 7 == 3 && suspend(world, task).await {
+            suspended.push(task);
+        }
+        tasks.push(task);
+    }
+    for task in suspended {
+        resume(world, task).await;
+    }
+    tasks
+}
+
+/// Registers what the mix is made of.
+pub async fn register_mix(world: &World, features: &[Feature]) {
+    world.register_steps("chain", "a: ok\nb: flaky <- a\nc: ok <- b").await;
+    world.register_steps("one", "a: ok").await;
+    for (name, yaml, ..) in features {
+        world.register(name, yaml).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mix_of_every_feature_survives_the_killing_of_both_kinds_of_process() {
     let mut world = World::start(Setup { orchestrators: 0, workers: 0, rust_workers: 1, ..Setup::default() }).await;
-    world.register_steps("chain", "a: ok\nb: flaky <- a\nc: ok <- b").await;
-    world.register_steps("one", "a: ok").await;
     let features = features();
-    for (name, yaml, ..) in &features {
-        world.register(name, yaml).await;
-    }
+    register_mix(&world, &features).await;
     let done = AtomicBool::new(false);
     let work = async {
-        let (mut tasks, mut suspended) = (Vec::new(), Vec::new());
-        for n in 0..storm(features.len() * 8, features.len() * 80) {
-            let (name, _, input, _) = &features[n % features.len()];
-            let task = world.submit_with(json!({"template": name, "input": input})).await.expect("submitted");
-            if *name == "waiting" {
-                // Some signals come before the task has begun to wait, or to run at all.
-                let answer: String =
-                    sqlx::query_scalar("select tasker.signal_task($1, 'approved', '{\"answer\": \"yes_please\"}')")
-                        .bind(task)
-                        .fetch_one(&world.pool)
-                        .await
-                        .expect("asked");
-                assert_eq!(answer, "accepted");
-            }
-            if n % 7 == 3 && suspend(&world, task).await {
-                suspended.push(task);
-            }
-            tasks.push(task);
-        }
-        for task in suspended {
-            resume(&world, task).await;
-        }
+        let tasks = submit_mix(&world, &features, storm(features.len() * 8, features.len() * 80)).await;
         let states = world.finish_within(&tasks, DEADLINE * 10).await;
         done.store(true, Ordering::Relaxed);
         (tasks, states)
     };
-    let (killed, (tasks, states)) = tokio::join!(kill_until(&world, &done), work);
+    let (killed, (tasks, states)) = tokio::join!(kill_until(&world, 150, &done), work);
     assert!(killed >= 4, "only {killed} processes were killed under load");
     for (n, (task, state)) in tasks.iter().zip(&states).enumerate() {
         let (name, _, _, expected) = &features[n % features.len()];

@@ -41,6 +41,7 @@ mod schedules;
 mod suspend;
 mod timeouts;
 mod told;
+mod trace_proof;
 mod trace_settings;
 mod two_orchestrators_two_workers;
 mod versions;

@@ -11,6 +11,7 @@ pub mod page;
 pub mod problem;
 pub mod routes;
 mod serve;
+mod traced;
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;

@@ -25,7 +25,7 @@ use tower_http::compression::CompressionLayer;
 
 use crate::operation::Api;
 use crate::problem::{METHOD_NOT_ALLOWED, Problem};
-use crate::{Config, Inner, State, guard, page, routes};
+use crate::{Config, Inner, State, guard, page, routes, traced};
 
 /// The longest that a client may take to send its request's head, or to finish its TLS handshake.
 const LONGEST_HEAD: Duration = Duration::from_secs(10);
@@ -222,6 +222,7 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
     let all = if base_path.is_empty() { all } else { Router::new().nest(&base_path, all).fallback(not_found) };
     let router = all
         .layer(CompressionLayer::new())
+        .layer(middleware::from_fn(traced::around))
         .layer(middleware::from_fn_with_state(state.clone(), guard::around))
         .with_state(state.clone());
     (router, state)

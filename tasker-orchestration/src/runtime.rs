@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rand::RngExt;
 use sqlx::pool::PoolConnection;
@@ -14,7 +14,7 @@ use sqlx::{PgPool, Postgres};
 use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS};
-use tasker_shared::telemetry;
+use tasker_shared::telemetry::{self, live};
 use tasker_shared::trace::config::{Resolved, Sources, TraceConfig};
 use tasker_shared::trace::export::{Exporter, StartError, Stats};
 use tasker_shared::trace::settings::{self, Applying, Follower};
@@ -338,10 +338,12 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
+            let began = SystemTime::now();
             let messages = inbox.receive(&shared).await?;
             let found = messages.len();
             if found > 0 {
-                initialize::initialize(&shared, messages).await?;
+                let span = settle_span(inbox.queue, began, &messages);
+                live::within(span, initialize::initialize(&shared, messages)).await?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -355,19 +357,27 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
     let mut pause = Pause::new();
     while !stop.is_cancelled() {
         let turn = async {
+            let began = SystemTime::now();
             let messages = inbox.receive(&shared).await?;
             let found = messages.len();
             if found > 0 {
+                let span = settle_span(inbox.queue, began, &messages);
                 // A full batch means there is more: let another settler look at once.
                 if found == usize::try_from(batch).unwrap_or(usize::MAX) {
                     wakes.results.notify_one();
                 }
-                results::settle_results(&shared, messages).await?;
+                live::within(span, results::settle_results(&shared, messages)).await?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
         after_turn("results", turn.await, &mut pause, &wakes.results, &stop).await;
     }
+}
+
+/// The live span of what was received, linked to the tasks it is about.
+fn settle_span(queue: &str, began: SystemTime, messages: &[Message]) -> Option<live::LiveSpan> {
+    let received = live::Received { queue, namespace: None, began, count: messages.len() };
+    live::batch(received, messages.iter().filter_map(|message| message.headers.as_ref()?.get("traceparent")?.as_str()))
 }
 
 /// One loop's way to its queue: a connection of its own, because giving it back to the pool

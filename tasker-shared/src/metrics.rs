@@ -136,6 +136,13 @@ pub struct OfResult {
     pub result: &'static str,
 }
 
+/// Why something failed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[expect(missing_docs, reason = "labels")]
+pub struct OfReason {
+    pub reason: &'static str,
+}
+
 macro_rules! with_other {
     ($($name:ident { $($names:ident),* ; $($words:ident),* })*) => {
         $(impl Labels for $name {
@@ -156,6 +163,7 @@ with_other! {
     OfResult { ; result }
     OfCall { ; call }
     SpanEnd { span_name, namespace, handler; }
+    OfReason { ; reason }
 }
 
 /// Of things that take milliseconds, as a rule.
@@ -196,6 +204,9 @@ pub struct Metrics {
     pub worker_results_waiting: Gauge,
     pub worker_call_failures: Bounded<OfCall, Counter>,
     pub span_errors: Bounded<SpanEnd, Counter>,
+    // Readers of traces.
+    pub trace_fetch: Histogram,
+    pub trace_fetch_failures: Bounded<OfReason, Counter>,
     exports: Exports,
 }
 
@@ -279,6 +290,20 @@ impl Metrics {
             None,
             Counter::default,
         );
+        let trace_fetch = histogram(&SHORT);
+        r.register_with_unit(
+            "tasker_trace_fetch",
+            "How long a backend took to answer for a trace",
+            Unit::Seconds,
+            trace_fetch.clone(),
+        );
+        let trace_fetch_failures = family(
+            r,
+            "tasker_trace_fetch_failures",
+            "Traces that a backend was asked for in vain; the log answered alone",
+            None,
+            Counter::default,
+        );
         // A rate needs a zero to begin with.
         for source in ["task_requests", "step_results", "due"] {
             settle_failures.of(&OfSource { source });
@@ -316,6 +341,8 @@ impl Metrics {
             worker_results_waiting,
             worker_call_failures,
             span_errors,
+            trace_fetch,
+            trace_fetch_failures,
             exports,
         }
     }

@@ -6,6 +6,8 @@
 //! `trace::otlp` and `trace::transport`), and never keeps a process from
 //! starting or working.
 
+pub mod live;
+
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -37,6 +39,7 @@ use tracing_subscriber::registry::{LookupSpan, Registry};
 
 use crate::redact::{self, Action, Policy};
 use crate::trace::config::{Compression, ConfigError, Detail, Protocol, Sources, Stored, TraceConfig};
+use crate::trace::context::allow_baggage;
 use crate::trace::{clean, transport};
 
 /// Which kind of process this is; gives live spans their `service.name`.
@@ -262,8 +265,10 @@ impl LiveExport {
             return Ok(());
         }
         config.propagators.activate();
+        allow_baggage(&config.baggage_keys);
         let next = if config.enabled { Some(Pipeline::start(self.role, config, self.counts.clone())?) } else { None };
         self.mode.set(config);
+        live::set(config);
         let before = std::mem::replace(&mut *self.current.0.write().unwrap_or_else(PoisonError::into_inner), next);
         if let Some(before) = before {
             std::thread::spawn(move || before.processor.shutdown_with_timeout(LIVE_TIMEOUT));
@@ -623,7 +628,8 @@ where
             .with_tracked_inactivity(false)
             .with_filter(LiveFilter(mode))
     });
-    Registry::default().with(lines.with_filter(LogFilter(filter))).with(spans)
+    let statements = live::Statements.with_filter(live::OnlyStatements);
+    Registry::default().with(lines.with_filter(LogFilter(filter))).with(spans).with(statements)
 }
 
 fn is_live(target: &str, ours_too: bool) -> bool {
@@ -667,14 +673,22 @@ impl LogFilter {
     fn keeps(meta: &Metadata<'_>) -> bool {
         meta.is_span() && *meta.level() <= Level::INFO && OWN.contains(&crate_of(meta.target()))
     }
+
+    /// The text of a statement never stands in a log line.
+    fn is_statement(meta: &Metadata<'_>) -> bool {
+        meta.target() == "sqlx::query" && *meta.level() > Level::WARN
+    }
 }
 
 impl<S: Subscriber + for<'l> LookupSpan<'l>> Filter<S> for LogFilter {
     fn enabled(&self, meta: &Metadata<'_>, cx: &Context<'_, S>) -> bool {
-        Self::keeps(meta) || Filter::<S>::enabled(&self.0, meta, cx)
+        Self::keeps(meta) || (!Self::is_statement(meta) && Filter::<S>::enabled(&self.0, meta, cx))
     }
 
     fn callsite_enabled(&self, meta: &'static Metadata<'static>) -> Interest {
+        if Self::is_statement(meta) {
+            return Interest::never();
+        }
         let interest = Filter::<S>::callsite_enabled(&self.0, meta);
         if Self::keeps(meta) { Interest::always() } else { interest }
     }

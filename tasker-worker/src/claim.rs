@@ -2,11 +2,12 @@
 //! slots, so that no claim ever waits in this process for its turn.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::PgPool;
 use tasker_shared::store::Error;
 use tasker_shared::store::protocol::{self, Claim};
+use tasker_shared::telemetry::live::{self, Area};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -96,7 +97,18 @@ impl Claimer {
     async fn claim(&self, line: &mut Line, max: usize) -> Result<Vec<Claim>, Error> {
         let max = i32::try_from(max).unwrap_or(i32::MAX);
         let (namespace, queue) = (&*self.executor.namespace, self.queue.as_deref());
-        protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max, self.lease).await
+        let began = SystemTime::now();
+        let claims =
+            protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max, self.lease)
+                .await?;
+        if live::is_on(Area::Messaging, Some(namespace)) {
+            let queue =
+                queue.map_or_else(|| format!("worker_{namespace}"), |name| format!("worker_{namespace}__{name}"));
+            let received = live::Received { queue: &queue, namespace: Some(namespace), began, count: claims.len() };
+            // The claim settles its messages, too: both are one statement.
+            live::batch(received, claims.iter().filter_map(|claim| claim.traceparent.as_deref()));
+        }
+        Ok(claims)
     }
 
     fn start(&self, claims: Vec<Claim>, slots: &mut OwnedSemaphorePermit) {

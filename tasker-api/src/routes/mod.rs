@@ -9,6 +9,7 @@ mod sign_in;
 mod system;
 mod tasks;
 mod templates;
+mod trace;
 
 use axum::Router;
 use schemars::JsonSchema;
@@ -29,6 +30,7 @@ pub(crate) fn add(api: &mut Api) {
     schedules::add(api);
     queues::add(api);
     system::add(api);
+    trace::add(api);
 }
 
 /// What is for browsers and probes, not for programs.

@@ -7,3 +7,4 @@ mod sign_in;
 mod starting;
 mod submitting;
 mod tasks;
+mod trace;

@@ -24,7 +24,7 @@ use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::templates::Loaded;
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::template::Keep;
-use tasker_shared::trace::context::{Baggage, Traceparent};
+use tasker_shared::trace::context::{Baggage, Traceparent, pass_on};
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 use uuid::Uuid;
@@ -781,6 +781,9 @@ fn baggage(row: &TaskRow) -> String {
     baggage.insert("correlation_id", &row.correlation_id);
     baggage.insert("task_uuid", &row.task.uuid.to_string());
     baggage.insert("namespace", &row.namespace);
+    if let Some(callers) = &row.baggage {
+        pass_on(&mut baggage, callers);
+    }
     baggage.to_string()
 }
 

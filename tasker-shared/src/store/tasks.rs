@@ -25,6 +25,8 @@ pub struct TaskRow {
     pub root_link: Option<String>,
     pub trace_flags: u8,
     pub tracestate: Option<String>,
+    /// The caller's, not yet filtered.
+    pub baggage: Option<String>,
     pub created_at: DateTime<Utc>,
     /// The database's time when it was locked.
     pub read_at: DateTime<Utc>,
@@ -36,7 +38,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     let rows = sqlx::query!(
         r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
              parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
-             error_type, reason, ended_by, suspended_from, run_at, trace_id, root_span_id, remote_span_id, root_link, trace_flags, tracestate,
+             error_type, reason, ended_by, suspended_from, run_at, trace_id, root_span_id, remote_span_id, root_link, trace_flags, tracestate, baggage,
              created_at, generation_began_at, last_at, clock_timestamp() as "now!"
            from tasker.tasks where task_uuid = any($1) order by task_uuid for no key update skip locked"#,
         task_uuids
@@ -87,6 +89,7 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 root_link: row.root_link,
                 trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
                 tracestate: row.tracestate,
+                baggage: row.baggage,
                 created_at: row.created_at,
                 read_at: row.now,
             })

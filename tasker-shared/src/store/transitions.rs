@@ -55,6 +55,50 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
     Ok(logs.into_values().collect())
 }
 
+/// A task and the tasks that it awaits, and those that these await, at most `limit`: they are one
+/// trace.
+pub async fn awaited_below(conn: &mut PgConnection, task: Uuid, limit: i64) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"with recursive below as (
+             select $1::uuid as task_uuid
+             union
+             select c.child_uuid from below b
+             join tasker.children c on c.task_uuid = b.task_uuid and c.awaited and c.child_uuid is not null
+           )
+           select task_uuid as "task!" from below limit $2"#,
+        task,
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The tasks of a trace, the oldest first, at most `limit`.
+pub async fn of_trace(conn: &mut PgConnection, trace_id: &[u8; 16], limit: i64) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select task_uuid from tasker.tasks where trace_id = $1 order by task_uuid limit $2",
+        &trace_id[..],
+        limit
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// The traces of these tasks, each once, in the order of the tasks.
+pub async fn traces_of(conn: &mut PgConnection, tasks: &[Uuid]) -> Result<Vec<[u8; 16]>, Error> {
+    let rows = sqlx::query!("select task_uuid, trace_id from tasker.tasks where task_uuid = any($1)", tasks)
+        .fetch_all(conn)
+        .await?;
+    let of: HashMap<Uuid, Vec<u8>> = rows.into_iter().map(|row| (row.task_uuid, row.trace_id)).collect();
+    let mut traces = Vec::new();
+    for id in tasks.iter().filter_map(|task| <[u8; 16]>::try_from(of.get(task)?.as_slice()).ok()) {
+        if !traces.contains(&id) {
+            traces.push(id);
+        }
+    }
+    Ok(traces)
+}
+
 /// What makes the trace of each of these tasks worth keeping, of those that were not sampled when
 /// their trace began and whose template names something.
 pub async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Keep>>, Error> {

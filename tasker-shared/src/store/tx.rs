@@ -49,8 +49,9 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
             ("jit", "off"),
         ])
         .options(options.settings.iter().copied())
-        // SQL text never stands in a log line.
-        .disable_statement_logging();
+        // For `telemetry::live`, if anybody wants it; SQL text never stands in a log line.
+        .disable_statement_logging()
+        .log_statements("debug".parse().expect("a level of logs"));
     PgPoolOptions::new()
         .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{PoisonError, RwLock};
 
 use opentelemetry::baggage::BaggageExt;
 use opentelemetry::trace::{SpanContext, TraceContextExt, TraceFlags, TraceState};
@@ -308,6 +309,22 @@ impl Propagators {
     }
 }
 
+static ALLOWED: RwLock<Vec<String>> = RwLock::new(Vec::new());
+
+/// Makes these the keys of a caller's baggage that go on to steps; ours always do.
+pub fn allow_baggage(keys: &[String]) {
+    keys.clone_into(&mut ALLOWED.write().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// What a caller's baggage may pass on, added to `own`.
+pub fn pass_on(own: &mut Baggage, callers: &str) {
+    let (mut theirs, _) = Baggage::parse(callers);
+    theirs.allow(&ALLOWED.read().unwrap_or_else(PoisonError::into_inner));
+    for (key, value) in theirs.iter() {
+        own.insert(key, value);
+    }
+}
+
 /// Writes `traceparent`, `tracestate` and `baggage` of the current
 /// OpenTelemetry context into `headers`; absent or empty ones are not written.
 ///
@@ -458,6 +475,16 @@ mod tests {
         wide.insert("a", &"ä".repeat(2000));
         wide.insert("b", "1");
         assert_eq!(wide.to_string(), "b=1");
+    }
+
+    #[test]
+    fn callers_baggage_goes_on_as_far_as_it_is_allowed_and_never_replaces_ours() {
+        let mut own = Baggage::default();
+        own.insert("namespace", "shop");
+        allow_baggage(&["tenant".into(), "namespace".into()]);
+        pass_on(&mut own, "tenant=acme,secret=1,namespace=other");
+        assert_eq!(own.to_string(), "namespace=shop,tenant=acme");
+        allow_baggage(&[]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The trace of a task: a pure function of committed rows, and its delivery.
 
+pub mod backend;
 pub mod clean;
 pub mod config;
 pub mod context;
@@ -8,6 +9,7 @@ pub mod ids;
 pub mod log;
 pub mod names;
 pub mod otlp;
+pub mod read;
 pub mod sampling;
 pub mod settings;
 pub mod span;

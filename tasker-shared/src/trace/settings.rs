@@ -4,6 +4,7 @@
 //! makes its tracing so, and says in a row of its own what it does. A change that cannot be used
 //! leaves everything as it is, and the row says why.
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,9 +15,10 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::config::{Resolved, SETTINGS, Sources, Stored, TraceConfig};
+use super::config::{Areas, Resolved, SETTINGS, Sources, Stored, TraceConfig};
 use crate::store;
 use crate::store::trace_settings::{self, ByScope};
+use crate::telemetry::live;
 
 /// The scope of what holds for every process.
 pub const EVERYWHERE: &str = "*";
@@ -109,12 +111,19 @@ impl Follower {
         let Some(sources) = &self.sources else { return Ok(()) };
         let stored = scopes.get(EVERYWHERE).cloned().unwrap_or_default();
         let resolved = sources.resolve(&stored).map_err(|error| error.to_string())?;
-        if resolved == self.now {
-            return Ok(());
-        }
         for warning in resolved.warnings.iter().filter(|warning| !self.now.warnings.contains(warning)) {
             tracing::warn!("{warning}");
         }
+        let own: BTreeMap<String, Areas> = scopes
+            .iter()
+            .filter(|(scope, _)| *scope != EVERYWHERE)
+            .filter_map(|(scope, values)| {
+                let mut merged = stored.clone();
+                merged.extend(values.clone());
+                Some((scope.clone(), sources.resolve(&merged).ok()?.config.areas()))
+            })
+            .collect();
+        live::set_namespaces(&own);
         if resolved.config != self.now.config {
             apply(resolved.config.clone()).await?;
             tracing::info!(

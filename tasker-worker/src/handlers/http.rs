@@ -13,6 +13,7 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AF
 use reqwest::{Client, Method, StatusCode, Url, redirect};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tasker_shared::telemetry::live::{self, Area, Kind};
 use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::transport::tls_config;
 
@@ -71,8 +72,22 @@ impl Http {
         Self { allowed, client: Arc::default() }
     }
 
-    /// Makes the call.
+    /// Makes the call, below a live span of its own if anybody wants it.
     pub async fn call(self, ctx: StepContext, request: Request) -> Result<Response, StepError> {
+        let span = live::is_on(Area::Http, Some(ctx.namespace())).then(|| Url::parse(&request.url).ok()).flatten();
+        let method = request.method.as_deref().unwrap_or("GET").to_ascii_uppercase();
+        let span = span.and_then(|url| live::client(&method, url.host_str()?, url.port_or_known_default()));
+        let Some(span) = span else { return self.exchange(ctx, request).await };
+        let answer = live::run(span.clone(), self.exchange(ctx, request)).await;
+        match &answer {
+            Ok(answer) => live::answered(&span, answer.status, Kind::Client),
+            Err(StepError::Retry { kind, .. } | StepError::Fail { kind, .. }) => live::failed(&span, kind),
+            Err(StepError::Cancel) => live::failed(&span, "cancelled"),
+        }
+        answer
+    }
+
+    async fn exchange(self, ctx: StepContext, request: Request) -> Result<Response, StepError> {
         let url = Url::parse(&request.url).map_err(|error| invalid("url", &error.to_string()))?;
         if !is_allowed(&self.allowed, &url) {
             return Err(StepError::fail("host_not_allowed", refusal(&url)));
