@@ -44,6 +44,8 @@ struct Fixture {
     world: World,
     document: Value,
     task: Uuid,
+    /// The task's trace, 32 hex digits.
+    trace: String,
     message: i64,
 }
 
@@ -76,7 +78,12 @@ impl Fixture {
             assert_eq!(set.status, 200, "{set:?}");
         }
         let document = send(world.request(Method::GET, "/openapi.json")).await.json();
-        let mut fixture = Self { world, document, task, message: 0 };
+        let trace = sqlx::query_scalar("select encode(trace_id, 'hex') from tasker.tasks where task_uuid = $1")
+            .bind(task)
+            .fetch_one(world.pool())
+            .await
+            .expect("a trace id");
+        let mut fixture = Self { world, document, task, trace, message: 0 };
         fixture.quarantine().await;
         fixture
     }
@@ -103,12 +110,14 @@ impl Fixture {
             ("{name}", name),
             ("{queue}", "worker_shop"),
             ("{message}", &message),
+            ("{trace_id}", &self.trace),
         ] {
             path = path.replace(word, value);
         }
         let query = match operation.id.as_str() {
             "diff_template" => "?before=1&after=2",
             "remove_limit" => "?namespace=shop",
+            "list_traces" => "?correlation_id=the-shop-order",
             _ => "",
         };
         let request = self.world.request(operation.method.clone(), &format!("{path}{query}"));

@@ -13,7 +13,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::names;
 use super::otlp::{ServiceNames, hex};
-use super::span::{Kind, TaskSpans, Value};
+use super::span::{Kind, Span, TaskSpans, Value};
 use crate::redact::Policy;
 
 /// The most spans of one answer.
@@ -338,10 +338,24 @@ pub fn below_task(spans: Vec<Flat>, task_uuid: &str) -> Vec<Flat> {
     spans.into_iter().zip(keep).filter_map(|(span, keep)| keep.then_some(span)).collect()
 }
 
+/// What stands for an error's words.
+const HIDDEN: &str = "hidden";
+
 /// Leaves of an error only its type.
+pub fn hide_errors_of(span: &mut Span) {
+    if let Some(error) = &mut span.error {
+        HIDDEN.clone_into(error);
+    }
+    span.attributes.retain(|(key, _)| *key != names::REASON);
+    for event in &mut span.events {
+        event.attributes.retain(|(key, _)| *key != names::EXCEPTION_MESSAGE);
+    }
+}
+
+/// The same for a span of the normalised tree.
 pub fn hide_errors(span: &mut Flat) {
     if let Some(error) = &mut span.error {
-        "hidden".clone_into(error);
+        HIDDEN.clone_into(error);
     }
     span.attributes.remove(names::REASON);
     for event in &mut span.events {
