@@ -14,7 +14,7 @@ use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
 
 use tracing::instrument;
 
-use super::settle::Work;
+use super::load::Work;
 use super::{Shared, measure};
 
 /// A settle that has committed.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::Hint;
 use super::actions::Committed;
-use super::settle::Work;
+use super::load::Work;
 
 /// Where these hints came from: their queue, or `due` if no message brought them.
 pub(super) fn source(queue: &str, hints: &[Hint]) -> OfSource {

@@ -12,7 +12,7 @@ use tasker_shared::trace::context::Traceparent;
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use uuid::Uuid;
 
-use super::settle::Work;
+use super::load::Work;
 use super::{Error, Hint, Look};
 
 /// Reads what became of the tasks that hints tell of.

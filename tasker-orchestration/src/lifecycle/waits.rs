@@ -10,7 +10,7 @@ use tasker_shared::state_machine::plan::Answer;
 use tasker_shared::store::waits;
 use uuid::Uuid;
 
-use super::settle::Work;
+use super::load::Work;
 use super::{Error, Hint, Look};
 
 /// Reads the signals that were kept for tasks whose templates wait for any; answers the steps
