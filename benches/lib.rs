@@ -1,0 +1,252 @@
+//! A chain of steps and the log of its run, for benches: as rows would say it, without a database.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde_json::json;
+use tasker_shared::state_machine::definition::{Definition, Join, StepDefinition};
+use tasker_shared::state_machine::graph::Graph;
+use tasker_shared::state_machine::plan::{Outcome, Step, Task};
+use tasker_shared::state_machine::retry::RetryPolicy;
+use tasker_shared::state_machine::wait::Work;
+use tasker_shared::state_machine::{Snapshot, StepEvent as E, StepState as S, TaskEvent, TaskState};
+use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+use uuid::Uuid;
+
+/// A time to count from.
+pub const BEGAN: DateTime<Utc> = DateTime::UNIX_EPOCH;
+
+/// A template of `steps` steps, each behind the one before.
+pub fn chain(steps: u32) -> Definition {
+    let name = |index: u32| format!("step_{index}");
+    let edges: Vec<(String, Vec<String>)> =
+        (0..steps).map(|index| (name(index), index.checked_sub(1).map(name).into_iter().collect())).collect();
+    let graph = Graph::new(edges.iter().map(|(name, parents)| (&**name, &**parents))).expect("a chain has no cycle");
+    let step = |index: u32| StepDefinition {
+        name: Arc::from(name(index)),
+        work: Work::Handler,
+        handler: "noop".into(),
+        queue: "worker_bench".into(),
+        priority: 0,
+        retry: RetryPolicy::default(),
+        queue_timeout: None,
+        total: None,
+        run_timeout: None,
+        input: None,
+        needs: graph.parents(index).to_vec(),
+        when: None,
+        branches: Vec::new(),
+        join: Join::All,
+        limits: Vec::new(),
+        for_each: None,
+    };
+    Definition {
+        template_id: 1,
+        namespace: "bench".into(),
+        name: "chain".into(),
+        version: "1".into(),
+        block_on_failure: false,
+        total: None,
+        steps: (0..steps).map(step).collect(),
+        by_name: (0..steps).map(|index| (Arc::from(name(index)), index)).collect(),
+        graph,
+        fair_key: None,
+        reaches_far: false,
+    }
+}
+
+/// The task's row in this state, with so many steps open.
+pub fn task(state: TaskState, open_steps: i32) -> Task {
+    Task {
+        uuid: Uuid::from_u128(1),
+        state,
+        version: 4,
+        generation: 1,
+        priority: 0,
+        input: json!({"order": 1}),
+        open_steps,
+        in_flight_steps: i32::from(state == TaskState::StepsInProcess),
+        retrying_steps: 0,
+        held_steps: 0,
+        failed_steps: 0,
+        error_type: None,
+        reason: None,
+        ended_by: None,
+        suspended_from: None,
+        run_at: None,
+        generation_began_at: BEGAN,
+        last_at: BEGAN,
+    }
+}
+
+/// What a settle loads when the first of five steps was reported.
+pub fn first_of_five_reported(definition: &Definition) -> Snapshot<'_> {
+    let reported = Step {
+        state: S::EnqueuedForOrchestration,
+        version: 3,
+        attempt: 1,
+        claim_token: Some(Uuid::from_u128(3)),
+        ..Step::new(Uuid::from_u128(10), 0, 1, 0, 0, BEGAN)
+    };
+    let behind = Step::new(Uuid::from_u128(11), 1, 1, 1, 0, BEGAN);
+    Snapshot {
+        outcomes: HashMap::from([(0, Outcome::Success(json!({"total": 12})))]),
+        steps: HashMap::from([(0, reported), (1, behind)]),
+        ..nothing_loaded(definition, task(TaskState::StepsInProcess, 5))
+    }
+}
+
+/// What a settle loads of a task without steps.
+pub fn nothing_loaded(definition: &Definition, task: Task) -> Snapshot<'_> {
+    Snapshot {
+        task,
+        definition,
+        steps: HashMap::new(),
+        passed: HashSet::new(),
+        outcomes: HashMap::new(),
+        outputs: HashMap::new(),
+        absent: HashSet::new(),
+        maps: HashMap::new(),
+        windows: HashMap::new(),
+        collected: HashMap::new(),
+        deadlines: HashMap::new(),
+        signals: Vec::new(),
+    }
+}
+
+/// The log of a chain of so many steps that ran once each, from its start to its end.
+pub fn log(steps: u32) -> TaskLog {
+    let task = Uuid::from_u128(1);
+    let mut log = TaskLog {
+        head: Head {
+            task_uuid: task,
+            namespace: "bench".into(),
+            task_name: "chain".into(),
+            template_version: "1".into(),
+            correlation_id: "ORDER-4711".into(),
+            parent_correlation_id: None,
+            parent_task_uuid: None,
+            priority: 0,
+            generation: 1,
+            generation_began_at: BEGAN,
+            created_at: BEGAN,
+            trace_id: [7; 16],
+            remote_span_id: None,
+            root_link: None,
+            trace_flags: 1,
+            tracestate: None,
+        },
+        transitions: Vec::new(),
+        attempts: Vec::new(),
+        steps: HashMap::new(),
+    };
+    let mut clock = BEGAN;
+    let mut tick = || {
+        clock += TimeDelta::milliseconds(1);
+        clock
+    };
+    let mut version = 0;
+    let mut move_task = |log: &mut TaskLog, (from, event, to): (TaskState, TaskEvent, TaskState), at| {
+        version += 1;
+        log.transitions.push(moved(task, version, (from.as_str(), event.as_str(), to.as_str()), at));
+        version
+    };
+    let began = tick();
+    move_task(&mut log, (TaskState::Pending, TaskEvent::Start, TaskState::Initializing), began);
+    let mut sender =
+        move_task(&mut log, (TaskState::Initializing, TaskEvent::ReadyStepsFound, TaskState::EnqueuingSteps), began);
+    move_task(&mut log, (TaskState::EnqueuingSteps, TaskEvent::StepsEnqueued, TaskState::StepsInProcess), began);
+    let mut enqueued = began;
+    for index in 0..steps {
+        let step = Uuid::from_u128(100 + u128::from(index));
+        log.steps.insert(
+            step,
+            StepInfo {
+                index,
+                item: None,
+                name: format!("step_{index}").into(),
+                handler: "noop".into(),
+                queue: "worker_bench".into(),
+                max_attempts: 3,
+            },
+        );
+        let (claimed, reported, settled) = (tick(), tick(), tick());
+        let moves = [
+            ((S::Pending, E::Enqueue, S::Enqueued), enqueued),
+            ((S::Enqueued, E::Claim, S::InProgress), claimed),
+            ((S::InProgress, E::Report, S::EnqueuedForOrchestration), reported),
+            ((S::EnqueuedForOrchestration, E::Complete, S::Complete), settled),
+        ];
+        for (version, ((from, event, to), at)) in (1..).zip(moves) {
+            let made = (from.as_str(), event.as_str(), to.as_str());
+            let task_version = (version == 1).then_some(sender + 1);
+            log.transitions.push(Transition { attempt: Some(1), task_version, ..moved(step, version, made, at) });
+        }
+        log.attempts.push(attempt(step, i64::from(index), (claimed, reported)));
+        move_task(
+            &mut log,
+            (TaskState::StepsInProcess, TaskEvent::StepCompleted, TaskState::EvaluatingResults),
+            settled,
+        );
+        if index + 1 < steps {
+            sender = move_task(
+                &mut log,
+                (TaskState::EvaluatingResults, TaskEvent::ReadyStepsFound, TaskState::EnqueuingSteps),
+                settled,
+            );
+            move_task(
+                &mut log,
+                (TaskState::EnqueuingSteps, TaskEvent::StepsEnqueued, TaskState::StepsInProcess),
+                settled,
+            );
+            enqueued = settled;
+        } else {
+            move_task(
+                &mut log,
+                (TaskState::EvaluatingResults, TaskEvent::AllStepsSuccessful, TaskState::Complete),
+                settled,
+            );
+        }
+    }
+    log
+}
+
+fn attempt(step: Uuid, message: i64, (claimed, reported): (DateTime<Utc>, DateTime<Utc>)) -> Attempt {
+    Attempt {
+        step,
+        attempt: 1,
+        worker: "worker-1".into(),
+        worker_version: Some("1".into()),
+        message_id: Some(message),
+        result_message_id: Some(message),
+        claim_began_at: claimed,
+        claimed_at: claimed,
+        report_began_at: Some(reported),
+        reported_at: Some(reported),
+        start_offset_ms: Some(0.1),
+        run_ms: Some(0.2),
+        failure: None,
+        usage: None,
+        milestones: None,
+    }
+}
+
+type Words = (&'static str, &'static str, &'static str);
+
+fn moved(entity: Uuid, version: i32, (from, event, to): Words, at: DateTime<Utc>) -> Transition {
+    Transition {
+        entity,
+        version,
+        task_version: None,
+        generation: 1,
+        attempt: None,
+        from,
+        to,
+        event,
+        actor: None,
+        began_at: at,
+        at,
+        detail: None,
+    }
+}
