@@ -7,49 +7,14 @@ use std::borrow::Cow;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use schemars::JsonSchema;
-use serde::Serialize;
 use tasker_shared::client::ClientError;
+pub use tasker_shared::client::wire::{Finding, Problem as Details};
 use tasker_shared::store;
 use tasker_shared::store::templates::TemplateError;
 
 /// Why a request was refused.
 #[derive(Debug, Clone)]
 pub struct Problem(Box<Details>);
-
-/// What a refusal says.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
-#[schemars(rename = "Problem")]
-pub struct Details {
-    /// Stable; what a program may branch on.
-    pub code: &'static str,
-    /// One line that is the same for every problem of this code.
-    pub title: &'static str,
-    /// The HTTP status.
-    pub status: u16,
-    /// Which field, what is wrong with it, what to do.
-    pub detail: String,
-    /// The field that is at fault, with dots and indexes, such as `tasks[2].input`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub field: Option<String>,
-    /// Every problem that was found, where there may be several.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub problems: Vec<Finding>,
-    #[serde(skip)]
-    retry_after: Option<u64>,
-}
-
-/// One of several problems.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
-pub struct Finding {
-    /// Where: a field, or a key of a template.
-    pub field: String,
-    /// From 1, in a template file; absent elsewhere.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub line: Option<u64>,
-    /// What is wrong and what to do.
-    pub detail: String,
-}
 
 macro_rules! codes {
     ($($(#[doc = $doc:literal])* $name:ident = $status:literal, $code:literal, $title:literal;)*) => {
@@ -113,8 +78,8 @@ impl Code {
     /// A problem of this code.
     pub fn because(self, detail: impl Into<String>) -> Problem {
         Problem(Box::new(Details {
-            code: self.code,
-            title: self.title,
+            code: self.code.into(),
+            title: self.title.into(),
             status: self.status,
             detail: detail.into(),
             field: None,

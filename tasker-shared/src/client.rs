@@ -3,12 +3,15 @@
 //! A thin layer over the public SQL functions: it checks an input before it is sent and adds the
 //! current trace context. It never decides anything, and never writes a row of a task.
 
+pub mod http;
+pub mod wire;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
@@ -93,11 +96,11 @@ impl Submit {
 }
 
 /// A task that was accepted: it exists until retention removes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Submitted {
     /// The task.
     pub task_uuid: Uuid,
-    /// False when the idempotency key was known and this is the first task with it.
+    /// False: the idempotency key was known, and this is the first task with it.
     pub is_new: bool,
 }
 

@@ -2,11 +2,11 @@
 //! orchestrator a moment later, and the audit names the key as the actor.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Value, json};
+use tasker_shared::client::wire::{Bulk, BulkAnswer};
 use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::requests::Act;
-use uuid::Uuid;
 
 use super::tasks::{StepPath, TaskPath, visible};
 use super::{Accepted, Reason};
@@ -200,75 +200,6 @@ async fn settle(call: OfStep<Settled>, by_hand: ByHand) -> Answer<Accepted> {
     let (client, actor) = (call.state.client(), Some(call.who.name.as_str()));
     client.settle_step(call.path.task, &call.path.step, by_hand, output, actor, reason.as_deref()).await?;
     Ok(Accepted::YES.into())
-}
-
-/// Which tasks.
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct BulkFilter {
-    /// Of this namespace only; needed with a key that has only some.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    namespace: Option<String>,
-    /// Of this template only, in any version.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    template: Option<String>,
-    /// With this public status only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<String>,
-    /// With this correlation id only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    correlation_id: Option<String>,
-    /// The `next` of the page before this one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    after: Option<Uuid>,
-}
-
-/// What to do to many tasks.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Bulk {
-    /// At least one of its fields besides `after`.
-    filter: BulkFilter,
-    /// What to do.
-    action: BulkAction,
-    /// Whether to say only what would be done.
-    #[serde(default = "yes")]
-    dry_run: bool,
-    /// Why, for the audit.
-    #[schemars(length(max = 1000))]
-    reason: Option<String>,
-}
-
-fn yes() -> bool {
-    true
-}
-
-/// An act that needs nothing but the task.
-#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum BulkAction {
-    Cancel,
-    Terminate,
-    Suspend,
-    Resume,
-    Retry,
-    GiveUp,
-    Resolve,
-}
-
-/// What was done to many tasks, or would be.
-#[derive(Debug, Deserialize, Serialize, JsonSchema)]
-pub(crate) struct BulkAnswer {
-    /// Tasks that match and allow the act.
-    matched: i64,
-    /// Tasks whose wish was sent.
-    asked: i64,
-    /// Whether nothing was done.
-    dry_run: bool,
-    /// Some of the tasks.
-    sample: Vec<Uuid>,
-    /// The filter's `after` of the next page; null: that was all.
-    next: Option<Uuid>,
 }
 
 async fn bulk(call: Call<Nothing, Nothing, Bulk>) -> Answer<BulkAnswer> {

@@ -14,6 +14,7 @@ mod trace;
 use axum::Router;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+pub use tasker_shared::client::wire::Page;
 
 use crate::auth::Scope;
 use crate::operation::Api;
@@ -36,27 +37,6 @@ pub(crate) fn add(api: &mut Api) {
 /// What is for browsers and probes, not for programs.
 pub(crate) fn outside_the_api() -> Router<State> {
     sign_in::routes()
-}
-
-/// Some of a list, and where it goes on.
-#[derive(Debug, Serialize, JsonSchema)]
-#[schemars(rename = "{T}List")]
-pub struct Page<T> {
-    /// In the order of the list.
-    pub items: Vec<T>,
-    /// The `after` of the next page; null: there is no more.
-    pub next: Option<String>,
-}
-
-impl<T> Page<T> {
-    /// Cuts a list that was read with one row more than asked for, and names its last row.
-    pub(crate) fn cut(mut items: Vec<T>, limit: u32, cursor: impl Fn(&T) -> String) -> Self {
-        let most = usize::try_from(limit).unwrap_or(usize::MAX);
-        let more = items.len() > most;
-        items.truncate(most);
-        let next = items.last().filter(|_| more).map(cursor);
-        Self { items, next }
-    }
 }
 
 /// How many of a list: 1 to 500, 50 if not said.

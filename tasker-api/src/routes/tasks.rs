@@ -1,17 +1,17 @@
 //! Tasks: a task is one run of a workflow. What is done to one is in `acts`.
 
-use std::collections::BTreeMap;
-
 use chrono::{DateTime, Utc};
 use http::HeaderMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tasker_shared::client::Submit;
+use tasker_shared::client::wire::{BatchAnswer, BatchItem, TaskQuery, TaskResult, Why};
+use tasker_shared::client::{Submit, Submitted};
 use tasker_shared::store::details::{self, AttemptRow, StatusCount, StepPayloads, StepPlace, StepRow, TransitionRow};
 use tasker_shared::store::listing::{self, Filter};
 use tasker_shared::store::views::{self, TaskView};
-use tasker_shared::store::why::Situation;
+use tasker_shared::telemetry::live;
+use tasker_shared::trace::config::Incoming;
 use tasker_shared::trace::otlp::hex;
 use uuid::Uuid;
 
@@ -125,12 +125,23 @@ pub(crate) struct NewTask {
     pub priority: Option<i32>,
     /// Not before this time.
     pub run_at: Option<DateTime<Utc>>,
+    /// W3C trace context of this task's caller; goes before the headers of the request.
+    pub traceparent: Option<String>,
+    /// Goes with traceparent.
+    pub tracestate: Option<String>,
+    /// W3C baggage, kept with the task; goes before the header.
+    pub baggage: Option<String>,
 }
 
 impl NewTask {
     fn request(self, headers: &HeaderMap) -> Submit {
         let text =
             |name| headers.get(name).and_then(|value: &http::HeaderValue| value.to_str().ok()).map(str::to_owned);
+        // As of a header: a server that joins no caller's trace joins none.
+        let joins = live::incoming() == Incoming::Join;
+        let own = (self.traceparent, self.tracestate);
+        let (traceparent, tracestate) =
+            if own.0.is_some() && joins { own } else { (text("traceparent"), text("tracestate")) };
         Submit {
             namespace: self.namespace,
             template: self.template,
@@ -140,23 +151,14 @@ impl NewTask {
             idempotency_key: self.idempotency_key,
             priority: self.priority,
             run_at: self.run_at,
-            traceparent: text("traceparent"),
-            tracestate: text("tracestate"),
-            baggage: text("baggage"),
+            traceparent,
+            tracestate,
+            baggage: self.baggage.filter(|_| joins).or_else(|| text("baggage")),
         }
     }
 }
 
-/// A task that was accepted: it exists until retention removes it.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct SubmittedTask {
-    /// The task.
-    pub task_uuid: Uuid,
-    /// False: the idempotency key was known, and this is the first task with it.
-    pub is_new: bool,
-}
-
-async fn submit(call: Call<Nothing, Nothing, NewTask>) -> Answer<SubmittedTask> {
+async fn submit(call: Call<Nothing, Nothing, NewTask>) -> Answer<Submitted> {
     let Call { state, who, headers, body, .. } = call;
     who.require(Scope::TasksSubmit, &body.namespace)?;
     let mut request = body.request(&headers);
@@ -174,7 +176,7 @@ async fn submit(call: Call<Nothing, Nothing, NewTask>) -> Answer<SubmittedTask> 
     let submitted =
         answer.unwrap_or_else(|| Err("the database gave no answer".into())).map_err(|text| not_submitted(&text))?;
     let root = details::root_span(&mut *state.pool().acquire().await?, submitted.task_uuid).await?;
-    let reply = Reply::from(SubmittedTask { task_uuid: submitted.task_uuid, is_new: submitted.is_new })
+    let reply = Reply::from(submitted)
         .header("location", &format!("{}/v1/tasks/{}", state.config().base_path, submitted.task_uuid));
     Ok(match root {
         Some((trace, span, flags)) => {
@@ -200,26 +202,6 @@ pub(crate) struct Batch {
     pub tasks: Vec<NewTask>,
 }
 
-/// What became of each task of a batch, in order.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct BatchAnswer {
-    /// One for each.
-    pub results: Vec<BatchItem>,
-}
-
-/// A task of a batch, or why there is none.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct BatchItem {
-    /// The task; null: it was refused.
-    pub task_uuid: Option<Uuid>,
-    /// Whether it was submitted just now.
-    pub is_new: bool,
-    /// Why it was refused: `invalid_request`, `idempotency_conflict` or `forbidden`.
-    pub code: Option<&'static str>,
-    /// The field and the rule.
-    pub detail: Option<String>,
-}
-
 async fn submit_batch(call: Call<Nothing, Nothing, Batch>) -> Answer<BatchAnswer> {
     let Call { state, who, headers, body, .. } = call;
     if body.tasks.is_empty() || body.tasks.len() > MAX_BATCH {
@@ -228,7 +210,7 @@ async fn submit_batch(call: Call<Nothing, Nothing, Batch>) -> Answer<BatchAnswer
     let refused = |problem: Problem| BatchItem {
         task_uuid: None,
         is_new: false,
-        code: Some(problem.details().code),
+        code: Some(problem.details().code.clone()),
         detail: Some(problem.details().detail.clone()),
     };
     let mut results: Vec<Option<BatchItem>> = Vec::with_capacity(body.tasks.len());
@@ -255,69 +237,40 @@ async fn submit_batch(call: Call<Nothing, Nothing, Batch>) -> Answer<BatchAnswer
     Ok(BatchAnswer { results: results.collect() }.into())
 }
 
-/// Which tasks.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct TaskQuery {
-    /// Of this namespace only.
-    pub namespace: Option<String>,
-    /// Of this template only, in any version.
-    pub template: Option<String>,
-    /// One or more of queued, running, waiting, suspended, completed, failed, cancelled, with commas between them.
-    pub status: Option<String>,
-    /// With this correlation id only.
-    pub correlation_id: Option<String>,
-    /// With this idempotency key only.
-    pub idempotency_key: Option<String>,
-    /// That failed, or are blocked, with an error of this type.
-    pub error_type: Option<String>,
-    /// Created at this time or later.
-    pub created_from: Option<DateTime<Utc>>,
-    /// Created before this time.
-    pub created_to: Option<DateTime<Utc>>,
-    /// The `next` of the page before this one.
-    pub after: Option<Uuid>,
-    /// How many, 1 to 500; 50 if not given. A page may have fewer and still not be the last: go on while `next` is there.
-    pub limit: Option<u32>,
-}
-
-impl TaskQuery {
-    /// What the database is asked for, within what the caller may see.
-    pub fn filter(self, who: &Caller) -> Result<Filter, Problem> {
-        if let Some(namespace) = &self.namespace {
-            who.require(Scope::TasksRead, namespace)?;
-        }
-        let statuses: Vec<String> = match &self.status {
-            None => Vec::new(),
-            Some(list) => list.split(',').map(|word| word.trim().to_owned()).collect(),
-        };
-        if statuses.iter().any(|status| views::states_of(status).next().is_none()) {
-            return Err(Problem::invalid(
-                "status",
-                "must be queued, running, waiting, suspended, completed, failed or cancelled; several with commas between them",
-            ));
-        }
-        let namespaces = match self.namespace {
-            Some(namespace) => Some(vec![namespace]),
-            None => who.namespaces().map(<[String]>::to_vec),
-        };
-        Ok(Filter {
-            namespaces,
-            template: self.template,
-            statuses,
-            correlation_id: self.correlation_id,
-            idempotency_key: self.idempotency_key,
-            error_type: self.error_type,
-            created_from: self.created_from,
-            created_to: self.created_to,
-            after: self.after,
-            limit: limit(self.limit)?,
-        })
+/// What the database is asked for, within what the caller may see.
+fn filter(query: TaskQuery, who: &Caller) -> Result<Filter, Problem> {
+    if let Some(namespace) = &query.namespace {
+        who.require(Scope::TasksRead, namespace)?;
     }
+    let statuses: Vec<String> = match &query.status {
+        None => Vec::new(),
+        Some(list) => list.split(',').map(|word| word.trim().to_owned()).collect(),
+    };
+    if statuses.iter().any(|status| views::states_of(status).next().is_none()) {
+        return Err(Problem::invalid(
+            "status",
+            "must be queued, running, waiting, suspended, completed, failed or cancelled; several with commas between them",
+        ));
+    }
+    let namespaces = match query.namespace {
+        Some(namespace) => Some(vec![namespace]),
+        None => who.namespaces().map(<[String]>::to_vec),
+    };
+    Ok(Filter {
+        namespaces,
+        template: query.template,
+        statuses,
+        correlation_id: query.correlation_id,
+        idempotency_key: query.idempotency_key,
+        error_type: query.error_type,
+        created_from: query.created_from,
+        created_to: query.created_to,
+        after: query.after,
+        limit: limit(query.limit)?,
+    })
 }
-
 async fn list(call: Call<Nothing, TaskQuery, Nothing>) -> Answer<Page<TaskView>> {
-    let filter = call.query.filter(&call.who)?;
+    let filter = filter(call.query, &call.who)?;
     let found = listing::tasks(&mut *call.state.pool().acquire().await?, &filter).await?;
     Ok(Page { items: found.tasks, next: found.next.map(|after| after.to_string()) }.into())
 }
@@ -354,15 +307,6 @@ async fn counts(call: Call<Nothing, CountQuery, Nothing>) -> Answer<Counts> {
     let namespaces = super::own_namespaces(&call.who, Scope::TasksRead, call.query.namespace)?;
     let mut conn = call.state.pool().acquire().await?;
     Ok(Counts { statuses: details::counts(&mut conn, namespaces.as_deref()).await? }.into())
-}
-
-/// What a task waits for.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct Why {
-    /// The public status, a colon, and the reason.
-    pub sentence: String,
-    /// What the sentence is made from.
-    pub situation: Situation,
 }
 
 async fn why(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Why> {
@@ -463,13 +407,6 @@ async fn input(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Input> {
     let found = views::input(&mut *call.state.pool().acquire().await?, call.path.task).await?;
     let input = found.ok_or_else(|| Problem::not_found(format!("task {}", call.path.task)))?;
     Ok(Input { input }.into())
-}
-
-/// What a task came to.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(crate) struct TaskResult {
-    /// The outputs of the completed steps that no other step depends on, by step name.
-    pub outputs: BTreeMap<String, Value>,
 }
 
 async fn result(call: Call<TaskPath, Nothing, Nothing>) -> Answer<TaskResult> {

@@ -2,6 +2,7 @@
 
 mod harness;
 
+mod client;
 mod contract;
 mod sign_in;
 mod starting;

@@ -5,21 +5,23 @@
 
 use chrono::{DateTime, Utc};
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
+use super::views::{Word, public_word};
 
 /// Counts beyond this one are not counted.
 pub const COUNT_TO: i64 = 10_000;
 
 /// How many tasks have a status.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct StatusCount {
     /// The public word.
-    pub status: &'static str,
+    #[serde(deserialize_with = "public_word")]
+    pub status: Word,
     /// How many; at most 10000.
     pub count: i64,
     /// Whether there are more than were counted.
@@ -118,7 +120,7 @@ impl StepPlace {
 }
 
 /// A step without its payloads.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]
 pub struct StepRow {
     pub step_uuid: Uuid,
@@ -177,7 +179,7 @@ pub async fn steps(conn: &mut PgConnection, task: Uuid, after: StepPlace, limit:
 }
 
 /// What went into a step, what it says while it runs, and what came of its latest attempt.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.attempts")]
 pub struct StepPayloads {
     pub step_uuid: Uuid,
@@ -212,7 +214,7 @@ pub async fn step_payloads(
 }
 
 /// One execution of a step. `output`, `error`, `usage` and `milestones` are payloads.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.attempts")]
 pub struct AttemptRow {
     pub step_uuid: Uuid,
@@ -268,7 +270,7 @@ pub async fn attempts(
 }
 
 /// One row of the log. `detail` is a payload.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.transitions, explained there")]
 pub struct TransitionRow {
     /// The task itself, or the step.
@@ -324,7 +326,7 @@ pub async fn transitions(
 }
 
 /// A worker that said hello.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.workers")]
 pub struct WorkerRow {
     pub worker: String,
@@ -356,7 +358,7 @@ pub async fn workers(conn: &mut PgConnection, namespaces: Option<&[String]>) -> 
 }
 
 /// An orchestrator.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.instances")]
 pub struct OrchestratorRow {
     pub instance: Uuid,
@@ -379,7 +381,7 @@ pub async fn orchestrators(conn: &mut PgConnection) -> Result<Vec<OrchestratorRo
 }
 
 /// A namespace: whoever has a template in it.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct NamespaceRow {
     /// Its name.
     pub namespace: String,
@@ -405,7 +407,7 @@ pub async fn namespaces(conn: &mut PgConnection, own: Option<&[String]>) -> Resu
 }
 
 /// A message in quarantine. `message` and `headers` are payloads.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.quarantine")]
 pub struct Quarantined {
     pub quarantine_id: i64,
@@ -482,7 +484,7 @@ pub async fn quarantined_in(
 }
 
 /// What an operator did: to a task, or to the `subject`.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.audit, explained there")]
 pub struct AuditEntry {
     pub audit_id: i64,

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -16,8 +16,22 @@ use crate::state_machine::states::TaskState;
 use crate::trace::otlp::hex;
 use crate::trace::span::TraceId;
 
+/// A word of a fixed set. An alias, so that serde does not take it for a part of what it reads.
+pub(super) type Word = &'static str;
+
+fn state_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Word, D::Error> {
+    let word = String::deserialize(deserializer)?;
+    word.parse().map(TaskState::as_str).map_err(|_| serde::de::Error::custom("state: is not known to this version"))
+}
+
+pub(super) fn public_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Word, D::Error> {
+    let word = String::deserialize(deserializer)?;
+    let known = states_of(&word).next().map(TaskState::public_status);
+    known.ok_or_else(|| serde::de::Error::custom("status: is not known to this version"))
+}
+
 /// A task as people see it. Times are the database's.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
 pub struct TaskView {
     pub task_uuid: Uuid,
@@ -25,8 +39,10 @@ pub struct TaskView {
     pub template: String,
     pub version: String,
     /// The public word: queued, running, waiting, suspended, completed, failed or cancelled.
-    pub status: &'static str,
-    pub state: &'static str,
+    #[serde(deserialize_with = "public_word")]
+    pub status: Word,
+    #[serde(deserialize_with = "state_word")]
+    pub state: Word,
     pub correlation_id: String,
     pub idempotency_key: Option<String>,
     /// The task, the step and the attempt that started it.
@@ -285,7 +301,7 @@ pub async fn in_trace_of(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec
 }
 
 /// What the attempts of a task used, added up.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct UsageView {
     /// Of the whole task.
     pub total: BTreeMap<String, f64>,
@@ -317,7 +333,7 @@ pub async fn usage(conn: &mut PgConnection, task_uuid: Uuid) -> Result<UsageView
 }
 
 /// What one attempt told of itself.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.attempts")]
 pub struct ToldView {
     pub step: String,
@@ -347,7 +363,7 @@ pub async fn told(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<ToldVi
 }
 
 /// A step as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]
 pub struct StepView {
     pub step_uuid: Uuid,
@@ -396,7 +412,7 @@ pub async fn steps(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<StepV
 }
 
 /// One execution of a step, as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.attempts")]
 pub struct AttemptView {
     pub task_uuid: Uuid,
@@ -447,7 +463,7 @@ pub async fn callers(
 }
 
 /// A registered template.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.templates")]
 pub struct TemplateView {
     pub namespace: String,
@@ -538,7 +554,7 @@ pub async fn is_offered(conn: &mut PgConnection, queue: &str, handlers: &[String
 }
 
 /// One queue, and what stands before and behind it.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct QueueView {
     /// Its PGMQ name.
     pub queue: String,
@@ -597,7 +613,7 @@ pub async fn live_workers(conn: &mut PgConnection) -> Result<Vec<LiveWorkers>, E
 }
 
 /// A message that could not become a task or be tied to one.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.quarantine")]
 pub struct QuarantineView {
     pub quarantine_id: i64,

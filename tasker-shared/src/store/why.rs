@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -14,7 +14,7 @@ use super::{Error, flow};
 use crate::state_machine::flow::{LANE_SEPARATOR, handler_limit, namespace_limit};
 
 /// What the sentence is made from.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Situation {
     /// The task.
     pub task: TaskView,
@@ -31,7 +31,7 @@ pub struct Situation {
 }
 
 /// A map that waits for its items.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct OpenMap {
     /// The step's name.
     pub name: String,
@@ -44,7 +44,7 @@ pub struct OpenMap {
 }
 
 /// Steps of one state that wait for the same thing.
-#[derive(Debug, Clone, PartialEq, Serialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct OpenSteps {
     /// The state that they share.
     pub state: String,
