@@ -53,7 +53,9 @@ from tasker.maps m join tasker.steps s on s.step_uuid = m.step_uuid
 cross join lateral (
   select count(*) as created, m.items - count(*) filter (where i.state in ('complete', 'error')) as remaining,
     count(*) filter (where i.state = 'error') as failed
-  from tasker.steps i where i.task_uuid = m.task_uuid and i.step_index = s.step_index and i.item >= 0) i
+  from tasker.steps i where i.task_uuid = m.task_uuid and i.step_index = s.step_index
+    -- What is left of an earlier, longer list is no item of it.
+    and i.item between 0 and m.next_item - 1) i
 where (m.next_item, m.remaining_items, m.failed_items) <> (i.created, i.remaining, i.failed)
 union all
 select format('entity %s: row %s of the log goes %s -> %s at %s, after row %s went to %s at %s', entity_uuid, version,

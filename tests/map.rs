@@ -290,3 +290,58 @@ async fn a_map_that_is_settled_by_hand_ends_its_open_items_and_may_be_run_again(
     }
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rerun_from_before_a_map_reads_the_new_list_and_runs_its_items_after_it() {
+    let world = World::start(Setup { orchestrators: 2, ..Setup::by_hand() }).await;
+    world.register("map", &template(", max_parallel: 2")).await;
+    let task = submit(&world, "map", json!([])).await;
+    for (items, doubled) in
+        [(json!([1, 2, 3]), json!([2, 4, 6])), (json!([5, 6]), json!([10, 12])), (json!([]), json!([]))]
+    {
+        let list = world.claim().await;
+        assert_eq!(list.step_name, "list", "nothing runs before the list is there");
+        assert_eq!(world.report(&list, &Answer::Success(json!({"items": items}))).await, (true, false));
+        for _ in 0..items.as_array().map_or(0, Vec::len) {
+            let item = world.claim().await;
+            assert_eq!(item.step_name, "each");
+            assert_eq!(world.report(&item, &work(&item)).await, (true, false));
+        }
+        let sum = world.claim().await;
+        assert_eq!(sum.input["all"], doubled);
+        world.succeed(&sum).await;
+        assert_eq!(world.finish(&[task]).await, ["complete"]);
+        world.queues_drained().await;
+        world.assert_complete().await;
+        let asked: String = sqlx::query_scalar("select tasker.rerun_task($1, array['list'], 'another list')")
+            .bind(task)
+            .fetch_one(&world.pool)
+            .await
+            .expect("asked");
+        assert_eq!(asked, "accepted");
+    }
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_list_holds_up_what_follows_until_somebody_settles_it() {
+    let world = World::start(Setup { orchestrators: 2, ..Setup::by_hand() }).await;
+    let steps = "on_failure: block\nsteps:\n  - {name: each, handler: ok, for_each: '${input.items}', retry: {on_exhausted: continue}}\n  \
+                 - {name: sum, handler: ok, depends_on: [each], input: {all: '${steps.each.output}'}}\n";
+    world.register("map", steps).await;
+    let task = submit(&world, "map", json!(7)).await;
+    assert_eq!(world.finish(&[task]).await, ["blocked_by_failures"]);
+    let asked: String = sqlx::query_scalar("select tasker.complete_step($1, 'each', '[1]', 'counted by hand')")
+        .bind(task)
+        .fetch_one(&world.pool)
+        .await
+        .expect("asked");
+    assert_eq!(asked, "accepted");
+    let sum = world.claim().await;
+    assert_eq!(sum.input["all"], json!([1]));
+    world.succeed(&sum).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    world.queues_drained().await;
+    world.assert_complete().await;
+    world.end().await;
+}

@@ -50,7 +50,11 @@ pub(super) async fn decide_with_all_it_needs(
         let (mut places, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
         for (work, lacks) in works.iter_mut().zip(lacking) {
             let task = work.row.task.uuid;
-            places.extend(reach(work, &lacks.steps, ahead).into_iter().map(|step| (task, step)));
+            let place = |key| {
+                let (index, item) = work.template.definition.place(key);
+                (task, index, item)
+            };
+            places.extend(reach(work, &lacks.steps, ahead).into_iter().map(place));
             wanted.extend(lacks.outputs.iter().map(|step| (task, *step)));
             for map in &lacks.collected {
                 if let Some(step) = work.map_step(*map) {

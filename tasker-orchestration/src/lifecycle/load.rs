@@ -11,7 +11,7 @@ use tasker_shared::state_machine::StepState;
 use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Signal};
 use tasker_shared::store::maps::{self, Window};
 use tasker_shared::store::nested::ChildEnd;
-use tasker_shared::store::steps::{self, Output, StepRow};
+use tasker_shared::store::steps::{self, Output, Place, StepRow};
 use tasker_shared::store::tasks::TaskRow;
 use tasker_shared::store::templates::Loaded;
 use uuid::Uuid;
@@ -197,7 +197,7 @@ fn by_hand(works: &[Work], hints: &[Hint]) -> Vec<Uuid> {
 }
 
 /// The places of the direct dependents that are not loaded yet.
-fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
+fn behind(works: &[Work]) -> Vec<Place> {
     let mut places = BTreeSet::new();
     for work in works {
         let (items, others): (Vec<&StepRow>, Vec<&StepRow>) =
@@ -207,7 +207,7 @@ fn behind(works: &[Work]) -> Vec<(Uuid, u32)> {
         let children = loaded.iter().flat_map(|index| graph.children(*index)).copied();
         // Behind an item stands its map.
         let behind = children.chain(items.iter().map(|row| row.step.index)).filter(|index| !loaded.contains(index));
-        places.extend(behind.map(|index| (work.row.task.uuid, index)));
+        places.extend(behind.map(|index| (work.row.task.uuid, index, None)));
     }
     places.into_iter().collect()
 }
@@ -337,7 +337,9 @@ const AHEAD: usize = 10_000;
 /// These steps, and those that follow from them, so many levels ahead.
 pub(super) fn reach(work: &Work, steps: &BTreeSet<u32>, levels: usize) -> BTreeSet<u32> {
     let mut found = steps.clone();
-    let mut level: Vec<u32> = steps.iter().copied().collect();
+    // Nothing stands behind an item.
+    let is_step = |key: &u32| work.template.definition.place(*key).1.is_none();
+    let mut level: Vec<u32> = steps.iter().copied().filter(is_step).collect();
     for _ in 1..levels {
         let graph = &work.template.definition.graph;
         let next: Vec<u32> = level.iter().flat_map(|step| graph.children(*step)).copied().collect();

@@ -16,6 +16,8 @@ mod skipping;
 mod task;
 mod waits;
 
+pub use events::NEVER_PASSED;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
@@ -364,6 +366,7 @@ impl<'a, 'r> Pass<'a, 'r> {
                 ignored: 0,
                 skip_counts: Vec::new(),
                 lists: Vec::new(),
+                forgotten_maps: Vec::new(),
                 maps: Vec::new(),
                 map_outputs: Vec::new(),
                 lacks: Lacks::default(),

@@ -51,6 +51,12 @@ impl Definition {
         // 20,000 steps of 100,000 items each are fewer than 2^31.
         item.map_or(index, |item| steps + index * MAX_ITEMS + item)
     }
+
+    /// The index and the item of a key.
+    pub fn place(&self, key: u32) -> (u32, Option<u32>) {
+        let steps = u32::try_from(self.steps.len()).unwrap_or(u32::MAX);
+        key.checked_sub(steps).map_or((key, None), |item| (item / MAX_ITEMS, Some(item % MAX_ITEMS)))
+    }
 }
 
 /// One step of a template.

@@ -516,6 +516,8 @@ pub struct Plan {
     pub skip_counts: Vec<(Uuid, i32)>,
     /// The items of maps that began: the map's step and its list.
     pub lists: Vec<(Uuid, Vec<Value>)>,
+    /// Maps that begin anew: their lists are read again, and what they had come to is no more.
+    pub forgotten_maps: Vec<Uuid>,
     /// How far maps have come.
     pub maps: Vec<(Uuid, Map)>,
     /// What maps came to.
@@ -528,7 +530,7 @@ pub struct Plan {
 /// What decisions lacked, by key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Lacks {
-    /// Steps that a skipped one is followed by.
+    /// Steps that a skipped one is followed by, and items that a map had before it began anew.
     pub steps: BTreeSet<u32>,
     /// Outputs that a step which became ready reads.
     pub outputs: BTreeSet<u32>,

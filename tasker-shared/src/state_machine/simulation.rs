@@ -14,12 +14,12 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::condition::Condition;
-use super::decide::{Event, Operator, Snapshot, decide};
-use super::definition::{Definition, Join, StepDefinition};
+use super::decide::{Event, NEVER_PASSED, Operator, Snapshot, decide};
+use super::definition::{Definition, ForEach, Join, OnItemFailure, StepDefinition};
 use super::graph::Graph;
-use super::input::{BY_REFERENCE, InputTemplate, Scope};
+use super::input::{BY_REFERENCE, InputTemplate, Reference, Scope};
 use super::plan::{
-    Detail, Due, Failure, HeldBy, Lacks, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task, Wait,
+    Detail, Due, Failure, HeldBy, Lacks, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task, Wait,
 };
 use super::retry::{OnExhausted, RetryPolicy};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
@@ -100,8 +100,12 @@ pub(crate) struct World {
     pub created_at: DateTime<Utc>,
     pub generation_began_at: DateTime<Utc>,
     pub finished_at: Option<DateTime<Utc>>,
-    /// By index; empty until the task has begun.
+    /// Those of the template by index, empty until the task has begun; then the items of maps, as they came.
     pub steps: Vec<Step>,
+    /// Where the items of maps stand in `steps`, by key.
+    items: HashMap<u32, usize>,
+    /// The tables `maps` and `map_items`, by the index of the map's step.
+    pub maps: HashMap<u32, (Map, Vec<Value>)>,
     pub log: Vec<Row>,
     pub attempts: Vec<AttemptRow>,
     /// The worker queue.
@@ -159,6 +163,8 @@ impl World {
             generation_began_at: created,
             finished_at: None,
             steps: Vec::new(),
+            items: HashMap::new(),
+            maps: HashMap::new(),
             log: Vec::new(),
             attempts: Vec::new(),
             messages: Vec::new(),
@@ -195,6 +201,40 @@ impl World {
         &self.steps[self.definition.by_name[name] as usize]
     }
 
+    /// What events and messages name a step by.
+    pub fn key(&self, step: &Step) -> u32 {
+        self.definition.key(step.index, step.item)
+    }
+
+    /// The step of a key.
+    pub fn get(&self, key: u32) -> Option<&Step> {
+        let place = self.items.get(&key).copied().unwrap_or(key as usize);
+        self.steps.get(place).filter(|step| self.key(step) == key)
+    }
+
+    /// The step of a key that is known to exist.
+    pub fn at(&self, key: u32) -> &Step {
+        self.get(key).expect("keys name steps that exist")
+    }
+
+    fn at_mut(&mut self, key: u32) -> &mut Step {
+        let place = self.items.get(&key).copied().unwrap_or(key as usize);
+        &mut self.steps[place]
+    }
+
+    /// Whether it is the step of a map itself.
+    pub fn is_map(&self, step: &Step) -> bool {
+        step.item.is_none() && self.definition.steps[step.index as usize].for_each.is_some()
+    }
+
+    /// Why it waits, if it waits.
+    fn wait_reason(&self, step: &Step) -> &'static str {
+        if self.is_map(step) {
+            return "items";
+        }
+        self.definition.steps[step.index as usize].work.wait_reason().expect("only steps without a handler wait")
+    }
+
     /// A Start event for a task whose input is good.
     pub fn start_event(&mut self) -> Event {
         Event::Start { step_uuids: self.new_step_uuids(), invalid: None }
@@ -220,7 +260,7 @@ impl World {
             return None;
         }
         let token = self.new_uuid();
-        let step = &mut self.steps[message.step as usize];
+        let step = self.at_mut(message.step);
         if step.state != StepState::Enqueued || step.attempt != message.attempt {
             return None;
         }
@@ -249,7 +289,7 @@ impl World {
     /// Renews a lease; answers `still_yours`.
     pub fn heartbeat(&mut self, claim: Claim) -> bool {
         let at = self.tick();
-        let step = &mut self.steps[claim.step as usize];
+        let step = self.at_mut(claim.step);
         if step.state != StepState::InProgress || step.claim_token != Some(claim.token) {
             return false;
         }
@@ -262,7 +302,8 @@ impl World {
     pub fn report(&mut self, claim: Claim, outcome: Outcome) -> bool {
         let (began, at) = (self.tick(), self.tick());
         let message_id = i64::try_from(self.ids).unwrap();
-        let step = &mut self.steps[claim.step as usize];
+        let place = self.items.get(&claim.step).copied().unwrap_or(claim.step as usize);
+        let step = &mut self.steps[place];
         let attempt =
             self.attempts.iter_mut().find(|attempt| attempt.token == claim.token).expect("a token comes from a claim");
         if step.state != StepState::InProgress || step.claim_token != Some(claim.token) {
@@ -282,7 +323,7 @@ impl World {
     }
 
     fn worker_move(&mut self, index: u32, event: StepEvent, to: StepState, began_at: DateTime<Utc>, at: DateTime<Utc>) {
-        let step = &mut self.steps[index as usize];
+        let step = self.at_mut(index);
         assert!(step_move_is_legal(step.state, event, to), "{} –{event}→ {to}", step.state);
         step.version += 1;
         let made = Move {
@@ -325,13 +366,28 @@ impl World {
             let lacks = decide(snapshot.clone(), events.to_vec(), &mut Room::unlimited(), now).lacks;
             let steps: Vec<u32> = lacks.steps.difference(&asked.steps).copied().collect();
             let outputs: Vec<u32> = lacks.outputs.difference(&asked.outputs).copied().collect();
-            if steps.is_empty() && outputs.is_empty() {
+            let collected: Vec<u32> = lacks.collected.difference(&asked.collected).copied().collect();
+            let is_new = |(map, window): &(&u32, &(u32, u32))| asked.items.get(*map) != Some(*window);
+            let items: Vec<(u32, (u32, u32))> =
+                lacks.items.iter().filter(is_new).map(|(map, window)| (*map, *window)).collect();
+            if steps.is_empty() && outputs.is_empty() && collected.is_empty() && items.is_empty() {
                 return snapshot;
             }
             assert!(self.definition.reaches_far, "a task that cannot skip needs no second look: {lacks:?}");
             for step in steps {
-                snapshot.steps.insert(step, loaded(&self.steps[step as usize]));
+                // An item of a map that is run again may never have existed.
+                if let Some(row) = self.get(step) {
+                    snapshot.steps.insert(step, loaded(row));
+                }
                 asked.steps.insert(step);
+            }
+            for map in collected {
+                snapshot.collected.insert(map, Ok(self.collect(map, events)));
+                asked.collected.insert(map);
+            }
+            for (map, (from, count)) in items {
+                snapshot.windows.insert(map, self.window(map, from, count));
+                asked.items.insert(map, (from, count));
             }
             for step in outputs {
                 match (self.output_of(&self.steps[step as usize]), self.steps[step as usize].state) {
@@ -358,6 +414,44 @@ impl World {
         counts
     }
 
+    /// A part of a map's list. Items lie in the table in pieces, so that more than was asked for is read.
+    fn window(&self, map: u32, from: u32, count: u32) -> (u32, Vec<Value>) {
+        const PIECE: u32 = 3;
+        let list = &self.maps[&map].1;
+        let start = from - from % PIECE;
+        let end = ((from + count).div_ceil(PIECE) * PIECE).min(u32::try_from(list.len()).unwrap());
+        (start, list[start as usize..end as usize].to_vec())
+    }
+
+    /// The outputs of a map's items in the order of its list, those that end by these events among them.
+    fn collect(&self, map: u32, events: &[Event]) -> Value {
+        let ends = |key: u32| {
+            events.iter().find_map(|event| match event {
+                Event::ChildEnded { step, attempt, outcome, .. }
+                    if *step == key && self.at(key).attempt == *attempt =>
+                {
+                    Some(outcome)
+                }
+                _ => None,
+            })
+        };
+        // A map that has just begun has no rows yet.
+        let items = 0..self.maps.get(&map).map_or(0, |(map, _)| map.next_item);
+        let output = |item| {
+            let step = self.at(self.definition.key(map, Some(item)));
+            let outcome = match step.state {
+                StepState::Waiting => ends(self.key(step)),
+                StepState::Complete | StepState::EnqueuedForOrchestration => self.outcome(step),
+                _ => None,
+            };
+            match outcome {
+                Some(Outcome::Success(output)) => output.clone(),
+                _ => Value::Null,
+            }
+        };
+        items.map(output).collect()
+    }
+
     fn first_snapshot(&self, events: &[Event]) -> Snapshot<'_> {
         let graph = &self.definition.graph;
         let whole = events.iter().any(is_whole);
@@ -376,21 +470,27 @@ impl World {
                 }
             }
         }
+        // A map that is left takes its open items with it.
+        let left: BTreeSet<u32> = events.iter().filter(|event| leaves(event)).filter_map(event_step).collect();
+        let items = self.steps.iter().filter(|step| step.item.is_some() && left.contains(&step.index));
+        about.extend(items.filter(|step| !step.state.is_terminal()).map(|step| self.key(step)));
         let mut steps: HashMap<u32, Step> = HashMap::new();
         let mut passed = HashSet::new();
         if whole {
-            steps.extend(self.steps.iter().map(|step| (step.index, loaded(step))));
-            passed.extend(self.steps.iter().filter(|step| self.is_passed(step)).map(|step| step.index));
+            steps.extend(self.steps.iter().map(|step| (self.key(step), loaded(step))));
+            passed.extend(self.steps.iter().filter(|step| self.is_passed(step)).map(|step| self.key(step)));
         } else {
-            let behind = about.iter().flat_map(|step| graph.children(*step));
-            for index in about.iter().chain(behind) {
-                if let Some(step) = self.steps.get(*index as usize) {
-                    steps.insert(*index, loaded(step));
+            for step in about.iter().filter_map(|key| self.get(*key)) {
+                steps.insert(self.key(step), loaded(step));
+                // Behind an item stands its map.
+                let behind = if step.item.is_some() { &[step.index][..] } else { graph.children(step.index) };
+                for step in behind.iter().filter_map(|key| self.get(*key)) {
+                    steps.entry(step.index).or_insert_with(|| loaded(step));
                 }
             }
         }
         let outcomes = about.iter().filter_map(|index| {
-            let step = self.steps.get(*index as usize)?;
+            let step = self.get(*index)?;
             let reported = self.outcome(step)?;
             // An output given by hand takes the place of the one that was reported.
             let given = self.given.get(&(step.uuid, step.attempt));
@@ -405,6 +505,21 @@ impl World {
         let again = again.copied().collect();
         let outputs = self.outputs(&steps, &about, whole.then_some(&again));
         let (absent, signals) = (HashSet::new(), self.signals.clone());
+        let mut maps = HashMap::new();
+        let mut windows = HashMap::new();
+        for index in steps.values().filter(|step| step.item.is_none()).map(|step| step.index) {
+            let Some((map, _)) = self.maps.get(&index) else {
+                continue;
+            };
+            maps.insert(index, *map);
+            // Each of its items that an event is about makes room for another one.
+            let items = about.iter().filter_map(|key| self.get(*key)).filter(|step| step.item.is_some());
+            let ended = items.filter(|step| step.index == index).count();
+            let count = u32::try_from(ended).unwrap().min(map.items - map.next_item);
+            if count > 0 {
+                windows.insert(index, self.window(index, map.next_item, count));
+            }
+        }
         Snapshot {
             task: self.task.clone(),
             definition: &self.definition,
@@ -415,8 +530,8 @@ impl World {
             absent,
             deadlines: self.deadlines.clone(),
             signals,
-            maps: HashMap::new(),
-            windows: HashMap::new(),
+            maps,
+            windows,
             collected: HashMap::new(),
         }
     }
@@ -428,10 +543,7 @@ impl World {
             StepState::Skipped => last.made.actor.is_some(),
             StepState::Error => {
                 let kind = last.made.detail.as_ref().and_then(|detail| detail.error_type.as_deref());
-                !matches!(
-                    kind,
-                    Some("missing_input" | "quarantined" | "unknown_branch" | "invalid_condition" | "invalid_until")
-                )
+                !kind.is_some_and(|kind| NEVER_PASSED.contains(&kind))
             }
             _ => false,
         })
@@ -463,10 +575,20 @@ impl World {
         // An event may be about a step whose attempt did not succeed.
         let succeeded = |index: &u32| {
             let step = &self.steps[*index as usize];
-            let report = self.attempt(step.uuid, step.attempt).and_then(|attempt| attempt.report.as_ref());
-            about.contains(index) && report.is_some_and(|report| matches!(report.outcome, Outcome::Success(_)))
+            about.contains(index) && matches!(self.outcome(step), Some(Outcome::Success(_)))
         };
-        for step in steps.values() {
+        let read = |outputs: &mut HashMap<u32, Value>, needs: &mut dyn Iterator<Item = &u32>| {
+            for need in needs {
+                if let Some(output) = self.output_of(&self.steps[*need as usize]) {
+                    outputs.insert(*need, output.clone());
+                }
+            }
+        };
+        for step in about.iter().filter_map(|key| self.get(*key)).filter(|step| step.item.is_some()) {
+            let for_each = self.definition.steps[step.index as usize].for_each.as_ref();
+            read(&mut outputs, &mut for_each.iter().flat_map(|for_each| &for_each.needs));
+        }
+        for step in steps.values().filter(|step| step.item.is_none()) {
             let parents = self.definition.graph.parents(step.index);
             let may_become_ready = if let Some(again) = whole {
                 let over = |parent: &u32| about.contains(parent) || self.steps[*parent as usize].state.is_terminal();
@@ -480,11 +602,7 @@ impl World {
                 continue;
             }
             let needs = &self.definition.steps[step.index as usize].needs;
-            for need in needs.iter().filter(|need| !succeeded(need)) {
-                if let Some(output) = self.output_of(&self.steps[*need as usize]) {
-                    outputs.insert(*need, output.clone());
-                }
-            }
+            read(&mut outputs, &mut needs.iter().filter(|need| !succeeded(need)));
         }
         outputs
     }
@@ -552,9 +670,13 @@ impl World {
         for given in &plan.outputs {
             self.given.insert((given.step, given.attempt), given.output.clone());
         }
+        // A map's output stands where one that is given by hand would.
+        for came in &plan.map_outputs {
+            self.given.insert((came.step, 0), came.output.clone());
+        }
         let started = plan.children.iter().map(|child| (child.step, child.attempt));
         for (step, attempt) in started.collect::<Vec<_>>() {
-            let row = &self.steps[self.index_of(step, plan) as usize];
+            let row = self.at(self.index_of(step, plan));
             assert_eq!((row.state, row.attempt), (StepState::Waiting, attempt), "a task that nobody waits for");
             if row.failures == 0 && row.losses == 0 {
                 assert!(row.input.is_some(), "a task without its input");
@@ -565,12 +687,12 @@ impl World {
             let step = self.index_of(send.step, plan);
             let first = self.sent.insert((step, send.attempt));
             assert!(first || resumed, "attempt {} of {step} is dispatched twice", send.attempt);
-            let row = &self.steps[step as usize];
+            let row = self.at(step);
             assert_eq!((row.state, row.attempt), (StepState::Enqueued, send.attempt), "a message without its state");
             // A step that runs at the first of its dependencies may have been held since, while
             // others were done; and one that was held keeps the input it was given when it became ready.
             let joins_any = self.definition.steps[row.index as usize].join == Join::Any;
-            let was_held = before.get(step as usize).is_some_and(|before| before.held_by.is_some());
+            let was_held = before.iter().any(|before| before.uuid == row.uuid && before.held_by.is_some());
             let left_out = row.input.as_ref().is_some_and(|input| input.get(BY_REFERENCE).is_some());
             if row.enqueued_event == Some("Enqueue") && first && !was_held && !joins_any && !left_out {
                 assert_eq!(row.input.as_ref(), self.expected_input(step).as_ref(), "the input of step {step}");
@@ -596,8 +718,8 @@ impl World {
     /// The rows of steps, the log and the due hints.
     fn write_steps(&mut self, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) {
         for (new, version_before) in &plan.steps {
-            let row = &mut self.steps[new.index as usize];
-            assert_eq!(row.version, *version_before, "compare-and-set of step {}", new.index);
+            let row = self.at_mut(self.definition.key(new.index, new.item));
+            assert_eq!((row.uuid, row.version), (new.uuid, *version_before), "compare-and-set of step {}", new.index);
             update(row, new, began_at, at);
         }
         for (uuid, skipped) in &plan.skip_counts {
@@ -616,11 +738,42 @@ impl World {
             self.deadlines.insert(self.index_of(*step, plan), *at);
         }
         assert_eq!(plan.new_steps.len(), plan.new_step_queues.len());
-        for new in &plan.new_steps {
-            assert_eq!(self.steps.len(), new.index as usize, "new steps come in order, once");
+        // Items come after the steps of the template.
+        let (items, others): (Vec<&Step>, Vec<&Step>) = plan.new_steps.iter().partition(|new| new.item.is_some());
+        for new in others.into_iter().chain(items) {
+            if new.item.is_some() {
+                let first = self.items.insert(self.key(new), self.steps.len()).is_none();
+                assert!(first, "an item is created once: {new:?}");
+            } else {
+                assert_eq!(self.steps.len(), new.index as usize, "new steps come in order, once");
+            }
             let enqueued = opens_attempt(new);
             let times = enqueued.then_some((began_at, at)).unzip();
             self.steps.push(Step { enqueued_began_at: times.0, enqueued_at: times.1, last_at: at, ..new.clone() });
+        }
+        self.write_maps(plan);
+    }
+
+    /// `store/maps.rs`.
+    fn write_maps(&mut self, plan: &Plan) {
+        for step in &plan.forgotten_maps {
+            let index = self.index_of(*step, plan);
+            assert!(self.maps.remove(&index).is_some(), "a map that never began is forgotten");
+        }
+        for (step, list) in &plan.lists {
+            let index = self.index_of(*step, plan);
+            let twice = self.maps.insert(index, (Map::new(0), list.clone()));
+            assert!(twice.is_none(), "the list of a map is read once");
+        }
+        for (step, map) in &plan.maps {
+            let index = self.index_of(*step, plan);
+            self.maps.get_mut(&index).expect("its list was read").0 = *map;
+        }
+        let mut grown: BTreeSet<u32> =
+            plan.new_steps.iter().filter(|new| new.item.is_some()).map(|new| new.index).collect();
+        for index in std::mem::take(&mut grown) {
+            let most = self.definition.steps[index as usize].for_each.as_ref().expect("items are a map's").max_parallel;
+            assert!(self.maps[&index].0.open_items() <= most, "more than max_parallel items are open");
         }
     }
 
@@ -637,22 +790,29 @@ impl World {
 
     /// Whether an attempt of it is open: its message, its claim, its report, or the task it waits for.
     fn has_attempt(&self, step: &Step) -> bool {
-        let waits_for_child = || matches!(self.definition.steps[step.index as usize].work, Work::Task(_));
+        let waits_for_child =
+            || !self.is_map(step) && matches!(self.definition.steps[step.index as usize].work, Work::Task(_));
         step.state.is_in_flight() || (step.state == StepState::Waiting && waits_for_child())
     }
 
     /// A step's input, out of every output there is; `None` if it reads one that is not there.
     fn expected_input(&self, index: u32) -> Option<Value> {
         let output = |index: u32| self.output_of(self.steps.get(index as usize)?);
-        let defined = &self.definition.steps[index as usize];
+        let step = self.at(index);
+        let defined = &self.definition.steps[step.index as usize];
+        let item = step.item.map(|item| (self.maps[&step.index].1[item as usize].clone(), json!(item)));
         if let Some(template) = &defined.input {
             let absent = |name: &str| {
                 let state = self.steps[self.definition.by_name[name] as usize].state;
                 state == StepState::Skipped || !state.is_terminal()
             };
             let outputs = |name: &str| output(self.definition.by_name[name]);
-            let scope = Scope { input: &self.task.input, outputs: &outputs, absent: &absent, item: None };
+            let item = item.as_ref().map(|(value, place)| (value, place));
+            let scope = Scope { input: &self.task.input, outputs: &outputs, absent: &absent, item };
             return template.resolve_in(scope).ok();
+        }
+        if let Some((value, place)) = item {
+            return Some(json!({"item": value, "item_index": place}));
         }
         let parents = self.definition.graph.parents(index).iter();
         let steps: serde_json::Map<String, Value> = parents
@@ -665,22 +825,24 @@ impl World {
 
     fn index_of(&self, step: Uuid, plan: &Plan) -> u32 {
         let mut rows = self.steps.iter().chain(&plan.new_steps);
-        rows.find(|row| row.uuid == step).expect("it is one of the task's steps").index
+        self.key(rows.find(|row| row.uuid == step).expect("it is one of the task's steps"))
     }
 
     /// `store/cancel_open_steps.sql`; answers the attempts it closed.
     fn cancel_open_steps(&mut self, began_at: DateTime<Utc>, at: DateTime<Utc>) -> Vec<(Uuid, i32)> {
         let mut closed = Vec::new();
-        for step in self.steps.iter_mut().filter(|step| !step.state.is_terminal()) {
+        for place in 0..self.steps.len() {
+            let step = &self.steps[place];
+            if step.state.is_terminal() {
+                continue;
+            }
             let has_attempt = step.state.is_in_flight();
             let retry = (step.state == StepState::WaitingForRetry)
                 .then(|| Wait { ended: step.ready_at, ..Wait::new("retry", step.last_at, step.due_at, step.version) });
             let held =
                 step.held_by.map(|held| Wait::new(held.as_str(), step.ready_at.unwrap(), None, step.version + 1));
-            let waited = (step.state == StepState::Waiting).then(|| {
-                let reason = self.definition.steps[step.index as usize].work.wait_reason().unwrap();
-                Wait::new(reason, step.last_at, step.due_at, step.version)
-            });
+            let waited = (step.state == StepState::Waiting)
+                .then(|| Wait::new(self.wait_reason(step), step.last_at, step.due_at, step.version));
             let waited_now = waited.is_some();
             let has_number = has_attempt || waited_now;
             let detail = Detail {
@@ -689,8 +851,7 @@ impl World {
                 waits: retry.into_iter().chain(waited).chain(held).collect(),
                 ..Detail::default()
             };
-            let for_child = matches!(self.definition.steps[step.index as usize].work, Work::Task(_));
-            if has_attempt || (waited_now && for_child) {
+            if self.has_attempt(step) {
                 closed.push((step.uuid, step.attempt));
             }
             let made = Move {
@@ -706,6 +867,7 @@ impl World {
                 claim_token: step.claim_token.filter(|_| has_attempt),
                 detail: Some(detail),
             };
+            let step = &mut self.steps[place];
             step.state = StepState::Cancelled;
             step.version += 1;
             step.last_at = at.max(step.last_at + TimeDelta::microseconds(1));
@@ -798,10 +960,12 @@ impl World {
                 let (event, to) = (made.event.parse::<StepEvent>().unwrap(), made.to.parse().unwrap());
                 assert!(step_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
+                    // Items of a map that begins anew follow it; those that it stopped are tried again with it.
+                    let is_item = self.steps.iter().any(|step| step.uuid == made.entity && step.item.is_some());
                     let repaired = was_open && from == StepState::Error;
-                    assert!(by_operator, "{from} is final: {made:?}");
+                    assert!(by_operator || (is_item && made.event == "Rerun"), "{from} is final: {made:?}");
                     assert!(
-                        repaired || generation > self.task.generation,
+                        repaired || is_item || generation > self.task.generation,
                         "{from} is final for its generation: {made:?}"
                     );
                 }
@@ -831,7 +995,8 @@ impl World {
         let counted = (task.open_steps, task.in_flight_steps, task.retrying_steps, task.held_steps);
         assert_eq!(counted, recounted, "open, in flight, retrying, held");
         assert_eq!(task.suspended_from.is_some(), task.state == TaskState::Suspended);
-        let failed = self.steps.iter().filter(|step| step.state == StepState::Error && !self.counts_as_done(step));
+        let failed = |step: &&Step| step.state == StepState::Error && step.item.is_none() && !self.counts_as_done(step);
+        let failed = self.steps.iter().filter(failed);
         assert_eq!(task.failed_steps, i32::try_from(failed.count()).unwrap(), "failed");
         let rests = match task.state {
             TaskState::StepsInProcess => task.in_flight_steps > 0,
@@ -840,22 +1005,59 @@ impl World {
             TaskState::BlockedByFailures => {
                 (task.in_flight_steps, task.retrying_steps, task.held_steps) == (0, 0, 0) && task.failed_steps > 0
             }
-            TaskState::Complete => self.steps.len() == self.definition.steps.len() && task.failed_steps == 0,
+            TaskState::Complete => self.steps.len() >= self.definition.steps.len() && task.failed_steps == 0,
             _ => true,
         };
         assert!(rests, "{task:?}");
         for step in &self.steps {
             self.check_step(step);
         }
+        for (index, (map, list)) in &self.maps {
+            self.check_map(*index, *map, list);
+        }
         for (step, attempt, task) in &self.children {
-            let step = &self.steps[*step as usize];
+            let step = self.at(*step);
             let waits = step.state == StepState::Waiting && step.attempt == *attempt;
             assert!(waits, "nobody waits for {task:?} any more, and it goes on: {step:?}");
         }
         self.check_log();
     }
 
+    /// What a map's row counts is what its items say.
+    fn check_map(&self, index: u32, map: Map, list: &[Value]) {
+        let items = (0..map.next_item).map(|item| self.at(self.definition.key(index, Some(item))).state);
+        let items: Vec<StepState> = items.collect();
+        let ended = items.iter().filter(|state| matches!(state, StepState::Complete | StepState::Error)).count();
+        let failed = items.iter().filter(|state| **state == StepState::Error).count();
+        let counted = (map.items as usize, (map.items - map.remaining_items) as usize, map.failed_items as usize);
+        assert_eq!(counted, (list.len(), ended, failed), "items, ended, failed of the map {index}");
+        let step = &self.steps[index as usize];
+        let runs = step.state == StepState::Waiting;
+        let open = items.iter().filter(|state| !state.is_terminal()).count();
+        assert!(runs || open == 0, "items of a map that does not wait for them: {step:?}, {map:?}");
+        if runs {
+            assert!(open > 0 || self.task.state == TaskState::Suspended, "a map that waits for nothing: {map:?}");
+        }
+        if step.state == StepState::Complete && step.attempt == 0 && map.remaining_items == 0 {
+            let output = self.output_of(step).and_then(Value::as_array);
+            if let Some(output) = output.filter(|_| self.ended_by_its_items(step)) {
+                let told = |item: usize| {
+                    let row = self.at(self.definition.key(index, Some(u32::try_from(item).unwrap())));
+                    self.output_of(row).cloned().unwrap_or_default()
+                };
+                let wanted: Vec<Value> = (0..list.len()).map(told).collect();
+                assert_eq!(*output, wanted, "the outputs of a map stand in the order of its list");
+            }
+        }
+    }
+
+    fn ended_by_its_items(&self, map: &Step) -> bool {
+        let last = self.log.iter().rfind(|row| row.made.entity == map.uuid);
+        last.is_some_and(|last| last.made.event == StepEvent::ItemsDone.as_str())
+    }
+
     fn check_step(&self, step: &Step) {
+        let key = self.key(step);
         assert!(step.remaining_dependencies >= 0, "steps_dependencies_are_not_negative: {step:?}");
         if step.state == StepState::InProgress {
             assert!(
@@ -867,19 +1069,20 @@ impl World {
             let is_due = matches!(step.state, StepState::Pending | StepState::WaitingForRetry);
             assert!(is_due && step.ready_at.is_some(), "steps_held_is_due: {step:?}");
         }
-        let due = |kind: &str| self.due.iter().any(|(of, _, whose)| *of == kind && *whose == Some(step.index));
+        let due = |kind: &str| self.due.iter().any(|(of, _, whose)| *of == kind && *whose == Some(key));
         // Resume looks at all of these again.
         let suspended = self.task.state == TaskState::Suspended;
         let token = match step.state {
             StepState::Enqueued | StepState::WaitingForRetry if suspended => true,
             StepState::Enqueued => {
-                self.messages.iter().any(|message| (message.step, message.attempt) == (step.index, step.attempt))
+                self.messages.iter().any(|message| (message.step, message.attempt) == (key, step.attempt))
             }
             StepState::InProgress => due("lease"),
             StepState::EnqueuedForOrchestration | StepState::EnqueuedAsErrorForOrchestration => {
-                self.results.contains(&(step.index, step.attempt))
+                self.results.contains(&(key, step.attempt))
             }
             StepState::WaitingForRetry => step.due_at.is_some() && (due("retry") || step.held_by.is_some()),
+            StepState::Waiting if self.is_map(step) => true,
             StepState::Waiting => match self.definition.steps[step.index as usize].work.signal() {
                 Some(signal) => {
                     let kept = self.signals.iter().any(|kept| kept.name == signal.name && signal.allows(&kept.payload));
@@ -887,10 +1090,11 @@ impl World {
                     (step.due_at.is_none() || due("timer")) && (!kept || hint || self.sent_signal)
                 }
                 None if self.has_attempt(step) => {
-                    self.children.iter().any(|(of, attempt, _)| (*of, *attempt) == (step.index, step.attempt))
+                    self.children.iter().any(|(of, attempt, _)| (*of, *attempt) == (key, step.attempt))
                 }
                 None => step.due_at.is_some() && due("timer"),
             },
+            StepState::Pending if step.item.is_some() => step.held_by.is_some() || suspended,
             StepState::Pending => {
                 let (open, done, skipped) = self.parents(step.index);
                 assert_eq!((step.remaining_dependencies, step.skipped_dependencies), (open, skipped), "{step:?}");
@@ -940,7 +1144,9 @@ impl World {
             let (version, at, state) = before.unwrap_or((0, self.created_at, "pending"));
             assert_eq!((made.version, made.from), (version + 1, state), "{made:?}");
             assert!(row.began_at <= row.at && row.at >= at, "{row:?}");
-            if made.entity != self.task.uuid && (made.to == "enqueued" || made.to == "waiting") {
+            let waits_for_items = made.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some("items"));
+            let opens = made.to == "enqueued" || (made.to == "waiting" && !waits_for_items);
+            if made.entity != self.task.uuid && opens {
                 let attempt = attempts.entry(made.entity).or_default();
                 *attempt += 1;
                 let opened = made.attempt.unwrap() + i32::from(made.event == "LeaseExpired");
@@ -970,18 +1176,37 @@ impl World {
 
     /// Claims the message of a step.
     pub fn claim_step(&mut self, name: &str) -> Claim {
-        let index = self.index(name);
-        let attempt = self.steps[index as usize].attempt;
-        let place = self.messages.iter().position(|message| (message.step, message.attempt) == (index, attempt));
+        self.claim_key(self.index(name))
+    }
+
+    fn claim_key(&mut self, key: u32) -> Claim {
+        let attempt = self.at(key).attempt;
+        let place = self.messages.iter().position(|message| (message.step, message.attempt) == (key, attempt));
         self.claim(place.expect("the step was sent")).expect("the step can be claimed")
     }
 
     /// Claims and reports; answers the event that tells of it.
     pub fn run_step(&mut self, name: &str, outcome: Outcome) -> Event {
-        let claim = self.claim_step(name);
+        self.run_key(self.index(name), outcome)
+    }
+
+    /// The same of an item of a map.
+    pub fn run_item(&mut self, map: &str, item: u32, outcome: Outcome) -> Event {
+        self.run_key(self.definition.key(self.index(map), Some(item)), outcome)
+    }
+
+    fn run_key(&mut self, key: u32, outcome: Outcome) -> Event {
+        let claim = self.claim_key(key);
         self.pass(Duration::from_millis(5));
         assert!(self.report(claim, outcome));
         Event::Result { step: claim.step, attempt: claim.attempt }
+    }
+
+    /// Runs an item of a map and settles its result, with room for everything.
+    pub fn finish_item(&mut self, map: &str, item: u32, outcome: Outcome) -> Plan {
+        let event = self.run_item(map, item, outcome);
+        self.results.retain(|(step, _)| Some(*step) != event_step(&event));
+        self.settle(vec![event], &mut Room::unlimited())
     }
 
     /// Runs a step and settles its result, with room for everything.
@@ -1045,6 +1270,11 @@ pub(crate) fn event_step(event: &Event) -> Option<u32> {
         | Event::ByHand { step, .. } => Some(*step),
         _ => None,
     }
+}
+
+/// Whether it may end the wait of a map for its items.
+fn leaves(event: &Event) -> bool {
+    matches!(event, Event::StepTotalDue { .. } | Event::ByHand { .. })
 }
 
 /// Whether an orchestrator loads every step for it.
@@ -1186,6 +1416,25 @@ pub(crate) fn with_task(definition: Definition, step: &str, awaited: bool) -> De
     with(definition, step, |step| {
         step.work = Work::Task(task);
         step.handler = "".into();
+    })
+}
+
+/// Makes a step a map over the list that this reference leads to.
+pub(crate) fn with_map(
+    mut definition: Definition,
+    step: &str,
+    list: &str,
+    max_parallel: u32,
+    on_item_failure: OnItemFailure,
+) -> Definition {
+    definition.reaches_far = true;
+    let reference = Reference::parse_whole(list).unwrap();
+    let list = reference.step().map(|name| definition.by_name[name]);
+    with(definition, step, |step| {
+        // What its items read, its step does not; it reads the list.
+        let needs = if step.input.is_some() { step.needs.clone() } else { Vec::new() };
+        step.needs = needs.iter().copied().chain(list).collect();
+        step.for_each = Some(ForEach { reference, max_parallel, on_item_failure, needs });
     })
 }
 

@@ -168,7 +168,11 @@ pub async fn apply(
         super::steps::set_skip_counts(conn, &skip_counts).await?;
     }
     insert_items(conn, batch, began_at, row.at).await?;
-    let mapping: Vec<&Plan> = batch.iter().map(|(_, plan)| *plan).filter(|plan| !plan.maps.is_empty()).collect();
+    let mapping: Vec<&Plan> = batch
+        .iter()
+        .map(|(_, plan)| *plan)
+        .filter(|plan| !plan.maps.is_empty() || !plan.forgotten_maps.is_empty())
+        .collect();
     if !mapping.is_empty() {
         super::maps::apply(conn, &mapping, row.at).await?;
     }

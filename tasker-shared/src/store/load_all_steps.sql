@@ -7,6 +7,6 @@ select s.step_uuid as "step_uuid!", s.task_uuid as "task_uuid!", s.step_index as
     select from tasker.transitions r
     where r.task_uuid = s.task_uuid and r.entity_uuid = s.step_uuid and r.version = s.version
       and case s.state when 'skipped' then r.actor is not null
-          else coalesce(r.detail->>'error_type', '') not in ('missing_input', 'quarantined', 'unknown_branch', 'invalid_condition', 'invalid_until') end) as "passed!"
+          else coalesce(r.detail->>'error_type', '') <> all($2::text[]) end) as "passed!"
 from tasker.steps s
 where s.task_uuid = any($1::uuid[])

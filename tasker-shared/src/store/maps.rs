@@ -116,7 +116,8 @@ pub async fn collect(
              select jsonb_agg(coalesce(n.output, case when s.state in ('complete', 'enqueued_for_orchestration') and a.outcome = 'success'
                then a.output end) order by s.item) as output
              from tasker.steps m
-             join tasker.steps s on s.task_uuid = m.task_uuid and s.step_index = m.step_index and s.item >= 0
+             join tasker.maps o on o.task_uuid = m.task_uuid and o.step_uuid = m.step_uuid
+             join tasker.steps s on s.task_uuid = m.task_uuid and s.step_index = m.step_index and s.item >= 0 and s.item < o.items
              left join tasker.attempts a on a.task_uuid = s.task_uuid and a.step_uuid = s.step_uuid and a.attempt = s.attempt
              left join unnest($2::int[], $3::jsonb[]) n(item, output) on n.item = s.item
              where m.step_uuid = $1
@@ -132,6 +133,11 @@ pub async fn collect(
 
 /// Writes what these plans say of maps.
 pub(super) async fn apply(conn: &mut PgConnection, plans: &[&Plan], at: DateTime<Utc>) -> Result<(), Error> {
+    let forgotten: Vec<(Uuid, Uuid)> =
+        plans.iter().flat_map(|plan| plan.forgotten_maps.iter().map(|step| (plan.task.uuid, *step))).collect();
+    if !forgotten.is_empty() {
+        forget(conn, &forgotten).await?;
+    }
     let maps: Vec<(Uuid, Uuid, Map)> =
         plans.iter().flat_map(|plan| plan.maps.iter().map(|(step, map)| (plan.task.uuid, *step, *map))).collect();
     if maps.is_empty() {
@@ -166,6 +172,21 @@ pub(super) async fn apply(conn: &mut PgConnection, plans: &[&Plan], at: DateTime
     if !outputs.is_empty() {
         insert_outputs(conn, &outputs, at).await?;
     }
+    Ok(())
+}
+
+async fn forget(conn: &mut PgConnection, maps: &[(Uuid, Uuid)]) -> Result<(), Error> {
+    let (tasks, steps): (Vec<Uuid>, Vec<Uuid>) = maps.iter().copied().unzip();
+    sqlx::query!(
+        "with w as (select * from unnest($1::uuid[], $2::uuid[]) w(task_uuid, step_uuid)), lists as (
+           delete from tasker.map_items i using w where i.task_uuid = w.task_uuid and i.step_uuid = w.step_uuid
+         )
+         delete from tasker.maps m using w where m.task_uuid = w.task_uuid and m.step_uuid = w.step_uuid",
+        &tasks,
+        &steps
+    )
+    .execute(conn)
+    .await?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::Error;
 use crate::redact;
+use crate::state_machine::decide::NEVER_PASSED;
 use crate::state_machine::plan::{Failure, Outcome, Step};
 use crate::state_machine::states::{StepEvent, StepState};
 use crate::trace::log::Attempt;
@@ -128,12 +129,17 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
         .collect()
 }
 
-/// Loads steps by `(task, index)`: those directly behind the ones that events are about. All
+/// A step by its place: its task, its index, and its item if it is one.
+pub type Place = (Uuid, u32, Option<u32>);
+
+/// Loads steps by their places: those directly behind the ones that events are about. All
 /// that can happen to them is that they become ready, so nothing of an attempt is read.
-pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Result<Vec<StepRow>, Error> {
-    let tasks: Vec<Uuid> = places.iter().map(|(task, _)| *task).collect();
-    let indexes: Vec<i32> = places.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
-    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes).fetch_all(conn).await?;
+pub async fn load_behind(conn: &mut PgConnection, places: &[Place]) -> Result<Vec<StepRow>, Error> {
+    let tasks: Vec<Uuid> = places.iter().map(|(task, ..)| *task).collect();
+    let indexes: Vec<i32> = places.iter().map(|(_, index, _)| i32::try_from(*index).unwrap_or(-1)).collect();
+    let item = |item: Option<u32>| item.and_then(|item| i32::try_from(item).ok()).unwrap_or(-1);
+    let items: Vec<i32> = places.iter().map(|(.., of)| item(*of)).collect();
+    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes, &items).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
@@ -149,6 +155,7 @@ pub async fn load_behind(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Res
                     skipped_dependencies: row.skipped_dependencies,
                     ready_at: row.ready_at,
                     held_by: row.held_by.and_then(|word| word.parse().ok()),
+                    item: u32::try_from(row.item).ok(),
                     ..Step::new(id, index, row.generation, row.remaining_dependencies, row.priority, row.last_at)
                 },
                 reported: false,
@@ -191,7 +198,8 @@ pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<O
 /// `skipped` or `error` is [`StepRow::passed`] if those behind it may take it for done: an
 /// operator skipped it, or its handler failed (rather than its input or its message).
 pub async fn load_all(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
-    let rows = sqlx::query_file!("src/store/load_all_steps.sql", task_uuids).fetch_all(conn).await?;
+    let never_passed: Vec<String> = NEVER_PASSED.map(str::to_owned).into();
+    let rows = sqlx::query_file!("src/store/load_all_steps.sql", task_uuids, &never_passed).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;

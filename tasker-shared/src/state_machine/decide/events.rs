@@ -12,6 +12,17 @@ use super::super::retry::{OnExhausted, Verdict, verdict};
 use super::super::states::{StepEvent, StepState, TaskEvent, TaskState};
 use super::{MAX_LOST, Pass, Ready, seed};
 
+/// Failures that `on_exhausted: continue` does not pass over: the steps behind them wait for a repair.
+pub const NEVER_PASSED: [&str; 7] = [
+    "missing_input",
+    "quarantined",
+    "unknown_branch",
+    "invalid_condition",
+    "invalid_until",
+    "not_a_list",
+    "too_many_items",
+];
+
 impl Pass<'_, '_> {
     pub(super) fn start(&mut self, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
         if self.plan.task.state != TaskState::Pending {
@@ -166,6 +177,7 @@ impl Pass<'_, '_> {
     /// What the template and the data say together cannot be done: the step fails for good, and
     /// `on_exhausted` has no say, because trying again or going on without it was never the question.
     pub(super) fn fail_by_definition(&mut self, index: u32, kind: &str, reason: &str) {
+        debug_assert!(NEVER_PASSED.contains(&kind), "a retry would take {kind} for done");
         let detail = Detail { reason: Some(reason.to_owned()), error_type: Some(kind.into()), ..Detail::default() };
         self.move_step(index, StepEvent::Fail, StepState::Error, Some(detail));
         self.step_gave_up(index, kind, reason, OnExhausted::Fail);

@@ -30,7 +30,7 @@ impl ForEach {
     }
 }
 
-impl Pass<'_, '_> {
+impl<'a> Pass<'a, '_> {
     /// A map's dependencies are done: read its list and create the first items.
     pub(super) fn begin_map(&mut self, key: u32, for_each: &ForEach) {
         if !self.maps.contains_key(&key) {
@@ -84,6 +84,21 @@ impl Pass<'_, '_> {
         self.touched_maps.insert(index);
     }
 
+    /// A map that is run again, or that waits once more for what is run again, has another list to
+    /// read. What it had come to is forgotten, and its items wait until it gets to them.
+    pub(super) fn forget_map(&mut self, key: u32) {
+        if self.maps.remove(&key).is_some() {
+            self.touched_maps.remove(&key);
+            self.plan.forgotten_maps.push(self.steps[&key].uuid);
+        }
+    }
+
+    /// Whether it is an item that its map has come to, since it last began.
+    pub(super) fn is_current_item(&self, step: &Step) -> bool {
+        let map = self.maps.get(&step.index);
+        step.item.is_some_and(|item| map.is_some_and(|map| item < map.next_item))
+    }
+
     /// An item that had ended is run again. (One that was cancelled had not ended for its map.)
     pub(super) fn item_again(&mut self, key: u32) {
         let step = &self.steps[&key];
@@ -96,23 +111,31 @@ impl Pass<'_, '_> {
         }
     }
 
-    /// Brings every map whose items have moved forward: more items, or its end.
+    /// Brings every map whose items have moved forward: its end, or more items. The ends come first,
+    /// because one of them may end the task, and then no item is created that nobody would send.
     pub(super) fn advance_maps(&mut self) {
         let mut touched: BTreeSet<u32> = BTreeSet::new();
         while touched != self.touched_maps {
             touched.clone_from(&self.touched_maps);
             for key in &touched {
-                self.advance_map(*key);
+                if let Some(for_each) = self.waits_for_items(*key) {
+                    self.end_finished_map(*key, for_each);
+                }
+            }
+            for key in &touched {
+                if let Some(for_each) = self.waits_for_items(*key).filter(|_| self.fatal.is_none()) {
+                    self.create_items(*key, for_each);
+                }
             }
         }
     }
 
-    fn advance_map(&mut self, key: u32) {
+    fn waits_for_items(&self, key: u32) -> Option<&'a ForEach> {
+        self.defined(key).for_each.as_ref().filter(|_| self.steps[&key].state == StepState::Waiting)
+    }
+
+    fn end_finished_map(&mut self, key: u32, for_each: &ForEach) {
         let definition = self.defined(key);
-        let Some(for_each) = definition.for_each.as_ref().filter(|_| self.steps[&key].state == StepState::Waiting)
-        else {
-            return;
-        };
         let map = self.maps[&key];
         if for_each.has_failed(map.failed_items, map.items) {
             // A task that ends takes the other items with it; else those that run are let finish.
@@ -126,16 +149,34 @@ impl Pass<'_, '_> {
             self.end_map(key, Ok(Value::Array(Vec::new())));
         } else if map.remaining_items == 0 {
             match self.collected.remove(&key) {
-                Some(Ok(output)) => self.end_map(key, Ok(output)),
+                Some(Ok(output)) => {
+                    let output = self.whole_output(key, output);
+                    self.end_map(key, Ok(output));
+                }
                 Some(Err(problem)) => {
                     let reason = format!("the list of its items' outputs {problem}");
                     self.end_map(key, Err(("invalid_output", reason)));
                 }
                 None => drop(self.plan.lacks.collected.insert(key)),
             }
-        } else {
-            self.create_items(key, for_each);
         }
+    }
+
+    /// The outputs as they were read are from before this pass: an item that failed in it, or was
+    /// only created in it, has none.
+    fn whole_output(&self, key: u32, read: Value) -> Value {
+        let Value::Array(mut outputs) = read else {
+            return read;
+        };
+        let items = self.maps[&key].items;
+        outputs.resize(items as usize, Value::Null);
+        for (item, output) in (0..items).zip(&mut outputs) {
+            let step = self.steps.get(&self.definition.key(key, Some(item)));
+            if step.is_some_and(|step| step.state != StepState::Complete) {
+                *output = Value::Null;
+            }
+        }
+        Value::Array(outputs)
     }
 
     fn end_map(&mut self, key: u32, outcome: Result<Value, (&'static str, String)>) {
@@ -165,31 +206,71 @@ impl Pass<'_, '_> {
         }
     }
 
+    /// An item of a list that was there before: no budget of it is spent yet.
+    fn item_from_the_beginning(&mut self, key: u32) {
+        let step = self.touch(key);
+        (step.failures, step.losses, step.due_at) = (0, 0, None);
+        self.move_step(key, StepEvent::Rerun, StepState::Pending, None);
+    }
+
+    /// A part of a map's list; `None` if it has to be read first.
+    fn values(&mut self, map: u32, from: u32, count: u32) -> Option<Vec<Value>> {
+        let held = self.windows.get(&map).and_then(|(start, values)| {
+            let skip = usize::try_from(from.checked_sub(*start)?).ok()?;
+            values.get(skip..skip + count as usize).map(<[Value]>::to_vec)
+        });
+        if held.is_none() {
+            // One part is read of each map, so it must hold whatever is asked for.
+            let window = self.plan.lacks.items.entry(map).or_insert((from, count));
+            let (start, end) = (window.0.min(from), (window.0 + window.1).max(from + count));
+            *window = (start, end - start);
+        }
+        held
+    }
+
+    /// An item that was never sent, because the task ended or its input led nowhere, has no input:
+    /// it needs its value once more. Answers whether it is here.
+    pub(super) fn read_item_again(&mut self, key: u32) -> bool {
+        let step = &self.steps[&key];
+        let (index, item) = (step.index, step.item.unwrap_or_default());
+        let value = self.values(index, item, 1).and_then(|mut values| values.pop());
+        let is_here = value.is_some();
+        self.item_values.extend(value.map(|value| (key, value)));
+        is_here
+    }
+
     /// As many as may be open at once, in the order of the list.
     fn create_items(&mut self, key: u32, for_each: &ForEach) {
         let map = self.maps[&key];
         let (from, open) = (map.next_item, map.open_items());
         let count = for_each.max_parallel.saturating_sub(open).min(map.items - from);
-        // A suspended task starts nothing; its maps go on when it is resumed.
-        if count == 0 || self.plan.task.state == TaskState::Suspended {
+        // A suspended task starts nothing; its maps go on when it is resumed. One that has failed
+        // starts no more.
+        let stops = self.plan.task.state == TaskState::Suspended || for_each.has_failed(map.failed_items, map.items);
+        if count == 0 || stops {
             return;
         }
-        let held = self.windows.get(&key).and_then(|(start, values)| {
-            let skip = usize::try_from(from.checked_sub(*start)?).ok()?;
-            values.get(skip..skip + count as usize).map(<[Value]>::to_vec)
-        });
-        let Some(values) = held else {
-            self.plan.lacks.items.insert(key, (from, count));
+        let Some(values) = self.values(key, from, count) else {
             return;
         };
         let map_step = &self.steps[&key];
         let (map_uuid, generation, priority) = (map_step.uuid, map_step.generation, map_step.priority);
+        // One that began before may have left items behind, which are run again then.
+        let began_before = map_step.version > 1;
         for (item, value) in (from..).zip(values) {
             let item_key = self.definition.key(key, Some(item));
-            let mut step = Step::new(item_uuid(map_uuid, item), key, generation, 0, priority, self.now);
-            step.item = Some(item);
-            self.steps.insert(item_key, step);
-            self.created_items.insert(item_key);
+            if self.steps.contains_key(&item_key) {
+                self.touch(item_key).generation = generation;
+                self.item_from_the_beginning(item_key);
+            } else {
+                if began_before {
+                    self.plan.lacks.steps.insert(item_key);
+                }
+                let mut step = Step::new(item_uuid(map_uuid, item), key, generation, 0, priority, self.now);
+                step.item = Some(item);
+                self.steps.insert(item_key, step);
+                self.created_items.insert(item_key);
+            }
             self.item_values.insert(item_key, value);
             self.ready.push(Ready { step: item_key, event: StepEvent::Enqueue, waits: Vec::new() });
         }
@@ -211,3 +292,6 @@ fn item_uuid(map: Uuid, item: u32) -> Uuid {
         .with_version(uuid::Version::SortRand)
         .into_uuid()
 }
+
+#[cfg(test)]
+mod tests;

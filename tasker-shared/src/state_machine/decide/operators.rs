@@ -192,7 +192,7 @@ impl Pass<'_, '_> {
             self.create_steps(step_uuids);
             return true;
         }
-        self.steps_again(&again, &operator.actor);
+        self.steps_again(again, &operator.actor);
         true
     }
 
@@ -219,14 +219,9 @@ impl Pass<'_, '_> {
         let rerun = chosen.iter().filter(|step| from.contains(step) || !decided(step));
         let mut again = self.unfinished();
         again.extend(rerun.map(|index| (*index, StepEvent::Rerun)));
-        // A map runs every item again, over the list that it read first.
-        let items = self.steps.iter().filter(|(_, step)| step.item.is_some() && step.state.is_terminal());
-        let items: Vec<u32> = items.filter(|(_, step)| again.contains_key(&step.index)).map(|(key, _)| *key).collect();
-        let items = items.into_iter().filter(|key| chosen.contains(&self.steps[key].index));
-        again.extend(items.map(|key| (key, StepEvent::Rerun)).collect::<Vec<_>>());
         self.begin_again(TaskEvent::Rerun, operator);
         self.audit("rerun", operator.clone(), Some(from.to_vec()));
-        self.steps_again(&again, &operator.actor);
+        self.steps_again(again, &operator.actor);
         true
     }
 
@@ -238,7 +233,8 @@ impl Pass<'_, '_> {
             let map = step.item.and_then(|_| self.steps.get(&step.index));
             map.is_some_and(|map| map.state.is_terminal() && !failed(map))
         };
-        let failed = self.steps.iter().filter(|(_, step)| failed(step) && !passed_over(step));
+        let counts = |step: &Step| step.item.is_none() || (self.is_current_item(step) && !passed_over(step));
+        let failed = self.steps.iter().filter(|(_, step)| failed(step) && counts(step));
         failed.map(|(key, _)| (*key, StepEvent::OperatorRetry)).collect()
     }
 
@@ -259,8 +255,16 @@ impl Pass<'_, '_> {
 
     /// Moves the steps back to pending, and counts anew what everything pending still waits for:
     /// what others took for done may not be done any more.
-    fn steps_again(&mut self, again: &BTreeMap<u32, StepEvent>, actor: &str) {
-        for (&index, &event) in again {
+    fn steps_again(&mut self, mut again: BTreeMap<u32, StepEvent>, actor: &str) {
+        let maps: Vec<u32> = again.keys().copied().filter(|key| self.maps.contains_key(key)).collect();
+        for key in maps {
+            let waits_again = self.definition.graph.parents(key).iter().any(|parent| again.contains_key(parent));
+            if waits_again || again[&key] == StepEvent::Rerun {
+                self.forget_map(key);
+                again.retain(|other, _| self.definition.place(*other).1.is_none() || self.steps[other].index != key);
+            }
+        }
+        for (&index, &event) in &again {
             self.item_again(index);
             let generation = self.plan.task.generation;
             let step = self.touch(index);

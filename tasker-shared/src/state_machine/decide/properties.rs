@@ -3,7 +3,7 @@
 //! The rules themselves are checked by the simulated world after every settle; here stands
 //! what happens to it, and what must be true at the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use chrono::TimeDelta;
@@ -11,13 +11,13 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 use serde_json::json;
 
-use super::super::definition::{Definition, Join};
+use super::super::definition::{Definition, Join, OnItemFailure};
 use super::super::flow::{Free, Places};
 use super::super::plan::{Outcome, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
     Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, signal_wait, success, template,
-    with, with_branches, with_input, with_join, with_task, with_wait, with_when,
+    with, with_branches, with_input, with_join, with_map, with_task, with_wait, with_when,
 };
 use super::super::states::{StepState, TaskState};
 use super::super::wait::{OnTimeout, WaitFor};
@@ -52,8 +52,35 @@ pub(crate) struct RandomStep {
     behaviours: Vec<Behaviour>,
     /// 0 and 1 change how it joins, 2 and 3 give it a condition, 4 and 5 make it a decision.
     graph: u8,
+    map: Option<RandomMap>,
     /// Of a decision: the dependents it chooses, one bit each; 0x80 chooses one that is unknown.
     choice: u8,
+}
+
+/// What a step is run over, if it is a map.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct RandomMap {
+    /// 0..=3 read a list of the task's input, 4 reads what is no list, others what the first parent answers.
+    list: u8,
+    max_parallel: u32,
+    on_item_failure: OnItemFailure,
+}
+
+/// Lists of the task's input, by their length, and what is no list.
+const LISTS: [&str; 5] = ["${input.none}", "${input.one}", "${input.three}", "${input.seven}", "${input.total}"];
+
+fn random_map() -> impl Strategy<Value = RandomMap> {
+    let on_item_failure = prop_oneof![
+        2 => Just(OnItemFailure::Fail),
+        2 => Just(OnItemFailure::Continue),
+        1 => (0_u32..4).prop_map(OnItemFailure::Count),
+        1 => (0_u32..=100).prop_map(OnItemFailure::Percent),
+    ];
+    (0_u8..12, 1_u32..5, on_item_failure).prop_map(|(list, max_parallel, on_item_failure)| RandomMap {
+        list,
+        max_parallel,
+        on_item_failure,
+    })
 }
 
 /// What a random step does.
@@ -119,7 +146,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         0_u8..40,
         prop::collection::vec(behaviour, 0..5),
         0_u8..16,
-        any::<u8>(),
+        (any::<u8>(), prop::option::weighted(0.15, random_map())),
         wait,
     )
         .prop_map(
@@ -131,7 +158,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
                 input,
                 behaviours,
                 graph,
-                choice,
+                (choice, map),
                 wait,
             )| {
                 RandomStep {
@@ -143,6 +170,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
                     input,
                     behaviours,
                     graph,
+                    map,
                     // An unknown branch is rare.
                     choice: if choice.is_multiple_of(16) { choice | 0x80 } else { choice & 0x7f },
                     wait,
@@ -211,12 +239,24 @@ impl Story {
                 definition = with_task(definition, &name, awaited);
             }
             definition = match (step.input, step.parents.first()) {
-                (6 | 7, Some(parent)) if self.steps[*parent].wait == RandomWait::Runs => {
+                (6 | 7, Some(parent)) if self.answers_a_list(*parent) => {
                     with_input(definition, &name, &json!({"n": format!("${{steps.s{parent}.output.n}}")}))
                 }
                 (8, _) => with_input(definition, &name, &json!({"n": "${input.nothing}"})),
+                (9..=20, _) if self.maps(index).is_some() => {
+                    with_input(definition, &name, &json!({"value": "${item}", "place": "${item_index}"}))
+                }
                 _ => definition,
             };
+            if let Some(map) = self.maps(index) {
+                let list = match step.parents.first() {
+                    Some(parent) if map.list > 4 && self.answers_a_list(*parent) => {
+                        format!("${{steps.s{parent}.output.list}}")
+                    }
+                    _ => LISTS[usize::from(map.list % 5)].to_owned(),
+                };
+                definition = with_map(definition, &name, &list, map.max_parallel, map.on_item_failure);
+            }
             definition = match (step.graph, step.parents.first()) {
                 (0, Some(_)) => with_join(definition, &name, Join::Taken),
                 (1, Some(_)) => with_join(definition, &name, Join::Any),
@@ -224,7 +264,7 @@ impl Story {
                     with_when(definition, &name, &format!("${{steps.s{parent}.output.n}} > {}", step.choice % 8))
                 }
                 (3, _) => with_when(definition, &name, "${input.total} != 7"),
-                (4 | 5, _) if step.wait == RandomWait::Runs => {
+                (4 | 5, _) if self.decides(index) => {
                     let branches = self.branches(index);
                     let branches: Vec<&str> = branches.iter().map(String::as_str).collect();
                     with_branches(definition, &name, &branches)
@@ -235,6 +275,22 @@ impl Story {
         definition
     }
 
+    /// What a step is run over; a wait is no map, and a decision is none here.
+    fn maps(&self, index: usize) -> Option<RandomMap> {
+        let step = &self.steps[index];
+        let works = matches!(step.wait, RandomWait::Runs | RandomWait::StartsTask(_));
+        step.map.filter(|_| works && !matches!(step.graph, 4 | 5))
+    }
+
+    fn answers_a_list(&self, index: usize) -> bool {
+        self.steps[index].wait == RandomWait::Runs && self.maps(index).is_none()
+    }
+
+    fn decides(&self, index: usize) -> bool {
+        let step = &self.steps[index];
+        matches!(step.graph, 4 | 5) && step.wait == RandomWait::Runs
+    }
+
     /// The dependents of a step, as far as it may choose among them: every second one is not a branch.
     fn branches(&self, index: usize) -> Vec<String> {
         let dependents = (0..self.steps.len()).filter(|child| self.steps[*child].parents.contains(&index));
@@ -242,10 +298,12 @@ impl Story {
     }
 
     /// What a step's handler answers.
-    fn output(&self, index: u32, healed: bool) -> serde_json::Value {
+    fn output(&self, index: u32, item: Option<u32>, attempt: i32, healed: bool) -> serde_json::Value {
         let step = &self.steps[index as usize];
+        // Another attempt answers another list: a map behind a step that is run again has other items.
+        let list: Vec<u32> = (0..(index + attempt.unsigned_abs()) % 6).collect();
         if !matches!(step.graph, 4 | 5) {
-            return json!({"n": index});
+            return json!({"n": index, "item": item, "list": list});
         }
         let branches = self.branches(index as usize);
         let mut chosen: Vec<&str> = (0..)
@@ -256,7 +314,7 @@ impl Story {
         if step.choice & 0x80 != 0 && !healed && !branches.is_empty() {
             chosen.push("nowhere");
         }
-        json!({"n": index, "branches": chosen})
+        json!({"n": index, "branches": chosen, "list": list})
     }
 
     /// Cuts a story down, for tests whose cost grows with the square of it.
@@ -268,11 +326,19 @@ impl Story {
     /// The same without what no retry can cure.
     fn curable(mut self) -> Self {
         (self.has_total, self.invalid, self.skips) = (false, false, false);
+        let lists: Vec<bool> = (0..self.steps.len()).map(|index| self.answers_a_list(index)).collect();
         for step in &mut self.steps {
             if step.input == 8 {
                 step.input = 0;
             }
             step.has_total = false;
+            // What is no list stays none; nor is what a skipped step answers.
+            if let Some(map) = &mut step.map {
+                let reads_output = map.list > 4 && step.parents.first().is_some_and(|parent| lists[*parent]);
+                if !reads_output || matches!(step.graph, 0 | 1) {
+                    map.list %= 4;
+                }
+            }
             // A wait in vain is waited again, in vain.
             if step.wait == RandomWait::WaitsForSignal(Some(OnTimeout::Fail)) {
                 step.wait = RandomWait::WaitsForSignal(None);
@@ -281,9 +347,10 @@ impl Story {
         self
     }
 
-    fn behaviour(&self, step: u32, attempt: i32) -> Behaviour {
+    fn behaviour(&self, step: u32, item: Option<u32>, attempt: i32) -> Behaviour {
         let behaviours = &self.steps[step as usize].behaviours;
-        let attempt = usize::try_from(attempt).unwrap() - 1;
+        // Items of one map fare differently.
+        let attempt = usize::try_from(attempt).unwrap() - 1 + item.map_or(0, |item| item as usize * 2);
         behaviours.get(attempt).copied().unwrap_or(Behaviour::Succeeds)
     }
 }
@@ -302,7 +369,10 @@ pub(crate) struct Driver {
 impl Driver {
     pub fn new(story: &Story) -> Self {
         let mut world = World::new(story.definition());
-        world.task.input = json!({"total": 7, "at": "2026-01-05T12:01:00Z"});
+        world.task.input = json!({
+            "total": 7, "at": "2026-01-05T12:01:00Z",
+            "none": [], "one": [{"a": 1}], "three": ["x", null, 3], "seven": [0, 1, 2, 3, 4, 5, 6],
+        });
         Self { world, story: story.clone(), running: Vec::new(), ghosts: Vec::new(), healed: false }
     }
 
@@ -344,8 +414,8 @@ impl Driver {
                 self.sweep(usize::MAX)?;
             } else if self.world.steps.iter().any(|step| step.state == StepState::Waiting) {
                 // Nothing but a signal can help now.
-                self.world.signal(SIGNALS[0], json!({"n": 1}));
-                self.world.signal(SIGNALS[1], json!({"n": 2, "answer": "yes"}));
+                self.world.signal(SIGNALS[0], json!({"n": 1, "list": []}));
+                self.world.signal(SIGNALS[1], json!({"n": 2, "answer": "yes", "list": [1]}));
             } else {
                 let state = self.world.task.state;
                 prop_assert!(
@@ -368,7 +438,12 @@ impl Driver {
     }
 
     fn behaviour(&self, claim: Claim) -> Behaviour {
-        if self.healed { Behaviour::Succeeds } else { self.story.behaviour(claim.step, claim.attempt) }
+        self.behaves(claim.step, claim.attempt)
+    }
+
+    fn behaves(&self, key: u32, attempt: i32) -> Behaviour {
+        let (index, item) = self.world.definition.place(key);
+        if self.healed { Behaviour::Succeeds } else { self.story.behaviour(index, item, attempt) }
     }
 
     fn will_report(&self, claim: Claim) -> bool {
@@ -387,7 +462,7 @@ impl Driver {
                 let mut events: Vec<Event> = self.world.results.drain(..count).map(result).collect();
                 // Redelivered hints come along with new ones.
                 let done = self.world.steps.iter().filter(|step| step.state == StepState::Complete);
-                let done: Vec<_> = done.map(|step| (step.index, step.attempt)).collect();
+                let done: Vec<_> = done.map(|step| (self.world.key(step), step.attempt)).collect();
                 if !done.is_empty() && argument.is_multiple_of(3) {
                     events.push(result(done[argument / 3 % done.len()]));
                 }
@@ -479,7 +554,10 @@ impl Driver {
         let claim = self.running.remove(place);
         self.world.pass(Duration::from_millis(3));
         let outcome = match self.behaviour(claim) {
-            Behaviour::Succeeds => Outcome::Success(self.story.output(claim.step, self.healed)),
+            Behaviour::Succeeds => {
+                let (index, item) = self.world.definition.place(claim.step);
+                Outcome::Success(self.story.output(index, item, claim.attempt, self.healed))
+            }
             Behaviour::Fails => failure("Flaky"),
             Behaviour::FailsForGood => permanent("Broken"),
             Behaviour::AsksForNow => match failure("Busy") {
@@ -503,7 +581,8 @@ impl Driver {
     fn sweep(&mut self, most: usize) -> TestCaseResult {
         let now = self.world.clock;
         let mut events = Vec::new();
-        let steps = &self.world.steps;
+        let attempts: HashMap<u32, i32> =
+            self.world.steps.iter().map(|step| (self.world.key(step), step.attempt)).collect();
         self.world.due.retain(|(kind, at, step)| {
             if *at > now || events.len() >= most {
                 return true;
@@ -511,7 +590,7 @@ impl Driver {
             events.push(match (*kind, *step) {
                 ("lease", Some(step)) => Event::LeaseDue { step },
                 ("retry", Some(step)) => Event::RetryDue { step },
-                ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: steps[step as usize].attempt },
+                ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: attempts[&step] },
                 ("timer", Some(step)) => Event::TimerDue { step },
                 ("step_timeout", Some(step)) => Event::StepTotalDue { step },
                 ("signal", None) => Event::SignalDue,
@@ -528,12 +607,12 @@ impl Driver {
     /// A task that a step started has ended, was not to be awaited, or could not be started.
     fn end_child(&mut self, place: usize) -> TestCaseResult {
         let (step, attempt, task) = self.world.children.swap_remove(place);
-        let behaviour = if self.healed { Behaviour::Succeeds } else { self.story.behaviour(step, attempt) };
+        let behaviour = self.behaves(step, attempt);
         let outcome = match behaviour {
             Behaviour::FailsForGood => permanent("child_not_created"),
-            _ if !task.awaited => Outcome::Success(json!({"task": "somewhere", "n": step})),
+            _ if !task.awaited => Outcome::Success(json!({"task": "somewhere", "n": step, "list": [1]})),
             Behaviour::Fails | Behaviour::IsLost | Behaviour::Hangs => failure("child_failed"),
-            _ => Outcome::Success(json!({"n": step})),
+            _ => Outcome::Success(json!({"n": step, "list": [1, 2]})),
         };
         self.world.pass(Duration::from_millis(5));
         self.settle(vec![Event::ChildEnded { step, attempt, outcome, link: None }], Room::unlimited())
@@ -546,7 +625,7 @@ impl Driver {
 
     fn admit(&mut self, most: usize, room: Room) -> TestCaseResult {
         let held = self.world.steps.iter().filter(|step| step.held_by.is_some()).take(most);
-        let events = held.map(|step| Event::Admit { step: step.index }).collect();
+        let events = held.map(|step| Event::Admit { step: self.world.key(step) }).collect();
         self.settle(events, room)
     }
 
@@ -568,7 +647,7 @@ impl Driver {
         }
         let index = (argument / 8) % self.world.steps.len();
         let step = &self.world.steps[index];
-        let (index, attempt) = (step.index, step.attempt);
+        let (index, attempt) = (self.world.key(step), step.attempt);
         let events = match argument % 8 {
             0 => vec![Event::Result { step: index, attempt }, Event::Result { step: index, attempt: attempt - 1 }],
             1 => vec![Event::LeaseDue { step: index }],
@@ -596,7 +675,7 @@ impl Driver {
     }
 
     fn operate(&mut self, argument: usize) -> TestCaseResult {
-        let steps = self.world.steps.len().max(1);
+        let steps = self.world.definition.steps.len().max(1);
         let some = |of: usize| u32::try_from(of % steps).unwrap();
         let by = operator("hana");
         let event = match argument % 16 {
@@ -610,11 +689,11 @@ impl Driver {
                 Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Skip, output: None }
             }
             9 => {
-                let output = Some(json!({"n": 1000}));
+                let output = Some(json!({"n": 1000, "list": [1, 2]}));
                 Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Resolve, output }
             }
             8 | 10 => {
-                let output = Some(json!({"n": 1000}));
+                let output = Some(json!({"n": 1000, "list": [1, 2]}));
                 Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Complete, output }
             }
             11 | 12 => Event::Rerun { operator: by, from: vec![some(argument / 16), some(argument / 64)] },
@@ -705,8 +784,9 @@ proptest! {
         driver.heal()?;
         let world = &driver.world;
         prop_assert_eq!(world.task.state, TaskState::Complete, "{:?}", world.task);
+        // What a failed item means was for its map to say.
         let done =
-            |step: &Step| matches!(step.state, StepState::Complete | StepState::ResolvedManually | StepState::Skipped);
+            |step: &Step| step.item.is_some() || matches!(step.state, StepState::Complete | StepState::ResolvedManually | StepState::Skipped);
         prop_assert!(world.steps.iter().all(done), "{:?}", world.steps);
     }
 
@@ -717,7 +797,7 @@ proptest! {
         if !driver.world.task.state.is_terminal() || driver.world.steps.is_empty() {
             return Ok(());
         }
-        let from = from % u32::try_from(driver.world.steps.len()).unwrap();
+        let from = from % u32::try_from(driver.world.definition.steps.len()).unwrap();
         let before = driver.world.clone();
         driver.healed = true;
         driver.settle(vec![Event::Rerun { operator: operator("ruth"), from: vec![from] }], Room::unlimited())?;
@@ -730,11 +810,15 @@ proptest! {
                 follows.insert(old.index);
             }
             let done = matches!(old.state, StepState::Complete | StepState::ResolvedManually);
-            if follows.contains(&old.index) {
+            if old.item.is_some() && follows.contains(&old.index) {
+                // The list may be shorter now, or its map not be chosen.
+                prop_assert!(new.state.is_terminal());
+            } else if follows.contains(&old.index) {
                 // What a decision that was not run again did not choose stays as it was.
-                let again = new.attempt > old.attempt && new.generation == world.task.generation;
+                let ran = new.attempt > old.attempt || world.is_map(new);
+                let again = ran && new.generation == world.task.generation;
                 prop_assert!(new.state == StepState::Skipped || (new.state == StepState::Complete && again));
-            } else if done {
+            } else if done && (old.item.is_none() || world.steps[old.index as usize].version == before.steps[old.index as usize].version) {
                 prop_assert_eq!((new.attempt, new.version), (old.attempt, old.version), "it keeps what it came to");
             }
         }

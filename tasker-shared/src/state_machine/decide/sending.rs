@@ -55,6 +55,11 @@ impl Pass<'_, '_> {
             let held = self.steps[&index].held_by;
             let work = &self.defined(index).work;
             // An item that is tried again keeps the input it had.
+            let step = &self.steps[&index];
+            let was_sent = step.item.is_none() || step.attempt > 0 || self.item_values.contains_key(&index);
+            if !was_sent && held.is_none() && !self.read_item_again(index) {
+                continue;
+            }
             let is_old_item = self.steps[&index].item.is_some() && !self.item_values.contains_key(&index);
             let has_input = held.is_some() || event != StepEvent::Enqueue || is_old_item;
             if !has_input {

@@ -92,10 +92,10 @@ fn attempt(row: &AttemptRow) -> Attempt {
 
 /// The whole log, as recovery reads it.
 fn full(world: &World) -> TaskLog {
-    let info = |index: u32| {
+    let info = |index: u32, item: Option<u32>| {
         let defined = &world.definition.steps[index as usize];
         StepInfo {
-            item: None,
+            item,
             index,
             name: defined.name.clone(),
             handler: defined.handler.clone(),
@@ -107,7 +107,7 @@ fn full(world: &World) -> TaskLog {
         head: head(world),
         transitions: world.log.iter().map(transition).collect(),
         attempts: world.attempts.iter().map(attempt).collect(),
-        steps: world.steps.iter().map(|step| (step.uuid, info(step.index))).collect(),
+        steps: world.steps.iter().map(|step| (step.uuid, info(step.index, step.item))).collect(),
     }
 }
 
