@@ -147,7 +147,10 @@
 
   const live = document.querySelector("button[data-live]");
   let paused = sessionStorage.getItem("tasker-paused") === "yes", dirty = false, reading = false, tag = "", last = 0;
-  const every = Number(document.body.dataset.every || 1000);
+  // While many watch, the server asks for fewer looks.
+  let every = 1000, again = 1800;
+  const pace = (body) => { every = Number(body.dataset.every || 1000); again = Number(body.dataset.again || 1800); };
+  pace(document.body);
   const show = (state) => {
     if (!live) return;
     live.dataset.state = state;
@@ -180,6 +183,7 @@
             if (newer) morph(part, newer);
           }
           if (fresh.title) document.title = fresh.title;
+          pace(fresh.body);
           tick();
           picked();
           timelines.forEach((one) => one.load());
@@ -200,7 +204,7 @@
     const changed = () => {
       refresh();
       clearTimeout(later);
-      later = setTimeout(refresh, 1800);
+      later = setTimeout(refresh, again);
     };
     const listen = () => {
       events = new EventSource(document.body.dataset.events);

@@ -1,8 +1,8 @@
 //! What every request passes: which host it was sent to, who sends it and from where, how often.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequestParts, Request, State as Extract};
@@ -11,8 +11,9 @@ use axum::response::{IntoResponse as _, Response};
 use futures_util::FutureExt as _;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
+use sqlx::PgPool;
 use subtle::ConstantTimeEq as _;
-use tasker_shared::store::{self, keys};
+use tasker_shared::store::keys;
 
 use crate::auth::{self, Principal, cookie_of, csrf_of, sha256};
 use crate::problem::{CROSS_SITE, INTERNAL, Problem, RATE_LIMITED, TIMEOUT, UNAUTHENTICATED, UNKNOWN_HOST};
@@ -20,7 +21,9 @@ use crate::{Config, State};
 
 /// How long an answer of the database about a credential is believed: a revoked key is refused
 /// no later.
-const BELIEVE: Duration = Duration::from_millis(500);
+const BELIEVE: Duration = Duration::from_millis(850);
+/// A credential that was used so lately is asked for together with others.
+const IN_USE: Duration = Duration::from_secs(10);
 /// Credentials that are remembered at once; more are asked for again.
 const MOST_KNOWN: usize = 10_000;
 /// The longest that a request may take until its answer begins, its body included.
@@ -41,6 +44,8 @@ pub enum CsrfIn {
 #[derive(Debug, Clone)]
 pub struct Caller {
     principal: Arc<Principal>,
+    /// What it came with: what watches goes on only while that is valid.
+    credential: Arc<Credential>,
     /// What a page of this session sends with a write; `None` for a key.
     csrf: Option<String>,
 }
@@ -69,8 +74,8 @@ impl Caller {
         }
     }
 
-    fn bearer(principal: Arc<Principal>) -> Self {
-        Self { principal, csrf: None }
+    pub(crate) fn credential(&self) -> &Arc<Credential> {
+        &self.credential
     }
 }
 
@@ -94,12 +99,15 @@ pub async fn identify(state: &State, parts: &Parts, csrf: CsrfIn) -> Result<Call
             scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
         });
         let key = key.ok_or_else(|| UNAUTHENTICATED.because("authorization: must be `Bearer tsk_…`"))?;
-        let principal = state.known().principal(state, Credential::Key(key)).await?;
-        Caller::bearer(principal.ok_or_else(|| UNAUTHENTICATED.because("the key is unknown, expired or revoked"))?)
+        let refused = || UNAUTHENTICATED.because("the key is unknown, expired or revoked");
+        let credential = Arc::new(Credential::key(key).ok_or_else(refused)?);
+        let principal = whose(state, &credential).await?.ok_or_else(refused)?;
+        Caller { principal, credential, csrf: None }
     } else if let Some(cookie) = cookie_of(headers) {
-        let principal = state.known().principal(state, Credential::Session(cookie)).await?;
+        let credential = Arc::new(Credential::session(cookie));
+        let principal = whose(state, &credential).await?;
         let principal = principal.ok_or_else(|| UNAUTHENTICATED.because("the session has ended; sign in again"))?;
-        let caller = Caller { principal, csrf: Some(csrf_of(cookie)) };
+        let caller = Caller { principal, credential, csrf: Some(csrf_of(cookie)) };
         if csrf != CsrfIn::NotNeeded {
             same_site(headers)?;
         }
@@ -112,6 +120,11 @@ pub async fn identify(state: &State, parts: &Parts, csrf: CsrfIn) -> Result<Call
     };
     state.rates().take(&caller.key_id, state.config())?;
     Ok(caller)
+}
+
+async fn whose(state: &State, credential: &Arc<Credential>) -> Result<Option<Arc<Principal>>, Problem> {
+    let mut found = state.known().check(state.pool(), std::slice::from_ref(credential)).await?;
+    Ok(found.pop().flatten())
 }
 
 fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> &'h str {
@@ -134,52 +147,162 @@ pub(crate) fn same_site(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-enum Credential<'a> {
-    Key(&'a str),
-    Session(&'a str),
+/// What somebody came with, as it is kept here: never the secret itself.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Credential {
+    /// The hash of a browser's cookie.
+    Session([u8; 32]),
+    /// The id of a key, and the hash of its secret.
+    Key(String, [u8; 32]),
 }
 
-/// Credentials that were good a moment ago.
-#[derive(Debug, Default)]
-pub(crate) struct Known(Mutex<HashMap<[u8; 32], Seen>>);
+impl Credential {
+    fn session(cookie: &str) -> Self {
+        Self::Session(sha256(cookie))
+    }
 
-/// When the database was asked, and whose credential it is.
-type Seen = (Instant, Arc<Principal>);
+    /// `None`: it has not the shape of a key.
+    fn key(key: &str) -> Option<Self> {
+        auth::parts(key).map(|(id, secret)| Self::Key(id.to_owned(), sha256(secret)))
+    }
+}
+
+/// What the database said about credentials a moment ago. Whoever finds an answer too old asks for
+/// all credentials that are in use, so that any number of them costs one statement at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    seen: Mutex<HashMap<Arc<Credential>, Seen>>,
+    /// Who wants to know, and where the answer goes.
+    wanted: Mutex<HashMap<Arc<Credential>, Arc<Verdict>>>,
+    /// One asks, the others wait for the same answer.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// What was found out: whose the credential is, if it is valid.
+type Verdict = OnceLock<Result<Option<Arc<Principal>>, Problem>>;
+
+#[derive(Debug)]
+struct Seen {
+    /// From before the question: the answer was true then.
+    asked: Instant,
+    used: Instant,
+    principal: Arc<Principal>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Known {
-    async fn principal(
+    /// Whose each of these is, if it is valid, by an answer that is no older than [`BELIEVE`].
+    pub(crate) async fn check(
         &self,
-        state: &State,
-        credential: Credential<'_>,
-    ) -> Result<Option<Arc<Principal>>, store::Error> {
-        let hash = match credential {
-            Credential::Key(key) => sha256(key),
-            Credential::Session(secret) => sha256(secret),
-        };
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&hash).cloned();
-        if let Some((at, principal)) = known.filter(|(at, _)| at.elapsed() < BELIEVE) {
-            let _ = at;
-            return Ok(Some(principal));
+        pool: &PgPool,
+        credentials: &[Arc<Credential>],
+    ) -> Result<Vec<Option<Arc<Principal>>>, Problem> {
+        let mut verdicts = self.known_or_wanted(credentials);
+        if verdicts.iter().any(|verdict| verdict.get().is_none()) {
+            let _turn = self.turn.lock().await;
+            for (credential, verdict) in credentials.iter().zip(&mut verdicts) {
+                // Whoever had the turn before may have asked for this, or gone away with it.
+                if verdict.get().is_none() {
+                    *verdict = self.known_or_wanted(std::slice::from_ref(credential)).remove(0);
+                }
+            }
+            if verdicts.iter().any(|verdict| verdict.get().is_none()) {
+                self.ask(pool).await?;
+            }
         }
+        verdicts.iter().map(|verdict| verdict.get().cloned().unwrap_or(Ok(None))).collect()
+    }
+
+    /// Answers that are fresh, and places for those that are not.
+    fn known_or_wanted(&self, credentials: &[Arc<Credential>]) -> Vec<Arc<Verdict>> {
+        let now = Instant::now();
+        let mut seen = locked(&self.seen);
+        let mut wanted = locked(&self.wanted);
+        credentials
+            .iter()
+            .map(|credential| {
+                if let Some(known) = seen.get_mut(credential) {
+                    known.used = now;
+                    if now.duration_since(known.asked) < BELIEVE {
+                        return Arc::new(OnceLock::from(Ok(Some(Arc::clone(&known.principal)))));
+                    }
+                }
+                Arc::clone(wanted.entry(Arc::clone(credential)).or_default())
+            })
+            .collect()
+    }
+
+    /// Asks for what is wanted, and for what is in use and will be wanted next.
+    async fn ask(&self, pool: &PgPool) -> Result<(), Problem> {
         let asked = Instant::now();
-        let pool = state.client().pool();
-        let found = match credential {
-            Credential::Key(key) => auth::authenticate(pool, key).await?,
-            Credential::Session(_) => keys::of_session(&mut *pool.acquire().await?, &hash).await?.map(Principal::of),
-        };
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(principal) = found.map(Arc::new) else {
-            all.remove(&hash);
-            return Ok(None);
-        };
-        if all.len() >= MOST_KNOWN {
-            all.retain(|_, (at, _)| at.elapsed() < BELIEVE);
+        let wanted = std::mem::take(&mut *locked(&self.wanted));
+        let mut credentials: HashSet<Arc<Credential>> = wanted.keys().cloned().collect();
+        let mut in_use = locked(&self.seen)
+            .iter()
+            .filter(|(_, seen)| asked.duration_since(seen.used) < IN_USE)
+            .map(|(credential, _)| Arc::clone(credential))
+            .collect::<Vec<_>>();
+        in_use.truncate(MOST_KNOWN);
+        credentials.extend(in_use);
+        let (mut sessions, mut keys) = (Vec::new(), Vec::new());
+        for credential in &credentials {
+            match &**credential {
+                Credential::Session(hash) => sessions.push(hash.to_vec()),
+                Credential::Key(id, _) => keys.push(id.clone()),
+            }
         }
-        if all.len() < MOST_KNOWN {
-            // From before the question: the answer was true then.
-            all.insert(hash, (asked, Arc::clone(&principal)));
+        let rows = async { keys::valid_now(&mut *pool.acquire().await?, &sessions, &keys).await };
+        let rows = match rows.await {
+            Ok(rows) => rows,
+            Err(error) => {
+                // Who waits for the same answer does not ask in vain once more.
+                let problem = Problem::from(error);
+                for place in wanted.values() {
+                    let _ = place.set(Err(problem.clone()));
+                }
+                return Err(problem);
+            }
+        };
+        let mut of_session: HashMap<Vec<u8>, Arc<Principal>> = HashMap::new();
+        let mut of_key: HashMap<String, (Vec<u8>, Arc<Principal>)> = HashMap::new();
+        for (session, key) in rows {
+            let (id, secret_hash) = (key.key_id.clone(), key.secret_hash.clone());
+            let principal = Arc::new(Principal::of(key));
+            match session {
+                Some(hash) => _ = of_session.insert(hash, principal),
+                None => _ = of_key.insert(id, (secret_hash, principal)),
+            }
         }
-        Ok(Some(principal))
+        let verdict = |credential: &Credential| match credential {
+            Credential::Session(hash) => of_session.get(hash.as_slice()).cloned(),
+            Credential::Key(id, secret) => {
+                let (hash, principal) = of_key.get(id)?;
+                bool::from(hash.as_slice().ct_eq(secret)).then(|| Arc::clone(principal))
+            }
+        };
+        let mut seen = locked(&self.seen);
+        seen.retain(|_, seen| asked.duration_since(seen.used) < IN_USE);
+        for credential in credentials {
+            match verdict(&credential) {
+                None => _ = seen.remove(&credential),
+                Some(principal) => {
+                    if let Some(known) = seen.get_mut(&credential) {
+                        (known.asked, known.principal) = (asked, principal);
+                    } else if seen.len() < MOST_KNOWN {
+                        seen.insert(credential, Seen { asked, used: asked, principal });
+                    }
+                }
+            }
+        }
+        drop(seen);
+        for (credential, place) in wanted {
+            // Set once: nobody else has it.
+            let _ = place.set(Ok(verdict(&credential)));
+        }
+        Ok(())
     }
 }
 
@@ -190,7 +313,7 @@ pub(crate) struct Rates(Mutex<HashMap<String, (f64, Instant)>>);
 impl Rates {
     fn take(&self, key_id: &str, config: &Config) -> Result<(), Problem> {
         let (rate, burst) = (f64::from(config.rate_per_s.max(1)), f64::from(config.burst.max(1)));
-        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = locked(&self.0);
         let now = Instant::now();
         if buckets.len() > MOST_KNOWN {
             buckets.retain(|_, (_, at)| now.duration_since(*at).as_secs_f64() * rate < burst);

@@ -1,4 +1,4 @@
-//! One look at the database for everybody who watches: two or three statements a second in all,
+//! One look at the database for everybody who watches: at most three statements a second in all,
 //! however many there are, and none while nobody does.
 
 use std::collections::{HashMap, HashSet};
@@ -8,13 +8,20 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use sqlx::PgPool;
 use tasker_shared::store::views::TaskView;
-use tasker_shared::store::{self, details, keys, views};
+use tasker_shared::store::{details, views};
 use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::guard::{Credential, Known};
+use crate::problem::Problem;
+
 /// How often it looks.
 const EVERY: Duration = Duration::from_secs(1);
+/// How often while many watch.
+const EVERY_IN_A_CROWD: Duration = Duration::from_millis(1_250);
+/// So many are many.
+const CROWD: usize = 20;
 /// A row of the log carries the time of its writing, and is seen when it is committed: this much
 /// later at most, or with the next move of its task.
 const OVERLAP: TimeDelta = TimeDelta::seconds(2);
@@ -23,21 +30,21 @@ const MOST: i64 = 500;
 
 /// What everybody who watches is told.
 #[derive(Debug, Clone)]
-pub enum Change {
+pub(crate) enum Change {
     /// These tasks moved, or one of their steps did.
     Tasks(Arc<Vec<TaskView>>),
     /// So many did that they are not named.
     Many,
-    /// These keys are not valid any more.
-    Ended(Arc<HashSet<String>>),
+    /// These credentials are not valid any more.
+    Ended(Arc<HashSet<Arc<Credential>>>),
 }
 
 /// Who watches, and what they are told.
 #[derive(Debug)]
 pub struct Hub {
     changes: broadcast::Sender<Change>,
-    /// How many watch with each key.
-    watching: Mutex<HashMap<String, usize>>,
+    /// How many watch with each credential.
+    watching: Mutex<HashMap<Arc<Credential>, usize>>,
     begun: Notify,
 }
 
@@ -49,18 +56,18 @@ impl Default for Hub {
 
 /// Somebody who watches, until this is dropped.
 #[derive(Debug)]
-pub struct Watching {
+pub(crate) struct Watching {
     hub: Arc<Hub>,
-    key_id: String,
+    credential: Arc<Credential>,
     changes: broadcast::Receiver<Change>,
 }
 
 impl Watching {
-    /// The next change; `None` when the key that watches is not valid any more.
+    /// The next change; `None` when what it watches with is not valid any more.
     pub async fn next(&mut self) -> Option<Change> {
         loop {
             match self.changes.recv().await {
-                Ok(Change::Ended(keys)) if keys.contains(&self.key_id) => return None,
+                Ok(Change::Ended(ended)) if ended.contains(&self.credential) => return None,
                 Ok(Change::Ended(_)) => {}
                 Ok(change) => return Some(change),
                 // Too slow for what happens: all that is known is that much did.
@@ -74,10 +81,10 @@ impl Watching {
 impl Drop for Watching {
     fn drop(&mut self) {
         let mut watching = self.hub.watching.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = watching.get_mut(&self.key_id) {
+        if let Some(count) = watching.get_mut(&self.credential) {
             *count -= 1;
             if *count == 0 {
-                watching.remove(&self.key_id);
+                watching.remove(&self.credential);
             }
         }
     }
@@ -85,29 +92,35 @@ impl Drop for Watching {
 
 impl Hub {
     /// Watches from now on.
-    pub fn watch(self: &Arc<Self>, key_id: &str) -> Watching {
+    pub(crate) fn watch(self: &Arc<Self>, credential: &Arc<Credential>) -> Watching {
         let mut watching = self.watching.lock().unwrap_or_else(PoisonError::into_inner);
-        *watching.entry(key_id.to_owned()).or_default() += 1;
+        *watching.entry(Arc::clone(credential)).or_default() += 1;
         self.begun.notify_one();
-        Watching { hub: Arc::clone(self), key_id: key_id.to_owned(), changes: self.changes.subscribe() }
+        Watching { hub: Arc::clone(self), credential: Arc::clone(credential), changes: self.changes.subscribe() }
     }
 
-    fn keys(&self) -> Vec<String> {
+    fn credentials(&self) -> Vec<Arc<Credential>> {
         self.watching.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
+    /// Whether so many watch that what they look at is read less often, and shared.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.changes.receiver_count() >= CROWD
+    }
+
     /// Looks, while anybody watches, until `stop` fires.
-    pub(crate) async fn run(&self, pool: PgPool, stop: CancellationToken) {
+    pub(crate) async fn run(&self, pool: PgPool, known: &Known, stop: CancellationToken) {
         let work = async {
             loop {
                 let mut looks = Looks::default();
-                while !self.keys().is_empty() {
+                while !self.credentials().is_empty() {
                     let began = tokio::time::Instant::now();
-                    if let Err(error) = looks.look(self, &pool).await {
-                        tracing::debug!(%error, "a look at what moved failed; the next one sees the same");
+                    if let Err(problem) = looks.look(self, &pool, known).await {
+                        tracing::debug!(problem = problem.detail(), "a look at what moved failed; the next one sees the same");
                     }
+                    let every = if self.is_crowded() { EVERY_IN_A_CROWD } else { EVERY };
                     // A look that takes long is a sign of load: never more than a tenth of the time.
-                    tokio::time::sleep(EVERY.max(began.elapsed() * 9)).await;
+                    tokio::time::sleep(every.max(began.elapsed() * 9)).await;
                 }
                 self.begun.notified().await;
             }
@@ -124,11 +137,12 @@ struct Looks {
 }
 
 impl Looks {
-    async fn look(&mut self, hub: &Hub, pool: &PgPool) -> Result<(), store::Error> {
+    async fn look(&mut self, hub: &Hub, pool: &PgPool, known: &Known) -> Result<(), Problem> {
+        let asked = hub.credentials();
+        let valid = known.check(pool, &asked).await?;
         let mut conn = pool.acquire().await?;
-        let asked = hub.keys();
-        let valid: HashSet<String> = keys::still_valid(&mut conn, &asked).await?.into_iter().collect();
-        let ended: HashSet<String> = asked.into_iter().filter(|key| !valid.contains(key)).collect();
+        let ended: HashSet<Arc<Credential>> =
+            asked.into_iter().zip(valid).filter(|(_, valid)| valid.is_none()).map(|(credential, _)| credential).collect();
         if !ended.is_empty() {
             let _ = hub.changes.send(Change::Ended(Arc::new(ended)));
         }

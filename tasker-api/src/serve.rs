@@ -137,7 +137,7 @@ impl Server {
         let open = Arc::new(Semaphore::new(state.config().max_connections));
         let end = state.stop().clone();
         let looks = state.clone();
-        tokio::spawn(async move { looks.hub().run(looks.pool().clone(), looks.stop().clone()).await });
+        tokio::spawn(async move { looks.hub().run(looks.pool().clone(), looks.known(), looks.stop().clone()).await });
         loop {
             // What is over the limit waits in the kernel's queue.
             let place = tokio::select! {

@@ -81,19 +81,20 @@ pub async fn create_key(conn: &mut PgConnection, spec: &KeySpec, actor: &str) ->
     }
 }
 
+/// The id of a key, and its secret; `None` if it has not the shape of one.
+pub(crate) fn parts(key: &str) -> Option<(&str, &str)> {
+    let (id, secret) = key.strip_prefix("tsk_")?.split_once('_')?;
+    let hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    (id.len() == 16 && secret.len() == 64 && hex(id) && hex(secret)).then_some((id, secret))
+}
+
 /// Whose key this is, if it is valid now. The database is asked once for a key that has the right
 /// shape; the hash of its secret is compared in constant time.
 pub(crate) async fn authenticate(pool: &PgPool, key: &str) -> Result<Option<Principal>, store::Error> {
-    let Some((id, secret)) = key.strip_prefix("tsk_").and_then(|rest| rest.split_once('_')) else {
+    let Some((id, secret)) = parts(key) else {
         return Ok(None);
     };
-    let hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    if id.len() != 16 || secret.len() != 64 || !hex(id) || !hex(secret) {
-        return Ok(None);
-    }
-    let Some(row) = keys::valid(&mut *pool.acquire().await?, id).await? else {
-        return Ok(None);
-    };
-    let same: bool = row.secret_hash.as_slice().ct_eq(&sha256(secret)).into();
-    Ok(same.then(|| Principal::of(row)))
+    let found = keys::valid_now(&mut *pool.acquire().await?, &[], &[id.to_owned()]).await?;
+    let valid = found.into_iter().map(|(_, row)| row).find(|row| row.secret_hash.as_slice().ct_eq(&sha256(secret)).into());
+    Ok(valid.map(Principal::of))
 }

@@ -12,7 +12,7 @@ pub use self::key::{KeyRefused, KeySpec, NewApiKey, create_key};
 pub use self::principal::{Principal, Role, Scope};
 pub use self::session::{SESSION_COOKIE, Session, csrf_of, once_link, redeem_once, sign_in, sign_out};
 
-pub(crate) use self::key::authenticate;
+pub(crate) use self::key::{authenticate, parts};
 pub(crate) use self::session::cookie_of;
 
 use sha2::{Digest as _, Sha256};

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use tasker_shared::store::pages::{QueueTotals, Tally, TaskFilter};
+use tasker_shared::store::pages::{Around, QueueTotals, Tally, TaskFilter};
 use tasker_shared::store::views;
+use uuid::Uuid;
 
 use super::tasks::Listing;
 use crate::State;
@@ -18,6 +19,10 @@ use crate::problem::Problem;
 
 /// Keys that are remembered at once.
 const MOST_KEYS: usize = 500;
+/// How long an answer is kept that nobody asks for.
+const KEPT: Duration = Duration::from_mins(1);
+/// While many watch, an answer is good for so long for each statement that it takes to make.
+const PER_STATEMENT: Duration = Duration::from_millis(650);
 
 type Slot<V> = Arc<tokio::sync::Mutex<Option<(Instant, V)>>>;
 
@@ -42,9 +47,12 @@ impl<K: Eq + Hash, V: Clone> Memo<K, V> {
     ) -> Result<V, Problem> {
         let slot = {
             let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if all.len() >= MOST_KEYS && !all.contains_key(&key) {
-                // Who waits for a slot keeps it.
-                all.clear();
+            if !all.contains_key(&key) {
+                // What nobody asks for any more may be large. Who waits for a slot keeps it.
+                all.retain(|_, slot| slot.try_lock().is_ok_and(|held| held.as_ref().is_some_and(|(at, _)| at.elapsed() < KEPT)));
+                if all.len() >= MOST_KEYS {
+                    all.clear();
+                }
             }
             Arc::clone(all.entry(key).or_default())
         };
@@ -76,9 +84,20 @@ pub(super) struct Memory {
     pub tallies: Memo<(Visible, Option<String>), Arc<Vec<Tally>>>,
     pub names: Memo<Visible, Arc<Vec<(String, String)>>>,
     pub queues: Memo<Visible, Arc<super::queues::Overview>>,
-    pub tasks: Memo<uuid::Uuid, Option<Arc<super::task::Seen>>>,
+    pub tasks: Memo<Uuid, Option<Arc<super::task::Seen>>>,
+    pub around: Memo<Uuid, Option<Arc<Around>>>,
+    pub steps: Memo<(Uuid, Uuid), Option<Arc<super::step::Detail>>>,
+    /// With what errors say, and without.
+    pub traces: Memo<(Uuid, bool), Option<Arc<super::task::Drawn>>>,
+    /// The namespace of a task, which never changes.
+    pub homes: Memo<Uuid, Option<String>>,
     skew: Memo<(), TimeDelta>,
     totals: Mutex<HashMap<String, Look>>,
+}
+
+/// How long an answer is good that is made by so many statements: `alone` while few watch.
+pub(super) fn good_for(state: &State, alone: Duration, statements: u32) -> Duration {
+    if state.hub().is_crowded() { alone.max(PER_STATEMENT * statements) } else { alone }
 }
 
 /// Two looks at a queue that are some seconds apart.

@@ -21,6 +21,7 @@ mod timeline;
 mod words;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Extension, FromRequest, FromRequestParts, Request, State as Extract};
@@ -143,6 +144,11 @@ impl Page {
         self.who.namespaces()
     }
 
+    /// How long an answer is good that many may look at, and that so many statements make.
+    fn good_for(&self, alone: Duration, statements: u32) -> Duration {
+        memo::good_for(&self.state, alone, statements)
+    }
+
     /// Whether forms that change something are offered.
     fn may_change(&self, scope: crate::auth::Scope, namespace: &str) -> bool {
         !self.config().read_only && self.who.may(scope, namespace)
@@ -170,6 +176,7 @@ impl Page {
             title: title.into(),
             section,
             events: events.map(|events| self.link(events)),
+            crowded: self.state.hub().is_crowded(),
             said: self.said,
             search: &self.search,
         };
@@ -306,6 +313,7 @@ fn problem_page(
         title: title.to_owned(),
         section: Section::Elsewhere,
         events: None,
+        crowded: false,
         said: None,
         search: "",
     };
@@ -331,6 +339,7 @@ pub(crate) fn sign_in_page(state: &State, problem: Option<&str>) -> Response {
         title: "Sign in".to_owned(),
         section: Section::Elsewhere,
         events: None,
+        crowded: false,
         said: None,
         search: "",
     };

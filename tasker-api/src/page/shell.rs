@@ -41,6 +41,8 @@ pub(super) struct Shell<'a> {
     pub section: Section,
     /// Which events make the parts marked live stale; `None`: nothing on it changes by itself.
     pub events: Option<String>,
+    /// Whether so many watch that everybody looks less often.
+    pub crowded: bool,
     /// What was just done, or why it was not.
     pub said: Option<&'static str>,
     /// What was searched for.
@@ -63,7 +65,8 @@ impl Shell<'_> {
                     link rel="stylesheet" href={ (base) (assets::css()) };
                     script src={ (base) (assets::js()) } defer {}
                 }
-                body data-base=(base) data-now=(self.now.timestamp_millis()) data-events=[self.events.as_ref()] {
+                body data-base=(base) data-now=(self.now.timestamp_millis()) data-events=[self.events.as_ref()]
+                    data-every=[self.crowded.then_some(2_000)] data-again=[self.crowded.then_some(7_000)] {
                     a.skip href="#main" { "Skip to the content" }
                     header.top { div.bar { (self.bar()) } }
                     main id="main" tabindex="-1" {

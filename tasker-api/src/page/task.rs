@@ -1,9 +1,10 @@
 //! One task: why it is where it is, its graph, its timeline, its log, and what can be done to it.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::extract::{Path, Query};
 use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -19,7 +20,8 @@ use tasker_shared::store::why::{self, Situation};
 use tasker_shared::store::{requests, transitions, waits};
 use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::otlp::hex;
-use tasker_shared::trace::tree;
+use tasker_shared::trace::span::{Span, SpanId};
+use tasker_shared::trace::{read, tree};
 use uuid::Uuid;
 
 use super::graph::{self, Node};
@@ -31,11 +33,15 @@ use crate::auth::{Scope, sha256};
 use crate::problem::Problem;
 
 /// How old the picture of a task may be that many look at.
-const GOOD_FOR: Duration = Duration::from_millis(800);
+pub(super) const GOOD_FOR: Duration = Duration::from_millis(800);
+/// How long what surrounds a task is believed: it never changes, but the task may be removed.
+const AROUND_GOOD_FOR: Duration = Duration::from_mins(1);
 /// Steps of a list; the rest is a page away.
 const STEPS: usize = 200;
 /// With more steps than this the page does not wait for the trace: the script fetches it.
 const TRACE_WITH_PAGE: usize = 150;
+/// Spans that are kept for the pages of their steps; of a task with more, only the timeline is.
+const SPANS_KEPT: usize = 5_000;
 /// Bytes of a payload that a page shows.
 pub(super) const SHOWN: usize = 64 * 1024;
 
@@ -43,7 +49,7 @@ pub(super) const SHOWN: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Seen {
     pub situation: Situation,
-    pub around: Around,
+    pub around: Arc<Around>,
     pub steps: Vec<StepLine>,
     pub children: Vec<TaskView>,
 }
@@ -51,12 +57,15 @@ pub(super) struct Seen {
 /// A task that the caller may look at, or "not found" whatever the reason.
 pub(super) async fn seen(page: &Page, task: Uuid) -> Result<Arc<Seen>, Problem> {
     page.who.require_scope(Scope::TasksRead)?;
-    let seen = page.memory.tasks.get(task, GOOD_FOR, async || {
-        let mut conn = page.state.pool().acquire().await?;
-        let Some(situation) = why::situation(&mut conn, task).await? else {
+    let seen = page.memory.tasks.get(task, page.good_for(GOOD_FOR, 6), async || {
+        let around = page.memory.around.get(task, AROUND_GOOD_FOR, async || {
+            Ok(pages::around(&mut *page.state.pool().acquire().await?, task).await?.map(Arc::new))
+        });
+        let Some(around) = around.await? else {
             return Ok(None);
         };
-        let Some(around) = pages::around(&mut conn, task).await? else {
+        let mut conn = page.state.pool().acquire().await?;
+        let Some(situation) = why::situation(&mut conn, task).await? else {
             return Ok(None);
         };
         let steps = pages::step_lines(&mut conn, task).await?;
@@ -83,15 +92,16 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
     let seen = seen(&page, task).await?;
     let now = seen.situation.now;
     let view = &seen.situation.task;
-    let trace = if page.config().ui_trace && !seen.steps.is_empty() {
-        Some(if seen.steps.len() <= TRACE_WITH_PAGE { Some(read_trace(&page, task).await?) } else { None })
+    let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
+    let drawn = if page.config().ui_trace && !seen.steps.is_empty() {
+        Some(if seen.steps.len() <= TRACE_WITH_PAGE { Some(drawn(&page, task, may_see).await?) } else { None })
     } else {
         None
     };
     let body = html! {
         (header(&page, &seen))
         (graph_panel(&page, &seen))
-        @if let Some(trace) = &trace { (timeline_panel(&page, task, trace.as_ref())) }
+        @if let Some(drawn) = &drawn { (timeline_panel(&page, task, drawn.as_ref().map(|drawn| &drawn.timeline))) }
         (step_table(&page, &seen, &asked))
         (facts(&page, &seen))
     };
@@ -108,7 +118,7 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
 fn header(page: &Page, seen: &Seen) -> Markup {
     let task = &seen.situation.task;
     let now = seen.situation.now;
-    let sentence = seen.situation.sentence();
+    let sentence = sentence(page, &seen.situation);
     let sentence = redact::text(&sentence);
     let reason = sentence.split_once(": ").map_or(&*sentence, |(_, reason)| reason);
     let unoffered = seen.situation.open.iter().find(|group| {
@@ -131,8 +141,9 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 div.banner.bad role="alert" {
                     span aria-hidden="true" { "⚠" }
                     span {
-                        "No live worker offers the handler " code { (group.handler) } " on the queue " code { (group.queue) } ". Start one that does; "
-                        @if group.count == 1 { "the step goes on by itself. " } @else { "the " (count(group.count)) " steps go on by themselves. " }
+                        strong { "No live worker offers the handler " code { (group.handler) } } " on the queue " code { (group.queue) } ". "
+                        (super::queues::remedy(page, &task.namespace, &group.queue, &group.handler))
+                        @if group.count == 1 { "Then the step goes on by itself. " } @else { "Then the " (count(group.count)) " steps go on by themselves. " }
                         @if page.who.has(Scope::QueuesRead) { a href=(page.link("/queues")) { "See queues and workers" } }
                     }
                 }
@@ -155,6 +166,20 @@ fn header(page: &Page, seen: &Seen) -> Markup {
             }
         }
     }
+}
+
+/// The sentence, without what errors say if payloads are not the caller's to see: only their types.
+fn sentence(page: &Page, situation: &Situation) -> String {
+    if page.who.may(Scope::PayloadsRead, &situation.task.namespace) {
+        return situation.sentence();
+    }
+    let mut situation = situation.clone();
+    for group in &mut situation.open {
+        if let Some(error) = &mut group.error {
+            error.truncate(error.find(": ").unwrap_or(error.len()));
+        }
+    }
+    situation.sentence()
 }
 
 /// A value for a query string.
@@ -508,24 +533,73 @@ async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), P
     Ok((log.ok_or_else(|| Problem::not_found(format!("task {task}")))?, now))
 }
 
-async fn read_trace(page: &Page, task: Uuid) -> Result<Timeline, Problem> {
-    let (log, now) = read_log(page, task).await?;
-    Ok(Timeline::new(&log, &tree::spans_so_far(&log, now)))
+/// The timeline of a task, and its text once somebody has asked for that.
+#[derive(Debug)]
+pub(super) struct Drawn {
+    timeline: Timeline,
+    /// What it was drawn from, of a task of few.
+    spans: Vec<Span>,
+    /// As JSON, with the tag of that.
+    text: OnceLock<(Bytes, String)>,
+}
+
+impl Drawn {
+    fn text(&self) -> &(Bytes, String) {
+        self.text.get_or_init(|| {
+            let text = serde_json::to_vec(&self.timeline).unwrap_or_default();
+            let tag = format!("\"{}\"", hex(&sha256(&text)[..8]));
+            (text.into(), tag)
+        })
+    }
+}
+
+/// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
+async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
+    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 10), async || {
+        let (log, now) = match read_log(page, task).await {
+            Ok(read) => read,
+            Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
+            Err(problem) => return Err(problem),
+        };
+        // The tree is work for the processor alone; others go on meanwhile.
+        let drawn = tokio::task::spawn_blocking(move || {
+            let mut spans = tree::spans_so_far(&log, now);
+            if !payloads {
+                spans.spans.iter_mut().for_each(read::hide_errors_of);
+            }
+            let timeline = Timeline::new(&log, &spans);
+            let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
+            Drawn { timeline, spans, text: OnceLock::new() }
+        });
+        Ok(Some(Arc::new(drawn.await.map_err(|_| undrawn())?)))
+    });
+    drawn.await?.ok_or_else(|| Problem::not_found(format!("task {task}")))
+}
+
+/// The span of an attempt's handler, if the task has not too many for a page.
+pub(super) async fn handler_span(page: &Page, seen: &Seen, id: SpanId) -> Result<Option<Span>, Problem> {
+    let view = &seen.situation.task;
+    if seen.steps.len() > TRACE_WITH_PAGE || !page.config().ui_trace {
+        return Ok(None);
+    }
+    let payloads = page.who.may(Scope::PayloadsRead, &view.namespace);
+    let drawn = drawn(page, view.task_uuid, payloads).await?;
+    Ok(drawn.spans.iter().find(|span| span.id == id).cloned())
+}
+
+fn undrawn() -> Problem {
+    crate::problem::INTERNAL.because("the timeline could not be drawn")
 }
 
 /// `GET /tasks/{task}/timeline.json`
 pub(super) async fn timeline(page: Page, Path(task): Path<Uuid>, headers: HeaderMap) -> Result<Response, Problem> {
-    may_look(&page, task).await?;
+    let home = may_look(&page, task).await?;
     if !page.config().ui_trace {
         return Err(Problem::not_found("timeline; this server was started with ui.trace off"));
     }
-    let (log, now) = read_log(&page, task).await?;
-    // The tree and its text are work for the processor alone; others go on meanwhile.
-    let text = tokio::task::spawn_blocking(move || {
-        serde_json::to_vec(&Timeline::new(&log, &tree::spans_so_far(&log, now))).unwrap_or_default()
-    });
-    let text = text.await.map_err(|_| crate::problem::INTERNAL.because("the timeline could not be drawn"))?;
-    let tag = format!("\"{}\"", hex(&sha256(&text)[..8]));
+    let drawn = drawn(&page, task, page.who.may(Scope::PayloadsRead, &home)).await?;
+    let text = tokio::task::spawn_blocking(move || drawn.text().clone());
+    let (text, tag) = text.await.map_err(|_| undrawn())?;
     if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == tag.as_bytes()) {
         return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
     }
@@ -533,10 +607,16 @@ pub(super) async fn timeline(page: Page, Path(task): Path<Uuid>, headers: Header
     Ok((about, text).into_response())
 }
 
-async fn may_look(page: &Page, task: Uuid) -> Result<TaskView, Problem> {
+/// Refuses who may not look at this task, with "not found" whatever the reason.
+/// Answers its namespace.
+async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
     page.who.require_scope(Scope::TasksRead)?;
-    let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop();
-    found.filter(|view| page.who.reaches(&view.namespace)).ok_or_else(|| Problem::not_found(format!("task {task}")))
+    let home = page.memory.homes.get(task, AROUND_GOOD_FOR, async || {
+        let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop();
+        Ok(found.map(|view| view.namespace))
+    });
+    let home = home.await?.filter(|home| page.who.reaches(home));
+    home.ok_or_else(|| Problem::not_found(format!("task {task}")))
 }
 
 /// One row of the log, as it is shown and downloaded.
@@ -556,7 +636,8 @@ struct Move {
     error_type: Option<String>,
 }
 
-fn moves(log: &TaskLog) -> Vec<Move> {
+/// The log in the order of time; without `payloads` nothing of what errors say.
+fn moves(log: &TaskLog, payloads: bool) -> Vec<Move> {
     let mut rows: Vec<_> = log.transitions.iter().collect();
     // Moves of one settle share their time; the task's own frame those of its steps.
     rows.sort_by_key(|row| (row.at, row.task_version.unwrap_or(row.version), row.entity, row.version));
@@ -578,7 +659,7 @@ fn moves(log: &TaskLog) -> Vec<Move> {
                 attempt: row.attempt,
                 generation: row.generation,
                 actor: row.actor.clone(),
-                reason: row.detail.as_ref().and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
+                reason: row.detail.as_ref().filter(|_| payloads).and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
                 error_type: row.detail.as_ref().and_then(|detail| detail.error_type.clone()),
             }
         })
@@ -590,12 +671,12 @@ const MOVES: usize = 500;
 
 /// `GET /tasks/{task}/log`
 pub(super) async fn log(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
-    let view = may_look(&page, task).await?;
+    let home = may_look(&page, task).await?;
     let (log, now) = read_log(&page, task).await?;
-    let all = moves(&log);
+    let all = moves(&log, page.who.may(Scope::PayloadsRead, &home));
     let body = html! {
         div.head {
-            h1 { "Transitions of " a href=(page.link(format!("/tasks/{task}"))) { (view.template) " " (super::tasks::short(task)) } }
+            h1 { "Transitions of " a href=(page.link(format!("/tasks/{task}"))) { (log.head.task_name) " " (super::tasks::short(task)) } }
             span.grow {}
             a.button href=(page.link(format!("/tasks/{task}/log.csv"))) download { "CSV" }
             a.button href=(page.link(format!("/tasks/{task}/log.json"))) download { "JSON" }
@@ -626,18 +707,18 @@ pub(super) async fn log(page: Page, Path(task): Path<Uuid>, Query(asked): Query<
 
 /// `GET /tasks/{task}/log.json`
 pub(super) async fn log_json(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
-    may_look(&page, task).await?;
+    let home = may_look(&page, task).await?;
     let (log, _) = read_log(&page, task).await?;
-    let text = serde_json::to_vec_pretty(&moves(&log)).unwrap_or_default();
+    let text = serde_json::to_vec_pretty(&moves(&log, page.who.may(Scope::PayloadsRead, &home))).unwrap_or_default();
     Ok(download(&format!("{task}.json"), "application/json", text))
 }
 
 /// `GET /tasks/{task}/log.csv`
 pub(super) async fn log_csv(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
-    may_look(&page, task).await?;
+    let home = may_look(&page, task).await?;
     let (log, _) = read_log(&page, task).await?;
     let mut text = String::from("at,began_at,of,from,event,to,attempt,generation,actor,error_type,reason\r\n");
-    for row in moves(&log) {
+    for row in moves(&log, page.who.may(Scope::PayloadsRead, &home)) {
         let at = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Micros, true);
         let attempt = row.attempt.map_or_else(String::new, |attempt| attempt.to_string());
         // Writing to a string does not fail.

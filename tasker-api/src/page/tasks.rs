@@ -102,7 +102,7 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let filter = asked.filter()?;
     let visible = page.namespaces().map(<[String]>::to_vec);
     let now = page.memory.now(&page.state).await?;
-    let listing = page.memory.listings.get((visible.clone(), filter.clone()), LIST_GOOD_FOR, async || {
+    let listing = page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
         let mut conn = page.state.pool().acquire().await?;
         let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
         let mut tasks = pages::tasks(&mut conn, page.namespaces(), &filter, most).await?;

@@ -43,7 +43,7 @@ async fn events(call: Call<Nothing, EventQuery, Nothing>) -> Result<Response, Pr
         visible(&call, task).await?;
     }
     let live = Live {
-        watching: call.state.hub().watch(&call.who.key_id),
+        watching: call.state.hub().watch(call.who.credential()),
         who: call.who,
         wanted: call.query,
         stop: call.state.stop().clone(),

@@ -9,3 +9,4 @@ mod starting;
 mod submitting;
 mod tasks;
 mod trace;
+mod viewers;

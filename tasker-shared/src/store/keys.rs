@@ -92,41 +92,44 @@ pub struct ValidKey {
     pub namespaces: Option<Vec<String>>,
 }
 
-/// The key of this id, if it is valid now.
-pub async fn valid(conn: &mut PgConnection, key_id: &str) -> Result<Option<ValidKey>, Error> {
-    Ok(sqlx::query_as!(
-        ValidKey,
-        "select key_id, name, secret_hash, role, scopes, namespaces from tasker.api_keys
-         where key_id = $1 and revoked_at is null and (expires_at is null or expires_at > clock_timestamp())",
-        key_id
-    )
-    .fetch_optional(conn)
-    .await?)
-}
+/// A credential that is valid now: the session that it was asked for by, or none for a key, and what it may do.
+pub type ValidNow = (Option<Vec<u8>>, ValidKey);
 
-/// Those of these keys that are valid now.
-pub async fn still_valid(conn: &mut PgConnection, key_ids: &[String]) -> Result<Vec<String>, Error> {
-    Ok(sqlx::query_scalar!(
-        "select key_id from tasker.api_keys
-         where key_id = any($1) and revoked_at is null and (expires_at is null or expires_at > clock_timestamp())",
+/// Those of these sessions, by their hashes, and of these keys, by their ids, that are valid now: one
+/// statement, however many they are.
+pub async fn valid_now(
+    conn: &mut PgConnection,
+    session_hashes: &[Vec<u8>],
+    key_ids: &[String],
+) -> Result<Vec<ValidNow>, Error> {
+    let rows = sqlx::query!(
+        r#"select s.session_hash as "session_hash?", k.key_id as "key_id!", k.name as "name!", k.secret_hash as "secret_hash!",
+             k.role as "role!", k.scopes, k.namespaces
+           from tasker.api_sessions s join tasker.api_keys k on k.key_id = s.key_id
+           where s.session_hash = any($1) and not s.once and s.expires_at > clock_timestamp()
+             and k.revoked_at is null and (k.expires_at is null or k.expires_at > clock_timestamp())
+           union all
+           select null, k.key_id, k.name, k.secret_hash, k.role, k.scopes, k.namespaces from tasker.api_keys k
+           where k.key_id = any($2) and k.revoked_at is null and (k.expires_at is null or k.expires_at > clock_timestamp())"#,
+        session_hashes,
         key_ids
     )
     .fetch_all(conn)
-    .await?)
-}
-
-/// The key that this session belongs to, if both are valid now.
-pub async fn of_session(conn: &mut PgConnection, session_hash: &[u8]) -> Result<Option<ValidKey>, Error> {
-    Ok(sqlx::query_as!(
-        ValidKey,
-        "select k.key_id, k.name, k.secret_hash, k.role, k.scopes, k.namespaces
-         from tasker.api_sessions s join tasker.api_keys k on k.key_id = s.key_id
-         where s.session_hash = $1 and not s.once and s.expires_at > clock_timestamp()
-           and k.revoked_at is null and (k.expires_at is null or k.expires_at > clock_timestamp())",
-        session_hash
-    )
-    .fetch_optional(conn)
-    .await?)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let key = ValidKey {
+                key_id: row.key_id,
+                name: row.name,
+                secret_hash: row.secret_hash,
+                role: row.role,
+                scopes: row.scopes,
+                namespaces: row.namespaces,
+            };
+            (row.session_hash, key)
+        })
+        .collect())
 }
 
 /// Begins a session, or with `once` keeps what a sign-in link may be exchanged for.

@@ -222,6 +222,9 @@ pub async fn children(conn: &mut PgConnection, task: Uuid, correlation_id: &str)
     )
     .fetch_all(&mut *conn)
     .await?;
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut found = views::these(conn, &ids).await?;
     found.sort_unstable_by_key(|task| task.task_uuid);
     Ok(found)
