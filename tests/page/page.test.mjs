@@ -478,6 +478,69 @@ test("the example runs by one button", async () => {
   await page.close();
 });
 
+/** A program of ours that runs until it is told to end, once it has said so. */
+const start = async (args, own, ready) => {
+  const child = spawn(bin, args, { env: own, stdio: ["ignore", "ignore", "pipe"] });
+  let said = "";
+  const found = await new Promise((done, failed) => {
+    child.stderr.on("data", (bytes) => {
+      said += bytes;
+      const match = said.match(ready);
+      if (match) done(match);
+    });
+    child.on("exit", (code) => failed(new Error(`tasker ${args.join(" ")} ended with ${code}:\n${said}`)));
+  });
+  const ended = new Promise((done) => child.on("exit", done));
+  return { found, stop: async () => { child.kill("SIGINT"); await ended; } };
+};
+
+test("a newcomer starts it, runs the example, stops the worker, sees why it waits, starts it again and reads the trace", async () => {
+  const own = { ...env, TASKER_HOME: path.join(home, "newcomer") };
+  const server = await start(["up", "--no-example-worker"], own, /open\s+(http\S+)\nrunning/);
+  const context = await browser.newContext({ viewport: { width: 1440, height: 900 } });
+  let worker;
+  try {
+    const page = await open(server.found[1], context);
+    await page.getByRole("button", { name: /Run an example/ }).click();
+
+    // Nobody works yet: the page says so, and gives the exact command.
+    const alarm = page.getByRole("alert").filter({ hasText: "No live worker offers the handler" });
+    await alarm.waitFor({ timeout: 30_000 });
+    const command = (await alarm.locator("code", { hasText: "tasker " }).textContent()).split(" ").slice(1);
+    worker = await start(command, own, /offers the handlers/);
+    const row = (name) => page.locator("#steps tbody tr", { has: page.getByRole("link", { name, exact: true }) });
+
+    // It moves, by itself.
+    await row("validate").locator(".pill.complete").waitFor({ timeout: 30_000 });
+    await worker.stop();
+    await alarm.waitFor({ timeout: 30_000 });
+    assert.match(await page.textContent("#head .reason"), /no worker offers it/);
+    assert.match(await page.textContent("#head .pill"), /waiting|running/);
+    await page.goto("/queues".replace(/^/, new URL(page.url()).origin));
+    await page.getByRole("alert").filter({ hasText: "No worker offers" }).filter({ hasText: "tasker worker example" }).first().waitFor();
+    await page.getByRole("link", { name: "See such a task" }).first().click();
+
+    worker = await start(command, own, /offers the handlers/);
+    await status(page, "completed");
+    assert.equal(await alarm.count(), 0);
+
+    // What happened, with what it waited for.
+    await page.locator(".tl-view .tl-row", { hasText: "validate" }).waitFor();
+    const told = await page.locator(".tl-view .tl-bars[aria-label]").evaluateAll((all) => all.map((one) => one.getAttribute("aria-label")).join("\n"));
+    assert.match(told, /held back .*no worker offered its handler/);
+    assert.match(told, /running .* on /);
+    const show = (await page.locator("pre", { hasText: "tasker trace show" }).textContent()).trim().split(" ").slice(1);
+    const { stdout: trace } = await run(bin, show, { env: own });
+    assert.match(trace, /handler\.execution orders\.validate/);
+    assert.deepEqual(page.errors, []);
+  } finally {
+    await context.close();
+    await worker?.stop();
+    await server.stop();
+    await run(bin, ["db", "stop"], { env: own }).catch(() => {});
+  }
+});
+
 test("under a path and read-only, every link stays below it and nothing can be changed", async () => {
   const other = spawn(bin, ["api", "run", "--listen", "127.0.0.1:0", "--base-path", "/tasks-here", "--read-only"], { env, stdio: ["ignore", "ignore", "pipe"] });
   let said = "";

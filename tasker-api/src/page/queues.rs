@@ -52,7 +52,7 @@ fn reaches(page: &Page, queue: &str) -> bool {
 pub(super) async fn show(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::QueuesRead)?;
     let visible = page.namespaces().map(<[String]>::to_vec);
-    let overview = page.memory.queues.get(visible, GOOD_FOR, async || {
+    let overview = page.memory.queues.get(visible, page.good_for(GOOD_FOR, 8), async || {
         let mut conn = page.state.pool().acquire().await?;
         let mut queues = views::queues(&mut conn).await?;
         queues.retain(|queue| reaches(&page, &queue.queue));
@@ -90,18 +90,39 @@ fn alarms(page: &Page, overview: &Overview, now: DateTime<Utc>) -> Markup {
                 span aria-hidden="true" { "⚠" }
                 span {
                     strong { "No worker offers " (one.handler) } ": " (counted(one.steps, "step")) " on the queue " code { (one.queue) }
-                    @if one.steps == 1 { " waits" } @else { " wait" } " for it, the first since " (when(now, one.since)) ". Start a worker that registers it; "
-                    a href=(page.link(format!("/tasks/{}", one.task_uuid))) { "see such a task" } "."
+                    @if one.steps == 1 { " waits" } @else { " wait" } " for it, the first since " (when(now, one.since)) ". "
+                    (remedy(page, &one.namespace, &one.queue, &one.handler))
+                    a href=(page.link(format!("/tasks/{}", one.task_uuid))) { "See such a task" } "."
                 }
             }
         }
         @for queue in unread {
             div.banner.bad role="alert" {
                 span aria-hidden="true" { "⚠" }
-                span { strong { "No live worker reads " (queue.queue) } ": " (counted(queue.depth, "message")) " in it." }
+                span { strong { "No live worker reads " (queue.queue) } ": " (counted(queue.depth, "message")) " in it. Start a worker of its namespace." }
             }
         }
     }
+}
+
+/// Handlers that every `tasker worker run` offers.
+const BUILT_IN: [&str; 5] = ["echo", "fail", "http", "noop", "sleep"];
+
+/// What to do when nobody offers a handler: the exact command where one is known.
+pub(super) fn remedy(page: &Page, namespace: &str, queue: &str, handler: &str) -> Markup {
+    let of_example = page.config().example.as_ref().is_some_and(|example| example.namespace == namespace);
+    if BUILT_IN.contains(&handler) {
+        let lane = queue.split_once("__").map_or_else(String::new, |(_, name)| format!(" --queue {name}"));
+        return html! { "Start one: " (inline_command(&format!("tasker worker run --namespace {namespace}{lane}"))) };
+    }
+    if of_example {
+        return html! { "Start one: " (inline_command("tasker worker example")) };
+    }
+    html! { "Start the program that registers it as a worker of the namespace " code { (namespace) } ". " }
+}
+
+fn inline_command(line: &str) -> Markup {
+    html! { code { (line) } button.copy type="button" data-copy=(line) aria-label="Copy the command" title="Copy the command" { (words::copy_sign()) } " " }
 }
 
 fn queue_table(page: &Page, overview: &Overview) -> Markup {

@@ -1,5 +1,7 @@
 //! One step in full: what it got, what it gave, each attempt, and what a person may do with it.
 
+use std::sync::Arc;
+
 use axum::extract::{Path, Query};
 use axum::response::Response;
 use chrono::{DateTime, TimeDelta, Utc};
@@ -11,14 +13,23 @@ use tasker_shared::store::pages::{self, AttemptDetail, ItemLine, StepDetail};
 use tasker_shared::store::why::duration;
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tasker_shared::trace::otlp::hex;
+use tasker_shared::trace::span::{Span, SpanId, Value as SpanValue};
 use uuid::Uuid;
 
 use super::shell::Section;
-use super::task::{Seen, payload, seen};
+use super::task::{self, GOOD_FOR, Seen, payload, seen};
 use super::words::{self, copyable, counted, pill, when};
 use super::{Page, hidden};
 use crate::auth::Scope;
 use crate::problem::Problem;
+
+/// What the page of a step is drawn from.
+#[derive(Debug)]
+pub(super) struct Detail {
+    step: StepDetail,
+    attempts: Vec<AttemptDetail>,
+    items: Vec<ItemLine>,
+}
 
 /// The address of a step's page.
 #[derive(Debug, Default, Deserialize)]
@@ -34,25 +45,35 @@ pub(super) async fn show(
     Query(asked): Query<Asked>,
 ) -> Result<Response, Problem> {
     let seen = seen(&page, task).await?;
-    let mut conn = page.state.pool().acquire().await?;
-    let detail = pages::step(&mut conn, task, step).await?.ok_or_else(|| Problem::not_found(format!("step {step}")))?;
-    let attempts = pages::attempts(&mut conn, task, step).await?;
-    let items = if detail.item < 0 && is_map(&seen, &detail) {
-        pages::items(&mut conn, task, detail.step_index).await?
-    } else {
-        Vec::new()
-    };
-    drop(conn);
+    let found = page.memory.steps.get((task, step), page.good_for(GOOD_FOR, 6), async || {
+        let mut conn = page.state.pool().acquire().await?;
+        let Some(step) = pages::step(&mut conn, task, step).await? else {
+            return Ok(None);
+        };
+        let attempts = pages::attempts(&mut conn, task, step.step_uuid).await?;
+        let items = if step.item < 0 && is_map(&seen, &step) {
+            pages::items(&mut conn, task, step.step_index).await?
+        } else {
+            Vec::new()
+        };
+        Ok(Some(Arc::new(Detail { step, attempts, items })))
+    });
+    let found = found.await?.ok_or_else(|| Problem::not_found(format!("step {step}")))?;
+    let Detail { step: detail, attempts, items } = &*found;
     let now = seen.situation.now;
     let chosen = match asked.attempt {
         Some(number) => attempts.iter().find(|attempt| attempt.attempt == number),
         None => attempts.first(),
     };
+    let span = match chosen.and_then(|attempt| handler_span(&seen, detail, attempt)) {
+        Some(id) => Some((id, task::handler_span(&page, &seen, id).await?)),
+        None => None,
+    };
     let view = &seen.situation.task;
     let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
-    let name = name_of(&detail);
+    let name = name_of(detail);
     let body = html! {
-        (head(&page, &seen, &detail, now))
+        (head(&page, &seen, detail, now))
         div.columns id="step" data-live-part="" {
             section.panel aria-labelledby="input-title" {
                 h2 id="input-title" { "Input" }
@@ -68,7 +89,7 @@ pub(super) async fn show(
                     p.quiet { "No worker has claimed it yet." }
                 } @else {
                     nav.tabs aria-label="Attempts" {
-                        @for attempt in &attempts {
+                        @for attempt in attempts {
                             a href=(page.link(format!("/tasks/{task}/steps/{step}?attempt={}", attempt.attempt)))
                                 aria-current=[(chosen.map(|c| c.attempt) == Some(attempt.attempt)).then_some("true")] {
                                 (sign(attempt)) " " (attempt.attempt)
@@ -76,12 +97,12 @@ pub(super) async fn show(
                         }
                     }
                 }
-                @if let Some(attempt) = chosen { (attempt_panel(&seen, &detail, attempt, may_see, now)) }
+                @if let Some(attempt) = chosen { (attempt_panel(attempt, span.as_ref().map(|(id, span)| (id, span.as_ref())), may_see, now)) }
                 @else if asked.attempt.is_some() { p.quiet { "There is no such attempt." } }
             }
         }
-        @if let Some(attempt) = chosen { (told(attempt, may_see)) }
-        @if !items.is_empty() { (item_table(&page, task, &items, now)) }
+        div id="told" data-live-part="" { @if let Some(attempt) = chosen { (told(attempt, may_see)) } }
+        @if !items.is_empty() { (item_table(&page, task, items, now)) }
     };
     let events = format!("/v1/events?task={task}");
     Ok(page.show(now, format!("{name} of {}", view.template), Section::Tasks, Some(&events), &body))
@@ -184,11 +205,7 @@ fn sign(attempt: &AttemptDetail) -> &'static str {
     }
 }
 
-fn attempt_panel(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail, may_see: bool, now: DateTime<Utc>) -> Markup {
-    let milliseconds = |ms: f64| {
-        #[expect(clippy::cast_possible_truncation, reason = "a length for people")]
-        duration(TimeDelta::microseconds((ms * 1000.0) as i64))
-    };
+fn attempt_panel(attempt: &AttemptDetail, span: Option<(&SpanId, Option<&Span>)>, may_see: bool, now: DateTime<Utc>) -> Markup {
     html! {
         dl.facts {
             dt { "Worker" } dd { (attempt.worker) @if let Some(version) = &attempt.worker_version { " " span.quiet { (version) } } }
@@ -196,11 +213,10 @@ fn attempt_panel(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail, may_se
             @if let Some(reported) = attempt.reported_at { dt { "Reported" } dd { (when(now, reported)) } }
             @if let Some(ms) = attempt.run_ms { dt { "Ran" } dd { (milliseconds(ms)) } }
             dt { "Outcome" } dd { (attempt.outcome.as_deref().unwrap_or("open")) }
-            @if attempt.attempt > 0 {
-                @if let Some(span) = handler_span(seen, step, attempt) { dt { "Span" } dd { (copyable(&span, "span id")) } }
-            }
+            @if let Some((id, _)) = span { dt { "Span" } dd { (copyable(&hex(id), "span id")) } }
             @if attempt.generation > 1 { dt { "Run" } dd { (attempt.generation) } }
         }
+        @if let Some((_, Some(span))) = span { (attribute_table(span)) }
         @if let Some(error) = &attempt.error {
             h3 { "Error" }
             div.banner.bad {
@@ -221,13 +237,13 @@ fn attempt_panel(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail, may_se
 }
 
 /// The id of the attempt's `handler.execution`: the same in every backend.
-fn handler_span(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail) -> Option<String> {
+fn handler_span(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail) -> Option<SpanId> {
     let trace = u128::from_str_radix(&seen.situation.task.trace_id, 16).ok()?.to_be_bytes();
-    let number = u64::try_from(attempt.attempt).ok()?;
-    Some(hex(&span_id(&trace, step.step_uuid, 0, number, SpanKey::Handler, 0)))
+    let number = u64::try_from(attempt.attempt).ok().filter(|number| *number > 0)?;
+    Some(span_id(&trace, step.step_uuid, 0, number, SpanKey::Handler, 0))
 }
 
-/// What the handler told on its way: milestones, and usage where it counts something.
+/// What the handler told on its way: milestones, what it made, and usage where it counts something.
 fn told(attempt: &AttemptDetail, may_see: bool) -> Markup {
     let usage: Vec<(&str, f64)> = attempt
         .usage
@@ -236,17 +252,89 @@ fn told(attempt: &AttemptDetail, may_see: bool) -> Markup {
         .into_iter()
         .flatten()
         .filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?)))
-        .take(20)
+        .take(32)
         .collect();
-    let milestones = attempt.milestones.as_ref().and_then(Value::as_array).filter(|list| !list.is_empty());
+    let all = attempt.milestones.as_ref().and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let (artifacts, milestones): (Vec<&Value>, Vec<&Value>) = all.iter().partition(|one| one["name"] == "artifact");
     html! {
-        @if !usage.is_empty() || milestones.is_some() {
+        @if !usage.is_empty() || !all.is_empty() {
             div.columns {
-                @if !usage.is_empty() { section.panel { h2 { "Usage" } (usage_chart(&usage)) } }
-                @if let Some(milestones) = milestones {
-                    section.panel { h2 { "Milestones" }
-                        @if may_see { @for (at, one) in milestones.iter().take(100).enumerate() { (payload(&format!("milestone-{at}"), one)) } } @else { (hidden()) }
+                @if !usage.is_empty() { section.panel aria-labelledby="usage-title" { h2 id="usage-title" { "Usage" } (usage_chart(&usage)) } }
+                @if !artifacts.is_empty() {
+                    section.panel aria-labelledby="artifacts-title" { h2 id="artifacts-title" { "Artifacts" }
+                        @if may_see { (artifact_list(&artifacts)) } @else { (hidden()) }
                     }
+                }
+                @if !milestones.is_empty() {
+                    section.panel.flush aria-labelledby="milestones-title" { div.panel-head { h2 id="milestones-title" { "Milestones" } }
+                        @if may_see { (milestone_table(&milestones)) } @else { div.empty { (hidden()) } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A text of a payload, with its secrets hidden.
+fn text(value: &Value, most: usize) -> String {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    words::clip(&redact::text(&text), most)
+}
+
+/// What the handler made and left elsewhere.
+fn artifact_list(artifacts: &[&Value]) -> Markup {
+    html! {
+        @for artifact in artifacts {
+            @let about = &artifact["attributes"];
+            @let uri = text(&about["artifact.uri"], 1_000);
+            dl.facts {
+                dt { "Name" } dd { span.strong { (text(&about["artifact.name"], 300)) } }
+                dt { "Where" } dd {
+                    @if uri.starts_with("https://") || uri.starts_with("http://") { a href=(uri) rel="noopener noreferrer" { (uri) } " " }
+                    @else { (copyable(&uri, "address")) }
+                }
+                @if let Some(bytes) = about["artifact.size"].as_i64() { dt { "Size" } dd { (words::count(bytes)) " bytes" } }
+                @if about["artifact.digest"].is_string() { dt { "Digest" } dd { code { (text(&about["artifact.digest"], 300)) } } }
+            }
+        }
+    }
+}
+
+/// What the handler noted, and when after it got its claim.
+fn milestone_table(milestones: &[&Value]) -> Markup {
+    html! {
+        div.scroll { table.cards {
+            thead { tr { th.tight.num { "After" } th { "Milestone" } th { "Says" } } }
+            tbody { @for one in milestones.iter().take(128) { tr {
+                td.tight.num data-label="After" { span { @if let Some(ms) = one["at_ms"].as_f64() { (milliseconds(ms)) } } }
+                td data-label="Milestone" { span.strong { (text(&one["name"], 200)) } }
+                td data-label="Says" { div { @for (name, value) in one["attributes"].as_object().into_iter().flatten() {
+                    div { code { (words::clip(name, 100)) } " " (text(value, 1_000)) }
+                } } }
+            } } }
+        } }
+    }
+}
+
+fn milliseconds(ms: f64) -> String {
+    #[expect(clippy::cast_possible_truncation, reason = "a length for people")]
+    duration(TimeDelta::microseconds((ms * 1000.0) as i64))
+}
+
+/// What every backend has of the attempt's `handler.execution`.
+fn attribute_table(span: &Span) -> Markup {
+    html! {
+        details { summary { "Its span: " (counted(span.attributes.len(), "attribute")) }
+            dl.facts {
+                dt { "name" } dd { code { (span.name) } }
+                @for (name, value) in &span.attributes {
+                    dt { (name) }
+                    dd { code { @match value {
+                        SpanValue::Str(text) => (words::clip(&redact::text(text), 500)),
+                        SpanValue::Int(n) => (n),
+                        SpanValue::Float(n) => (n),
+                        SpanValue::Bool(yes) => (yes),
+                    } } }
                 }
             }
         }
