@@ -116,7 +116,10 @@ impl Hub {
                 while !self.credentials().is_empty() {
                     let began = tokio::time::Instant::now();
                     if let Err(problem) = looks.look(self, &pool, known).await {
-                        tracing::debug!(problem = problem.detail(), "a look at what moved failed; the next one sees the same");
+                        tracing::debug!(
+                            problem = problem.detail(),
+                            "a look at what moved failed; the next one sees the same"
+                        );
                     }
                     let every = if self.is_crowded() { EVERY_IN_A_CROWD } else { EVERY };
                     // A look that takes long is a sign of load: never more than a tenth of the time.
@@ -141,8 +144,12 @@ impl Looks {
         let asked = hub.credentials();
         let valid = known.check(pool, &asked).await?;
         let mut conn = pool.acquire().await?;
-        let ended: HashSet<Arc<Credential>> =
-            asked.into_iter().zip(valid).filter(|(_, valid)| valid.is_none()).map(|(credential, _)| credential).collect();
+        let ended: HashSet<Arc<Credential>> = asked
+            .into_iter()
+            .zip(valid)
+            .filter(|(_, valid)| valid.is_none())
+            .map(|(credential, _)| credential)
+            .collect();
         if !ended.is_empty() {
             let _ = hub.changes.send(Change::Ended(Arc::new(ended)));
         }

@@ -95,6 +95,7 @@ pub(crate) async fn authenticate(pool: &PgPool, key: &str) -> Result<Option<Prin
         return Ok(None);
     };
     let found = keys::valid_now(&mut *pool.acquire().await?, &[], &[id.to_owned()]).await?;
-    let valid = found.into_iter().map(|(_, row)| row).find(|row| row.secret_hash.as_slice().ct_eq(&sha256(secret)).into());
+    let valid =
+        found.into_iter().map(|(_, row)| row).find(|row| row.secret_hash.as_slice().ct_eq(&sha256(secret)).into());
     Ok(valid.map(Principal::of))
 }

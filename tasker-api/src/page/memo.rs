@@ -49,7 +49,9 @@ impl<K: Eq + Hash, V: Clone> Memo<K, V> {
             let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if !all.contains_key(&key) {
                 // What nobody asks for any more may be large. Who waits for a slot keeps it.
-                all.retain(|_, slot| slot.try_lock().is_ok_and(|held| held.as_ref().is_some_and(|(at, _)| at.elapsed() < KEPT)));
+                all.retain(|_, slot| {
+                    slot.try_lock().is_ok_and(|held| held.as_ref().is_some_and(|(at, _)| at.elapsed() < KEPT))
+                });
                 if all.len() >= MOST_KEYS {
                     all.clear();
                 }

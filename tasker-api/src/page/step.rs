@@ -205,7 +205,12 @@ fn sign(attempt: &AttemptDetail) -> &'static str {
     }
 }
 
-fn attempt_panel(attempt: &AttemptDetail, span: Option<(&SpanId, Option<&Span>)>, may_see: bool, now: DateTime<Utc>) -> Markup {
+fn attempt_panel(
+    attempt: &AttemptDetail,
+    span: Option<(&SpanId, Option<&Span>)>,
+    may_see: bool,
+    now: DateTime<Utc>,
+) -> Markup {
     html! {
         dl.facts {
             dt { "Worker" } dd { (attempt.worker) @if let Some(version) = &attempt.worker_version { " " span.quiet { (version) } } }

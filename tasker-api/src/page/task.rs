@@ -659,7 +659,11 @@ fn moves(log: &TaskLog, payloads: bool) -> Vec<Move> {
                 attempt: row.attempt,
                 generation: row.generation,
                 actor: row.actor.clone(),
-                reason: row.detail.as_ref().filter(|_| payloads).and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
+                reason: row
+                    .detail
+                    .as_ref()
+                    .filter(|_| payloads)
+                    .and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
                 error_type: row.detail.as_ref().and_then(|detail| detail.error_type.clone()),
             }
         })

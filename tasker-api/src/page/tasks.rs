@@ -102,16 +102,21 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let filter = asked.filter()?;
     let visible = page.namespaces().map(<[String]>::to_vec);
     let now = page.memory.now(&page.state).await?;
-    let listing = page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
-        let mut conn = page.state.pool().acquire().await?;
-        let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
-        let mut tasks = pages::tasks(&mut conn, page.namespaces(), &filter, most).await?;
-        let more = tasks.len() > PAGE;
-        tasks.truncate(PAGE);
-        let open: Vec<Uuid> = tasks.iter().filter(|task| !task.is_finished()).map(|task| task.task_uuid).collect();
-        let current = if open.is_empty() { Vec::new() } else { pages::current_steps(&mut conn, &open).await? };
-        Ok(Arc::new(Listing { tasks, more, current: current.into_iter().map(|step| (step.task_uuid, step)).collect() }))
-    });
+    let listing =
+        page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
+            let mut conn = page.state.pool().acquire().await?;
+            let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
+            let mut tasks = pages::tasks(&mut conn, page.namespaces(), &filter, most).await?;
+            let more = tasks.len() > PAGE;
+            tasks.truncate(PAGE);
+            let open: Vec<Uuid> = tasks.iter().filter(|task| !task.is_finished()).map(|task| task.task_uuid).collect();
+            let current = if open.is_empty() { Vec::new() } else { pages::current_steps(&mut conn, &open).await? };
+            Ok(Arc::new(Listing {
+                tasks,
+                more,
+                current: current.into_iter().map(|step| (step.task_uuid, step)).collect(),
+            }))
+        });
     let listing = listing.await?;
     let tally = page.memory.tallies.get((visible.clone(), filter.namespace.clone()), TALLY_GOOD_FOR, async || {
         let mut conn = page.state.pool().acquire().await?;

@@ -52,7 +52,8 @@ async fn watch(world: Arc<World>, cookie: String, page: String, seen: Arc<Seen>)
         answer.body
     };
     let first = get(&page).await;
-    let events = first.split("data-events=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a page that listens");
+    let events =
+        first.split("data-events=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a page that listens");
     let timeline = first.split("data-source=\"").nth(1).and_then(|rest| rest.split('"').next()).map(str::to_owned);
     let mut stream = world.request(Method::GET, events).header("cookie", &cookie).send().await.expect("events");
     assert_eq!(stream.status(), 200);
@@ -124,11 +125,13 @@ async fn two_hundred_viewers_cost_the_database_less_than_five_statements_a_secon
         while began.elapsed() < Duration::from_secs(10) {
             // Something moves all the time; on the page of a task it is that task.
             number += 1;
-            sqlx::query("select tasker.submit_task('shop', 'order', input => '{\"order_id\": \"1\"}', correlation_id => $1)")
-                .bind(format!("more {number}"))
-                .execute(world.pool())
-                .await
-                .unwrap();
+            sqlx::query(
+                "select tasker.submit_task('shop', 'order', input => '{\"order_id\": \"1\"}', correlation_id => $1)",
+            )
+            .bind(format!("more {number}"))
+            .execute(world.pool())
+            .await
+            .unwrap();
             sqlx::query(MOVE).bind(task).bind(version).execute(world.pool()).await.unwrap();
             version += 1;
             tokio::time::sleep(Duration::from_millis(400)).await;
@@ -168,7 +171,9 @@ async fn who_watches_with_a_session_is_told_to_go_when_it_ends() {
     };
     let (mut first, mut second) = (listen(&one).await, listen(&other).await);
     let csrf = auth::csrf_of(one.split_once('=').unwrap().1);
-    let out = world.request(Method::POST, "/logout").header("cookie", &one)
+    let out = world
+        .request(Method::POST, "/logout")
+        .header("cookie", &one)
         .header("content-type", "application/x-www-form-urlencoded")
         .body(format!("csrf={csrf}"));
     assert_eq!(send(out).await.status, 303);
