@@ -501,7 +501,16 @@ test("a newcomer starts it, runs the example, stops the worker, sees why it wait
   let worker;
   try {
     const page = await open(server.found[1], context);
-    await page.getByRole("button", { name: /Run an example/ }).click();
+    const origin = new URL(page.url()).origin;
+    const commands = new Set();
+    for (const where of ["/login", "/queues", "/templates", "/schedules", "/settings", "/audit", "/"]) {
+      await page.goto(origin + where);
+      for (const line of await page.locator("pre code").allTextContents()) commands.add(line);
+    }
+    assert.ok(commands.size >= 6, [...commands].join("\n"));
+    // What an empty page tells to type is a command that there is.
+    for (const line of commands) if (line.startsWith("tasker ")) await run("sh", ["-c", `"${bin}" ${line.slice(7)} --help`], { env: own });
+    await page.getByRole("button", { name: /Run an example/ }).first().click();
 
     // Nobody works yet: the page says so, and gives the exact command.
     const alarm = page.getByRole("alert").filter({ hasText: "No live worker offers the handler" });
@@ -516,9 +525,9 @@ test("a newcomer starts it, runs the example, stops the worker, sees why it wait
     await alarm.waitFor({ timeout: 30_000 });
     assert.match(await page.textContent("#head .reason"), /no worker offers it/);
     assert.match(await page.textContent("#head .pill"), /waiting|running/);
-    await page.goto("/queues".replace(/^/, new URL(page.url()).origin));
-    await page.getByRole("alert").filter({ hasText: "No worker offers" }).filter({ hasText: "tasker worker example" }).first().waitFor();
-    await page.getByRole("link", { name: "See such a task" }).first().click();
+    await page.goto(`${origin}/queues`);
+    await page.getByRole("alert").filter({ hasText: /No (live )?worker/ }).filter({ hasText: command.join(" ") }).first().waitFor();
+    await page.goBack();
 
     worker = await start(command, own, /offers the handlers/);
     await status(page, "completed");

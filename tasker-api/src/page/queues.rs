@@ -99,7 +99,7 @@ fn alarms(page: &Page, overview: &Overview, now: DateTime<Utc>) -> Markup {
         @for queue in unread {
             div.banner.bad role="alert" {
                 span aria-hidden="true" { "⚠" }
-                span { strong { "No live worker reads " (queue.queue) } ": " (counted(queue.depth, "message")) " in it. Start a worker of its namespace." }
+                span { strong { "No live worker reads " (queue.queue) } ": " (counted(queue.depth, "message")) " in it. " (remedy(page, namespace_of(&queue.queue).unwrap_or_default(), &queue.queue, "")) }
             }
         }
     }
@@ -108,7 +108,7 @@ fn alarms(page: &Page, overview: &Overview, now: DateTime<Utc>) -> Markup {
 /// Handlers that every `tasker worker run` offers.
 const BUILT_IN: [&str; 5] = ["echo", "fail", "http", "noop", "sleep"];
 
-/// What to do when nobody offers a handler: the exact command where one is known.
+/// What to do when nobody offers a handler, or reads a queue: the exact command where one is known.
 pub(super) fn remedy(page: &Page, namespace: &str, queue: &str, handler: &str) -> Markup {
     let of_example = page.config().example.as_ref().is_some_and(|example| example.namespace == namespace);
     if BUILT_IN.contains(&handler) {
@@ -118,7 +118,7 @@ pub(super) fn remedy(page: &Page, namespace: &str, queue: &str, handler: &str) -
     if of_example {
         return html! { "Start one: " (inline_command("tasker worker example")) };
     }
-    html! { "Start the program that registers it as a worker of the namespace " code { (namespace) } ". " }
+    html! { "Start the program with its handlers, as a worker of the namespace " code { (namespace) } ". " }
 }
 
 fn inline_command(line: &str) -> Markup {

@@ -22,7 +22,7 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
             @if found.is_empty() {
                 (empty("No schedule yet", &html! {
                     p { "A schedule starts a task at certain times:" }
-                    (command("tasker schedule set NAMESPACE nightly --template NAME --cron '0 3 * * *' --time-zone Europe/Berlin"))
+                    (command("tasker schedule set NAMESPACE/nightly --template NAME --cron '0 3 * * *' --time-zone Europe/Berlin"))
                 }))
             } @else {
                 div.scroll { table.cards {

@@ -46,7 +46,7 @@ pub(super) async fn show(page: Page) -> Result<Response, Problem> {
                 p.quiet.small { "Where spans are exported is set at each orchestrator, by " code { "OTEL_EXPORTER_OTLP_ENDPOINT" } "." }
             }
             section.panel { h2 { "Retention" }
-                @if policies.is_empty() { p { "Everything is kept for ever." } (command("tasker retention set '*' --keep 30d")) }
+                @if policies.is_empty() { p { "Everything is kept for ever." } (command("tasker retention set --namespace '*' --keep 30d")) }
                 @else { table.cards { thead { tr { th { "Namespace" } th { "Finished tasks" } th { "Quarantine" } } } tbody { @for policy in &policies { tr {
                     td data-label="Namespace" { code { (policy.namespace) } }
                     td data-label="Tasks" { span { (kept(policy.keep_s)) @if policy.archive { ", archived first" } } }

@@ -303,7 +303,7 @@ fn nothing(page: &Page, filter: &TaskFilter, names: &[(String, String)]) -> Mark
         "No task yet",
         &html! {
             p { "Submit the first one, here or from a terminal:" }
-            (command(&format!("tasker task submit {namespace} {name} --input '{{}}'")))
+            (command(&format!("tasker task submit {namespace}/{name} --input '{{}}'")))
             div.actions { a.button.primary href=(page.link(format!("/templates/{namespace}/{name}"))) { "Fill in its form" } (example_button(page)) }
         },
     )
