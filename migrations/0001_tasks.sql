@@ -88,6 +88,8 @@ create table tasker.tasks (
   remote_span_id        bytea,
   -- The traceparent that the root is linked to, where that is not its parent.
   root_link             text,
+  -- Bit 0 is W3C's "sampled". Bit 7 is ours and never sent: an awaited task whose trace was not sampled, and
+  -- may be kept for the end of the topmost task.
   trace_flags           smallint not null default 1,
   tracestate            text,
   baggage               text,

@@ -19,8 +19,9 @@ create unique index children_by_child on tasker.children (child_uuid);
 
 -- Starts the tasks that these attempts ask for, in the transaction that says they wait. The
 -- caller holds the locks of the parents and has written the inputs of the steps. Requests have
--- the keys of a submit, and step, attempt, awaited, and link: the traceparent that the root of a
--- task which is not awaited is linked to. One that cannot be done is answered like one that has ended.
+-- the keys of a submit, and step, attempt, awaited, may_be_kept (its trace was not sampled, and may
+-- be exported for its end), and link: the traceparent that the root of a task which is not awaited
+-- is linked to. One that cannot be done is answered like one that has ended.
 create function tasker.start_children(p_requests jsonb) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -63,7 +64,8 @@ begin
 
   update tasker.tasks t
   set parent_task_uuid = c.task_uuid, parent_step_uuid = c.step_uuid, parent_attempt = c.attempt,
-      parent_correlation_id = p.correlation_id, root_link = r->>'link'
+      parent_correlation_id = p.correlation_id, root_link = r->>'link',
+      trace_flags = t.trace_flags | case when (r->>'may_be_kept')::boolean then 128 else 0 end
   from jsonb_array_elements(p_requests) r
   join tasker.children c on c.task_uuid = (r->>'task')::uuid and c.step_uuid = (r->>'step')::uuid and c.attempt = (r->>'attempt')::int
   join tasker.tasks p on p.task_uuid = c.task_uuid
@@ -171,7 +173,7 @@ as $$
         case t.state when 'error' then 'failed' else 'was cancelled' end, left(coalesce(': ' || t.reason, ''), 600))
       when o.problem is not null then format('task %s: %s', c.child_uuid, o.problem) end,
     case when not c.awaited and c.child_uuid is not null
-      then format('00-%s-%s-%s', encode(t.trace_id, 'hex'), encode(t.root_span_id, 'hex'), lpad(to_hex(t.trace_flags::int), 2, '0')) end
+      then format('00-%s-%s-%s', encode(t.trace_id, 'hex'), encode(t.root_span_id, 'hex'), lpad(to_hex(t.trace_flags & 1), 2, '0')) end
   from unnest(p_tasks, p_steps, p_attempts) w(task_uuid, step_uuid, attempt)
   join tasker.children c on c.task_uuid = w.task_uuid and c.step_uuid = w.step_uuid and c.attempt = w.attempt
   left join tasker.tasks t on t.task_uuid = c.child_uuid

@@ -7,10 +7,14 @@ use std::time::Duration;
 use http::StatusCode;
 use serde_json::json;
 use tasker_orchestration::{Options, Orchestrator};
+use tasker_shared::store::transitions;
+use tasker_shared::trace::otlp::ServiceNames;
+use tasker_shared::trace::sampling;
 use tasker_tests::receiver::Behaviour;
 use tasker_tests::trace_config;
-use tasker_trace_testing::{Rules, assert_trace};
+use tasker_trace_testing::{Rules, Trace, assert_trace, compare};
 use tonic::Code;
+use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually, trace};
 
@@ -89,6 +93,115 @@ async fn unsampled_trace_is_exported_whole_if_its_end_is_worth_keeping() {
             }
         });
     }
+    world.end().await;
+}
+
+/// Its child fails only after the parent has ended, or never; `slow` awaits it meanwhile.
+const NESTED: &str = "trace: {keep: [failed]}
+steps:
+  - {name: child, task: {template: middle}}
+  - {name: forgotten, task: {template: alone, await: false}}
+  - {name: end, depends_on: [child, forgotten], handler: ";
+
+/// The tasks of this trace, and what is due of each by the rule that `tasker trace verify` follows.
+async fn due(world: &World, top: Uuid) -> (Vec<Uuid>, Trace) {
+    let mut conn = world.pool.acquire().await.expect("a connection");
+    let tasks = transitions::awaited_below(&mut conn, top, 100).await.expect("tasks");
+    let logs = transitions::logs(&mut conn, &tasks).await.expect("logs");
+    let kept = transitions::kept(&mut conn, &logs).await.expect("kept");
+    let spans = logs.iter().filter_map(|log| sampling::exported(log, kept.get(&log.head.task_uuid)));
+    let spans = spans.flat_map(|task| Trace::of_spans(&task, &ServiceNames::default()).spans).collect();
+    (tasks, Trace { spans })
+}
+
+/// What arrived of these tasks is what is due, whole: nothing is missing and nothing hangs loose.
+async fn assert_due(world: &World, top: Uuid, tasks: usize) {
+    let (below, due) = due(world, top).await;
+    assert_eq!(below.len(), tasks);
+    let there = eventually("all of it has arrived", async || {
+        let spans: Vec<_> = below.iter().flat_map(|task| world.spans_of(*task)).collect();
+        (world.number("select count(*) from tasker.export_batches").await == 0).then(|| trace(&spans))
+    })
+    .await;
+    let found = compare(&due, &there);
+    assert!(found.is_none(), "{found:#?}");
+    assert_eq!((found.matched, found.remote_parents_missing), (due.spans.len(), 0));
+    Rules::new()
+        .well_formed()
+        .links()
+        .assert(&trace(below.iter().flat_map(|task| world.spans_of(*task)).collect::<Vec<_>>().iter()));
+    let said = there.spans.iter().filter(|span| span.text("sampling.reason").is_some());
+    assert_eq!(
+        said.filter(|span| span.text("sampling.reason") == Some("failed")).count(),
+        1,
+        "the topmost root says why"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_trace_has_the_tasks_that_it_awaited_also_those_that_ended_after_it() {
+    let mut world = World::start(Setup { hand: true, ..Setup::default() }).await;
+    sample(&world, "tests", 0.0).await;
+    world.register_steps("leaf", "a: ok").await;
+    world
+        .register("middle", "steps: [{name: a, handler: ok}, {name: leaf, task: {template: leaf}, depends_on: [a]}]\n")
+        .await;
+    world.register_steps("alone", "a: ok").await;
+    for (name, handler) in [("fine", "ok"), ("fails", "broken")] {
+        world.register(name, &format!("{NESTED}{handler}}}\n")).await;
+    }
+    let fine = world.submit("fine").await;
+    let fails = world.submit("fails").await;
+    assert_eq!(world.finish(&[fine, fails]).await, ["complete", "error"]);
+    // Three deep; the forgotten task is no part of the trace, and its own template keeps nothing.
+    assert_due(&world, fails, 3).await;
+    let (below, nothing) = due(&world, fine).await;
+    assert_eq!((below.len(), nothing.spans.len()), (3, 0));
+    let failed = world.of_task(fails, "correlation_id").await;
+    assert!(world.receiver.spans().iter().all(|span| span.text("correlation_id") == failed.as_deref()));
+    assert!(world.receiver.spans().iter().all(|span| span.span.flags & 0xff == 1), "only W3C's flags are sent");
+
+    // The child is in the hands of nobody when its parent is given up; it ends later.
+    world.register("stuck", "steps: [{name: a, handler: silent}]\n").await;
+    world.register("waits", "trace: {keep: [failed]}\nsteps: [{name: child, task: {template: stuck}}]\n").await;
+    let waits = world.submit("waits").await;
+    eventually("the child runs", async || {
+        let child = "select count(*) from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
+                     where p.name = 'stuck' and t.in_flight_steps = 1";
+        (world.number(child).await == 1).then_some(())
+    })
+    .await;
+    // Everything of the trace is derived again by another orchestrator than the one that saw it end.
+    world.receiver.behave(Behaviour::Refuse(Code::Unavailable, StatusCode::SERVICE_UNAVAILABLE));
+    let cancelled = "select tasker.cancel_task($1, 'too late', null, 'ann')";
+    sqlx::query(cancelled).bind(waits).execute(&world.pool).await.expect("asked");
+    assert_eq!(world.finish(&[waits]).await, ["cancelled"]);
+    eventually("the child has ended", async || {
+        (world.number("select count(*) from tasker.tasks where finished_at is null").await == 0).then_some(())
+    })
+    .await;
+    world.orchestrators.remove(0).shutdown(Duration::ZERO).await;
+    world.receiver.behave(Behaviour::Accept);
+    world.add_orchestrator().await;
+    assert_due(&world, waits, 2).await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_nobody_awaits_is_kept_for_its_own_end() {
+    let world = World::start(Setup::default()).await;
+    sample(&world, "tests", 0.0).await;
+    world.register("alone", "trace: {keep: [failed]}\nsteps: [{name: a, handler: broken}]\n").await;
+    world.register("starts", "steps: [{name: a, task: {template: alone, await: false}}]\n").await;
+    let starts = world.submit("starts").await;
+    assert_eq!(world.finish(&[starts]).await, ["complete"]);
+    let alone = eventually("the other has failed", async || {
+        let query = "select task_uuid from tasker.tasks where state = 'error'";
+        sqlx::query_scalar::<_, Uuid>(query).fetch_optional(&world.pool).await.expect("asked")
+    })
+    .await;
+    assert_due(&world, alone, 1).await;
+    assert_eq!(world.spans_of(starts), []);
     world.end().await;
 }
 

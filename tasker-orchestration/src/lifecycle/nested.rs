@@ -99,10 +99,19 @@ fn request(work: &Work, child: &StartChild) -> Value {
     let span_id = span_id(&row.trace_id, *step, 0, attempt, SpanKey::StepExecution, 0);
     let execution = Traceparent { trace_id: row.trace_id, span_id, flags: row.trace_flags }.to_string();
     if task.awaited {
+        request["may_be_kept"] = may_be_kept(work).into();
         request["traceparent"] = execution.into();
         request["tracestate"] = row.tracestate.clone().into();
     } else {
         request["link"] = execution.into();
     }
     request
+}
+
+/// Whether the trace of this task was not sampled, and may be exported for the end of the topmost
+/// one: then those that it awaits must say when they end.
+fn may_be_kept(work: &Work) -> bool {
+    let row = &work.row;
+    let is_topmost = row.parent_task_uuid.is_none() || row.remote_span_id.is_none();
+    row.trace_flags & 1 == 0 && (row.may_be_kept || (is_topmost && !work.template.keep.is_empty()))
 }

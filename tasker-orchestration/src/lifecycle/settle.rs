@@ -134,14 +134,16 @@ fn export_batch(shared: &Shared, works: &[Work], plans: &[Plan], now: DateTime<U
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
-/// Whether a task that was not sampled ends in a way that its template wants to see. The exporter
-/// looks at the whole log and has the last word.
+/// Whether a task that was not sampled ends in a way that its template wants to see, or that of
+/// the topmost task of its trace may. The exporter looks at the whole logs and has the last word.
 fn may_be_kept(work: &Work, plan: &Plan, now: DateTime<Utc>) -> bool {
     let (keep, task) = (&work.template.keep, &plan.task);
-    // A nested task in its parent's trace goes with that; one with a trace of its own does not.
-    let is_within = work.row.parent_task_uuid.is_some() && work.row.remote_span_id.is_some();
-    if keep.is_empty() || !plan.task_changed || !task.state.is_terminal() || is_within {
+    if !plan.task_changed || !task.state.is_terminal() {
         return false;
+    }
+    // A nested task in its parent's trace goes with that; one with a trace of its own does not.
+    if work.row.parent_task_uuid.is_some() && work.row.remote_span_id.is_some() {
+        return work.row.may_be_kept;
     }
     keep.iter().any(|keep| match keep {
         Keep::Failed => task.state != TaskState::Complete,

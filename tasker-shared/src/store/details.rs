@@ -102,7 +102,7 @@ pub async fn root_span(conn: &mut PgConnection, task: Uuid) -> Result<Option<(Ve
     let row = sqlx::query!("select trace_id, root_span_id, trace_flags from tasker.tasks where task_uuid = $1", task)
         .fetch_optional(conn)
         .await?;
-    Ok(row.map(|row| (row.trace_id, row.root_span_id, row.trace_flags)))
+    Ok(row.map(|row| (row.trace_id, row.root_span_id, row.trace_flags & 1)))
 }
 
 /// A place in a task's steps: template order, then the items of a map.

@@ -24,6 +24,8 @@ pub struct TaskRow {
     pub remote_span_id: Option<SpanId>,
     pub root_link: Option<String>,
     pub trace_flags: u8,
+    /// It is awaited by a task whose trace was not sampled and may be kept for its end.
+    pub may_be_kept: bool,
     pub tracestate: Option<String>,
     /// The caller's, not yet filtered.
     pub baggage: Option<String>,
@@ -87,7 +89,8 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 root_span_id: bytes(&row.root_span_id).ok_or_else(|| bad("root_span_id", "needs 8 bytes".into()))?,
                 remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
                 root_link: row.root_link,
-                trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
+                trace_flags: w3c_flags(row.trace_flags),
+                may_be_kept: row.trace_flags & MAY_BE_KEPT != 0,
                 tracestate: row.tracestate,
                 baggage: row.baggage,
                 created_at: row.created_at,
@@ -95,6 +98,14 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
             })
         })
         .collect()
+}
+
+/// Of `trace_flags`, ours and never sent.
+const MAY_BE_KEPT: i16 = 0x80;
+
+/// The flags that others know of.
+pub(super) fn w3c_flags(stored: i16) -> u8 {
+    u8::from(stored & 1 == 1)
 }
 
 pub(super) fn bytes<const N: usize>(slice: &[u8]) -> Option<[u8; N]> {

@@ -1,18 +1,19 @@
 //! The log, read back: what the tree is built from when memory does not hold it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::tasks::bytes;
+use super::tasks::{self, bytes};
 use super::{Error, steps};
 use crate::state_machine::plan::Detail;
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
 use crate::template::Keep;
 use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+use crate::trace::sampling::{Kept, is_sampled, is_within};
 
 /// The whole log of each of these tasks; tasks that do not exist are not in the answer.
 pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskLog>, Error> {
@@ -44,7 +45,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
             trace_id: bytes(&row.trace_id).ok_or_else(|| Error::bad_row("tasks", "trace_id", id, "needs 16 bytes"))?,
             remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
             root_link: row.root_link,
-            trace_flags: u8::try_from(row.trace_flags).unwrap_or(1),
+            trace_flags: tasks::w3c_flags(row.trace_flags),
             tracestate: row.tracestate,
         };
         logs.insert(id, TaskLog { head, transitions: Vec::new(), attempts: Vec::new(), steps: HashMap::new() });
@@ -99,13 +100,52 @@ pub async fn traces_of(conn: &mut PgConnection, tasks: &[Uuid]) -> Result<Vec<[u
     Ok(traces)
 }
 
-/// What makes the trace of each of these tasks worth keeping, of those that were not sampled when
-/// their trace began and whose template names something.
-pub async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Keep>>, Error> {
+/// Which of these tasks, of those that were not sampled when their trace began, are in a trace
+/// that is kept for the end of its topmost task. No statement if all are sampled.
+pub async fn kept(conn: &mut PgConnection, logs: &[TaskLog]) -> Result<HashMap<Uuid, Kept>, Error> {
+    let unsampled = || logs.iter().filter(|log| !is_sampled(&log.head));
+    let within: Vec<Uuid> = unsampled().filter(|log| is_within(&log.head)).map(|log| log.head.task_uuid).collect();
+    let above = if within.is_empty() { HashMap::new() } else { topmost(conn, &within).await? };
+    let topmost_of = |log: &TaskLog| {
+        let own = log.head.task_uuid;
+        if is_within(&log.head) { above.get(&own).copied() } else { Some(own) }
+    };
+    let tops: Vec<Uuid> = unsampled().filter_map(topmost_of).collect::<HashSet<_>>().into_iter().collect();
+    let keeps = if tops.is_empty() { HashMap::new() } else { keeps(conn, &tops).await? };
+    let here: HashMap<Uuid, &TaskLog> = logs.iter().map(|log| (log.head.task_uuid, log)).collect();
+    let elsewhere: Vec<Uuid> = keeps.keys().copied().filter(|top| !here.contains_key(top)).collect();
+    let elsewhere = if elsewhere.is_empty() { Vec::new() } else { self::logs(conn, &elsewhere).await? };
+    let tops = here.into_values().chain(&elsewhere);
+    let tops: HashMap<Uuid, Kept> =
+        tops.filter_map(|log| Some((log.head.task_uuid, Kept::of(log, keeps.get(&log.head.task_uuid)?)?))).collect();
+    Ok(unsampled().filter_map(|log| Some((log.head.task_uuid, tops.get(&topmost_of(log)?)?.clone()))).collect())
+}
+
+/// The topmost task of the trace of each of these nested tasks.
+async fn topmost(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Uuid>, Error> {
+    let rows = sqlx::query!(
+        r#"with recursive up as (
+             select t.task_uuid, t.task_uuid as above, t.parent_task_uuid, t.remote_span_id
+             from tasker.tasks t where t.task_uuid = any($1)
+             union all
+             select u.task_uuid, t.task_uuid, t.parent_task_uuid, t.remote_span_id
+             from up u join tasker.tasks t on t.task_uuid = u.parent_task_uuid and u.remote_span_id is not null
+           )
+           select task_uuid as "task_uuid!", above as "above!"
+           from up where parent_task_uuid is null or remote_span_id is null"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.task_uuid, row.above)).collect())
+}
+
+/// What the templates of these tasks want to see of their ends, of those that name something.
+async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Keep>>, Error> {
     let rows = sqlx::query!(
         r#"select t.task_uuid, p.definition->'trace'->'keep' as "keep!"
            from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
-           where t.task_uuid = any($1) and t.trace_flags & 1 = 0 and p.definition->'trace'->'keep' is not null"#,
+           where t.task_uuid = any($1) and p.definition->'trace'->'keep' is not null"#,
         task_uuids
     )
     .fetch_all(conn)

@@ -19,14 +19,13 @@ use uuid::Uuid;
 use super::config::TraceConfig;
 use super::log::TaskLog;
 use super::otlp::{Encoder, ServiceNames};
-use super::sampling::exported;
+use super::sampling::{Kept, exported, is_sampled, is_within};
 use super::span::TaskSpans;
 use super::transport::{self, Error as TransportError, SendError, Transport};
 use super::tree;
 use crate::metrics::metrics;
 use crate::store::exports::Orphan;
 use crate::store::{self, exports, transitions};
-use crate::template::Keep;
 
 /// Log rows held in memory at most; about 100 MB when full.
 const MAX_QUEUED_ROWS: usize = 200_000;
@@ -35,6 +34,8 @@ const MAX_REQUEST_SPANS: usize = 4096;
 const MAX_REQUEST_BYTES: usize = 2 * 1024 * 1024;
 /// Requests on their way at one time.
 const MAX_IN_FLIGHT: usize = 4;
+/// Logs that are read together.
+const READ_AT_ONCE: usize = 50;
 /// Batches adopted in one go, and how often dead owners are looked for.
 const ADOPT: i64 = 200;
 /// A task with more log rows than this has all its batches adopted at once, so many at most.
@@ -326,15 +327,20 @@ impl Worker {
                 batch = receiver.recv() => batch,
             };
             let Some(batch) = batch else { return };
-            self.encode(batch).await;
+            if !self.encode(batch).await {
+                return;
+            }
             while let Ok(batch) = receiver.try_recv() {
-                self.encode(batch).await;
+                if !self.encode(batch).await {
+                    return;
+                }
             }
             self.send().await;
         }
     }
 
-    async fn encode(&mut self, batch: Batch) {
+    /// Answers `false` if the process stopped first: then its row stays for whoever recovers.
+    async fn encode(&mut self, batch: Batch) -> bool {
         let (batch_id, at) = (batch.batch_id, batch.at);
         let open = Arc::new(Open { batch_id, at, rows: rows(&batch), requests: AtomicUsize::new(1) });
         self.open.push(open.clone());
@@ -343,19 +349,20 @@ impl Worker {
             task.spans.retain(|span| span.settled_at == at);
             task
         };
-        let read = read_logs(&self.exporter, &batch.read).await.into_iter();
-        let read =
-            read.filter_map(|(log, keep)| if is_sampled(&log) { Some(settled(&log)) } else { exported(&log, &keep) });
         // One after another: a batch may hold the logs of hundreds of tasks.
-        for spans in batch.slices.iter().map(settled).chain(read).chain(batch.derived) {
-            let mut next = 0;
-            while next < spans.spans.len() {
-                next = self.encoder.push_from(&spans, next, MAX_REQUEST_BYTES);
-                if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= MAX_REQUEST_BYTES {
-                    // The batch goes on in the next request: it is done when both are acknowledged.
-                    open.requests.fetch_add(1, Ordering::Relaxed);
-                    self.send().await;
-                    self.open.push(open.clone());
+        for spans in batch.slices.iter().map(settled).chain(batch.derived) {
+            self.push(&open, &spans).await;
+        }
+        let (mut waiting, mut seen) = (batch.read, HashSet::new());
+        while !waiting.is_empty() {
+            let page: Vec<Uuid> = waiting.split_off(waiting.len().saturating_sub(READ_AT_ONCE));
+            let page: Vec<Uuid> = page.into_iter().filter(|task| seen.insert(*task)).collect();
+            let Some(read) = read_logs(&self.exporter, &page).await else { return false };
+            for Read { log, kept, awaited } in read {
+                waiting.extend(awaited);
+                let spans = if is_sampled(&log.head) { Some(settled(&log)) } else { exported(&log, kept.as_ref()) };
+                if let Some(spans) = spans {
+                    self.push(&open, &spans).await;
                 }
             }
         }
@@ -363,6 +370,21 @@ impl Worker {
             // Nothing of it is in the open request: it counts as sent.
             for open in std::mem::take(&mut self.open) {
                 settle(&self.exporter, vec![open]).await;
+            }
+        }
+        true
+    }
+
+    /// Writes spans into the open request, and into others after it if they do not fit.
+    async fn push(&mut self, open: &Arc<Open>, spans: &TaskSpans) {
+        let mut next = 0;
+        while next < spans.spans.len() {
+            next = self.encoder.push_from(spans, next, MAX_REQUEST_BYTES);
+            if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= MAX_REQUEST_BYTES {
+                // The batch goes on in the next request: it is done when both are acknowledged.
+                open.requests.fetch_add(1, Ordering::Relaxed);
+                self.send().await;
+                self.open.push(open.clone());
             }
         }
     }
@@ -468,24 +490,29 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     exporter.stats.open_batches.fetch_sub(done.len(), Ordering::Relaxed);
 }
 
-fn is_sampled(log: &TaskLog) -> bool {
-    log.head.trace_flags & 1 == 1
+/// A whole log.
+struct Read {
+    log: TaskLog,
+    /// Why its trace is exported, though it was not sampled.
+    kept: Option<Kept>,
+    /// The other tasks of a trace that is kept for the end of this one.
+    awaited: Vec<Uuid>,
 }
 
-/// Whole logs, with what makes each worth keeping.
-async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<(TaskLog, Vec<Keep>)> {
+/// Whole logs; `None` if the process stopped before they could be read.
+async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Option<Vec<Read>> {
     if task_uuids.is_empty() {
-        return Vec::new();
+        return Some(Vec::new());
     }
     let mut wait = Duration::from_millis(50);
     loop {
         let read = async { logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
         match read {
-            Ok(logs) => return logs,
+            Ok(logs) => return Some(logs),
             Err(error) => {
                 tracing::warn!(%error, "the log of a task could not be read for its trace; trying again");
                 tokio::select! {
-                    () = exporter.done.cancelled() => return Vec::new(),
+                    () = exporter.done.cancelled() => return None,
                     () = tokio::time::sleep(wait) => wait = (wait * 2).min(Duration::from_secs(5)),
                 }
             }
@@ -493,20 +520,20 @@ async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Vec<(TaskLog, Ve
     }
 }
 
-async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<(TaskLog, Vec<Keep>)>, store::Error> {
+async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Read>, store::Error> {
     let logs = transitions::logs(conn, task_uuids).await?;
-    let unsampled: Vec<Uuid> = logs.iter().filter(|log| !is_sampled(log)).map(|log| log.head.task_uuid).collect();
-    let mut keeps = match &unsampled[..] {
-        [] => HashMap::new(),
-        some => transitions::keeps(conn, some).await?,
-    };
-    Ok(logs
-        .into_iter()
-        .map(|log| {
-            let keep = keeps.remove(&log.head.task_uuid).unwrap_or_default();
-            (log, keep)
-        })
-        .collect())
+    let mut kept = transitions::kept(conn, &logs).await?;
+    let mut read = Vec::with_capacity(logs.len());
+    for log in logs {
+        let task = log.head.task_uuid;
+        let kept = kept.remove(&task);
+        let awaited = match &kept {
+            Some(_) if !is_within(&log.head) => transitions::awaited_below(conn, task, i64::MAX).await?,
+            _ => Vec::new(),
+        };
+        read.push(Read { log, kept, awaited });
+    }
+    Ok(read)
 }
 
 /// Says that this instance lives, and adopts what dead ones left.
@@ -565,7 +592,7 @@ async fn hand_over_again(
     conn: &mut PgConnection,
     orphans: Vec<Orphan>,
 ) -> Result<usize, store::Error> {
-    let (mut derived, mut seen) = (Derived::default(), HashSet::new());
+    let (mut derived, mut seen) = (HashMap::new(), HashSet::new());
     let mut orphans = orphans;
     let large = read_again(exporter, conn, &orphans, &mut seen, &mut derived).await?;
     if !large.is_empty() {
@@ -575,31 +602,28 @@ async fn hand_over_again(
     }
     let found = orphans.len();
     for Orphan { batch_id, task_uuids, at } in orphans {
-        let derived: Vec<TaskSpans> = task_uuids.iter().filter_map(|task| derived.get_mut(task)?.of(at)).collect();
-        let spans: usize = derived.iter().map(|task| task.spans.len()).sum();
+        let (mut again, mut read) = (Vec::new(), Vec::new());
+        for task in task_uuids {
+            match derived.get_mut(&task) {
+                Some(Derived::At(times)) => again.extend(times.remove(&at)),
+                Some(Derived::NotSampled) => read.push(task),
+                // Retention has removed it.
+                None => {}
+            }
+        }
+        let spans: usize = again.iter().map(|task| task.spans.len()).sum();
         exporter.stats.re_exported.fetch_add(spans as u64, Ordering::Relaxed);
-        exporter.hand_over(Batch { batch_id, at, slices: Vec::new(), read: Vec::new(), derived });
+        exporter.hand_over(Batch { batch_id, at, slices: Vec::new(), read, derived: again });
     }
     Ok(found)
 }
 
-/// The spans of tasks, by the transaction that settled them: each is derived once, however many
-/// batches it has.
-type Derived = HashMap<Uuid, Settled>;
-
-enum Settled {
+/// What is known of a task again: its spans are derived once, however many batches it has.
+enum Derived {
+    /// Its spans, by the transaction that settled them.
     At(HashMap<DateTime<Utc>, TaskSpans>),
-    /// Not sampled, and kept for its end: whole, with the batch that says so.
-    Whole(TaskSpans),
-}
-
-impl Settled {
-    fn of(&mut self, at: DateTime<Utc>) -> Option<TaskSpans> {
-        match self {
-            Self::At(times) => times.remove(&at),
-            Self::Whole(task) => Some(task.clone()),
-        }
-    }
+    /// Its whole trace may be due with the batch of its end.
+    NotSampled,
 }
 
 /// Derives the spans of the batches' tasks that were not seen yet; answers which tasks are large.
@@ -608,7 +632,7 @@ async fn read_again(
     conn: &mut PgConnection,
     orphans: &[Orphan],
     seen: &mut HashSet<Uuid>,
-    derived: &mut Derived,
+    derived: &mut HashMap<Uuid, Derived>,
 ) -> Result<Vec<Uuid>, store::Error> {
     let tasks: Vec<Uuid> =
         orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).filter(|task| seen.insert(*task)).collect();
@@ -616,17 +640,14 @@ async fn read_again(
     if tasks.is_empty() {
         return Ok(large);
     }
-    for (log, keep) in logs(conn, &tasks).await? {
+    for log in transitions::logs(conn, &tasks).await? {
         exporter.stats.recovered_logs.fetch_add(1, Ordering::Relaxed);
         let task = log.head.task_uuid;
         if log.transitions.len() > LARGE_TASK_ROWS {
             large.push(task);
         }
-        if is_sampled(&log) {
-            derived.insert(task, Settled::At(by_settle(tree::spans(&log))));
-        } else if let Some(whole) = exported(&log, &keep) {
-            derived.insert(task, Settled::Whole(whole));
-        }
+        let again = if is_sampled(&log.head) { Derived::At(by_settle(tree::spans(&log))) } else { Derived::NotSampled };
+        derived.insert(task, again);
     }
     Ok(large)
 }

@@ -53,10 +53,10 @@ impl Replay {
             }
             for task in page {
                 let mut conn = connected.client.pool().acquire().await?;
-                let keeps = transitions::keeps(&mut conn, &[task]).await?;
-                for log in transitions::logs(&mut conn, &[task]).await? {
-                    let keep = keeps.get(&task).map_or(&[][..], Vec::as_slice);
-                    let Some(task) = sampling::exported(&log, keep) else {
+                let logs = transitions::logs(&mut conn, &[task]).await?;
+                let kept = transitions::kept(&mut conn, &logs).await?;
+                for log in logs {
+                    let Some(task) = sampling::exported(&log, kept.get(&task)) else {
                         skipped += 1;
                         continue;
                     };

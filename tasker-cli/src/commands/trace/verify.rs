@@ -55,10 +55,10 @@ impl Verify {
             let mut conn = connected.client.pool().acquire().await?;
             let ended = views::finished(&mut conn, &page).await?;
             running += page.len() - ended.len();
-            let keeps = transitions::keeps(&mut conn, &ended).await?;
-            for log in transitions::logs(&mut conn, &ended).await? {
-                let keep = keeps.get(&log.head.task_uuid).map_or(&[][..], Vec::as_slice);
-                let Some(spans) = sampling::exported(&log, keep) else {
+            let logs = transitions::logs(&mut conn, &ended).await?;
+            let kept = transitions::kept(&mut conn, &logs).await?;
+            for log in logs {
+                let Some(spans) = sampling::exported(&log, kept.get(&log.head.task_uuid)) else {
                     unsampled += 1;
                     continue;
                 };
