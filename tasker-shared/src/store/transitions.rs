@@ -140,6 +140,26 @@ async fn topmost(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap
     Ok(rows.into_iter().map(|row| (row.task_uuid, row.above)).collect())
 }
 
+/// Whether the task that awaited this one took note of its end, and so on up to the topmost: then
+/// the end of the topmost came after it.
+pub async fn is_noted(conn: &mut PgConnection, task: Uuid) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"with recursive up as (
+             select t.task_uuid, t.parent_task_uuid, t.parent_step_uuid, t.parent_attempt, t.remote_span_id, true as noted
+             from tasker.tasks t where t.task_uuid = $1
+             union all
+             select p.task_uuid, p.parent_task_uuid, p.parent_step_uuid, p.parent_attempt, p.remote_span_id, exists (
+               select from tasker.transitions r where r.task_uuid = p.task_uuid and r.entity_uuid = u.parent_step_uuid
+                 and r.attempt = u.parent_attempt and r.event = 'ChildFinished')
+             from up u join tasker.tasks p on p.task_uuid = u.parent_task_uuid and u.remote_span_id is not null
+           )
+           select bool_and(noted) as "noted!" from up"#,
+        task
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
 /// What the templates of these tasks want to see of their ends, of those that name something.
 async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Keep>>, Error> {
     let rows = sqlx::query!(

@@ -353,17 +353,29 @@ impl Worker {
         for spans in batch.slices.iter().map(settled).chain(batch.derived) {
             self.push(&open, &spans).await;
         }
-        let (mut waiting, mut seen) = (batch.read, HashSet::new());
-        while !waiting.is_empty() {
-            let page: Vec<Uuid> = waiting.split_off(waiting.len().saturating_sub(READ_AT_ONCE));
-            let page: Vec<Uuid> = page.into_iter().filter(|task| seen.insert(*task)).collect();
-            let Some(read) = read_logs(&self.exporter, &page).await else { return false };
-            for Read { log, kept, awaited } in read {
-                waiting.extend(awaited);
-                let spans = if is_sampled(&log.head) { Some(settled(&log)) } else { exported(&log, kept.as_ref()) };
+        let (mut awaited, mut written) = (Vec::new(), HashSet::new());
+        for page in batch.read.chunks(READ_AT_ONCE) {
+            let Some(read) = read_logs(&self.exporter, page).await else { return false };
+            for Read { log, kept, with } in read {
+                let spans = match with {
+                    _ if is_sampled(&log.head) => Some(settled(&log)),
+                    With::Topmost => None,
+                    With::Itself(others) => {
+                        awaited.extend(others);
+                        exported(&log, kept.as_ref())
+                    }
+                };
                 if let Some(spans) = spans {
+                    written.insert(log.head.task_uuid);
                     self.push(&open, &spans).await;
                 }
+            }
+        }
+        awaited.retain(|task| written.insert(*task));
+        for page in awaited.chunks(READ_AT_ONCE) {
+            let Some(read) = read_logs(&self.exporter, page).await else { return false };
+            for spans in read.iter().filter_map(|read| exported(&read.log, read.kept.as_ref())) {
+                self.push(&open, &spans).await;
             }
         }
         if self.encoder.spans() == 0 {
@@ -495,8 +507,15 @@ struct Read {
     log: TaskLog,
     /// Why its trace is exported, though it was not sampled.
     kept: Option<Kept>,
-    /// The other tasks of a trace that is kept for the end of this one.
-    awaited: Vec<Uuid>,
+    with: With,
+}
+
+/// With whose end a task goes out, whose trace is kept.
+enum With {
+    /// Its own, and with it these, which it awaited.
+    Itself(Vec<Uuid>),
+    /// That of the topmost task, which came after its own.
+    Topmost,
 }
 
 /// Whole logs; `None` if the process stopped before they could be read.
@@ -527,11 +546,12 @@ async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Read>,
     for log in logs {
         let task = log.head.task_uuid;
         let kept = kept.remove(&task);
-        let awaited = match &kept {
-            Some(_) if !is_within(&log.head) => transitions::awaited_below(conn, task, i64::MAX).await?,
-            _ => Vec::new(),
+        let with = match &kept {
+            Some(_) if !is_within(&log.head) => With::Itself(transitions::awaited_below(conn, task, i64::MAX).await?),
+            Some(_) if transitions::is_noted(conn, task).await? => With::Topmost,
+            _ => With::Itself(Vec::new()),
         };
-        read.push(Read { log, kept, awaited });
+        read.push(Read { log, kept, with });
     }
     Ok(read)
 }
