@@ -1,5 +1,58 @@
 -- Messages are hints to look; so are timers. This file owns both, and who listens to them.
 
+-- A queue of steps has a function that takes from it and one that puts into it: a statement with
+-- the table's name in it is planned once a session there, and at every call if it is put together
+-- by `execute`; that planning was half of a claim. They are called by `claim_steps` and
+-- `conclude` alone, which have set what they run under.
+create function tasker.create_queue_functions(p_queue text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $create$
+begin
+  execute format($functions$
+    create or replace function tasker.%2$I(
+      p_handlers text[], p_max int,
+      out msg_ids bigint[], out steps uuid[], out attempts int[], out parents text[], out baggage text[]
+    )
+    language plpgsql
+    as $$
+    begin
+      with picked as materialized (
+        select q.msg_id from pgmq.%1$I q
+        where q.vt <= clock_timestamp() and coalesce(q.message->>'handler' = any(p_handlers), true)
+          and not exists (select from tasker.paused_queues p where p.queue = %4$L)
+        order by q.msg_id limit p_max for update skip locked
+      ), taken as (
+        delete from pgmq.%1$I q using picked where q.msg_id = picked.msg_id
+        returning q.msg_id, q.read_ct, q.enqueued_at, q.message, q.headers,
+          coalesce(tasker.is_uuid(q.message->>'step') and (q.message->>'attempt') ~ '^[0-9]{1,9}$'
+            and q.message->>'v' = '1', false) as good
+      ), bad as (
+        insert into tasker.quarantine (queue, msg_id, read_ct, reason, message, headers, enqueued_at)
+        select %4$L, t.msg_id, t.read_ct, 'not a step message: needs v = 1, step, attempt and handler', t.message, t.headers, t.enqueued_at
+        from taken t where not t.good
+      )
+      select array_agg(t.msg_id), array_agg((t.message->>'step')::uuid), array_agg((t.message->>'attempt')::int),
+             array_agg(t.headers->>'traceparent'), array_agg(t.headers->>'baggage')
+      into msg_ids, steps, attempts, parents, baggage
+      from taken t where t.good;
+    end
+    $$;
+    create or replace function tasker.%3$I(p_destinations text[], p_bodies jsonb[], p_headers jsonb[]) returns void
+    language plpgsql
+    as $$
+    begin
+      insert into pgmq.%1$I (vt, message, headers)
+      select clock_timestamp(), m.body, m.headers
+      from unnest(p_destinations, p_bodies, p_headers) with ordinality as m(destination, body, headers, place)
+      where m.destination = %4$L order by m.place;
+    end
+    $$;
+    revoke all on function tasker.%2$I, tasker.%3$I from public;
+  $functions$, 'q_' || p_queue, 'take_' || p_queue, 'put_' || p_queue, p_queue);
+end
+$create$;
+
 create function tasker.create_queue(p_queue text) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -16,6 +69,9 @@ begin
     'autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0, '
     'autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 50000)',
     'q_' || p_queue);
+  if p_queue like 'worker\_%' then
+    perform tasker.create_queue_functions(p_queue);
+  end if;
 end
 $$;
 
@@ -177,12 +233,7 @@ begin
     delete from tasker.due where due_id = any(p_due_ids);
   end if;
   for v_destination in select distinct d from unnest(p_destinations) d loop
-    execute format(
-      'insert into pgmq.%I (vt, message, headers)
-       select clock_timestamp(), m.body, m.headers
-       from unnest($1, $2, $3) with ordinality as m(destination, body, headers, place)
-       where m.destination = $4 order by m.place', 'q_' || v_destination)
-    using p_destinations, p_bodies, p_headers, v_destination;
+    execute format('select tasker.%I($1, $2, $3)', 'put_' || v_destination) using p_destinations, p_bodies, p_headers;
     perform tasker.wake(v_destination);
   end loop;
 end

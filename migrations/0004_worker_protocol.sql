@@ -67,7 +67,8 @@ declare
   v_attempts int[];
   v_parents  text[];
   v_baggage  text[];
-  v_found    bigint := 0;
+  v_found    int;
+  v_asleep   boolean;
   v_began    timestamptz;
   v_at       timestamptz;
 begin
@@ -78,31 +79,18 @@ begin
     return;
   end if;
 
-  execute format($q$
-    with picked as materialized (
-      select msg_id from pgmq.%1$I
-      where vt <= clock_timestamp() and coalesce(message->>'handler' = any($1), true)
-        and not exists (select from tasker.paused_queues p where p.queue = $3)
-      order by msg_id limit $2 for update skip locked
-    ), taken as (
-      delete from pgmq.%1$I q using picked where q.msg_id = picked.msg_id
-      returning q.msg_id, q.read_ct, q.enqueued_at, q.message, q.headers,
-        coalesce(tasker.is_uuid(q.message->>'step') and (q.message->>'attempt') ~ '^[0-9]{1,9}$'
-          and q.message->>'v' = '1', false) as good
-    ), bad as (
-      insert into tasker.quarantine (queue, msg_id, read_ct, reason, message, headers, enqueued_at)
-      select $3, msg_id, read_ct, 'not a step message: needs v = 1, step, attempt and handler', message, headers, enqueued_at
-      from taken where not good
-    )
-    select array_agg(msg_id), array_agg((message->>'step')::uuid), array_agg((message->>'attempt')::int),
-           array_agg(headers->>'traceparent'), array_agg(headers->>'baggage'), count(*)
-    from taken where good
-  $q$, 'q_' || v_queue)
-  into v_msg_ids, v_steps, v_attempts, v_parents, v_baggage, v_found
-  using p_handlers, p_max, v_queue;
+  if to_regclass(format('pgmq.%I', 'q_' || v_queue)) is null then
+    raise exception 'queue %: does not exist; it is made when a template that uses it is registered', v_queue using errcode = '42P01';
+  end if;
+  execute format('select * from tasker.%I($1, $2)', 'take_' || v_queue)
+  into v_msg_ids, v_steps, v_attempts, v_parents, v_baggage
+  using p_handlers, p_max;
+  v_found := coalesce(cardinality(v_msg_ids), 0);
 
-  update tasker.readers r set asleep = (v_found = 0), seen_at = clock_timestamp()
-  where r.queue = v_queue and r.reader = p_worker and r.asleep <> (v_found = 0);
+  -- Behind a lone message there is hardly another: who takes it is woken by the next.
+  v_asleep := v_found < least(p_max, 2);
+  update tasker.readers r set asleep = v_asleep, seen_at = clock_timestamp()
+  where r.queue = v_queue and r.reader = p_worker and r.asleep <> v_asleep;
   if v_found = 0 then
     return;
   end if;

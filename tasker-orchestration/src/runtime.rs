@@ -168,6 +168,7 @@ impl Orchestrator {
                 let _ = queue::unregister(&mut conn, &reader).await;
             }
         }
+        self.shared.lines.give_back();
         self.shared.pool.close().await;
         self.shared.reads.close().await;
     }
@@ -347,7 +348,8 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
-        after_turn("requests", turn.await, &mut pause, &wakes.requests, &stop).await;
+        let turn = turn.await;
+        after_turn(&inbox, turn, &mut pause, &wakes.requests, &stop).await;
     }
 }
 
@@ -370,7 +372,8 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
-        after_turn("results", turn.await, &mut pause, &wakes.results, &stop).await;
+        let turn = turn.await;
+        after_turn(&inbox, turn, &mut pause, &wakes.results, &stop).await;
     }
 }
 
@@ -402,9 +405,11 @@ impl Inbox {
     }
 }
 
-/// Goes on at once after work, and sleeps after none.
+/// Goes on at once after work, and sleeps after none. Reading a lone message has marked the
+/// reader asleep, as reading none has: it is woken by the next, and to look at once for what is
+/// hardly there would take the processor from whoever has to do with the lone one.
 async fn after_turn(
-    what: &str,
+    inbox: &Inbox,
     turn: Result<usize, crate::lifecycle::Error>,
     pause: &mut Pause,
     wake: &Notify,
@@ -412,9 +417,13 @@ async fn after_turn(
 ) {
     match turn {
         Ok(0) => pause.sleep(wake, stop).await,
+        Ok(1) if inbox.batch > 1 => {
+            pause.reset();
+            pause.sleep(wake, stop).await;
+        }
         Ok(_) => pause.reset(),
         Err(error) => {
-            tracing::warn!(%error, what, "a batch failed; its messages come back");
+            tracing::warn!(%error, queue = inbox.queue, "a batch failed; its messages come back");
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}

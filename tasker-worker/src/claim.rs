@@ -44,7 +44,7 @@ impl Claimer {
     /// Claims until `stop` fires; a call that is under way then still counts.
     pub(crate) async fn run(self, pool: PgPool, stop: CancellationToken) {
         let mut line = Line::new(pool);
-        let (mut empty, mut failures, mut more) = (0, 0, false);
+        let (mut empty, mut failures, mut more, mut asleep) = (0, 0, false, false);
         loop {
             let room = async {
                 self.executor.results.room().await;
@@ -61,9 +61,12 @@ impl Claimer {
                     failures = 0;
                     empty = if claims.is_empty() { empty + 1 } else { 0 };
                     more = claims.len() == asked;
+                    // As the database has marked us: behind a lone step there is hardly another.
+                    asleep = claims.len() < asked.min(2);
                     self.start(claims, &mut slots);
                     match empty {
                         0 if more => continue,
+                        0 if asleep => poll_delay(0),
                         0 => PACE,
                         _ => poll_delay(empty - 1),
                     }
@@ -80,15 +83,15 @@ impl Claimer {
                 }
             };
             drop(slots);
-            let asleep = async {
+            let pause = async {
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
-                    () = self.wake.notified(), if empty > 0 => {}
+                    () = self.wake.notified(), if asleep => {}
                 }
             };
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = asleep => {}
+                () = pause => {}
             }
         }
     }

@@ -25,6 +25,7 @@ use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::decide::{ByHand, Operator};
 use tasker_shared::store;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
+use tasker_shared::store::tx::Lines;
 use tasker_shared::trace::export::Exporter;
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -32,11 +33,16 @@ use uuid::Uuid;
 pub use self::admission::Admission;
 use self::busy::Busy;
 
+/// Connections kept for settles: as many as usually settle at once.
+const SETTLE_LINES: usize = 3;
+
 /// What every part of one orchestrator shares.
 #[derive(Debug)]
 pub struct Shared {
     /// For transactions: commits wait for the disk.
     pub pool: PgPool,
+    /// For settles: connections of `pool` that are kept.
+    pub lines: Lines,
     /// For queue reads: commits may be asynchronous.
     pub reads: PgPool,
     /// Names this orchestrator in queues' reader lists and in export batches.
@@ -60,6 +66,7 @@ impl Shared {
     /// With nothing cached yet.
     pub fn new(pool: PgPool, reads: PgPool, instance: Uuid, exporter: Option<Exporter>) -> Self {
         Self {
+            lines: Lines::new(pool.clone(), SETTLE_LINES),
             pool,
             reads,
             instance,

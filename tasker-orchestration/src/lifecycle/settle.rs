@@ -14,7 +14,6 @@ use tasker_shared::state_machine::TaskState;
 use tasker_shared::state_machine::plan::Plan;
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::tasks::{self, TaskRow};
-use tasker_shared::store::tx::in_tx;
 use tasker_shared::template::Keep;
 use tracing::instrument;
 use uuid::Uuid;
@@ -42,44 +41,46 @@ pub struct Settled {
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
 pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
     let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
-    let (settled, done) = in_tx(&shared.pool, async |conn| {
-        let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
-        let rows = tasks::lock(conn, &uuids).await?;
-        let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
-        let (mut works, now) = load(shared, conn, rows, &hints).await?;
-        let hints = without_strangers(hints, &works, &mut settled);
-        load_outputs(conn, &mut works, &hints).await?;
-        let places = lock_limits(shared, conn, &works, &hints).await?;
-        let (plans, places) = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
+    let (settled, done) = shared
+        .lines
+        .in_tx(async |conn| {
+            let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
+            let rows = tasks::lock(conn, &uuids).await?;
+            let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
+            let (mut works, now) = load(shared, conn, rows, &hints).await?;
+            let hints = without_strangers(hints, &works, &mut settled);
+            load_outputs(conn, &mut works, &hints).await?;
+            let places = lock_limits(shared, conn, &works, &hints).await?;
+            let (plans, places) = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
 
-        let moved: Vec<(&TaskRow, &Plan)> =
-            works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
-        let export = export_batch(shared, &works, &plans, now);
-        let done: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
-        let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
-        let traffic = Traffic { queue, done: &done, due: &due, outbox: outbox(&works, &plans) };
-        let applied = if moved.is_empty() {
-            queue::conclude(conn, &traffic).await?;
-            Applied { at: now, cancelled: Vec::new() }
-        } else {
-            apply(conn, &moved, now, export.as_ref(), &traffic).await?
-        };
-        record_flow(conn, &plans, &places).await?;
-        waits::record(conn, &works, &plans, applied.at).await?;
-        nested::record(conn, &works, &plans).await?;
-        tell_workers(conn, &applied, &plans).await?;
-        settled.moved = moved.len();
-        settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
-        Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
-    })
-    .await
-    .inspect_err(|error| {
-        measure::failed(&source);
-        // The answer to COMMIT may be what was lost: then the spans are still owed.
-        if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
-            exporter.doubt();
-        }
-    })?;
+            let moved: Vec<(&TaskRow, &Plan)> =
+                works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
+            let export = export_batch(shared, &works, &plans, now);
+            let done: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
+            let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
+            let traffic = Traffic { queue, done: &done, due: &due, outbox: outbox(&works, &plans) };
+            let applied = if moved.is_empty() {
+                queue::conclude(conn, &traffic).await?;
+                Applied { at: now, cancelled: Vec::new() }
+            } else {
+                apply(conn, &moved, now, export.as_ref(), &traffic).await?
+            };
+            record_flow(conn, &plans, &places).await?;
+            waits::record(conn, &works, &plans, applied.at).await?;
+            nested::record(conn, &works, &plans).await?;
+            tell_workers(conn, &applied, &plans).await?;
+            settled.moved = moved.len();
+            settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
+            Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
+        })
+        .await
+        .inspect_err(|error| {
+            measure::failed(&source);
+            // The answer to COMMIT may be what was lost: then the spans are still owed.
+            if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
+                exporter.doubt();
+            }
+        })?;
     measure::settled(&source, count, began.elapsed());
     actions::run(shared, done);
     Ok(settled)

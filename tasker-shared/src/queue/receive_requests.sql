@@ -6,8 +6,10 @@ with picked as materialized (
   from picked p where m.msg_id = p.msg_id
   returning m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers
 ), marked as (
-  update tasker.readers r set asleep = not exists (select from picked), seen_at = clock_timestamp()
-  where r.queue = 'task_requests' and r.reader = $3 and r.asleep = exists (select from picked)
+  -- Behind a lone message there is hardly another: who takes it is woken by the next.
+  update tasker.readers r set asleep = n.few, seen_at = clock_timestamp()
+  from (select count(*) < least($2, 2) as few from picked) n
+  where r.queue = 'task_requests' and r.reader = $3 and r.asleep <> n.few
 )
 select msg_id as "msg_id!", read_ct as "read_ct!", enqueued_at as "enqueued_at!",
   message::text as "message", headers::text as "headers"

@@ -14,6 +14,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres};
 use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What a pool is made with. `Default` suits a small process.
@@ -88,8 +89,8 @@ impl Held {
         self.0.as_mut().expect("held until given back")
     }
 
-    fn give_back(mut self) {
-        self.0 = None;
+    fn give_back(mut self) -> Option<PoolConnection<Postgres>> {
+        self.0.take()
     }
 }
 
@@ -113,9 +114,69 @@ pub async fn in_tx<T, E>(pool: &PgPool, work: impl AsyncFnOnce(&mut PgConnection
 where
     E: From<sqlx::Error>,
 {
+    run(pool, None, work).await
+}
+
+/// Connections on which one transaction follows another. Giving one back to the pool costs a
+/// round trip beside what the commit has just woken, and is of no use where the server has just
+/// said that the transaction is over.
+#[derive(Debug)]
+pub struct Lines {
+    pool: PgPool,
+    most: usize,
+    kept: Mutex<Vec<PoolConnection<Postgres>>>,
+}
+
+impl Lines {
+    /// Keeps so many connections of the pool, at most.
+    pub fn new(pool: PgPool, most: usize) -> Self {
+        Self { pool, most, kept: Mutex::default() }
+    }
+
+    /// As [`in_tx`], on one of the connections that are kept.
+    pub async fn in_tx<T, E>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>) -> Result<T, E>
+    where
+        E: From<sqlx::Error>,
+    {
+        run(&self.pool, Some(self), work).await
+    }
+
+    /// Gives all of them back to the pool, which can be closed then.
+    pub fn give_back(&self) {
+        self.kept().clear();
+    }
+
+    fn take(&self) -> Option<PoolConnection<Postgres>> {
+        self.kept().pop()
+    }
+
+    fn keep(&self, conn: PoolConnection<Postgres>) {
+        let mut kept = self.kept();
+        if kept.len() < self.most {
+            kept.push(conn);
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<PoolConnection<Postgres>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn run<T, E>(
+    pool: &PgPool,
+    lines: Option<&Lines>,
+    work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
+) -> Result<T, E>
+where
+    E: From<sqlx::Error>,
+{
     let mut dead = 0;
     loop {
-        let mut held = Held(Some(pool.acquire().await?));
+        let conn = match lines.and_then(Lines::take) {
+            Some(conn) => conn,
+            None => pool.acquire().await?,
+        };
+        let mut held = Held(Some(conn));
         let mut tx = match held.conn().begin().await {
             Ok(tx) => tx,
             // After the server restarted, every idle connection of the pool is
@@ -138,7 +199,9 @@ where
                 }
             }
         }
-        held.give_back();
+        if let (Some(lines), Some(conn)) = (lines, held.give_back()) {
+            lines.keep(conn);
+        }
         return result;
     }
 }
@@ -178,6 +241,10 @@ mod tests {
             savepoint.commit().await
         })
         .await
+    }
+
+    async fn insert_one(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query("insert into tasker.n values (1)").execute(conn).await.map(drop)
     }
 
     async fn count(pool: &PgPool) -> i64 {
@@ -270,6 +337,34 @@ mod tests {
         }
         // When this fails, sqlx has closed the hole: `in_tx` may become simpler.
         assert!(leaked > 0, "sqlx's own pool leaks, or this test does not cut where it should");
+    }
+
+    #[tokio::test]
+    async fn kept_connection_is_used_again_and_one_in_doubt_is_not() {
+        let database = TestDatabase::fresh().await;
+        let pool = table(&database).await;
+        let lines = Lines::new(pool.clone(), 1);
+        let backend = async || {
+            lines
+                .in_tx(async |conn| sqlx::query_scalar::<_, i32>("select pg_backend_pid()").fetch_one(conn).await)
+                .await
+                .expect("a transaction")
+        };
+        let first = backend().await;
+        assert_eq!(backend().await, first);
+        let refused: Result<(), sqlx::Error> = lines.in_tx(async |_| Err(sqlx::Error::RowNotFound)).await;
+        assert!(refused.is_err());
+        assert_eq!(backend().await, first, "a rollback leaves no doubt");
+        for polls in 0..6 {
+            cut_short(polls, lines.in_tx(async |conn| insert_one(conn).await)).await;
+        }
+        expect_no_open_transaction(&pool).await;
+        // A server that was restarted meanwhile costs nothing but another connection.
+        let last = backend().await;
+        sqlx::query("select pg_terminate_backend($1, 5000)").bind(last).execute(&pool).await.expect("terminated");
+        assert_ne!(backend().await, last);
+        lines.give_back();
+        tokio::time::timeout(Duration::from_secs(10), pool.close()).await.expect("none is kept");
     }
 
     #[tokio::test]
