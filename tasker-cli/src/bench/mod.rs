@@ -110,7 +110,9 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
         .await
         .context("creating a database for the bench")?;
     let url = with_database(&server_url, &name)?;
-    let result = measure(&args, &url).await;
+    // As an application's code runs, on a thread of the runtime: each answer would otherwise wake one
+    // of those first, and that one the main thread.
+    let result = tokio::spawn(async move { measure(&args, &url).await }).await?;
     sqlx::query(sqlx::AssertSqlSafe(format!("drop database {name} with (force)")))
         .execute(&server)
         .await
