@@ -110,9 +110,7 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
         .await
         .context("creating a database for the bench")?;
     let url = with_database(&server_url, &name)?;
-    // As an application's code runs, on a thread of the runtime: each answer would otherwise wake one
-    // of those first, and that one the main thread.
-    let result = tokio::spawn(async move { measure(&args, &url).await }).await?;
+    let result = measure(&args, &url).await;
     sqlx::query(sqlx::AssertSqlSafe(format!("drop database {name} with (force)")))
         .execute(&server)
         .await
@@ -201,7 +199,10 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     }
     if args.latency > 0 {
         progress("one-step tasks on the idle system");
-        report.latency = Some(load::latency(&pool, &scenario(args.latency, "one", 1, false)).await?);
+        // As an application's code runs, on a thread of the runtime: each answer would otherwise wake
+        // one of those first, and that one the main thread.
+        let (pool, scenario) = (pool.clone(), scenario(args.latency, "one", 1, false));
+        report.latency = Some(tokio::spawn(async move { load::latency(&pool, &scenario).await }).await??);
     }
     if args.fanout > 0 {
         progress("narrow and wide fan-outs");
