@@ -94,6 +94,15 @@ as $$
      and substring(p from 37 for 16) <> repeat('0', 16)
 $$;
 
+-- What others may be given on: W3C's longest, and printable.
+create function tasker.is_tracestate(p text) returns boolean
+language sql immutable parallel safe
+as $$ select octet_length(p) <= 512 and p !~ '[^\x20-\x7e]' $$;
+
+create function tasker.is_baggage(p text) returns boolean
+language sql immutable parallel safe
+as $$ select octet_length(p) <= 8192 and length(p) - length(replace(p, ',', '')) < 64 $$;
+
 create type tasker.submission as (
   ordinal int, error text, task_uuid uuid, is_new boolean, namespace text, template_id int, input jsonb,
   correlation_id text, idempotency_key text, request_hash bytea, priority int, run_at timestamptz,
@@ -115,7 +124,7 @@ declare
   v_limit  int := tasker.max_payload_bytes();
   v_owner  boolean := tasker.is_owner();
   v_items  tasker.submission[];
-  v_bad    bigint;
+  v_bad    bigint[];
 begin
   if jsonb_typeof(p_requests) is distinct from 'array' then
     raise exception 'requests: must be a JSON array of submit requests' using errcode = '22023';
@@ -170,8 +179,8 @@ begin
       else substring(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())) from 1 for 16) end,
     case when f.joins then decode(substring(f.traceparent from 37 for 16), 'hex') end,
     case when f.joins then (get_byte(decode(substring(f.traceparent from 54 for 2), 'hex'), 0) & 1)::smallint else 1::smallint end,
-    case when f.joins and octet_length(f.r->>'tracestate') <= 512 then f.r->>'tracestate' end,
-    case when octet_length(f.r->>'baggage') <= 8192 then f.r->>'baggage' end
+    case when f.joins and tasker.is_tracestate(f.r->>'tracestate') then f.r->>'tracestate' end,
+    case when tasker.is_baggage(f.r->>'baggage') then f.r->>'baggage' end
   )::tasker.submission order by f.ordinal)
   into v_items
   from found f;
@@ -183,10 +192,14 @@ begin
     v_items := tasker.sample(v_items);
   end if;
 
-  select count(*) into v_bad from jsonb_array_elements(p_requests) r
-  where r->>'traceparent' is not null and not tasker.is_traceparent(r->>'traceparent');
-  if v_bad > 0 then
-    insert into tasker.counters (name, n) values ('invalid_traceparent', v_bad);
+  select array[count(*) filter (where not tasker.is_traceparent(r->>'traceparent')),
+    count(*) filter (where not tasker.is_tracestate(r->>'tracestate')),
+    count(*) filter (where not tasker.is_baggage(r->>'baggage'))]
+  into v_bad from jsonb_array_elements(p_requests) r;
+  if 0 < any (v_bad) then
+    insert into tasker.counters (name, n)
+    select b.name, b.n from unnest(array['invalid_traceparent', 'invalid_tracestate', 'invalid_baggage'], v_bad) b(name, n)
+    where b.n > 0;
   end if;
 
   if exists (select from unnest(v_items) i where i.idempotency_key is not null and i.error is null) then

@@ -1,5 +1,6 @@
 //! What may import what, and who may begin a transaction: read from the sources.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 fn root() -> &'static Path {
@@ -112,4 +113,28 @@ fn only_tx_begins_transactions() {
     for path in may {
         assert!(code(&root().join(path)).iter().any(|(_, line)| begins(line)), "{} begins none", path.display());
     }
+}
+
+/// What the table of docs/telemetry.md names, by group.
+#[test]
+fn the_table_of_telemetry_names_every_row_once_and_what_shows_it() {
+    let text = std::fs::read_to_string(root().join("docs/telemetry.md")).expect("the document");
+    let (_, table) = text.split_once("## What traced workflow systems are asked for").expect("the table");
+    let mut named: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
+    for line in table.lines().filter(|line| line.starts_with("| 0")) {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let [ids, lives, shown] = cells[..] else { panic!("three cells: {line}") };
+        assert!(!lives.trim().is_empty() && !shown.trim_matches([' ', '|']).is_empty(), "an empty cell: {line}");
+        for id in ids.trim_start_matches("| ").split(", ") {
+            let id = id.split(" (").next().unwrap_or_default();
+            let (group, numbers) = id.split_once('-').unwrap_or_else(|| panic!("{id} is no id"));
+            let (first, last) = numbers.split_once('…').unwrap_or((numbers, numbers));
+            let number = |text: &str| text.parse::<u32>().unwrap_or_else(|_| panic!("{id} is no id"));
+            named.entry(group.to_owned()).or_default().extend(number(first)..=number(last));
+        }
+    }
+    let expected = [("000", 55), ("001", 53), ("003", 52), ("004", 67)];
+    let expected: BTreeMap<String, BTreeSet<u32>> =
+        expected.map(|(group, last)| (group.to_owned(), (1..=last).collect())).into();
+    assert_eq!(named, expected);
 }

@@ -107,10 +107,13 @@ pub async fn kill_until(world: &World, moves: i64, done: &AtomicBool) -> usize {
     }
     while !done.load(Ordering::Relaxed) {
         let before = world.number("select count(*) from tasker.transitions").await;
-        let until = tokio::time::Instant::now() + DEADLINE;
-        while world.number("select count(*) from tasker.transitions").await < before + moves
-            && !done.load(Ordering::Relaxed)
-        {
+        let (mut seen, mut until) = (before, tokio::time::Instant::now() + DEADLINE);
+        while seen < before + moves && !done.load(Ordering::Relaxed) {
+            let now = world.number("select count(*) from tasker.transitions").await;
+            // However slowly: the last tasks make fewer moves than there are between two kills.
+            if now > seen {
+                (seen, until) = (now, tokio::time::Instant::now() + DEADLINE);
+            }
             assert!(tokio::time::Instant::now() < until, "nothing moves after {killed} kills");
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }

@@ -19,6 +19,7 @@ mod export_wire;
 mod failure;
 mod feature_examples;
 mod flow;
+mod harmless;
 mod held_steps;
 mod hierarchy;
 mod idempotency;

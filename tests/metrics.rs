@@ -75,6 +75,10 @@ async fn a_scrape_counts_what_happened_and_the_dashboard_and_the_alerts_name_not
     })
     .await;
 
+    sqlx::query("insert into tasker.counters (name, n) values ('invalid_traceparent', 2)")
+        .execute(&world.pool)
+        .await
+        .expect("counted");
     let serving = serve("127.0.0.1:0".parse().expect("an address"), Scrape::new(Some(world.pool.clone()))).await;
     let serving = serving.expect("a listener");
     let text = eventually("the attempts are counted", async || {
@@ -109,6 +113,7 @@ async fn a_scrape_counts_what_happened_and_the_dashboard_and_the_alerts_name_not
     assert_eq!(count("tasker_quarantined_messages", &["queue=\"task_requests\""]), 1.0);
     assert_eq!(count("tasker_workers_slots", &["namespace=\"tests\""]), 8.0);
     assert_eq!(count("tasker_database_up", &[]), 1.0);
+    assert_eq!(count("tasker_counted", &["what=\"invalid_traceparent\""]), 2.0);
     assert!(count("tasker_oldest_row_age_seconds", &["what=\"tasks\""]) > 0.0);
 
     // A slow bucket leads to its trace.
@@ -131,6 +136,7 @@ async fn a_scrape_counts_what_happened_and_the_dashboard_and_the_alerts_name_not
         "namespace",
         "outcome",
         "queue",
+        "reason",
         "result",
         "source",
         "span_name",

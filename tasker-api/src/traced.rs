@@ -9,20 +9,29 @@ use axum::extract::{MatchedPath, Request};
 use axum::middleware::Next;
 use axum::response::Response;
 use http::{HeaderName, HeaderValue, header};
+use tasker_shared::metrics::metrics;
 use tasker_shared::telemetry::live::{self, Kind};
 use tasker_shared::trace::config::Incoming;
-use tasker_shared::trace::context;
+use tasker_shared::trace::context::{self, Traceparent};
 
 const CONTEXT: [HeaderName; 3] =
     [HeaderName::from_static("traceparent"), HeaderName::from_static("tracestate"), HeaderName::from_static("baggage")];
 
 /// Around every request of the API.
 pub(crate) async fn around(mut request: Request, next: Next) -> Response {
-    let span = span_of(&request);
+    let sent = sent(&request);
+    let theirs = context::extract(&sent);
+    if theirs.malformed {
+        metrics().http_context_ignored.inc();
+    }
+    let span = span_of(&request, theirs.traceparent);
     if live::incoming() != Incoming::Join {
         for name in &CONTEXT {
             request.headers_mut().remove(name);
         }
+    } else if span.is_some() && theirs.traceparent.is_none() {
+        // It would go on with a trace of ours.
+        request.headers_mut().remove(&CONTEXT[1]);
     }
     let Some(span) = span else { return next.run(request).await };
     let own = live::traceparent(&span);
@@ -38,11 +47,16 @@ pub(crate) async fn around(mut request: Request, next: Next) -> Response {
     response
 }
 
-fn span_of(request: &Request) -> Option<live::LiveSpan> {
-    let text = |name: &HeaderName| request.headers().get(name).and_then(|value| value.to_str().ok());
-    let sent: HashMap<String, String> =
-        CONTEXT.iter().filter_map(|name| Some((name.to_string(), text(name)?.to_owned()))).collect();
+fn text<'a>(request: &'a Request, name: &HeaderName) -> Option<&'a str> {
+    request.headers().get(name).and_then(|value| value.to_str().ok())
+}
+
+fn sent(request: &Request) -> HashMap<String, String> {
+    CONTEXT.iter().filter_map(|name| Some((name.to_string(), text(request, name)?.to_owned()))).collect()
+}
+
+fn span_of(request: &Request, caller: Option<Traceparent>) -> Option<live::LiveSpan> {
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let caller = context::extract(&sent).traceparent;
-    live::server(request.method().as_str(), route, request.uri().path(), text(&header::USER_AGENT), caller)
+    let agent = text(request, &header::USER_AGENT);
+    live::server(request.method().as_str(), route, request.uri().path(), agent, caller)
 }

@@ -25,6 +25,7 @@ use prometheus_client::registry::{Registry, Unit};
 pub use self::bounded::{Bounded, Labels};
 pub use self::gauges::Scrape;
 pub use self::serve::{CONTENT_TYPE, Listen, Serving, serve};
+use crate::trace::backend::Problem;
 use crate::trace::export::Stats;
 use crate::trace::span::TraceId;
 
@@ -207,6 +208,7 @@ pub struct Metrics {
     // Readers of traces.
     pub trace_fetch: Histogram,
     pub trace_fetch_failures: Bounded<OfReason, Counter>,
+    pub http_context_ignored: Counter,
     exports: Exports,
 }
 
@@ -304,6 +306,12 @@ impl Metrics {
             None,
             Counter::default,
         );
+        let http_context_ignored = one(
+            r,
+            "tasker_http_context_ignored",
+            "Requests whose traceparent, tracestate or baggage was malformed or too long",
+            Counter::default(),
+        );
         // A rate needs a zero to begin with.
         for source in ["task_requests", "step_results", "due"] {
             settle_failures.of(&OfSource { source });
@@ -313,6 +321,9 @@ impl Metrics {
         }
         for call in ["claim", "heartbeat", "report"] {
             worker_call_failures.of(&OfCall { call });
+        }
+        for problem in Problem::ALL {
+            trace_fetch_failures.of(&OfReason { reason: problem.word() });
         }
         let exports = Exports::default();
         registry.register_collector(Box::new(exports.clone()));
@@ -343,6 +354,7 @@ impl Metrics {
             span_errors,
             trace_fetch,
             trace_fetch_failures,
+            http_context_ignored,
             exports,
         }
     }
@@ -411,6 +423,17 @@ impl Collector for Exports {
         counter("tasker_otlp_batches_released", "Batches given back because memory was full", |s| {
             s.released.load(Relaxed)
         })?;
+        let live = crate::telemetry::live_spans();
+        let cleaned: u64 = known.iter().map(|stats| stats.cleaned.load(Relaxed)).sum();
+        for (name, help, value) in [
+            ("tasker_live_spans_exported", "Live spans of this process that a receiver acknowledged", live.exported),
+            ("tasker_live_spans_lost", "Live spans that no receiver took", live.failed),
+            ("tasker_live_spans_dropped", "Live spans for which the queue had no room", live.dropped),
+            ("tasker_span_texts_cut", "Texts in spans that were cut or cleaned", cleaned + live.cut),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
         let mut gauge = |name: &str, help: &str, value: i64| {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -211,19 +211,23 @@ impl Telemetry {
     }
 }
 
-/// What happened to live spans that reached the exporter.
+/// What happened to live spans.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LiveSpans {
     /// Acknowledged by the collector.
     pub exported: u64,
     /// Given up after the exporter's retries.
     pub failed: u64,
+    /// Never queued, because the queue was full.
+    pub dropped: u64,
+    /// Texts that were cut, or cleaned of control characters.
+    pub cut: u64,
 }
 
 impl LiveSpans {
     /// The figures by name, for people.
     pub fn summary(self) -> serde_json::Value {
-        serde_json::json!({"live_exported": self.exported, "live_lost": self.failed})
+        serde_json::json!({"live_exported": self.exported, "live_lost": self.failed, "live_dropped": self.dropped})
     }
 }
 
@@ -266,7 +270,7 @@ impl LiveExport {
         }
         config.propagators.activate();
         allow_baggage(&config.baggage_keys);
-        let next = if config.enabled { Some(Pipeline::start(self.role, config, self.counts.clone())?) } else { None };
+        let next = if config.enabled { Some(Pipeline::start(self.role, config, &self.counts)?) } else { None };
         self.mode.set(config);
         live::set(config);
         let before = std::mem::replace(&mut *self.current.0.write().unwrap_or_else(PoisonError::into_inner), next);
@@ -288,6 +292,8 @@ impl LiveExport {
         LiveSpans {
             exported: self.counts.exported.load(Ordering::Relaxed),
             failed: self.counts.failed.load(Ordering::Relaxed),
+            dropped: self.counts.dropped.load(Ordering::Relaxed),
+            cut: self.counts.cut.load(Ordering::Relaxed),
         }
     }
 
@@ -387,9 +393,9 @@ struct Current(RwLock<Option<Pipeline>>);
 struct Hand(Arc<Current>);
 
 impl Hand {
-    fn with<T>(&self, otherwise: T, act: impl FnOnce(&BatchSpanProcessor) -> T) -> T {
+    fn with<T>(&self, otherwise: T, act: impl FnOnce(&Pipeline) -> T) -> T {
         let current = self.0.0.read().unwrap_or_else(PoisonError::into_inner);
-        current.as_ref().map_or(otherwise, |pipeline| act(&pipeline.processor))
+        current.as_ref().map_or(otherwise, act)
     }
 }
 
@@ -397,15 +403,15 @@ impl SpanProcessor for Hand {
     fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &OtelContext) {}
 
     fn on_end(&self, span: SpanData) {
-        self.with((), |processor| processor.on_end(span));
+        self.with((), |pipeline| pipeline.take(span));
     }
 
     fn force_flush(&self) -> OTelSdkResult {
-        self.with(Ok(()), SpanProcessor::force_flush)
+        self.with(Ok(()), |pipeline| pipeline.processor.force_flush())
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
-        self.with(Ok(()), |processor| processor.shutdown_with_timeout(timeout))
+        self.with(Ok(()), |pipeline| pipeline.processor.shutdown_with_timeout(timeout))
     }
 }
 
@@ -413,13 +419,17 @@ impl SpanProcessor for Hand {
 #[derive(Debug)]
 struct Pipeline {
     processor: BatchSpanProcessor,
+    counts: Arc<Counts>,
+    /// Spans in its queue, and how many may be.
+    waiting: Arc<AtomicUsize>,
+    room: usize,
     /// Drives gRPC. A runtime of its own, so that a flush that blocks a
     /// thread of the program's runtime cannot wait for itself.
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Pipeline {
-    fn start(role: Role, config: &TraceConfig, counts: Arc<Counts>) -> Result<Self, Error> {
+    fn start(role: Role, config: &TraceConfig, counts: &Arc<Counts>) -> Result<Self, Error> {
         let endpoint = config.destination();
         let batches = BatchConfigBuilder::default()
             .with_max_queue_size(config.live.max_queue)
@@ -427,10 +437,19 @@ impl Pipeline {
             .with_scheduled_delay(config.live.delay)
             .build();
         let resource = resource(role, config);
+        let waiting = Arc::<AtomicUsize>::default();
+        let of = |processor, runtime| Self {
+            processor,
+            counts: counts.clone(),
+            waiting: waiting.clone(),
+            room: config.live.max_queue,
+            runtime,
+        };
         if let Some(lines) = transport::Lines::open(config)? {
-            let exporter = Counted { inner: LineExporter { lines, resource }, counts, endpoint };
+            let inner = LineExporter { lines, resource };
+            let exporter = Counted { inner, counts: counts.clone(), waiting: waiting.clone(), endpoint };
             let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
-            return Ok(Self { processor, runtime: None });
+            return Ok(of(processor, None));
         }
         let (mut exporter, runtime) = match config.protocol {
             Protocol::Grpc => {
@@ -444,9 +463,19 @@ impl Pipeline {
             Protocol::HttpProtobuf => (http_exporter(config)?, None),
         };
         exporter.set_resource(&resource);
-        let exporter = Counted { inner: exporter, counts, endpoint };
+        let exporter = Counted { inner: exporter, counts: counts.clone(), waiting: waiting.clone(), endpoint };
         let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
-        Ok(Self { processor, runtime })
+        Ok(of(processor, runtime))
+    }
+
+    /// Queues a span, or drops and counts it: a full queue of the SDK's would not say so.
+    fn take(&self, span: SpanData) {
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.room {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.counts.dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.processor.on_end(span);
     }
 }
 
@@ -559,6 +588,8 @@ fn resource(role: Role, config: &TraceConfig) -> Resource {
 struct Counts {
     exported: AtomicU64,
     failed: AtomicU64,
+    dropped: AtomicU64,
+    cut: AtomicU64,
     failing: AtomicBool,
 }
 
@@ -568,15 +599,18 @@ struct Counts {
 struct Counted<E> {
     inner: E,
     counts: Arc<Counts>,
+    /// Of its pipeline.
+    waiting: Arc<AtomicUsize>,
     endpoint: String,
 }
 
 impl<E: SpanExporter> SpanExporter for Counted<E> {
     async fn export(&self, mut batch: Vec<SpanData>) -> OTelSdkResult {
+        // What is here has left the queue.
+        self.waiting.fetch_sub(batch.len(), Ordering::Relaxed);
         let policy = redact::policy();
-        for span in &mut batch {
-            clean::span(&policy, span);
-        }
+        let cut: u64 = batch.iter_mut().map(|span| clean::span(&policy, span)).sum();
+        self.counts.cut.fetch_add(cut, Ordering::Relaxed);
         let spans = batch.len() as u64;
         let result = self.inner.export(batch).await;
         let counter = if result.is_ok() { &self.counts.exported } else { &self.counts.failed };
@@ -1224,7 +1258,12 @@ mod tests {
     async fn a_collector_that_is_gone_is_one_line_and_its_return_another() {
         let bench = Bench::start(LogFormat::Json, "info", None);
         let (counts, fails) = (Arc::new(Counts::default()), Arc::new(AtomicBool::new(false)));
-        let exporter = Counted { inner: Moody(fails.clone()), counts: counts.clone(), endpoint: "http://c".into() };
+        let exporter = Counted {
+            inner: Moody(fails.clone()),
+            counts: counts.clone(),
+            waiting: Arc::default(),
+            endpoint: "http://c".into(),
+        };
         for failing in [false, true, true, true, false, false, true] {
             fails.store(failing, Ordering::Relaxed);
             assert_eq!(exporter.export(Vec::new()).await.is_err(), failing);

@@ -15,8 +15,9 @@ use tasker_shared::trace::backend::Backend;
 use tasker_shared::trace::config::{Sources as Configured, Stored, TraceConfig};
 use tasker_shared::trace::read::{self, Flat, Include, MOST_SPANS, Sources, TraceView};
 use tasker_shared::trace::settings::EVERYWHERE;
-use tasker_shared::trace::span::{TaskSpans, TraceId};
+use tasker_shared::trace::span::TraceId;
 use tasker_shared::trace::{names, otlp, tree};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::Page;
@@ -27,8 +28,8 @@ use crate::guard::Caller;
 use crate::operation::{Answer, Api, Call, Nothing, Operation};
 use crate::problem::Problem;
 
-/// Spans in one line of OTLP JSON.
-const SPANS_A_LINE: usize = 2048;
+/// Spans in one line of OTLP JSON: a few milliseconds of work.
+const SPANS_A_LINE: usize = 512;
 /// The most tasks of one trace that are read.
 const MOST_TASKS: i64 = 200;
 
@@ -237,7 +238,8 @@ fn backend(config: &TraceConfig) -> Option<Arc<Backend>> {
     known.clone()
 }
 
-/// The same spans that are exported, in chunks: however large the task, one line is in memory.
+/// The same spans that are exported. The log of the task is in memory, and one line or two of
+/// what is made of it: whoever reads slowly waits, and keeps nothing else waiting.
 async fn as_otlp(call: Call<TaskPath, Nothing, Nothing>) -> Result<Response, Problem> {
     let task = visible(&call, call.path.task).await?;
     let errors_hidden = !call.who.may(Scope::PayloadsRead, &task.namespace);
@@ -246,44 +248,26 @@ async fn as_otlp(call: Call<TaskPath, Nothing, Nothing>) -> Result<Response, Pro
         let log = transitions::logs(&mut conn, &[task.task_uuid]).await?.pop();
         (log.ok_or_else(|| Problem::not_found(format!("task {}", task.task_uuid)))?, config(&mut conn).await?)
     };
-    let spans = tokio::task::spawn_blocking(move || {
-        let mut task = tree::spans(&log);
-        if errors_hidden {
-            task.spans.iter_mut().for_each(read::hide_errors_of);
-        }
-        task
-    });
-    let spans = spans.await.map_err(|_| Problem::not_found("such trace"))?;
-    let names = config.service_names;
-    let lines = stream::unfold(spans, move |mut rest| {
-        let names = names.clone();
-        async move {
-            if rest.spans.is_empty() {
-                return None;
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        for mut part in tree::in_parts(&log, SPANS_A_LINE) {
+            if errors_hidden {
+                part.spans.iter_mut().for_each(read::hide_errors_of);
             }
-            let later = rest.spans.split_off(SPANS_A_LINE.min(rest.spans.len()));
-            let later = TaskSpans { spans: later, ..shell(&rest) };
-            let line = tokio::task::spawn_blocking(move || {
-                let mut line = otlp::to_json(&[rest], &names).to_string();
-                line.push('\n');
-                line
-            });
-            Some((line.await.map_err(std::io::Error::other), later))
+            let line = otlp::json_line(&part, &config.service_names);
+            // Nobody reads on.
+            if sender.send(line).await.is_err() {
+                return;
+            }
+            tokio::task::yield_now().await;
         }
+    });
+    let lines = stream::unfold(receiver, |mut receiver| async move {
+        let line = receiver.recv().await?;
+        Some((Ok::<_, std::io::Error>(line), receiver))
     });
     let mut response = Response::new(Body::from_stream(lines));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
     Ok(response)
-}
-
-/// What the spans share, without them.
-fn shell(task: &TaskSpans) -> TaskSpans {
-    TaskSpans {
-        trace_id: task.trace_id,
-        trace_flags: task.trace_flags,
-        tracestate: task.tracestate.clone(),
-        common: task.common.clone(),
-        spans: Vec::new(),
-    }
 }

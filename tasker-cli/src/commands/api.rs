@@ -83,7 +83,7 @@ pub struct Serving {
 }
 
 /// A link that leads to a trace: nothing but the web, and with a place for the trace's id.
-fn trace_url(text: &str) -> Result<String, String> {
+pub fn trace_url(text: &str) -> Result<String, String> {
     if !(text.starts_with("http://") || text.starts_with("https://")) {
         return Err("must begin with http:// or https://".into());
     }

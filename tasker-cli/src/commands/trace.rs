@@ -2,6 +2,7 @@
 
 mod doctor;
 mod export;
+mod open;
 mod replay;
 mod sample;
 pub mod settings;
@@ -15,9 +16,9 @@ use chrono::{DateTime, Utc};
 use tasker_shared::client::Client;
 use tasker_shared::store::{transitions, views};
 use tasker_shared::template::parse_duration;
-use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::config::{Sources, TraceConfig};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::{otlp, tree};
+use tasker_shared::trace::{otlp, settings as trace_settings, tree};
 use uuid::Uuid;
 
 use crate::Global;
@@ -31,6 +32,8 @@ use crate::waterfall::{self, Detail, Waterfall};
 pub enum Trace {
     /// Draw the trace of a task, also while it runs
     Show(Show),
+    /// Show a trace on the page of your own backend
+    Open(open::Open),
     /// Write traces as OTLP JSON or as Jaeger reads them
     Export(export::Export),
     /// Compare the log with what a backend or a file holds
@@ -82,6 +85,7 @@ impl Trace {
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         match self {
             Self::Show(show) => show.run(global).await,
+            Self::Open(open) => open.run(global).await,
             Self::Export(export) => export.run(global).await,
             Self::Verify(verify) => verify.run(global).await,
             Self::Replay(replay) => replay.run(global).await,
@@ -103,7 +107,7 @@ impl Show {
             (None, id) => correlated(client, id.as_deref().unwrap_or_default()).await?,
         };
         if self.json || global.output == Format::Json {
-            let (config, _) = TraceConfig::from_env()?;
+            let config = config(client).await?;
             let mut spans = Vec::with_capacity(tasks.len());
             for task in tasks {
                 spans.extend(in_trace_of(client, task).await?.0.iter().map(tree::spans));
@@ -151,6 +155,12 @@ async fn in_trace_of(client: &Client, task: Uuid) -> anyhow::Result<(Vec<TaskLog
         return Err(failure(NOT_FOUND, format!("there is no task {task}")));
     }
     Ok((logs, views::now(&mut conn).await?))
+}
+
+/// What holds here: the environment, then what is stored, then a file.
+async fn config(client: &Client) -> anyhow::Result<TraceConfig> {
+    let (sources, _) = Sources::of_process(Vec::new());
+    Ok(trace_settings::read(&mut *client.pool().acquire().await?, &sources).await?.0.config)
 }
 
 /// The tasks with this correlation id, the oldest first.

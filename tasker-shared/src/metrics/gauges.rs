@@ -104,6 +104,7 @@ struct Gauges {
     live_slots: Family<OfNamespace, Gauge>,
     ages: Family<OfTable, Gauge<f64, std::sync::atomic::AtomicU64>>,
     lag: Gauge<f64, std::sync::atomic::AtomicU64>,
+    counted: Family<OfTable, Gauge>,
 }
 
 impl Gauges {
@@ -139,8 +140,28 @@ impl Gauges {
             Unit::Seconds,
             lag.clone(),
         );
+        let counted = Family::default();
+        registry.register(
+            "tasker_counted",
+            "Rare things that the database counts, since it was set up: malformed trace context, reports of lost claims",
+            counted.clone(),
+        );
         registry.register("tasker_database_up", "Whether the database answered this process's last scrape", up.clone());
-        Self { up, messages, visible, oldest, held, workers, quarantined, paused, live_workers, live_slots, ages, lag }
+        Self {
+            up,
+            messages,
+            visible,
+            oldest,
+            held,
+            workers,
+            quarantined,
+            paused,
+            live_workers,
+            live_slots,
+            ages,
+            lag,
+            counted,
+        }
     }
 
     /// What is not known is not said.
@@ -161,6 +182,9 @@ impl Gauges {
         let queues = views::queues(&mut conn).await?;
         let workers = views::live_workers(&mut conn).await?;
         let oldest = retention::oldest_rows(&mut conn).await?;
+        for (what, n) in views::counters(&mut conn).await? {
+            self.counted.get_or_create(&OfTable { what }).set(n);
+        }
         for queue in queues {
             let of = OfQueue { queue: queue.queue };
             let of_workers = of.queue.starts_with("worker_");

@@ -300,6 +300,14 @@ pub async fn in_trace_of(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec
     .await?)
 }
 
+/// How often the database counted rare things, by name.
+pub async fn counters(conn: &mut PgConnection) -> Result<Vec<(String, i64)>, Error> {
+    let rows = sqlx::query!(r#"select name, sum(n)::bigint as "n!" from tasker.counters group by name limit 100"#)
+        .fetch_all(conn)
+        .await?;
+    Ok(rows.into_iter().map(|row| (row.name, row.n)).collect())
+}
+
 /// What the attempts of a task used, added up.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct UsageView {

@@ -49,7 +49,11 @@ pub enum Problem {
 }
 
 impl Problem {
-    fn word(self) -> &'static str {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Unreachable, Self::Timeout, Self::Refused, Self::BadAnswer, Self::LeftAlone];
+
+    /// For metrics.
+    pub fn word(self) -> &'static str {
         match self {
             Self::Unreachable => "unreachable",
             Self::Timeout => "timeout",

@@ -79,6 +79,8 @@ pub struct Stats {
     pub failed_requests: AtomicU64,
     /// Spans that a receiver took and then said it dropped.
     pub rejected: AtomicU64,
+    /// Texts in spans that were cut, or cleaned of control characters.
+    pub cleaned: AtomicU64,
     /// Whether the last request failed.
     pub failing: AtomicBool,
     /// Log rows that wait in memory.
@@ -170,6 +172,7 @@ impl Exporter {
         };
         let worker = Worker {
             encoder: Encoder::new(&target.names),
+            cleaned: 0,
             names: target.names.clone(),
             open: Vec::new(),
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
@@ -311,6 +314,8 @@ struct Open {
 
 struct Worker {
     encoder: Encoder,
+    /// What the encoder had cleaned before the open request.
+    cleaned: u64,
     /// Those that the encoder writes.
     names: ServiceNames,
     /// Batches with spans in the request that is being filled.
@@ -407,11 +412,15 @@ impl Worker {
             return;
         }
         let spans = self.encoder.spans() as u64;
+        let cleaned = self.encoder.cleaned();
+        self.exporter.stats.cleaned.fetch_add(cleaned - self.cleaned, Ordering::Relaxed);
+        self.cleaned = cleaned;
         let request = self.encoder.finish();
         let target = self.exporter.target();
         if target.names != self.names {
             self.names = target.names.clone();
             self.encoder = Encoder::new(&self.names);
+            self.cleaned = 0;
         }
         let open = std::mem::take(&mut self.open);
         let Ok(slot) = self.slots.clone().acquire_owned().await else {

@@ -318,7 +318,7 @@ fn unix_nanos(at: DateTime<Utc>) -> u64 {
 }
 
 /// At most [`MAX_TEXT_BYTES`], cut between two characters.
-fn cut<'a>(text: &'a str, cleaned: &mut u64) -> &'a str {
+pub(super) fn cut<'a>(text: &'a str, cleaned: &mut u64) -> &'a str {
     if text.len() <= MAX_TEXT_BYTES {
         return text;
     }
@@ -328,7 +328,7 @@ fn cut<'a>(text: &'a str, cleaned: &mut u64) -> &'a str {
 
 /// Cut, and control characters replaced by spaces: a name or a message is
 /// printed by people's terminals. A message keeps its line breaks and tabs.
-fn clean<'a>(text: &'a str, lines: bool, cleaned: &mut u64) -> Cow<'a, str> {
+pub(super) fn clean<'a>(text: &'a str, lines: bool, cleaned: &mut u64) -> Cow<'a, str> {
     let bad = |c: char| c.is_control() && !(lines && matches!(c, '\n' | '\t'));
     if !text.contains(bad) {
         return Cow::Borrowed(cut(text, cleaned));
@@ -367,6 +367,126 @@ pub fn to_json(tasks: &[TaskSpans], names: &ServiceNames) -> serde_json::Value {
         })
         .collect();
     json!({ "resourceSpans": groups })
+}
+
+/// [`to_json`] of one task as a line of text. What the spans share is written once and copied, and
+/// no tree of values is made: a large task streams many times faster.
+pub fn json_line(task: &TaskSpans, names: &ServiceNames) -> Vec<u8> {
+    let mut out = Vec::with_capacity(128 + task.spans.len() * 900);
+    let common: Vec<u8> = attributes_line(task.common.iter());
+    out.extend(b"{\"resourceSpans\":[");
+    for service in [Service::Orchestration, Service::Worker] {
+        let mut spans = task.spans.iter().filter(|span| span.service == service).peekable();
+        if spans.peek().is_none() {
+            continue;
+        }
+        if !out.ends_with(b"[") {
+            out.push(b',');
+        }
+        out.extend(b"{\"resource\":{\"attributes\":[");
+        for (n, (key, value)) in names.resource(service).iter().enumerate() {
+            out.extend(if n == 0 { &b""[..] } else { b"," });
+            text_attribute(&mut out, key, value);
+        }
+        out.extend(b"]},\"scopeSpans\":[{\"scope\":{\"name\":");
+        json_text(&mut out, SCOPE_NAME);
+        out.extend(b",\"version\":");
+        json_text(&mut out, VERSION);
+        out.extend(b"},\"spans\":[");
+        for (n, span) in spans.enumerate() {
+            out.extend(if n == 0 { &b""[..] } else { b"," });
+            span_line(&mut out, task, &common, span);
+        }
+        out.extend(b"]}]}");
+    }
+    out.extend(b"]}\n");
+    out
+}
+
+fn span_line(out: &mut Vec<u8>, task: &TaskSpans, common: &[u8], span: &Span) {
+    let cleaned = &mut 0;
+    let head = format!(
+        "{{\"traceId\":\"{}\",\"spanId\":\"{}\",\"flags\":{},\"kind\":{},\"startTimeUnixNano\":\"{}\",\"endTimeUnixNano\":\"{}\",\"name\":",
+        hex(&task.trace_id),
+        hex(&span.id),
+        span_flags(span, u32::from(task.trace_flags)),
+        span.kind as u8,
+        unix_nanos(span.start),
+        unix_nanos(span.end)
+    );
+    out.extend(head.as_bytes());
+    json_text(out, span.name);
+    out.extend(b",\"attributes\":[");
+    out.extend(common);
+    let own = attributes_line(span.attributes.iter());
+    if !common.is_empty() && !own.is_empty() {
+        out.push(b',');
+    }
+    out.extend(own);
+    out.push(b']');
+    if let Some(parent) = &span.parent {
+        out.extend(format!(",\"parentSpanId\":\"{}\"", hex(parent)).as_bytes());
+    }
+    if let Some(state) = task.tracestate.as_deref().filter(|state| !state.is_empty()) {
+        out.extend(b",\"traceState\":");
+        json_text(out, state);
+    }
+    if !span.events.is_empty() {
+        for (n, event) in span.events.iter().enumerate() {
+            out.extend(if n == 0 { &b",\"events\":["[..] } else { b"," });
+            out.extend(format!("{{\"timeUnixNano\":\"{}\",\"name\":", unix_nanos(event.at)).as_bytes());
+            json_text(out, &clean(&event.name, false, cleaned));
+            out.extend(b",\"attributes\":[");
+            out.extend(attributes_line(event.attributes.iter()));
+            out.extend(b"]}");
+        }
+        out.push(b']');
+    }
+    if !span.links.is_empty() {
+        for (n, link) in span.links.iter().enumerate() {
+            out.extend(if n == 0 { &b",\"links\":["[..] } else { b"," });
+            let link = format!("{{\"traceId\":\"{}\",\"spanId\":\"{}\"}}", hex(&link.trace_id), hex(&link.span_id));
+            out.extend(link.as_bytes());
+        }
+        out.push(b']');
+    }
+    if let Some(message) = &span.error {
+        out.extend(b",\"status\":{\"code\":2,\"message\":");
+        json_text(out, &clean(message, true, cleaned));
+        out.push(b'}');
+    }
+    out.push(b'}');
+}
+
+/// Attributes with commas between them.
+fn attributes_line<'a, K: AsRef<str> + 'a>(attributes: impl Iterator<Item = &'a (K, Value)>) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (key, value) in attributes {
+        if !out.is_empty() {
+            out.push(b',');
+        }
+        if let Value::Str(text) = value {
+            text_attribute(&mut out, key.as_ref(), cut(text, &mut 0));
+        } else {
+            out.extend(b"{\"key\":");
+            json_text(&mut out, key.as_ref());
+            out.extend(format!(",\"value\":{}}}", json_value(value)).as_bytes());
+        }
+    }
+    out
+}
+
+fn text_attribute(out: &mut Vec<u8>, key: &str, value: &str) {
+    out.extend(b"{\"key\":");
+    json_text(out, key);
+    out.extend(b",\"value\":{\"stringValue\":");
+    json_text(out, value);
+    out.extend(b"}}");
+}
+
+fn json_text(out: &mut Vec<u8>, text: &str) {
+    // Writing to memory cannot fail, and a text is always JSON.
+    let _ = serde_json::to_writer(out, text);
 }
 
 fn json_span(task: &TaskSpans, span: &Span) -> serde_json::Value {
@@ -414,22 +534,21 @@ fn json_span(task: &TaskSpans, span: &Span) -> serde_json::Value {
 }
 
 fn json_attributes<'a, K: AsRef<str> + 'a>(attributes: impl Iterator<Item = &'a (K, Value)>) -> serde_json::Value {
-    attributes
-        .map(|(key, value)| {
-            let value = match value {
-                Value::Str(text) => json!({"stringValue": cut(text, &mut 0)}),
-                Value::Bool(value) => json!({"boolValue": value}),
-                Value::Int(value) => json!({"intValue": value.to_string()}),
-                // The JSON mapping of protobuf writes what JSON has no number for as a string.
-                Value::Float(value) if value.is_nan() => json!({"doubleValue": "NaN"}),
-                Value::Float(value) if value.is_infinite() => {
-                    json!({"doubleValue": if *value > 0.0 { "Infinity" } else { "-Infinity" }})
-                }
-                Value::Float(value) => json!({"doubleValue": value}),
-            };
-            json!({"key": key.as_ref(), "value": value})
-        })
-        .collect()
+    attributes.map(|(key, value)| json!({"key": key.as_ref(), "value": json_value(value)})).collect()
+}
+
+fn json_value(value: &Value) -> serde_json::Value {
+    match value {
+        Value::Str(text) => json!({"stringValue": cut(text, &mut 0)}),
+        Value::Bool(value) => json!({"boolValue": value}),
+        Value::Int(value) => json!({"intValue": value.to_string()}),
+        // The JSON mapping of protobuf writes what JSON has no number for as a string.
+        Value::Float(value) if value.is_nan() => json!({"doubleValue": "NaN"}),
+        Value::Float(value) if value.is_infinite() => {
+            json!({"doubleValue": if *value > 0.0 { "Infinity" } else { "-Infinity" }})
+        }
+        Value::Float(value) => json!({"doubleValue": value}),
+    }
 }
 
 /// Lower-case hexadecimal, as W3C and OTLP JSON write ids.
@@ -617,6 +736,14 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn a_line_says_what_the_document_says(task in task()) {
+            let names = ServiceNames { orchestration: "o".into(), worker: "ärbeiter".into() };
+            let line: serde_json::Value = serde_json::from_slice(&json_line(&task, &names)).expect("JSON");
+            let document = to_json(std::slice::from_ref(&task), &names).to_string();
+            prop_assert_eq!(line, serde_json::from_str::<serde_json::Value>(&document).expect("JSON"));
+        }
 
         #[test]
         fn bytes_decode_to_every_field_of_every_span(tasks in proptest::collection::vec(task(), 0..4)) {

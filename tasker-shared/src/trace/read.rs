@@ -251,6 +251,8 @@ pub struct Gap {
 /// The spans of a task as any reader sees them.
 pub fn flat(task: &TaskSpans, names: &ServiceNames, policy: &Policy) -> Vec<Flat> {
     let trace_id = hex(&task.trace_id);
+    // Most values stand on many spans: the policy looks at each once.
+    let mut known = HashMap::new();
     task.spans
         .iter()
         .map(|span| Flat {
@@ -268,14 +270,18 @@ pub fn flat(task: &TaskSpans, names: &ServiceNames, policy: &Policy) -> Vec<Flat
             },
             start: span.start,
             end: span.end,
-            attributes: map(policy, task.common.iter().chain(&span.attributes).map(|(key, value)| (*key, value))),
+            attributes: map(
+                policy,
+                &mut known,
+                task.common.iter().chain(&span.attributes).map(|(key, value)| (*key, value)),
+            ),
             events: span
                 .events
                 .iter()
                 .map(|event| ReadEvent {
                     name: event.name.to_string(),
                     at: event.at,
-                    attributes: map(policy, event.attributes.iter().map(|(key, value)| (&**key, value))),
+                    attributes: map(policy, &mut known, event.attributes.iter().map(|(key, value)| (&**key, value))),
                 })
                 .collect(),
             links: span
@@ -289,13 +295,23 @@ pub fn flat(task: &TaskSpans, names: &ServiceNames, policy: &Policy) -> Vec<Flat
         .collect()
 }
 
-fn map<'a>(policy: &Policy, attributes: impl Iterator<Item = (&'a str, &'a Value)>) -> Map<String, Json> {
-    attributes.filter_map(|(key, value)| Some((key.to_owned(), shown(policy, key, value)?))).collect()
+/// What the policy made of a text by the name of its attribute.
+type Known<'a> = HashMap<(&'a str, &'a str), Option<Json>>;
+
+fn map<'a>(
+    policy: &Policy,
+    known: &mut Known<'a>,
+    attributes: impl Iterator<Item = (&'a str, &'a Value)>,
+) -> Map<String, Json> {
+    attributes.filter_map(|(key, value)| Some((key.to_owned(), shown(policy, known, key, value)?))).collect()
 }
 
-fn shown(policy: &Policy, key: &str, value: &Value) -> Option<Json> {
+fn shown<'a>(policy: &Policy, known: &mut Known<'a>, key: &'a str, value: &'a Value) -> Option<Json> {
     Some(match value {
-        Value::Str(text) => json!(policy.attribute(key, text)?),
+        Value::Str(text) => {
+            let shown = || policy.attribute(key, text).map(|text| json!(text));
+            return known.entry((key, &**text)).or_insert_with(shown).clone();
+        }
         Value::Int(number) => json!(number),
         Value::Float(number) => json!(number),
         Value::Bool(word) => json!(word),

@@ -28,6 +28,31 @@ pub fn spans(log: &TaskLog) -> TaskSpans {
     Tree::new(log, None).build()
 }
 
+/// The same spans, at most `size` at a time, in the order of [`spans`]: those of a large task are
+/// never all in memory.
+pub fn in_parts(log: &TaskLog, size: usize) -> impl Iterator<Item = TaskSpans> + Send {
+    let mut tree = Tree::new(log, None);
+    tree.spans = Vec::new();
+    let (task_rows, step_rows) = tree.sorted();
+    tree.roots(&task_rows);
+    let (mut task_rows, mut done) = (task_rows.into_iter(), 0);
+    std::iter::from_fn(move || {
+        while tree.spans.len() < size {
+            if let Some(row) = task_rows.next() {
+                tree.task_move(row);
+            } else if let Some(rows) = step_rows[done..].chunk_by(|a, b| a.entity == b.entity).next() {
+                done += rows.len();
+                tree.step(rows);
+            } else {
+                break;
+            }
+        }
+        let rest = tree.spans.split_off(size.min(tree.spans.len()));
+        let part = std::mem::replace(&mut tree.spans, rest);
+        (!part.is_empty()).then(|| tree.whole(part))
+    })
+}
+
 /// The same, and what is still open, drawn as if it ended now and marked `in_progress`:
 /// for people to look at, never for export.
 pub fn spans_so_far(log: &TaskLog, now: DateTime<Utc>) -> TaskSpans {
@@ -62,10 +87,7 @@ impl<'a> Tree<'a> {
     }
 
     fn build(mut self) -> TaskSpans {
-        let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) =
-            self.log.transitions.iter().partition(|row| row.entity == self.log.head.task_uuid);
-        task_rows.sort_unstable_by_key(|row| row.version);
-        step_rows.sort_unstable_by_key(|row| (row.entity, row.version));
+        let (task_rows, step_rows) = self.sorted();
         self.roots(&task_rows);
         for row in task_rows {
             self.task_move(row);
@@ -73,6 +95,20 @@ impl<'a> Tree<'a> {
         for rows in step_rows.chunk_by(|a, b| a.entity == b.entity) {
             self.step(rows);
         }
+        let spans = std::mem::take(&mut self.spans);
+        self.whole(spans)
+    }
+
+    /// The rows of the task, and those of its steps.
+    fn sorted(&self) -> (Vec<&'a Transition>, Vec<&'a Transition>) {
+        let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) =
+            self.log.transitions.iter().partition(|row| row.entity == self.log.head.task_uuid);
+        task_rows.sort_unstable_by_key(|row| row.version);
+        step_rows.sort_unstable_by_key(|row| (row.entity, row.version));
+        (task_rows, step_rows)
+    }
+
+    fn whole(&self, spans: Vec<Span>) -> TaskSpans {
         let head = &self.log.head;
         TaskSpans {
             trace_id: head.trace_id,
@@ -83,7 +119,7 @@ impl<'a> Tree<'a> {
                 (names::TASK_UUID, head.task_uuid.to_string().into()),
                 (names::NAMESPACE, head.namespace.to_string().into()),
             ],
-            spans: self.spans,
+            spans,
         }
     }
 

@@ -4,7 +4,6 @@ use std::io::{BufWriter, Write};
 
 use serde_json::{Value, json};
 use tasker_shared::store::transitions;
-use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::otlp::{self, ServiceNames};
 use tasker_shared::trace::span::TaskSpans;
 use tasker_shared::trace::tree;
@@ -16,8 +15,8 @@ use crate::run;
 /// Spans of one line.
 const CHUNK: usize = 2048;
 
-/// Write the spans of tasks to stdout, as they are exported. One task at a time is held in
-/// memory, however many there are.
+/// Write the spans of tasks to stdout, as they are exported. The log of one task at a time is held
+/// in memory, however many there are, and as OTLP JSON never more than a line of its spans.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -44,7 +43,7 @@ impl Export {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let connected = run::connect(global).await?;
-        let (config, _) = TraceConfig::from_env()?;
+        let config = super::config(&connected.client).await?;
         let names = config.service_names;
         let mut pages = self.which.pages(&connected.client).await?;
         let mut out = BufWriter::new(std::io::stdout().lock());
@@ -60,14 +59,17 @@ impl Export {
             for task in tasks {
                 let mut conn = connected.client.pool().acquire().await?;
                 for log in transitions::logs(&mut conn, &[task]).await? {
-                    let spans = tree::spans(&log);
                     match self.format {
-                        Format::OtlpJson => otlp_lines(&mut out, spans, &names)?,
+                        Format::OtlpJson => {
+                            for part in tree::in_parts(&log, CHUNK) {
+                                out.write_all(&otlp::json_line(&part, &names))?;
+                            }
+                        }
                         Format::JaegerJson => {
                             if !std::mem::replace(&mut first, false) {
                                 out.write_all(b",")?;
                             }
-                            jaeger(&mut out, &spans, &names)?;
+                            jaeger(&mut out, &tree::spans(&log), &names)?;
                         }
                     }
                 }
@@ -78,19 +80,6 @@ impl Export {
         }
         out.flush()?;
         Ok(())
-    }
-}
-
-fn otlp_lines(out: &mut impl Write, mut task: TaskSpans, names: &ServiceNames) -> anyhow::Result<()> {
-    let spans = std::mem::take(&mut task.spans);
-    let mut spans = spans.into_iter();
-    loop {
-        task.spans = spans.by_ref().take(CHUNK).collect();
-        if task.spans.is_empty() {
-            return Ok(());
-        }
-        serde_json::to_writer(&mut *out, &otlp::to_json(std::slice::from_ref(&task), names))?;
-        out.write_all(b"\n")?;
     }
 }
 
@@ -208,8 +197,7 @@ mod tests {
         let task = TaskSpans { trace_id: [7; 16], trace_flags: 1, tracestate: None, common, spans };
         let names = ServiceNames::default();
         let expected = Trace::of_spans(&task, &names);
-        let mut written = Vec::new();
-        otlp_lines(&mut written, task.clone(), &names).unwrap();
+        let written = otlp::json_line(&task, &names);
         assert_eq!(Trace::from_json(str::from_utf8(&written).unwrap()).unwrap(), expected);
         let mut written = b"{\"data\":[".to_vec();
         jaeger(&mut written, &task, &names).unwrap();

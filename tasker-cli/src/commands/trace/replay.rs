@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use tasker_shared::store::transitions;
-use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::otlp::Encoder;
 use tasker_shared::trace::sampling;
 use tasker_shared::trace::transport::Transport;
@@ -40,8 +39,11 @@ impl Replay {
     pub async fn run(mut self, global: &Global) -> anyhow::Result<()> {
         self.which.tasks.append(&mut self.named);
         let connected = run::connect(global).await?;
-        let (config, _) = TraceConfig::from_env()?;
-        anyhow::ensure!(config.enabled, "tracing is off: set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans are to go");
+        let config = super::config(&connected.client).await?;
+        anyhow::ensure!(
+            config.enabled,
+            "tracing is off: `tasker trace enable --otlp-endpoint URL`, or set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans are to go"
+        );
         let transport = Transport::connect(&config)?;
         let mut encoder = Encoder::new(&config.service_names);
         let mut pages = self.which.pages(&connected.client).await?;

@@ -44,7 +44,7 @@ impl Verify {
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         let backend = Backend::open(&self.against)?;
         let connected = run::connect(global).await?;
-        let (config, _) = TraceConfig::from_env()?;
+        let config = super::config(&connected.client).await?;
         let mut pages = self.which.pages(&connected.client).await?;
         let (mut found, mut tasks, mut running, mut unsampled) = (Difference::default(), 0, 0, 0);
         loop {

@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 use super::super::ids::SpanKey;
 use super::super::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 use super::super::span::{Span, SpanId, TaskSpans, Value};
-use super::{MAX_LINKS, names, root_id, span_id, spans, spans_so_far};
+use super::{MAX_LINKS, in_parts, names, root_id, span_id, spans, spans_so_far};
 use crate::state_machine::decide::Event;
 use crate::state_machine::decide::properties::{Driver, Story, story};
 use crate::state_machine::plan::{Outcome, Room};
@@ -316,6 +316,18 @@ fn rows_in_any_order_give_the_same_spans() {
     let mut backwards = log.clone();
     backwards.transitions.reverse();
     assert_eq!(sorted(spans(&log).spans), sorted(spans(&backwards).spans));
+}
+
+#[test]
+fn parts_of_any_size_are_the_same_spans_in_the_same_order() {
+    let log = full(&retried());
+    let whole = spans(&log);
+    for size in [1, 3, 1000] {
+        let parts: Vec<TaskSpans> = in_parts(&log, size).collect();
+        assert!(parts.iter().all(|part| part.spans.len() <= size && part.common == whole.common));
+        assert!(parts.iter().rev().skip(1).all(|part| part.spans.len() == size));
+        assert_eq!(parts.into_iter().flat_map(|part| part.spans).collect::<Vec<_>>(), whole.spans);
+    }
 }
 
 #[test]
