@@ -27,7 +27,7 @@
     if (s < 86400) return two(Math.floor(s / 3600), "h", Math.floor((s % 3600) / 60), "min");
     return two(Math.floor(s / 86400), "d", Math.floor((s % 86400) / 3600), "h");
   };
-  const tick = () => all("time[datetime]").forEach((time) => {
+  const tick = () => all("time[datetime]:not([data-keep])").forEach((time) => {
     const text = relative(Date.parse(time.dateTime));
     if (time.textContent !== text) time.textContent = text;
   });
@@ -254,7 +254,25 @@
       all("[data-zoom]").forEach((button) => button.addEventListener("click", () => this.command(button.dataset.zoom)));
       this.load();
     }
+    // What takes long to make is asked for less often.
     async load() {
+      if (this.loading || this.later) return;
+      const rest = (this.next || 0) - Date.now();
+      if (rest > 0) {
+        this.later = setTimeout(() => { this.later = 0; this.load(); }, rest);
+        return;
+      }
+      this.loading = true;
+      const began = Date.now();
+      try {
+        await this.read();
+      } catch {
+        // The page says that the server is gone; the next change asks again.
+      }
+      this.loading = false;
+      this.next = Date.now() + 4 * (Date.now() - began);
+    }
+    async read() {
       const answer = await fetch(this.box.dataset.source, { headers: this.tag ? { "If-None-Match": this.tag } : {} });
       if (!answer.ok) return;
       this.tag = answer.headers.get("ETag");

@@ -364,11 +364,13 @@ test("the timeline has a row for each step, zooms by keys, and shows the same tr
   await page.reload();
   await page.locator(".tl-view .tl-row").first().waitFor();
   assert.equal(await page.locator(".tl-view .tl-row").count(), 3);
-  const width = () => page.locator(".tl-view .b-run").first().getAttribute("width").then(Number);
-  const narrow = await width();
+  const axis = () => page.textContent(".tl-ends");
+  const whole = await axis();
   await page.focus("#timeline");
   await page.keyboard.press("+");
-  assert.notEqual(await width().catch(() => -1), narrow);
+  assert.notEqual(await axis(), whole);
+  await page.keyboard.press("0");
+  assert.equal(await axis(), whole);
   await page.close();
   const plain = await visitor({ javaScriptEnabled: false, storageState: await admin.storageState() });
   const still = await open(`/tasks/${task}`, plain);
@@ -390,13 +392,80 @@ const everyPage = async () => {
   const task = await submit("shop/approve", {}, "--correlation-id", "every page");
   const lonely = await submit("shop/lonely");
   const failed = await submit("shop/broken");
+  for (const steps of ["[{name: a, handler: noop}]", "[{name: a, handler: echo}, {name: b, handler: noop, depends_on: [a]}]"]) {
+    await template(`{namespace: shop, name: grown, version: "${steps.length}", steps: ${steps}}`);
+  }
+  await template(`
+namespace: shop
+name: each
+version: "1"
+steps:
+  - {name: all, handler: echo, input: {items: "\${input.items}"}}
+  - {name: one, handler: noop, for_each: "\${steps.all.output.items}", depends_on: [all]}
+`);
+  const map = await submit("shop/each", { items: [1, 2, 3] });
+  await tasker("schedule", "set", "shop/nightly", "--template", "lonely", "--cron", "0 3 * * *", "--time-zone", "Europe/Berlin");
+  await sql("select pgmq.send('task_requests', '{\"v\": 99}')");
   const page = await open(`/tasks/${failed}`);
   await status(page, "failed");
   const step = await page.locator("#steps a", { hasText: "fails" }).getAttribute("href");
+  await page.goto(`/tasks/${map}`);
+  await status(page, "completed");
+  const mapStep = await page.locator("#steps a", { hasText: "one" }).getAttribute("href");
+  await tells(map);
+  const told = await page.locator("#steps a", { hasText: "all" }).getAttribute("href");
+  await page.goto("/queues");
+  const quarantined = await page.locator("#quarantine a").first().getAttribute("href", { timeout: 30_000 });
   await page.close();
-  return ["/", "/?status=failed", "/search?q=nothing", `/tasks/${task}`, `/tasks/${lonely}`, `/tasks/${failed}`, step, `/tasks/${failed}/log`,
-    "/queues", "/templates", "/templates/shop/parcel", "/schedules", "/audit", "/settings", "/tasks/00000000-0000-0000-0000-000000000000", "/?status=nonsense"];
+  return ["/", "/?status=failed", "/?correlation_id=nothing+has+this", "/search?q=nothing", "/search?q=every+page", `/tasks/${task}`, `/tasks/${lonely}`, `/tasks/${failed}`, step, mapStep, told,
+    `/tasks/${failed}/log`, "/queues", quarantined, "/templates", "/templates/shop/parcel", "/templates/shop/grown?since=26", "/schedules", "/audit", "/settings",
+    "/tasks/00000000-0000-0000-0000-000000000000", "/?status=nonsense"];
 };
+
+/** As if the handlers of a task had told all that one can tell. */
+const tells = (task, word = "invoice", uri = "https://files.example/4711.pdf") => sql(`
+  update tasker.attempts set usage = jsonb_build_object($x$${word}$x$, 1200, 'gen_ai.usage.output_tokens', 340), milestones = jsonb_build_array(
+    jsonb_build_object('name', $x$${word}$x$, 'at_ms', 12.5, 'attributes', jsonb_build_object($x$${word}$x$, $x$${word}$x$)),
+    jsonb_build_object('name', 'artifact', 'at_ms', 20, 'attributes', jsonb_build_object('artifact.name', $x$${word}$x$, 'artifact.uri', $x$${uri}$x$, 'artifact.size', 48211)))
+  where task_uuid = '${task}' and attempt > 0`);
+
+test("a step shows what its handler told: milestones, artifacts, usage, and its span", async () => {
+  const task = await submit("shop/parcel", { parcel_id: "P", weight_kg: 1 });
+  const page = await open(`/tasks/${task}`);
+  await status(page, "completed");
+  await tells(task);
+  await page.locator("#steps a", { hasText: "weigh" }).click();
+  const told = page.locator("#told");
+  await told.getByRole("link", { name: "https://files.example/4711.pdf" }).waitFor();
+  assert.match(await told.textContent(), /48,211 bytes/);
+  assert.match(await told.locator("table").textContent(), /12(\.5)? ms.*invoice/);
+  assert.match(await told.locator("svg.usage").getAttribute("aria-label"), /invoice: 1200; .*output_tokens: 340|output_tokens: 340; .*invoice: 1200/);
+  await page.getByText(/Its span: \d+ attributes/).click();
+  assert.match(await page.textContent("#step"), /handler\.execution/);
+  const viewer = await visitor({}, await keyOf("--role", "viewer"));
+  const theirs = await open(new URL(page.url()).pathname, viewer);
+  assert.ok(!/4711\.pdf/.test(await theirs.textContent("main")));
+  await viewer.close();
+  await page.close();
+});
+
+test("a viewer learns the type of an error, never what it says", async () => {
+  await template(`{namespace: shop, name: leaky, version: "1", steps: [{name: only, handler: http, input: {url: "http://card-4242.invalid/"}, retry: {max_attempts: 1}}]}`);
+  const task = await submit("shop/leaky");
+  const page = await open(`/tasks/${task}`);
+  await status(page, "failed");
+  const step = await page.locator("#steps a", { hasText: "only" }).getAttribute("href");
+  const said = await page.evaluate(async (where) => (await fetch(where)).text(), `/tasks/${task}/timeline.json`);
+  assert.match(said, /card-4242/);
+  const viewer = await visitor({}, await keyOf("--role", "viewer"));
+  for (const where of [`/tasks/${task}/timeline.json`, `/tasks/${task}/log`, `/tasks/${task}/log.csv`, `/tasks/${task}/log.json`, step]) {
+    const answer = await viewer.request.get(where);
+    assert.equal(answer.status(), 200, where);
+    assert.ok(!/card-4242/.test(await answer.text()), where);
+  }
+  await viewer.close();
+  await page.close();
+});
 
 test("axe finds nothing serious, in light and dark, wide and on a phone; no page is wider than a phone", async () => {
   const pages = await everyPage();
@@ -434,13 +503,23 @@ steps:
   const task = await submit("shop/evil", { text: evil }, "--correlation-id", evil.slice(0, 190), "--idempotency-key", `${evil.slice(0, 180)}1`);
   await sql(`select tasker.suspend_task('${task}', $x$${evil}$x$, $x$${evil}$x$)`);
   await sql(`select pgmq.send('task_requests', jsonb_build_object('v', 99, 'type', $x$${evil}$x$))`);
+  const failed = await submit("shop/broken", {}, "--correlation-id", "evil words");
+  await tasker("key", "create", evil.slice(0, 90), "--role", "viewer");
+  await tasker("limit", "set", "shop", "--handler", "nobody.has_it", "--concurrency", "7", "--reason", evil);
   await sql(`select tasker.worker_hello($x$${evil}$x$, 'shop', '{worker_shop}', array[$x$${evil}$x$], 1)`);
   const page = await open(`/tasks/${task}`);
   const step = await page.locator("#steps a").first().getAttribute("href", { timeout: 20_000 });
   await page.goto("/queues");
   const quarantined = await page.locator("#quarantine a").first().getAttribute("href", { timeout: 30_000 });
+  await page.goto(`/tasks/${failed}`);
+  await status(page, "failed");
+  const broken = await page.locator("#steps a", { hasText: "fails" }).getAttribute("href");
+  await tells(failed, evil, "javascript:window.hurt=1");
+  await sql(`update tasker.attempts set error = jsonb_build_object('type', $x$${evil}$x$, 'message', $x$${evil}$x$), worker = $x$${evil}$x$, worker_version = $x$${evil}$x$ where task_uuid = '${failed}' and error is not null`);
+  await sql(`update tasker.tasks set reason = $x$${evil}$x$, error_type = $x$${evil}$x$ where task_uuid = '${failed}'`);
+  await sql(`update tasker.transitions set actor = $x$${evil}$x$, detail = jsonb_build_object('reason', $x$${evil}$x$, 'error_type', $x$${evil}$x$) where task_uuid = '${failed}' and to_state = 'error'`);
   const word = encodeURIComponent(evil);
-  for (const where of [`/tasks/${task}`, step, `/tasks/${task}/log`, "/", `/?correlation_id=${word}`, `/?template=${word}&namespace=${word}&error_type=${word}`,
+  for (const where of [`/tasks/${failed}`, broken, `/tasks/${failed}/log`, "/?correlation_id=evil+words", "/schedules", "/login",`/tasks/${task}`, step, `/tasks/${task}/log`, "/", `/?correlation_id=${word}`, `/?template=${word}&namespace=${word}&error_type=${word}`,
     `/search?q=${word}`, "/queues", quarantined, "/templates", "/templates/shop/evil", `/templates/shop/evil?since=${word}&version=${word}`,
     `/audit?actor=${word}`, "/audit", "/settings", `/?status=${word}`, `/?done=${word}`, `/tasks/${word}`]) {
     await page.goto(where);
@@ -610,7 +689,7 @@ test("pictures for the guide", { skip: !images }, async () => {
   const lonely = await submit("shop/lonely", {}, "--correlation-id", "parcel 4711");
   const pictures = [
     ["tasks", "/", "light", 1200, 760], ["task", order, "light", 1200, 900], ["waiting", `/tasks/${lonely}`, "light", 1200, 560],
-    ["queues", "/queues", "light", 1200, 760], ["task-dark", order, "dark", 1200, 760], ["phone", order, "light", 390, 844],
+    ["queues", "/queues", "light", 1200, 620], ["task-dark", order, "dark", 1200, 760], ["phone", order, "light", 390, 844],
   ];
   for (const [name, where, colorScheme, width, height] of pictures) {
     const context = await visitor({ colorScheme, viewport: { width, height }, storageState: await admin.storageState() });

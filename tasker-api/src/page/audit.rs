@@ -52,16 +52,16 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
         }
         div.panel.flush {
             @if acts.is_empty() {
-                (empty("Nothing was done", &html! { p { "Cancelling, retrying, pausing, limits and keys leave a line here, with who and why." } }))
+                (empty("Nothing was done", &html! { p { "Cancelling, retrying, pausing, limits and keys leave a line here, with who and why." } @if actor.is_some() || task.is_some() { a.button href=(page.link("/audit")) { "Show all" } } }))
             } @else {
                 div.scroll { table.cards {
                     thead { tr { th.tight { "When" } th { "Who" } th { "Did" } th { "To" } th { "Why" } th { "Details" } } }
                     tbody { @for act in &acts { tr {
                         td.tight data-label="When" { span { (when(now, act.at)) } }
                         td data-label="Who" { span.strong { (words::clip(&act.actor, 100)) } }
-                        td data-label="Did" { span { (act.action.replace('_', " ")) } }
+                        td.tight data-label="Did" { span { (act.action.replace(['_', '.'], " ")) } }
                         td data-label="To" { div {
-                            @if let Some(task) = act.task_uuid { a href=(page.link(format!("/tasks/{task}"))) { "task " (super::tasks::short(task)) } }
+                            @if let Some(task) = act.task_uuid { a.nowrap href=(page.link(format!("/tasks/{task}"))) { "task " (super::tasks::short(task)) } }
                             @if let Some(subject) = &act.subject { (words::clip(subject, 200)) }
                         } }
                         td data-label="Why" { @if let Some(reason) = &act.reason { span { (words::clip(&redact::text(reason), 300)) } } }

@@ -135,7 +135,7 @@ fn queue_table(page: &Page, overview: &Overview) -> Markup {
                     @let namespace = namespace_of(&queue.queue);
                     @let rates = overview.rates.get(&queue.queue);
                     tr data-key=(queue.queue) {
-                        td data-label="Queue" { div { code.strong { (queue.queue) } span.sub { @match namespace { Some(namespace) => { "steps of " (namespace) }, None => { "read by orchestrators" } } } } }
+                        td.bare data-label="Queue" { div { code.strong { (queue.queue) } span.sub { @match namespace { Some(namespace) => { "steps of " (namespace) }, None => { "read by orchestrators" } } } } }
                         td.num data-label="Depth" { span { (count(queue.depth)) } }
                         td.num data-label="Held back" { span { (count(queue.held)) } }
                         td.num data-label="Oldest" { span { @match queue.oldest_s { Some(s) if queue.depth > 0 => (words::took(Some(chrono::TimeDelta::seconds(s.into())))), _ => "–" } } }
@@ -175,7 +175,7 @@ fn worker_table(overview: &Overview, now: DateTime<Utc>) -> Markup {
                     thead { tr { th { "Worker" } th.tight { "Last heartbeat" } th.num { "Slots" } th { "Reads" } th { "Handlers offered" } } }
                     tbody { @for worker in &overview.workers {
                         tr data-key=(worker.worker) {
-                            td data-label="Worker" { div { span.strong { (worker.worker) } span.sub { (worker.namespace) @if let Some(version) = &worker.version { " · " (version) } } } }
+                            td data-label="Worker" { div { span.strong.nowrap { (words::clip(&worker.worker, 60)) } span.sub { (worker.namespace) @if let Some(version) = &worker.version { " · " (version) } } } }
                             td.tight data-label="Heartbeat" { span { @if worker.live { span.pill.complete { "live" } } @else { span.pill.failed { "silent" } } " " (when(now, worker.seen_at)) } }
                             td.num data-label="Slots" { span { (worker.slots) } }
                             td data-label="Reads" { div { @for queue in &worker.queues { code.nowrap { (queue) } " " } } }

@@ -38,7 +38,7 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
                                 @else {
                                     @let ticks = one.next_ticks(3);
                                     @match ticks.split_first() {
-                                        Some((first, rest)) => { (when(now, *first)) @for tick in rest { span.sub { "then " (words::absolute(*tick)) } } },
+                                        Some((first, rest)) => { (when(now, *first)) @for tick in rest { span.sub { "then " (words::to_the_second(*tick)) } } },
                                         None => span.quiet { @if one.planned { "never again" } @else { "about to be worked out" } },
                                     }
                                 }

@@ -71,6 +71,8 @@ pub(super) async fn show(
     };
     let view = &seen.situation.task;
     let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
+    // What a person, a signal or the items of a map gave has no number, and no worker.
+    let worked = attempts.iter().any(|attempt| attempt.attempt > 0);
     let name = name_of(detail);
     let body = html! {
         (head(&page, &seen, detail, now))
@@ -80,16 +82,20 @@ pub(super) async fn show(
                 @match (&detail.input, may_see) {
                     (_, false) => (hidden()),
                     (Some(input), true) => (payload("input", input)),
-                    (None, true) => p.quiet { "It gets its input when it is sent to a worker." },
+                    (None, true) => p.quiet {
+                        @if is_map(&seen, detail) && detail.item < 0 { "Each of its items has an input of its own." }
+                        @else if detail.handler.is_empty() { "It needs none." }
+                        @else { "It gets its input when it is sent to a worker." }
+                    },
                 }
             }
             section.panel aria-labelledby="attempt-title" {
-                h2 id="attempt-title" { "Attempts" }
+                h2 id="attempt-title" { @if worked { "Attempts" } @else { "Result" } }
                 @if attempts.is_empty() {
-                    p.quiet { "No worker has claimed it yet." }
-                } @else {
+                    p.quiet { @if detail.handler.is_empty() || is_map(&seen, detail) && detail.item < 0 { "It has none yet." } @else { "No worker has claimed it yet." } }
+                } @else if worked {
                     nav.tabs aria-label="Attempts" {
-                        @for attempt in attempts {
+                        @for attempt in attempts.iter().filter(|attempt| attempt.attempt > 0) {
                             a href=(page.link(format!("/tasks/{task}/steps/{step}?attempt={}", attempt.attempt)))
                                 aria-current=[(chosen.map(|c| c.attempt) == Some(attempt.attempt)).then_some("true")] {
                                 (sign(attempt)) " " (attempt.attempt)
@@ -213,8 +219,10 @@ fn attempt_panel(
 ) -> Markup {
     html! {
         dl.facts {
-            dt { "Worker" } dd { (attempt.worker) @if let Some(version) = &attempt.worker_version { " " span.quiet { (version) } } }
-            dt { "Claimed" } dd { (when(now, attempt.claimed_at)) }
+            @if attempt.attempt > 0 {
+                dt { "Worker" } dd { (attempt.worker) @if let Some(version) = &attempt.worker_version { " " span.quiet { (version) } } }
+                dt { "Claimed" } dd { (when(now, attempt.claimed_at)) }
+            }
             @if let Some(reported) = attempt.reported_at { dt { "Reported" } dd { (when(now, reported)) } }
             @if let Some(ms) = attempt.run_ms { dt { "Ran" } dd { (milliseconds(ms)) } }
             dt { "Outcome" } dd { (attempt.outcome.as_deref().unwrap_or("open")) }

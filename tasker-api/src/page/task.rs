@@ -123,7 +123,8 @@ fn header(page: &Page, seen: &Seen) -> Markup {
     let reason = sentence.split_once(": ").map_or(&*sentence, |(_, reason)| reason);
     let unoffered = seen.situation.open.iter().find(|group| {
         !group.offered
-            && (group.held_by.as_deref() == Some("worker") || (group.state == "enqueued" && group.held_by.is_none()))
+            && (matches!(group.held_by.as_deref(), Some("worker" | "limit"))
+                || (group.state == "enqueued" && group.held_by.is_none()))
     });
     let trace_url = page.config().trace_url.as_ref().map(|url| url.replace("{trace_id}", &task.trace_id));
     html! {
@@ -136,7 +137,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 (Page::live_button())
                 (actions(page, task))
             }
-            p.reason { (reason) }
+            p.reason { (words::with_commands(reason)) }
             @if let Some(group) = unoffered {
                 div.banner.bad role="alert" {
                     span aria-hidden="true" { "⚠" }
@@ -401,8 +402,8 @@ fn step_table(page: &Page, seen: &Seen, asked: &Asked) -> Markup {
                     thead { tr { th { "State" } th { "Step" } th { "Now" } th.tight { "Attempt" } th { "Worker" } th.tight { "Since" } } }
                     tbody { @for step in shown {
                         tr data-key=(step.step_uuid) {
-                            td.tight data-label="State" { span { (pill(words::step(&step.state))) } }
-                            td data-label="Step" { div { a.strong href=(page.link(format!("/tasks/{}/steps/{}", task.task_uuid, step.step_uuid))) data-row="" { (step.name) } span.sub { (step.handler) } } }
+                            td.tight.bare data-label="State" { span { (pill(words::step(&step.state))) } }
+                            td.bare data-label="Step" { div { a.strong href=(page.link(format!("/tasks/{}/steps/{}", task.task_uuid, step.step_uuid))) data-row="" { (step.name) } span.sub { (step.handler) } } }
                             @let now_at = detail(step, now);
                             td data-label="Now" { @if now_at != words::step(&step.state).word { span { (now_at) } } }
                             td.tight data-label="Attempt" { @if step.attempt > 0 { span { (step.failures + i32::from(step.state != "error")) " of " (step.max_attempts) } } }
@@ -555,19 +556,20 @@ impl Drawn {
 
 /// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
 async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
-    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 10), async || {
+    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 12), async || {
         let (log, now) = match read_log(page, task).await {
             Ok(read) => read,
             Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
             Err(problem) => return Err(problem),
         };
+        let waits = pages::open_waits(&mut *page.state.pool().acquire().await?, task).await?;
         // The tree is work for the processor alone; others go on meanwhile.
         let drawn = tokio::task::spawn_blocking(move || {
             let mut spans = tree::spans_so_far(&log, now);
             if !payloads {
                 spans.spans.iter_mut().for_each(read::hide_errors_of);
             }
-            let timeline = Timeline::new(&log, &spans);
+            let timeline = Timeline::new(&log, &spans, &waits, now);
             let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
             Drawn { timeline, spans, text: OnceLock::new() }
         });

@@ -35,7 +35,8 @@ const NAMES_GOOD_FOR: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(super) struct Listing {
     tasks: Vec<TaskView>,
-    more: bool,
+    /// Before which task the next page begins.
+    next: Option<Uuid>,
     current: HashMap<Uuid, CurrentStep>,
 }
 
@@ -105,15 +106,12 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let listing =
         page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
             let mut conn = page.state.pool().acquire().await?;
-            let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
-            let mut tasks = pages::tasks(&mut conn, page.namespaces(), &filter, most).await?;
-            let more = tasks.len() > PAGE;
-            tasks.truncate(PAGE);
+            let (tasks, next) = pages::tasks(&mut conn, page.namespaces(), &filter, PAGE).await?;
             let open: Vec<Uuid> = tasks.iter().filter(|task| !task.is_finished()).map(|task| task.task_uuid).collect();
             let current = if open.is_empty() { Vec::new() } else { pages::current_steps(&mut conn, &open).await? };
             Ok(Arc::new(Listing {
                 tasks,
-                more,
+                next,
                 current: current.into_iter().map(|step| (step.task_uuid, step)).collect(),
             }))
         });
@@ -141,7 +139,9 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
         (overview(&page, &filter, &tally))
         (filters(&page, &filter, &names))
         div.panel.flush id="list" data-live-part="" {
-            @if listing.tasks.is_empty() {
+            @if let (true, Some(next)) = (listing.tasks.is_empty(), listing.next) {
+                (further(&page, &filter, next))
+            } @else if listing.tasks.is_empty() {
                 (nothing(&page, &filter, &names))
             } @else {
                 (table(&page, &listing, now, &filter))
@@ -279,6 +279,17 @@ fn example_button(page: &Page) -> Markup {
     }
 }
 
+/// What matches is so rare that a few quick looks did not meet it.
+fn further(page: &Page, filter: &TaskFilter, next: Uuid) -> Markup {
+    empty(
+        "None among the latest",
+        &html! {
+            p { "None of the latest tasks matches this filter; older ones may." }
+            a.button.primary rel="next" href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), Some(next))))) { "Look further back" }
+        },
+    )
+}
+
 fn nothing(page: &Page, filter: &TaskFilter, names: &[(String, String)]) -> Markup {
     if *filter != TaskFilter::default() {
         return empty(
@@ -311,7 +322,6 @@ fn nothing(page: &Page, filter: &TaskFilter, names: &[(String, String)]) -> Mark
 
 fn table(page: &Page, listing: &Listing, now: DateTime<Utc>, filter: &TaskFilter) -> Markup {
     let may_act = !page.config().read_only && page.who.has(Scope::TasksOperate);
-    let last = listing.tasks.last().map(|task| task.task_uuid);
     html! {
         form method="post" action=(page.link("/bulk")) {
             (page.csrf())
@@ -336,7 +346,7 @@ fn table(page: &Page, listing: &Listing, now: DateTime<Utc>, filter: &TaskFilter
             }
             div.pages {
                 @if filter.before.is_some() { a.button href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), None)))) { "Newest" } }
-                @if listing.more { a.button rel="next" href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), last)))) { "Older" } }
+                @if let Some(next) = listing.next { a.button rel="next" href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), Some(next))))) { "Older" } }
                 @else { span.quiet.small { "That is all." } }
             }
         }
@@ -352,8 +362,8 @@ fn row(page: &Page, task: &TaskView, current: Option<&CurrentStep>, now: DateTim
     html! {
         tr data-key=(task.task_uuid) {
             @if may_act { td.tight.full { input type="checkbox" name="task" value=(task.task_uuid) aria-label={ "Select task " (task.task_uuid) }; } }
-            td.tight data-label="Status" { span { (pill(look)) } }
-            td data-label="Task" { div {
+            td.tight.bare data-label="Status" { span { (pill(look)) } }
+            td.bare data-label="Task" { div {
                 a.strong href=(link) data-row="" { (task.template) } " " span.quiet.small { (task.version) }
                 span.sub { (task.namespace) " · " (short(task.task_uuid)) @if task.generation > 1 { " · run " (task.generation) } }
             } }
@@ -427,7 +437,7 @@ pub(super) async fn search(page: Page, Query(asked): Query<BTreeMap<String, Stri
     let current = pages::current_steps(&mut conn, &ids).await?;
     drop(conn);
     let listing =
-        Listing { tasks, more: false, current: current.into_iter().map(|step| (step.task_uuid, step)).collect() };
+        Listing { tasks, next: None, current: current.into_iter().map(|step| (step.task_uuid, step)).collect() };
     let body = html! {
         div.head { h1 { "Found for “" (words::clip(word, 80)) "”" } }
         div.panel.flush {

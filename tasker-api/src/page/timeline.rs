@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use chrono::{DateTime, Utc};
 use maud::{Markup, html};
 use serde::Serialize;
+use tasker_shared::store::pages::OpenWait;
 use tasker_shared::store::why::duration;
 use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::names;
@@ -20,7 +21,10 @@ use super::words;
 /// A stretch in which nothing ran is shortened past this share of all the others together.
 const LONGEST_GAP: f64 = 0.35;
 /// What is left of it.
-const SHORT_GAP: f64 = 0.05;
+const SHORT_GAP: f64 = 0.08;
+/// No shorter stretch is worth a break, in microseconds, and no less than this must be left to look at.
+const LEAST_GAP: i64 = 1_000_000;
+const LEAST_REST: i64 = 20_000;
 /// Rows that the page itself holds; the script fetches and draws all of them.
 pub const FIRST_ROWS: usize = 60;
 
@@ -133,12 +137,15 @@ impl Shade {
 }
 
 impl Timeline {
-    /// Draws the spans of a task. `log` is what they were made from: it has the names.
-    pub fn new(log: &TaskLog, spans: &TaskSpans) -> Self {
+    /// Draws the spans of a task, and what waits in it now. `log` is what they were made from: it has the names.
+    pub fn new(log: &TaskLog, spans: &TaskSpans, waits: &[OpenWait], now: DateTime<Utc>) -> Self {
         let began_at = spans.spans.iter().map(|span| span.start).min().unwrap_or(log.head.created_at);
         let mut rows = Rows { log, began_at, tasks: Vec::new(), steps: HashMap::new(), executions: HashMap::new() };
         for span in &spans.spans {
             rows.add(span);
+        }
+        for wait in waits {
+            rows.add_open(wait, now);
         }
         let rows = rows.sorted();
         let length_us = rows.iter().flat_map(|row| &row.bars).map(|bar| bar.to).max().unwrap_or(0).max(1);
@@ -315,6 +322,21 @@ impl Rows<'_> {
         }
     }
 
+    /// A wait that has not ended.
+    fn add_open(&mut self, wait: &OpenWait, now: DateTime<Utc>) {
+        let (kind, note) = match (wait.held_by.as_deref(), wait.state.as_str()) {
+            (Some("worker"), _) => (Shade::Held, "no worker offers its handler"),
+            (Some("room"), _) => (Shade::Held, "no slot is free"),
+            (Some("paused"), _) => (Shade::Held, "its queue is paused"),
+            (Some(_), _) => (Shade::Held, "by a limit"),
+            (None, "waiting_for_retry") => (Shade::Retry, ""),
+            (None, _) => (Shade::Wait, ""),
+        };
+        let (from, to) = (self.since(wait.since), self.since(now.max(wait.since)));
+        let bar = Bar { kind, from, to, attempt: 0, open: true, note: note.to_owned() };
+        self.row(wait.step_uuid).bars.push(bar);
+    }
+
     fn since(&self, at: DateTime<Utc>) -> i64 {
         (at - self.began_at).num_microseconds().unwrap_or(i64::MAX).max(0)
     }
@@ -390,8 +412,7 @@ fn axis(rows: &[Row], length: i64) -> (Vec<Gap>, Vec<Knot>) {
     let mut gaps = Vec::new();
     for (from, to) in idle {
         let rest = kept - (to - from);
-        // A moment is never worth a break, and what is left must be worth looking at.
-        if to - from < 2_000 || float(to - from) <= LONGEST_GAP * float(rest) || rest <= 0 {
+        if to - from < LEAST_GAP || float(to - from) <= LONGEST_GAP * float(rest) || rest < LEAST_REST {
             break;
         }
         kept = rest;
@@ -469,8 +490,8 @@ mod tests {
         let (gaps, knots) = axis(&rows, 7_205 * S);
         assert_eq!(gaps, [(2 * S, 7_202 * S)]);
         let place = |us| knots.iter().find(|(at, _)| *at == us).unwrap().1;
-        assert!((place(2 * S) - 2.0 / 5.25).abs() < 1e-9, "{knots:?}");
-        assert!((place(7_202 * S) - 2.25 / 5.25).abs() < 1e-9);
+        assert!((place(2 * S) - 2.0 / 5.4).abs() < 1e-9, "{knots:?}");
+        assert!((place(7_202 * S) - 2.4 / 5.4).abs() < 1e-9);
         assert!((knots.last().unwrap().1 - 1.0).abs() < 1e-9);
     }
 
@@ -479,6 +500,14 @@ mod tests {
         let rows =
             [row(&[(Shade::Queue, 0, 1_000), (Shade::Run, 1_000, 9_000_000), (Shade::Run, 9_500_000, 9_600_000)])];
         assert_eq!(axis(&rows, 9_600_000).0, []);
+    }
+
+    #[test]
+    fn a_moment_of_work_before_a_long_wait_does_not_fill_the_axis() {
+        let rows =
+            [row(&[(Shade::Task, 0, 43_000_000), (Shade::Run, 75_000, 75_200), (Shade::Wait, 90_000, 43_000_000)])];
+        let (gaps, _) = axis(&rows, 43_000_000);
+        assert_eq!(gaps, [(90_000, 43_000_000)]);
     }
 
     #[test]

@@ -137,6 +137,11 @@ pub fn absolute(at: DateTime<Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S%.3f UTC").to_string()
 }
 
+/// The same without the part of a second.
+pub fn to_the_second(at: DateTime<Utc>) -> String {
+    at.format("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
 /// A moment, relative, with the absolute on hover; the script keeps it going.
 pub fn when(now: DateTime<Utc>, at: DateTime<Utc>) -> Markup {
     html! {
@@ -144,9 +149,16 @@ pub fn when(now: DateTime<Utc>, at: DateTime<Utc>) -> Markup {
     }
 }
 
-/// A length of time as people say it; nothing for what has none.
+/// A length of time as people say it, without a second unit that is zero; nothing for what has none.
 pub fn took(length: Option<TimeDelta>) -> String {
-    length.map_or_else(|| "–".into(), duration)
+    let text = length.map_or_else(|| "–".into(), duration);
+    let short = [" 0 s", " 0 min", " 0 h"].iter().find_map(|zero| text.strip_suffix(zero));
+    short.map_or_else(|| text.clone(), str::to_owned)
+}
+
+/// A sentence whose commands stand between backticks, as terminals show them.
+pub fn with_commands(sentence: &str) -> Markup {
+    html! { @for (at, part) in sentence.split('`').enumerate() { @if at % 2 == 1 { code { (part) } } @else { (part) } } }
 }
 
 /// A value that people copy: itself, and a button for it.
@@ -214,6 +226,18 @@ mod tests {
         ] {
             assert_eq!(relative(now, now - TimeDelta::seconds(s)), text);
         }
+    }
+
+    #[test]
+    fn lengths_have_no_empty_second_unit() {
+        for (s, text) in [(5, "5 s"), (600, "10 min"), (601, "10 min 1 s"), (7_200, "2 h")] {
+            assert_eq!(took(Some(TimeDelta::seconds(s))), text);
+        }
+    }
+
+    #[test]
+    fn a_sentence_shows_its_commands() {
+        assert_eq!(with_commands("a `b <c>` d").into_string(), "a <code>b &lt;c&gt;</code> d");
     }
 
     #[test]

@@ -32,13 +32,14 @@ pub struct TaskFilter {
 /// Looks at most at so many pieces of the list, each of which is quick.
 const LOOKS: usize = 8;
 
-/// One page of tasks, newest first. `limit` rows at most; fewer if what matches is rarer than a few looks can tell.
+/// One page of tasks, newest first, and where the list goes on. `most` rows at most; fewer, or none, if
+/// what matches is rarer than a few looks can tell.
 pub async fn tasks(
     conn: &mut PgConnection,
     namespaces: Option<&[String]>,
     filter: &TaskFilter,
-    limit: i64,
-) -> Result<Vec<TaskView>, Error> {
+    most: usize,
+) -> Result<(Vec<TaskView>, Option<Uuid>), Error> {
     let within = |namespace: &String| namespaces.is_none_or(|own| own.contains(namespace));
     let namespaces = match &filter.namespace {
         Some(namespace) => Some(Some(namespace.clone()).filter(within).into_iter().collect()),
@@ -53,7 +54,6 @@ pub async fn tasks(
         after: filter.before,
         ..listing::Filter::default()
     };
-    let most = usize::try_from(limit).unwrap_or_default();
     let mut found = Vec::new();
     for _ in 0..LOOKS {
         wanted.limit = u32::try_from(most - found.len()).unwrap_or(u32::MAX);
@@ -64,7 +64,7 @@ pub async fn tasks(
             break;
         }
     }
-    Ok(found)
+    Ok((found, wanted.after))
 }
 
 /// The open step of a task that is furthest along.
@@ -275,6 +275,33 @@ pub async fn step_lines(conn: &mut PgConnection, task: Uuid) -> Result<Vec<StepL
     .await?)
 }
 
+/// A step that waits, and is in no queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenWait {
+    /// The step.
+    pub step_uuid: Uuid,
+    /// `pending`, `waiting` or `waiting_for_retry`.
+    pub state: String,
+    /// What holds it back, if it is ready: room, worker, limit or paused.
+    pub held_by: Option<String>,
+    /// Since when.
+    pub since: DateTime<Utc>,
+}
+
+/// The steps of a task that wait now, the items of maps among them; at most 20,000. Of a wait that has not
+/// ended nothing is in the log.
+pub async fn open_waits(conn: &mut PgConnection, task: Uuid) -> Result<Vec<OpenWait>, Error> {
+    Ok(sqlx::query_as!(
+        OpenWait,
+        r#"select s.step_uuid, s.state, s.held_by, coalesce(s.ready_at, s.last_at) as "since!"
+           from tasker.steps s
+           where s.task_uuid = $1 and (s.held_by is not null or s.state in ('waiting', 'waiting_for_retry')) limit 20000"#,
+        task
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// One step in full.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "columns of tasker.steps and tasker.template_steps")]
@@ -452,12 +479,17 @@ pub struct Unoffered {
     pub task_uuid: Uuid,
 }
 
-/// What waits in vain, of the first 1,000 steps that are held for want of a worker.
+/// What waits in vain, of the first 1,000 steps that are held for want of a worker, and as many in lanes.
 pub async fn unoffered(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<Unoffered>, Error> {
     Ok(sqlx::query_as!(
         Unoffered,
         r#"with held as (
-             select s.step_uuid from tasker.steps s where s.held_by is not null and s.held_by = 'worker' limit 1000),
+             (select s.step_uuid from tasker.steps s
+              where s.held_by is not null and s.lane is null and s.held_by = 'worker' limit 1000)
+             union all
+             -- A limit says nothing about who would work on what it lets through.
+             (select s.step_uuid from tasker.steps s
+              where s.held_by is not null and s.lane is not null and s.held_by in ('worker', 'limit') limit 1000)),
            waiting as (
              select t.namespace, s.queue, d.handler, coalesce(s.ready_at, s.last_at) as since, t.task_uuid
              from held w

@@ -264,6 +264,9 @@ impl Situation {
                 let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
                 format!("{what} held since {since}: queue {queue} is paused by {paused}")
             }
+            ("pending" | "waiting_for_retry", Some("limit")) if !group.offered && group.limit.is_none() => {
+                format!("{who} handler {handler}, and no worker offers it on queue {queue}")
+            }
             ("pending" | "waiting_for_retry", Some("limit")) => {
                 let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
                 let limit = group.limit.as_deref().unwrap_or("its limits let it through now, it is about to be sent");
