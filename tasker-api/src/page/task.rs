@@ -689,12 +689,12 @@ pub(super) async fn log(page: Page, Path(task): Path<Uuid>, Query(asked): Query<
         }
         div.panel.flush {
             div.scroll { table.cards {
-                thead { tr { th.tight { "At" } th { "What" } th { "Move" } th { "Event" } th.tight { "Attempt" } th { "By" } th { "Reason" } } }
+                thead { tr { th.tight { "At" } th { "What" } th { "Move" } th.tight { "Event" } th.tight { "Attempt" } th { "By" } th { "Reason" } } }
                 tbody { @for row in all.iter().skip(asked.from).take(MOVES) { tr {
                     td.tight data-label="At" { time datetime=(row.at.to_rfc3339_opts(SecondsFormat::Micros, true)) title=(words::relative(now, row.at)) data-keep="" { (row.at.format("%m-%d %H:%M:%S%.6f")) } }
                     td data-label="What" { span.strong { (row.of) } }
                     td data-label="Move" { span { (row.from) " → " (row.to) } }
-                    td data-label="Event" { span { (row.event) } }
+                    td.tight data-label="Event" { span { (row.event) } }
                     td.tight data-label="Attempt" { @if let Some(attempt) = row.attempt { span { (attempt) } } }
                     td data-label="By" { @if let Some(actor) = &row.actor { span { (words::clip(actor, 60)) } } }
                     td data-label="Reason" { @if let Some(reason) = &row.reason { span { @if let Some(kind) = &row.error_type { code { (kind) } " " } (words::clip(reason, 300)) } } }
