@@ -8,19 +8,17 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
-use serde_json::Value as Json;
 
 use super::super::ids::SpanKey;
-use super::super::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+use super::super::log::{Head, TaskLog, Transition};
 use super::super::span::{Span, SpanId, TaskSpans, Value};
 use super::{MAX_LINKS, in_parts, names, root_id, span_id, spans, spans_so_far};
 use crate::state_machine::decide::Event;
 use crate::state_machine::decide::properties::{Driver, Story, story};
-use crate::state_machine::plan::{Outcome, Room};
-use crate::state_machine::simulation::{
-    AttemptRow, LEASE, Row, Settled, World, failure, operator, permanent, success, template, with,
-};
+use crate::state_machine::plan::Room;
+use crate::state_machine::simulation::{LEASE, Settled, World, failure, operator, permanent, success, template, with};
 use crate::state_machine::states::TaskState;
+use crate::testing::{log, transition};
 
 fn head(world: &World) -> Head {
     Head {
@@ -43,72 +41,9 @@ fn head(world: &World) -> Head {
     }
 }
 
-fn transition(row: &Row) -> Transition {
-    let made = row.made.clone();
-    // Times of the detail go through the database as JSON.
-    let detail = made.detail.map(|detail| {
-        let stored: Json = serde_json::to_value(detail).unwrap();
-        serde_json::from_value(stored).unwrap()
-    });
-    Transition {
-        entity: made.entity,
-        version: made.version,
-        task_version: made.task_version,
-        generation: made.generation,
-        attempt: made.attempt,
-        from: made.from,
-        to: made.to,
-        event: made.event,
-        actor: made.actor,
-        began_at: row.began_at,
-        at: row.at,
-        detail,
-    }
-}
-
-fn attempt(row: &AttemptRow) -> Attempt {
-    let report = row.report.as_ref();
-    Attempt {
-        step: row.step,
-        attempt: row.attempt,
-        worker: row.worker.clone(),
-        worker_version: Some("1.0".into()),
-        message_id: Some(row.message_id),
-        result_message_id: report.map(|report| report.message_id),
-        claim_began_at: row.claim_began_at,
-        claimed_at: row.claimed_at,
-        report_began_at: report.map(|report| report.began_at),
-        reported_at: report.map(|report| report.at),
-        start_offset_ms: report.map(|report| report.start_offset_ms),
-        run_ms: report.map(|report| report.run_ms),
-        failure: report.and_then(|report| match &report.outcome {
-            Outcome::Failure(failure) => Some(failure.clone()),
-            Outcome::Success(_) => None,
-        }),
-        usage: None,
-        milestones: None,
-    }
-}
-
 /// The whole log, as recovery reads it.
 fn full(world: &World) -> TaskLog {
-    let info = |index: u32, item: Option<u32>| {
-        let defined = &world.definition.steps[index as usize];
-        StepInfo {
-            item,
-            index,
-            name: defined.name.clone(),
-            handler: defined.handler.clone(),
-            queue: defined.queue.clone(),
-            max_attempts: defined.retry.max_attempts,
-        }
-    };
-    TaskLog {
-        head: head(world),
-        transitions: world.log.iter().map(transition).collect(),
-        attempts: world.attempts.iter().map(attempt).collect(),
-        steps: world.steps.iter().map(|step| (step.uuid, info(step.index, step.item))).collect(),
-    }
+    log(world, head(world))
 }
 
 /// What an orchestrator hands to the exporter after this settle, out of its memory.
