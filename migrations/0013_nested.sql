@@ -163,8 +163,12 @@ as $$
   select c.step_uuid, c.attempt,
     case when c.error is not null then null
       when not c.awaited then jsonb_build_object('task', c.child_uuid) else o.output end,
-    case when c.error is not null then 'child_not_created'
+    -- Templates that start each other end at the first refusal: were it tried again at each of the
+    -- levels above, it would be millions of tasks.
+    case when c.error is not null and c.depth > 16 then 'nested_too_deep'
+      when c.error is not null then 'child_not_created'
       when not c.awaited then null
+      when t.state = 'error' and t.error_type = 'nested_too_deep' then t.error_type
       when t.state in ('error', 'cancelled') then 'child_failed'
       when o.problem is not null then 'output_too_large' end,
     case when c.error is not null then format('the task could not be created: %s', c.error)

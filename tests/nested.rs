@@ -379,3 +379,22 @@ async fn one_look_says_what_a_task_waits_for() {
     world.assert_sound().await;
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn templates_that_start_each_other_end_at_the_limit_whatever_their_retries() {
+    let world = World::start(Setup { orchestrators: 2, ..Setup::default() }).await;
+    let starts = |other: &str| {
+        format!(
+            "steps: [{{name: child, task: {{template: {other}}}, retry: {{max_attempts: 5, initial_interval: 1ms}}}}]"
+        )
+    };
+    world.register("ping", &starts("pong")).await;
+    world.register("pong", &starts("ping")).await;
+    let task = world.submit("ping").await;
+    assert_eq!(world.finish(&[task]).await, ["error"]);
+    assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("nested_too_deep"));
+    assert_eq!(world.number("select count(*) from tasker.tasks").await, 17, "nothing was tried again");
+    world.queues_drained().await;
+    world.assert_complete().await;
+    world.end().await;
+}

@@ -134,7 +134,7 @@ pub async fn settle_step(
     let output = output
         .map(|text| serde_json::from_str(&text))
         .transpose()
-        .map_err(|error| failure(2, format!("output: is not JSON: {error}; give a value such as '{{\"a\": 1}}'")))?;
+        .map_err(|error| failure(2, format!("--result: is not JSON: {error}; give a value such as '{{\"a\": 1}}'")))?;
     let id = run::find_task(client, &which.task).await?;
     client.settle_step(id, &which.step, act, output, actor().as_deref(), which.reason.as_deref()).await?;
     accepted(global, id)

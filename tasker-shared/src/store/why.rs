@@ -81,6 +81,9 @@ pub struct OpenSteps {
     pub error: Option<String>,
     /// The signal that the first one waits for.
     pub waits_for: Option<String>,
+    /// The answers that it takes, where not every signal will do.
+    #[serde(skip)]
+    pub allowed: Option<Vec<String>>,
     /// The task that the first one started and waits for.
     pub child_uuid: Option<Uuid>,
 }
@@ -121,6 +124,9 @@ async fn look(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situati
               where a.task_uuid = $1 and a.step_uuid = g.step_uuid and a.attempt = g.attempt and a.error is not null) as error,
              case when g.state = 'waiting' then (select p.definition->'steps'->g.step_index->'wait'->'signal'->>'name'
                from tasker.templates p where p.template_id = g.template_id) end as waits_for,
+             case when g.state = 'waiting' then (select array(select jsonb_array_elements_text(
+                 coalesce(p.definition->'steps'->g.step_index->'wait'->'signal'->'allowed', '[]')))
+               from tasker.templates p where p.template_id = g.template_id) end as allowed,
              case when g.state = 'waiting' then (select c.child_uuid from tasker.children c
                where c.task_uuid = $1 and c.step_uuid = g.step_uuid and c.attempt = g.attempt) end as child_uuid
            from (
@@ -212,7 +218,11 @@ impl Situation {
         let failed = self.open.iter().find(|group| group.state == "error");
         let what = failed.map_or_else(
             || self.task.reason.clone().unwrap_or_else(|| "a step failed for good".into()),
-            |group| format!("{} failed for good{}", group.name, with_error(group)),
+            |group| match (&group.error, &self.task.reason) {
+                // What never ran has no error of its own.
+                (None, Some(reason)) => reason.clone(),
+                _ => format!("{} failed for good{}", group.name, with_error(group)),
+            },
         );
         format!("{what}; `tasker task retry {}` tries again", self.task.task_uuid)
     }
@@ -335,8 +345,12 @@ impl Situation {
             (Some(signal), ends) => {
                 let until = ends.map_or_else(String::new, |at| format!(", until {at}"));
                 let task = self.task.task_uuid;
+                let answer = match group.allowed.as_deref() {
+                    Some(allowed) if !allowed.is_empty() => format!(" --answer {}", allowed.join("|")),
+                    _ => String::new(),
+                };
                 format!(
-                    "{name} waits for the signal {signal} since {since}{until}{late}; `tasker task signal {task} {signal}` sends it"
+                    "{name} waits for the signal {signal} since {since}{until}{late}; `tasker task signal {task} {signal}{answer}` sends it"
                 )
             }
             (None, Some(at)) => format!("{name} sleeps until {at}{late}"),
@@ -483,6 +497,13 @@ steps:
         seen.now = seen.open[0].since + TimeDelta::seconds(3);
         seen.open[0].waits_for = Some("paid".into());
         seen.open[0].due_at = None;
+        seen.open[0].allowed = Some(vec!["yes".into(), "no".into()]);
+        let wanted = format!(
+            "waiting: ship waits for the signal paid since 3 s; `tasker task signal {} paid --answer yes|no` sends it",
+            shop.task
+        );
+        assert_eq!(seen.sentence(), wanted);
+        seen.open[0].allowed = None;
         let wanted = format!(
             "waiting: ship waits for the signal paid since 3 s; `tasker task signal {} paid` sends it",
             shop.task
@@ -537,13 +558,17 @@ steps:
         let mut shop = Shop::new().await;
         shop.task_is("state = 'blocked_by_failures', failed_steps = 1").await;
         shop.step_is("charge_card", "state = 'error', attempt = 2").await;
+        let task = shop.task;
+        shop.task_is("reason = 'step charge_card failed: input reads nothing'").await;
+        let wanted =
+            format!("waiting: step charge_card failed: input reads nothing; `tasker task retry {task}` tries again");
+        assert_eq!(shop.sentence().await, wanted, "what never ran has no error of its own");
         shop.sql(
             r#"insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, claim_began_at, claimed_at, error)
                select task_uuid, step_uuid, attempt, 1, gen_random_uuid(), 'w1', now(), now(), '{"type": "CardDeclined", "message": "no money"}'
                from tasker.steps where state = 'error'"#,
         )
         .await;
-        let task = shop.task;
         let wanted = format!(
             "waiting: charge_card failed for good with CardDeclined: no money; `tasker task retry {task}` tries again"
         );
