@@ -49,9 +49,15 @@ fn run(name: &str, text: &str) -> Run {
     });
     let mut task = harness.start(input);
     match name {
-        "approval" => drop(task.advance(Duration::from_hours(47)).signal("approved", json!({"answer": "approve"}))),
-        "signal" => drop(task.signal("paid", json!({"amount": 12}))),
-        "repair" => drop(task.complete_step("charge", json!({"receipt": "R-1"}))),
+        "approval" => {
+            task.advance(Duration::from_hours(47)).signal("approved", json!({"answer": "approve"}));
+        }
+        "signal" => {
+            task.signal("paid", json!({"amount": 12}));
+        }
+        "repair" => {
+            task.complete_step("charge", json!({"receipt": "R-1"}));
+        }
         _ => {}
     }
     task.finish()

@@ -364,17 +364,17 @@ impl Started<'_> {
 
     /// Cancels the task; what it had begun is cancelled with it.
     pub fn cancel(&mut self) -> &mut Self {
-        self.ask(Event::Cancel(operator()))
+        self.ask(&Event::Cancel(operator()))
     }
 
     /// Sends nothing new until it is resumed.
     pub fn suspend(&mut self) -> &mut Self {
-        self.ask(Event::Suspend(operator()))
+        self.ask(&Event::Suspend(operator()))
     }
 
     /// Goes on where it was suspended.
     pub fn resume(&mut self) -> &mut Self {
-        self.ask(Event::Resume(operator()))
+        self.ask(&Event::Resume(operator()))
     }
 
     /// Tries again what failed.
@@ -382,7 +382,7 @@ impl Started<'_> {
         let mut retry = self.run.world.retry_event();
         let Event::Retry { operator: by, .. } = &mut retry else { unreachable!("it makes a Retry") };
         *by = operator();
-        self.ask(retry)
+        self.ask(&retry)
     }
 
     /// Runs a step of a finished task again, and all that follow from it.
@@ -391,7 +391,7 @@ impl Started<'_> {
     /// If the template has no such step.
     pub fn rerun(&mut self, step: &str) -> &mut Self {
         let from = vec![self.run.index(step)];
-        self.ask(Event::Rerun { operator: operator(), from })
+        self.ask(&Event::Rerun { operator: operator(), from })
     }
 
     /// Settles a step by hand: those behind it go on and read this output.
@@ -400,7 +400,7 @@ impl Started<'_> {
     /// If the template has no such step.
     pub fn complete_step(&mut self, step: &str, output: Value) -> &mut Self {
         let step = self.run.index(step);
-        self.ask(Event::ByHand { operator: operator(), step, act: ByHand::Complete, output: Some(output) })
+        self.ask(&Event::ByHand { operator: operator(), step, act: ByHand::Complete, output: Some(output) })
     }
 
     /// Skips a step by hand: those behind it go on without its output.
@@ -409,15 +409,15 @@ impl Started<'_> {
     /// If the template has no such step.
     pub fn skip_step(&mut self, step: &str) -> &mut Self {
         let step = self.run.index(step);
-        self.ask(Event::ByHand { operator: operator(), step, act: ByHand::Skip, output: None })
+        self.ask(&Event::ByHand { operator: operator(), step, act: ByHand::Skip, output: None })
     }
 
     /// The failures of a blocked task are final.
     pub fn give_up(&mut self) -> &mut Self {
-        self.ask(Event::GiveUp(operator()))
+        self.ask(&Event::GiveUp(operator()))
     }
 
-    fn ask(&mut self, act: Event) -> &mut Self {
+    fn ask(&mut self, act: &Event) -> &mut Self {
         let plan = self.run.world.settle(vec![act.clone()], &mut Room::unlimited());
         assert!(plan.ignored == 0, "it cannot be asked of a task that is {}: {act:?}", self.run.world.task.state);
         self.idle();
