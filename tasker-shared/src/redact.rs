@@ -261,6 +261,57 @@ impl Policy {
         }
     }
 
+    /// A JSON Schema. That a property is called `password` is no secret, so its name does not hide
+    /// what is said about it; but every value in it that is not known to be about its form
+    /// (`default`, `const`, `enum`, `examples`, whatever else) is hidden as that of such a field is.
+    fn schema(&self, value: &mut Value, secret: bool) {
+        let fields = match value {
+            Value::Object(fields) => fields,
+            Value::Array(items) => return items.iter_mut().for_each(|item| self.schema(item, secret)),
+            Value::Bool(_) => return,
+            // No schema at all.
+            other if secret => {
+                replace(Action::Mask, other);
+                return;
+            }
+            other => return self.walk(other, &[]),
+        };
+        for (keyword, inner) in fields {
+            match inner {
+                Value::Object(named) if NAMED.contains(&keyword.as_str()) => {
+                    for (name, inner) in named {
+                        let secret = secret
+                            || self.of_attribute(name).is_some_and(|action| action != Action::Allow)
+                            || self.ends_a_path(name);
+                        self.schema(inner, secret);
+                    }
+                }
+                _ if NESTED.contains(&keyword.as_str()) => self.schema(inner, secret),
+                _ if secret && !ABOUT.contains(&keyword.as_str()) => match inner {
+                    Value::Null | Value::Bool(_) => {}
+                    // It stays a schema: `enum` and `examples` are lists.
+                    Value::Array(items) => items.iter_mut().for_each(|item| {
+                        replace(Action::Mask, item);
+                    }),
+                    other => {
+                        replace(Action::Mask, other);
+                    }
+                },
+                _ => {
+                    self.enter(Some(keyword), inner, &[]);
+                }
+            }
+        }
+    }
+
+    /// Whether a rule hides fields of that name somewhere.
+    fn ends_a_path(&self, name: &str) -> bool {
+        let hides = |(parts, action): &(Vec<Part>, Action)| {
+            *action != Action::Allow && matches!(parts.last(), Some(Part::Key(last)) if last == name)
+        };
+        self.paths.iter().any(hides)
+    }
+
     /// Whether the value below this key (or in a list) stays.
     fn enter(&self, key: Option<&String>, value: &mut Value, open: &[(&[Part], Action)]) -> bool {
         let mut below: Vec<(&[Part], Action)> = Vec::new();
@@ -277,12 +328,60 @@ impl Policy {
         let by_name = || key.is_some_and(|key| self.definition.defaults && forms::is_secret_name(key));
         match decided {
             Some(action) => return replace(action, value),
+            None if key.is_some_and(|key| SCHEMAS.contains(&key.as_str())) && value.is_object() => {
+                self.schema(value, false)
+            }
             None if by_name() && !matches!(value, Value::Null | Value::Bool(_)) => return replace(Action::Mask, value),
             None => self.walk(value, &below),
         }
         true
     }
 }
+
+/// Keys below which a JSON Schema stands: a document about values, not a value.
+const SCHEMAS: [&str; 1] = ["input_schema"];
+/// Keywords below which schemas stand, by name.
+const NAMED: [&str; 5] = ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"];
+/// Keywords that are, or list, schemas of the same value or of its parts.
+const NESTED: [&str; 12] = [
+    "items",
+    "prefixItems",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "contains",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "not",
+    "if",
+    "then",
+    "else",
+];
+/// Keywords that say what a value looks like and hold none.
+const ABOUT: [&str; 22] = [
+    "$ref",
+    "type",
+    "title",
+    "description",
+    "format",
+    "pattern",
+    "required",
+    "minLength",
+    "maxLength",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "minItems",
+    "maxItems",
+    "uniqueItems",
+    "minProperties",
+    "maxProperties",
+    "readOnly",
+    "writeOnly",
+    "deprecated",
+];
 
 /// What is left of a path one level down: none, one, or (after `..`) two continuations.
 fn advance<'p>(parts: &'p [Part], key: Option<&str>, then: &mut dyn FnMut(&'p [Part])) {

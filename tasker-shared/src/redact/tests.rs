@@ -183,3 +183,40 @@ fn a_megabyte_of_bait_is_done_in_no_time() {
     // Unoptimized, on a busy machine; a pattern that is not linear takes minutes.
     assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
 }
+
+#[test]
+fn a_schema_says_what_a_secret_looks_like_and_never_what_it_is() {
+    let definition = json!({"input_schema": {
+        "type": "object",
+        "required": ["password"],
+        "properties": {
+            "password": {"type": "string", "minLength": 8, "description": "At least 8 characters"},
+            "login": {"type": "object", "properties": {"token": {"type": ["string", "null"]}}},
+            "cards": {"type": "array", "items": {"properties": {"card_number": {"pattern": "^[0-9]+$"}}}},
+            "colour": {"enum": ["red"], "default": "red"},
+        },
+    }});
+    assert_eq!(shown(&definition), None, "nothing of it is a value");
+
+    let mut leaky = json!({"input_schema": {"properties": {
+        "password": {"type": "string", "default": "hunter2", "examples": ["hunter2"], "const": "hunter2", "enum": ["hunter2"],
+            "note": {"a": "hunter2"}, "anyOf": [{"default": "hunter2"}], "items": {"default": "hunter2"}},
+        "token": "hunter2",
+        "session_id": ["hunter2"],
+        "url": {"default": "https://user:hunter2@host"},
+        "login": {"properties": {"api_key": {"default": "hunter2"}}, "password": "hunter2"},
+    }}});
+    json(&mut leaky);
+    assert!(!leaky.to_string().contains("hunter2"), "{leaky}");
+    assert_eq!(leaky["input_schema"]["properties"]["password"]["type"], "string");
+    // The same in a payload that is no schema.
+    for mut payload in [
+        json!({"properties": {"password": {"type": "hunter2"}}}),
+        json!({"input_schema": "password=hunter2"}),
+        json!({"input_schema": {"password": "hunter2"}}),
+        json!({"input": {"input_schema": {"properties": {"password": "hunter2"}}}}),
+    ] {
+        json(&mut payload);
+        assert!(!payload.to_string().contains("hunter2"), "{payload}");
+    }
+}
