@@ -1,6 +1,8 @@
 //! What every request passes: which host it was sent to, who sends it and from where, how often.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -26,6 +28,10 @@ const BELIEVE: Duration = Duration::from_millis(850);
 const IN_USE: Duration = Duration::from_secs(10);
 /// Credentials that are remembered at once; more are asked for again.
 const MOST_KNOWN: usize = 10_000;
+/// An address that failed to sign in too often may try again this often, in seconds.
+const FAILED_AGAIN_S: u32 = 5;
+/// Cookies a second that the database is asked about for one address.
+const COOKIES_PER_S: f64 = 10.0;
 /// The longest that a request may take until its answer begins, its body included.
 const LONGEST_REQUEST: Duration = Duration::from_secs(30);
 
@@ -100,12 +106,17 @@ pub async fn identify(state: &State, parts: &Parts, csrf: CsrfIn) -> Result<Call
         });
         let key = key.ok_or_else(|| UNAUTHENTICATED.because("authorization: must be `Bearer tsk_…`"))?;
         let refused = || UNAUTHENTICATED.because("the key is unknown, expired or revoked");
-        let credential = Arc::new(Credential::key(key).ok_or_else(refused)?);
-        let principal = whose(state, &credential).await?.ok_or_else(refused)?;
+        let Some(credential) = Credential::key(key).map(Arc::new) else {
+            let source = source(state.config(), parts);
+            may_try(state, source)?;
+            failed(state, source);
+            return Err(refused());
+        };
+        let principal = whose(state, parts, &credential).await?.ok_or_else(refused)?;
         Caller { principal, credential, csrf: None }
     } else if let Some(cookie) = cookie_of(headers) {
         let credential = Arc::new(Credential::session(cookie));
-        let principal = whose(state, &credential).await?;
+        let principal = whose(state, parts, &credential).await?;
         let principal = principal.ok_or_else(|| UNAUTHENTICATED.because("the session has ended; sign in again"))?;
         let caller = Caller { principal, credential, csrf: Some(csrf_of(cookie)) };
         if csrf != CsrfIn::NotNeeded {
@@ -118,13 +129,34 @@ pub async fn identify(state: &State, parts: &Parts, csrf: CsrfIn) -> Result<Call
     } else {
         return Err(UNAUTHENTICATED.because("send `Authorization: Bearer <key>`, or sign in at /login"));
     };
-    state.rates().take(&caller.key_id, state.config())?;
+    let Config { rate_per_s, burst, .. } = state.config();
+    if !state.rates().take(caller.key_id.clone(), f64::from(*rate_per_s), *burst) {
+        let detail = format!("this key may send {rate_per_s} requests a second; wait a moment");
+        return Err(RATE_LIMITED.because(detail).retry_after(1));
+    }
     Ok(caller)
 }
 
-async fn whose(state: &State, credential: &Arc<Credential>) -> Result<Option<Arc<Principal>>, Problem> {
-    let mut found = state.known().check(state.pool(), std::slice::from_ref(credential)).await?;
-    Ok(found.pop().flatten())
+/// Whose the credential is. Those that are new here are counted for the address that they come
+/// from; who was let in a moment ago is not locked out by others at the same address.
+async fn whose(
+    state: &State,
+    parts: &Parts,
+    credential: &Arc<Credential>,
+) -> Result<Option<Arc<Principal>>, Problem> {
+    let is_new = !state.known().has(credential);
+    let source = source(state.config(), parts);
+    if is_new {
+        match **credential {
+            Credential::Key(..) => may_try(state, source)?,
+            Credential::Session(_) => may_look_up(state, source)?,
+        }
+    }
+    let found = state.known().check(state.pool(), std::slice::from_ref(credential)).await?.pop().flatten();
+    if is_new && found.is_none() && matches!(**credential, Credential::Key(..)) {
+        failed(state, source);
+    }
+    Ok(found)
 }
 
 fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> &'h str {
@@ -194,6 +226,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Known {
+    /// Whether this was good a moment ago.
+    fn has(&self, credential: &Arc<Credential>) -> bool {
+        locked(&self.seen).contains_key(credential)
+    }
+
     /// Whose each of these is, if it is valid, by an answer that is no older than [`BELIEVE`].
     pub(crate) async fn check(
         &self,
@@ -306,28 +343,100 @@ impl Known {
     }
 }
 
-/// A bucket of requests for each principal.
-#[derive(Debug, Default)]
-pub(crate) struct Rates(Mutex<HashMap<String, (f64, Instant)>>);
+/// A bucket for each of something: what it holds at most may be taken at once, and it fills again.
+#[derive(Debug)]
+pub(crate) struct Buckets<K>(Mutex<HashMap<K, (f64, Instant)>>);
 
-impl Rates {
-    fn take(&self, key_id: &str, config: &Config) -> Result<(), Problem> {
-        let (rate, burst) = (f64::from(config.rate_per_s.max(1)), f64::from(config.burst.max(1)));
+impl<K> Default for Buckets<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Hash + Eq> Buckets<K> {
+    /// Takes one; false if there is none.
+    fn take(&self, key: K, per_s: f64, most: u32) -> bool {
+        self.look(key, per_s, most, 1.0)
+    }
+
+    /// Whether one could be taken.
+    fn has(&self, key: K, per_s: f64, most: u32) -> bool {
+        self.look(key, per_s, most, 0.0)
+    }
+
+    fn look(&self, key: K, per_s: f64, most: u32, take: f64) -> bool {
+        let most = f64::from(most.max(1));
         let mut buckets = locked(&self.0);
         let now = Instant::now();
         if buckets.len() > MOST_KNOWN {
-            buckets.retain(|_, (_, at)| now.duration_since(*at).as_secs_f64() * rate < burst);
+            buckets.retain(|_, (_, at)| now.duration_since(*at).as_secs_f64() * per_s < most);
         }
-        let (tokens, at) = buckets.entry(key_id.to_owned()).or_insert((burst, now));
-        *tokens = (*tokens + now.duration_since(*at).as_secs_f64() * rate).min(burst);
+        let (tokens, at) = buckets.entry(key).or_insert((most, now));
+        *tokens = (*tokens + now.duration_since(*at).as_secs_f64() * per_s).min(most);
         *at = now;
-        if *tokens < 1.0 {
-            let detail = format!("this key may send {} requests a second; wait a moment", config.rate_per_s);
-            return Err(RATE_LIMITED.because(detail).retry_after(1));
+        let enough = *tokens >= 1.0;
+        if enough {
+            *tokens -= take;
         }
-        *tokens -= 1.0;
-        Ok(())
+        enough
     }
+}
+
+/// The address at the other end of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
+/// Where a request comes from, as far as it matters for counting: of an IPv6 address its network,
+/// of which one machine has all. Behind a proxy that ends TLS, what that proxy saw.
+pub(crate) fn source(config: &Config, parts: &Parts) -> IpAddr {
+    let peer = parts.extensions.get::<Peer>().map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0);
+    let told = || {
+        // Each proxy adds what it saw at the end; what stands before it anybody may have written.
+        let last = parts.headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
+        last.rsplit(',').next()?.trim().parse().ok()
+    };
+    match if config.behind_tls_proxy { told().unwrap_or(peer) } else { peer } {
+        IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
+            Some(ip) => IpAddr::V4(ip),
+            None => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX))),
+        },
+        ip @ IpAddr::V4(_) => ip,
+    }
+}
+
+/// Refuses an address that has failed to sign in too often.
+pub(crate) fn may_try(state: &State, source: IpAddr) -> Result<(), Problem> {
+    if state.failures().has((source, Kind::SignIn), 1.0 / f64::from(FAILED_AGAIN_S), state.config().failed_sign_ins) {
+        return Ok(());
+    }
+    Err(RATE_LIMITED
+        .because(format!("too many failed sign-ins from this address; try again in {FAILED_AGAIN_S} s"))
+        .retry_after(FAILED_AGAIN_S.into()))
+}
+
+/// Counts a failed sign-in.
+pub(crate) fn failed(state: &State, source: IpAddr) {
+    state.failures().take((source, Kind::SignIn), 1.0 / f64::from(FAILED_AGAIN_S), state.config().failed_sign_ins);
+}
+
+/// Counts a cookie that was not seen lately. An old page that is still open shows one that has
+/// ended again and again, and must not keep its user from signing in: these are counted apart, and
+/// only so that nobody can keep the database busy with them.
+fn may_look_up(state: &State, source: IpAddr) -> Result<(), Problem> {
+    let most = state.config().failed_sign_ins.saturating_mul(10);
+    if state.failures().take((source, Kind::Cookie), COOKIES_PER_S, most) {
+        return Ok(());
+    }
+    Err(RATE_LIMITED.because("too many unknown sessions from this address; wait a moment").retry_after(1))
+}
+
+/// What is counted of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// Keys and links that are not valid.
+    SignIn,
+    /// Cookies that the database was asked about.
+    Cookie,
 }
 
 /// Around every route: the host is one of ours, the handler neither hangs nor panics the

@@ -52,6 +52,8 @@ pub struct Config {
     pub rate_per_s: u32,
     /// Requests that one principal may send at once, after a pause.
     pub burst: u32,
+    /// Keys and links that are not valid, which one address may show at once; then one every 5 s.
+    pub failed_sign_ins: u32,
     /// Connections that may be open at once.
     pub max_connections: usize,
 }
@@ -82,6 +84,7 @@ impl Default for Config {
             example: None,
             rate_per_s: 200,
             burst: 1000,
+            failed_sign_ins: 20,
             max_connections: 2000,
         }
     }
@@ -125,7 +128,10 @@ pub struct Inner {
     client: Client,
     config: Config,
     known: guard::Known,
-    rates: guard::Rates,
+    /// Requests, by key.
+    rates: guard::Buckets<String>,
+    /// Failed sign-ins, by address.
+    failures: guard::Buckets<(IpAddr, guard::Kind)>,
     hub: Arc<hub::Hub>,
     scrape: Scrape,
     document: Vec<u8>,
@@ -175,8 +181,12 @@ impl Inner {
         &self.known
     }
 
-    pub(crate) fn rates(&self) -> &guard::Rates {
+    pub(crate) fn rates(&self) -> &guard::Buckets<String> {
         &self.rates
+    }
+
+    pub(crate) fn failures(&self) -> &guard::Buckets<(IpAddr, guard::Kind)> {
+        &self.failures
     }
 }
 

@@ -8,7 +8,10 @@ use std::time::Duration;
 use axum::Router;
 use axum::middleware;
 use axum::response::{IntoResponse as _, Response};
+use http::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustls::pki_types::pem::PemObject as _;
@@ -23,6 +26,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower_http::compression::CompressionLayer;
 
+use crate::guard::Peer;
 use crate::operation::Api;
 use crate::problem::{METHOD_NOT_ALLOWED, Problem};
 use crate::{Config, Inner, State, guard, page, routes, traced};
@@ -148,7 +152,7 @@ impl Server {
                 () = stop.cancelled() => break,
                 accepted = listener.accept() => accepted,
             };
-            let Ok((stream, _)) = accepted else {
+            let Ok((stream, peer)) = accepted else {
                 // Out of file descriptors, most likely: some must be closed first.
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
@@ -156,7 +160,7 @@ impl Server {
             let (tls, router, end) = (tls.clone(), router.clone(), end.clone());
             tokio::spawn(async move {
                 let _place = place;
-                connection(stream, tls, router, end).await;
+                connection(stream, Peer(peer.ip()), tls, router, end).await;
             });
         }
         drop(listener);
@@ -167,25 +171,35 @@ impl Server {
     }
 }
 
-async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, router: Router, end: CancellationToken) {
+async fn connection(stream: TcpStream, peer: Peer, tls: Option<TlsAcceptor>, router: Router, end: CancellationToken) {
     let _ = stream.set_nodelay(true);
     match tls {
-        None => http(stream, router, end).await,
+        None => http(stream, peer, router, end).await,
         Some(tls) => {
             if let Ok(Ok(stream)) = tokio::time::timeout(LONGEST_HEAD, tls.accept(stream)).await {
-                http(stream, router, end).await;
+                http(stream, peer, router, end).await;
             }
         }
     }
 }
 
-async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S, router: Router, end: CancellationToken) {
+async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    peer: Peer,
+    router: Router,
+    end: CancellationToken,
+) {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        router.call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(LONGEST_HEAD)
         .max_headers(64)
         .max_buf_size(64 * 1024)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         // A client that goes away, or is too slow, is no event of ours.
@@ -208,7 +222,8 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
         client,
         config,
         known: guard::Known::default(),
-        rates: guard::Rates::default(),
+        rates: guard::Buckets::default(),
+        failures: guard::Buckets::default(),
         hub: Arc::default(),
         scrape,
         document: document.to_string().into_bytes(),

@@ -1,14 +1,18 @@
 //! How a browser signs in and out.
 
-use axum::extract::{Form, Query, State as Extract};
+use std::convert::Infallible;
+use std::net::IpAddr;
+
+use axum::extract::{Form, FromRequestParts, Query, State as Extract};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Router, response::Redirect};
-use http::{HeaderMap, HeaderValue, header};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 
 use crate::auth::{self, Session};
-use crate::guard::same_site;
+use crate::guard::{failed, may_try, same_site, source};
 use crate::problem::Problem;
 use crate::{State, page};
 
@@ -21,13 +25,44 @@ struct Link {
     once: Option<String>,
 }
 
-async fn show(Extract(state): Extract<State>, Query(link): Query<Link>) -> Result<Response, Problem> {
+async fn show(
+    Extract(state): Extract<State>,
+    Query(link): Query<Link>,
+    Source(source): Source,
+) -> Result<Response, Problem> {
     let Some(once) = link.once else {
         return Ok(page::sign_in_page(&state, None));
     };
+    if let Err(problem) = may_try(&state, source) {
+        return Ok(too_often(&state, &problem));
+    }
     match auth::redeem_once(state.pool(), &once).await? {
         Some(session) => Ok(begin(&state, &session)),
-        None => Ok(page::sign_in_page(&state, Some("the link was used, or is too old"))),
+        None => {
+            failed(&state, source);
+            Ok(page::sign_in_page(&state, Some("the link was used, or is too old")))
+        }
+    }
+}
+
+/// The sign-in page, which says how long to wait.
+fn too_often(state: &State, problem: &Problem) -> Response {
+    let mut response = page::sign_in_page(state, Some(problem.detail()));
+    *response.status_mut() = StatusCode::TOO_MANY_REQUESTS;
+    if let Some(seconds) = problem.details().retry_after {
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    response
+}
+
+/// Where a request comes from.
+struct Source(IpAddr);
+
+impl FromRequestParts<State> for Source {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &State) -> Result<Self, Infallible> {
+        Ok(Self(source(state.config(), parts)))
     }
 }
 
@@ -39,12 +74,19 @@ struct WithKey {
 async fn with_key(
     Extract(state): Extract<State>,
     headers: HeaderMap,
+    Source(source): Source,
     Form(form): Form<WithKey>,
 ) -> Result<Response, Problem> {
     same_site(&headers)?;
+    if let Err(problem) = may_try(&state, source) {
+        return Ok(too_often(&state, &problem));
+    }
     match auth::sign_in(state.pool(), &form.key).await? {
         Some(session) => Ok(begin(&state, &session)),
-        None => Ok(page::sign_in_page(&state, Some("the key is unknown, expired or revoked"))),
+        None => {
+            failed(&state, source);
+            Ok(page::sign_in_page(&state, Some("the key is unknown, expired or revoked")))
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
+use tasker_api::Config;
 use tasker_api::auth::{self, Role};
 use tasker_shared::store::keys;
 
@@ -97,4 +98,66 @@ async fn a_server_that_is_told_to_end_ends() {
     world.stop.cancel();
     world.running.await.expect("it ends");
     assert!(tokio::net::TcpStream::connect(world.address).await.is_err());
+}
+
+#[tokio::test]
+async fn who_fails_to_sign_in_too_often_must_wait_and_nobody_else_has_to() {
+    let proxied = Config { failed_sign_ins: 3, behind_tls_proxy: true, ..Config::default() };
+    let world = World::with(proxied).await;
+    let (key, late) = (world.key(Role::Viewer).await, world.key(Role::Viewer).await);
+    let from = |address: &'static str, key: &str| {
+        // What a client itself writes into the header stands before what the proxy saw.
+        let told = format!("203.0.113.{}, {address}", rand_byte());
+        send(world.request(Method::GET, "/v1/tasks").bearer_auth(key).header("x-forwarded-for", told))
+    };
+    let bad = format!("tsk_{}_{}", "0".repeat(16), "0".repeat(64));
+    assert_eq!(from("192.0.2.1", &key).await.status, 200);
+    for _ in 0..3 {
+        assert_eq!(from("192.0.2.1", &bad).await.code(), "unauthenticated");
+    }
+    let refused = from("192.0.2.1", &bad).await;
+    assert_eq!((refused.status.as_u16(), &*refused.code()), (429, "rate_limited"));
+    assert_eq!(refused.headers["retry-after"], "5");
+    assert!(refused.at("/detail").as_str().unwrap().contains("failed sign-ins"), "{refused:?}");
+    // A good key that is new there waits as well, so that nobody can tell it from a bad one.
+    assert_eq!(from("192.0.2.1", &late).await.code(), "rate_limited");
+    assert_eq!(from("192.0.2.1", &key).await.status, 200, "who was let in before goes on");
+    assert_eq!(from("192.0.2.2", &late).await.status, 200, "another address is not concerned");
+    // The page's form and its links count as well.
+    let form = |address: &'static str| {
+        send(
+            world
+                .request(Method::POST, "/login")
+                .header("x-forwarded-for", address)
+                .header("content-type", "application/x-www-form-urlencoded")
+                .body("key=nonsense"),
+        )
+    };
+    for _ in 0..3 {
+        assert_ne!(form("2001:db8:1::1").await.status, 429);
+    }
+    let limited = form("2001:db8:1::2").await;
+    assert_eq!((limited.status.as_u16(), &limited.headers["retry-after"]), (429, &"5".parse().unwrap()), "one network");
+    let link = world.request(Method::GET, "/login?once=x").header("x-forwarded-for", "2001:db8:1::3");
+    assert_eq!(send(link).await.status, 429);
+}
+
+fn rand_byte() -> u8 {
+    uuid::Uuid::new_v4().as_bytes()[0]
+}
+
+#[tokio::test]
+async fn an_old_page_with_an_ended_session_keeps_nobody_from_signing_in() {
+    let world = World::with(Config { failed_sign_ins: 3, ..Config::default() }).await;
+    let key = world.key(Role::Viewer).await;
+    for _ in 0..10 {
+        let refused = send(world.request(Method::GET, "/v1/tasks").header("cookie", "tasker_session=ended")).await;
+        assert_eq!(refused.code(), "unauthenticated");
+    }
+    assert_eq!(world.get(&key, "/v1/tasks").await.status, 200);
+    let mut asked = 0;
+    while send(world.request(Method::GET, "/v1/tasks").header("cookie", "tasker_session=x")).await.status != 429 {
+        asked += 1;
+        assert!(asked < 200, "the database is asked without end");
+    }
 }

@@ -67,7 +67,7 @@ pub struct Serve {
     /// Where a trace can be looked at, such as `http://localhost:16686/trace/{trace_id}`
     #[arg(long, env = "TASKER_TRACE_URL", value_name = "URL", value_parser = trace_url)]
     trace_url: Option<String>,
-    /// Requests a second that one key or browser may send
+    /// Requests a second that one key or browser may send; a tenth of it is how many failed sign-ins one address has
     #[arg(long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
 }
@@ -111,6 +111,7 @@ impl Serve {
             example,
             rate_per_s: self.rate,
             burst: self.rate.saturating_mul(5),
+            failed_sign_ins: (self.rate / 10).max(5),
             ..Config::default()
         };
         config.bind = self.listen.unwrap_or(config.bind);
