@@ -11,6 +11,7 @@
     reason = "counts become rates"
 )]
 
+mod api;
 mod limits;
 mod load;
 mod report;
@@ -86,6 +87,12 @@ pub struct BenchArgs {
     /// Also measure what this many sleeping tasks cost.
     #[arg(long, default_value_t = 0)]
     sleepers: usize,
+    /// Only the HTTP API: what a submission costs over SQL, and lists and searches with full tables.
+    #[arg(long)]
+    api: bool,
+    /// Tasks in the tables while lists and searches are measured
+    #[arg(long, default_value_t = 1_000_000, requires = "api", value_parser = clap::value_parser!(i64).range(1000..))]
+    listed: i64,
     /// Everything: 5 pairs, 200 latencies, a backlog of 50,000, a fan-out of 10,000, 60 s idle, 100 timers
     /// and retries one by one, 100,000 sleepers.
     #[arg(long)]
@@ -146,6 +153,12 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     let progress = |what: &str| eprintln!("bench: {what} …");
     progress("this machine's limits");
     report.limits = limits::measure(&pool).await?;
+    if args.api {
+        report.template = "one".to_owned();
+        report.api = Some(api::measure(&pool, url, args.listed).await?);
+        report.load_average_after = load_average();
+        return Ok(report);
+    }
     let scenario = |tasks: usize, template: &'static str, steps: usize, traced: bool| Scenario {
         url: url.to_owned(),
         template,
@@ -278,7 +291,11 @@ async fn repeat(pool: &PgPool, scenario: &Scenario, times: usize) -> Result<Vec<
 }
 
 async fn register(pool: &PgPool, name: &str, steps: &str) -> Result<()> {
-    let yaml = format!("namespace: bench\nname: {name}\nversion: \"1\"\nsteps:\n{steps}");
+    register_in(pool, "bench", name, steps).await
+}
+
+async fn register_in(pool: &PgPool, namespace: &str, name: &str, steps: &str) -> Result<()> {
+    let yaml = format!("namespace: {namespace}\nname: {name}\nversion: \"1\"\nsteps:\n{steps}");
     let checked = parse(name, &yaml).map_err(|problems| anyhow::anyhow!("{}", problems[0]))?;
     store::templates::register(&mut *pool.acquire().await?, &checked.template).await?;
     Ok(())

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::api::ApiFigures;
 use super::limits::{Limits, median};
 use super::load::{Latency, Run};
 use super::timers::{Lateness, Sleepers, Timers};
@@ -27,6 +28,7 @@ pub struct Report {
     pub sleepers: Option<Sleepers>,
     pub fanouts: Vec<(Run, Run)>,
     pub idle_statements_per_second: Option<f64>,
+    pub api: Option<ApiFigures>,
     pub backlog: Option<(usize, Vec<Run>, Vec<Run>)>,
 }
 
@@ -116,6 +118,49 @@ impl Report {
                 "  bar: 4 commits + 3 ms",
                 format!("{:.2} ms (commit {:.2} ms)", latency.bound_ms, latency.commit_p50_ms),
             );
+        }
+        if let Some(api) = &self.api {
+            let bar = |met: bool| if met { "met" } else { "MISSED" };
+            line("", String::new());
+            line(
+                "submit_task over SQL, one after the other",
+                format!("p50 {:.2} ms, p99 {:.2} ms", api.sql_p50_ms, api.sql_p99_ms),
+            );
+            line(
+                "  POST /v1/tasks, alternating with it",
+                format!("p50 {:.2} ms, p99 {:.2} ms", api.http_p50_ms, api.http_p99_ms),
+            );
+            let over = api.http_p50_ms - api.sql_p50_ms;
+            line(
+                "  our own time (bar: 1 ms)",
+                format!(
+                    "{over:.2} ms at p50, {:.2} ms at p99 ({})",
+                    api.http_p99_ms - api.sql_p99_ms,
+                    bar(over <= 1.0)
+                ),
+            );
+            line(
+                "batches of 200, HTTP over the bench's own (bar: 1)",
+                format!(
+                    "{:.2} ({:.0} over {:.0} tasks/s)",
+                    api.http_batched_per_second / api.sql_batched_per_second,
+                    api.http_batched_per_second,
+                    api.sql_batched_per_second
+                ),
+            );
+            line(&format!("lists and searches with {} tasks (bar: p99 50 ms)", api.tasks), String::new());
+            for list in &api.lists {
+                line(
+                    &format!("  {}", list.what),
+                    format!(
+                        "p50 {:.1} ms, p99 {:.1} ms ({}), {} found",
+                        list.p50_ms,
+                        list.p99_ms,
+                        bar(list.p99_ms < 50.0),
+                        list.found
+                    ),
+                );
+            }
         }
         if let Some(timers) = &self.timers {
             line("", String::new());
