@@ -1,5 +1,6 @@
-//! Every command of README.md, run as a reader would, with a local PostgreSQL of its own.
+//! Every command of README.md and of docs/api.md, run as a reader would, with a local PostgreSQL of its own.
 
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -35,8 +36,8 @@ struct Home {
 }
 
 impl Home {
-    fn new() -> Self {
-        let path = std::env::temp_dir().join(format!("tasker-readme-{}", std::process::id()));
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("tasker-{name}-{}", std::process::id()));
         std::fs::create_dir(&path).expect("a directory of our own");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("its mode");
         Self { path }
@@ -95,7 +96,7 @@ fn every_command_of_the_readme_does_what_it_says() {
         .replace("cargo run -p tasker-cli --example hello --", &hello.display().to_string());
     let all = blocks(&readme);
     // Dropped in the opposite order: programs first, then the server and its directory.
-    let home = Home::new();
+    let home = Home::new("readme");
     let mut beside = Beside(Vec::new());
     let mut shown = String::new();
     for block in &all {
@@ -128,6 +129,88 @@ fn every_command_of_the_readme_does_what_it_says() {
     ] {
         assert!(shown.contains(part), "{part} is missing:\n{shown}");
     }
+}
+
+/// The commands of `console` blocks, each with the output that stands below it.
+fn commands(manual: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for block in manual.split("```console\n").skip(1) {
+        let mut goes_on = false;
+        for line in block.lines().take_while(|line| *line != "```") {
+            match (line.strip_prefix("$ "), found.last_mut()) {
+                (Some(command), _) => found.push((command.to_owned(), String::new())),
+                (None, Some((command, _))) if goes_on => {
+                    command.push('\n');
+                    command.push_str(line);
+                }
+                (None, Some((_, output))) => {
+                    output.push_str(line);
+                    output.push('\n');
+                }
+                (None, None) => panic!("output of no command: {line}"),
+            }
+            goes_on = found.last().is_some_and(|(command, output)| output.is_empty() && command.ends_with('\\'));
+        }
+    }
+    found
+}
+
+/// Whether the output is what the manual shows, in which `…` stands for anything.
+fn is_like(output: &str, shown: &str) -> bool {
+    let ended = |text: &str| format!("{}\n", text.trim_end());
+    let (output, shown) = (ended(output), ended(shown));
+    let open = shown.ends_with("…\n");
+    let mut rest = output.as_str();
+    let parts: Vec<&str> = shown.trim_end_matches("…\n").split('…').collect();
+    for (place, part) in parts.iter().enumerate() {
+        match rest.find(part) {
+            Some(at) if place > 0 || at == 0 => rest = &rest[at + part.len()..],
+            _ => return false,
+        }
+    }
+    rest.is_empty() || open
+}
+
+#[test]
+fn every_command_of_the_api_manual_answers_what_it_says() {
+    assert!(is_like("abc", "a…c") && is_like("abc", "a…") && !is_like("abc", "a…b") && !is_like("abc", "bc"));
+    let manual = include_str!("../../docs/api.md");
+    let home = Home::new("api-manual");
+    let template = "namespace: shop\nname: order\nversion: '1'\nsteps: [{name: charge, handler: shop.charge}]";
+    let apply = format!(
+        "cat >$TASKER_HOME/order.yaml <<'YAML'\n{template}\nYAML\ntasker template apply $TASKER_HOME/order.yaml"
+    );
+    assert!(shell(&home.path, &apply).stdout(Stdio::null()).status().expect("bash starts").success());
+    let mut serve = shell(&home.path, "exec tasker api run --listen 127.0.0.1:0");
+    let mut beside = Beside(vec![serve.stderr(Stdio::piped()).process_group(0).spawn().expect("bash starts")]);
+    let said = BufReader::new(beside.0[0].stderr.take().expect("its messages"));
+    let open = said.lines().map_while(Result::ok).find(|line| line.starts_with("open ")).expect("where it listens");
+    let url = open.split_whitespace().nth(1).and_then(|link| link.split("/login").next()).expect("a URL").to_owned();
+
+    let all = commands(manual);
+    assert!(all.iter().filter(|(command, _)| command.starts_with("curl ")).count() >= 7, "{all:?}");
+    // What a reader copies from an answer.
+    let (mut key, mut task) = (String::new(), String::new());
+    for (command, shown) in &all {
+        if command.starts_with("KEY=") || command.starts_with("TASK=") {
+            assert!(command.ends_with('…') && shown.is_empty(), "{command} {shown}");
+            continue;
+        }
+        let silent = command.replace("curl ", "curl -sS ").replace("http://127.0.0.1:7878", &url);
+        let output = shell(&home.path, &silent).env("KEY", &key).env("TASK", &task).output().expect("bash starts");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let fine = output.status.success() || command.contains("--max-time");
+        let problem = String::from_utf8_lossy(&output.stderr);
+        assert!(fine && is_like(&text, shown), "{command}\nanswers {text}{problem}\nand should {shown}");
+        if command.starts_with("tasker key create") {
+            key = text.trim().to_owned();
+        }
+        if let Some(rest) = text.strip_prefix("{\"task_uuid\":\"") {
+            rest.split('"').next().expect("a uuid").clone_into(&mut task);
+        }
+    }
+    assert!(!key.is_empty() && !task.is_empty(), "the manual makes a key and submits a task");
+    drop(beside);
 }
 
 #[test]
