@@ -53,9 +53,9 @@ scopes! {
     QueuesRead = "queues:read";
     /// Pause and resume queues, requeue and discard quarantined messages
     QueuesOperate = "queues:operate";
-    /// See namespaces, limits and settings
+    /// See namespaces, limits, retention and settings
     LimitsRead = "limits:read";
-    /// Set and remove limits
+    /// Set and remove limits and retention
     LimitsWrite = "limits:write";
     /// See what operators did
     AuditRead = "audit:read";

@@ -4,6 +4,7 @@ mod acts;
 mod events;
 mod health;
 mod queues;
+mod retention;
 mod schedules;
 mod sign_in;
 mod system;
@@ -31,6 +32,7 @@ pub(crate) fn add(api: &mut Api) {
     schedules::add(api);
     queues::add(api);
     system::add(api);
+    retention::add(api);
     trace::add(api);
 }
 

@@ -9,7 +9,7 @@ use tasker_shared::client::wire::{BatchAnswer, BatchItem, TaskQuery, TaskResult,
 use tasker_shared::client::{Submit, Submitted};
 use tasker_shared::store::details::{self, AttemptRow, StatusCount, StepPayloads, StepPlace, StepRow, TransitionRow};
 use tasker_shared::store::listing::{self, Filter};
-use tasker_shared::store::views::{self, TaskView};
+use tasker_shared::store::views::{self, ChildView, TaskView};
 use tasker_shared::telemetry::live;
 use tasker_shared::trace::config::Incoming;
 use tasker_shared::trace::otlp::hex;
@@ -69,6 +69,11 @@ pub(super) fn add(api: &mut Api) {
         Operation::get("/v1/tasks/{task}/transitions", "list_transitions", "Its log, in order of time"),
         read,
         transitions,
+    );
+    api.add(
+        Operation::get("/v1/tasks/{task}/children", "list_children", "The tasks that its steps started, in that order"),
+        read,
+        children,
     );
     let payloads = Scope::PayloadsRead;
     api.add(Operation::get("/v1/tasks/{task}/input", "get_input", "What the task was given"), payloads, input);
@@ -321,6 +326,20 @@ async fn why(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Why> {
         }
     }
     Ok(Why { sentence: situation.sentence(), situation }.into())
+}
+
+/// The first 1000. A child of a namespace that the caller does not have does not exist for them.
+async fn children(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Page<ChildView>> {
+    let (_, payloads) = seen(&call, call.path.task).await?;
+    let mut items = views::children(&mut *call.state.pool().acquire().await?, call.path.task, false).await?;
+    items.retain(|child| child.namespace.as_ref().is_none_or(|namespace| call.who.reaches(namespace)));
+    if !payloads {
+        // A refusal may quote what was asked for.
+        for child in &mut items {
+            child.error = None;
+        }
+    }
+    Ok(Page { items, next: None }.into())
 }
 
 /// A part of a list.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use tasker_api::Config;
 use tasker_api::auth::{Role, Scope};
 use uuid::Uuid;
 
@@ -51,7 +52,8 @@ struct Fixture {
 
 impl Fixture {
     async fn new() -> Self {
-        let world = World::start().await;
+        // Bad tokens are tried on every operation.
+        let world = World::with(Config { failed_sign_ins: 10_000, ..Config::default() }).await;
         world.register(&order("shop")).await;
         world.register(&order("depot")).await;
         let task = world.submit("shop", "the-shop-order").await;
@@ -73,6 +75,7 @@ impl Fixture {
         for (path, body) in [
             ("/v1/schedules", json!({"namespace": "shop", "name": "daily", "template": "order", "cron": "@daily"})),
             ("/v1/limits", json!({"namespace": "shop", "concurrency": 3})),
+            ("/v1/retention", json!({"namespace": "shop", "keep_s": 7200})),
         ] {
             let set = send(world.request(Method::PUT, path).bearer_auth(&admin).json(&body)).await;
             assert_eq!(set.status, 200, "{set:?}");
@@ -116,7 +119,7 @@ impl Fixture {
         }
         let query = match operation.id.as_str() {
             "diff_template" => "?before=1&after=2",
-            "remove_limit" => "?namespace=shop",
+            "remove_limit" | "remove_retention" => "?namespace=shop",
             "list_traces" => "?correlation_id=the-shop-order",
             _ => "",
         };
@@ -137,6 +140,7 @@ impl Fixture {
             "signal_task" => json!({"name": "approve", "payload": true}),
             "apply_template" | "lint_template" => json!({"yaml": TEMPLATE}),
             "set_schedule" => json!({"namespace": "shop", "name": "daily", "template": "order", "cron": "@hourly"}),
+            "set_retention" => json!({"namespace": "shop", "keep_s": 86400}),
             "set_limit" => json!({"namespace": "shop", "concurrency": 5}),
             id => {
                 assert!(!operation.has_body, "{id} needs a body; say here which one is good");
@@ -183,6 +187,10 @@ async fn every_answer_has_the_schema_of_its_operation() {
     // What removes something comes last.
     let mut all = operations(&fixture.document);
     all.sort_by_key(|operation| (operation.method == Method::DELETE, operation.id == "discard_message"));
+    let manual = include_str!("../../../docs/api.md");
+    for operation in &all {
+        assert!(manual.contains(&format!("`{}`", operation.id)), "docs/api.md does not list {}", operation.id);
+    }
     for operation in all.iter().filter(|operation| !streams(operation)) {
         if operation.id == "discard_message" {
             fixture.quarantine().await;

@@ -111,3 +111,112 @@ async fn an_answer_that_has_not_changed_is_not_sent_again() {
     assert_eq!((head.status.as_u16(), &*head.body), (200, ""));
     assert_eq!(head.headers["etag"], changed.headers["etag"]);
 }
+
+#[tokio::test]
+async fn a_child_of_another_namespace_does_not_exist() {
+    let world = World::start().await;
+    world.register(&order("shop")).await;
+    world.register(&order("depot")).await;
+    let (parent, own, other) =
+        (world.submit("shop", "P").await, world.submit("shop", "A").await, world.submit("depot", "B").await);
+    let step = "insert into tasker.steps (step_uuid, task_uuid, step_index, queue, remaining_dependencies, last_at)
+                values ($1, $2, 0, 'worker_shop', 0, clock_timestamp())";
+    let started = Uuid::new_v4();
+    sqlx::query(step).bind(started).bind(parent).execute(world.pool()).await.unwrap();
+    let children = [(1, Some(own), None), (2, Some(other), None), (3, None, Some("input: order_id hunter2 is wrong"))];
+    for (number, child, error) in children {
+        let sql =
+            "insert into tasker.children (task_uuid, step_uuid, attempt, number, depth, awaited, child_uuid, error)
+                   values ($1, $2, $3, $3, 1, true, $4, $5)";
+        sqlx::query(sql)
+            .bind(parent)
+            .bind(started)
+            .bind(number)
+            .bind(child)
+            .bind(error)
+            .execute(world.pool())
+            .await
+            .unwrap();
+    }
+    let path = format!("/v1/tasks/{parent}/children");
+    let all = world.get(&world.key(Role::Operator).await, &path).await;
+    let uuids = |answer: &crate::harness::Answer| -> Vec<serde_json::Value> {
+        answer.at("/items").as_array().unwrap().iter().map(|child| child["task_uuid"].clone()).collect()
+    };
+    assert_eq!(uuids(&all), [json!(own), json!(other), json!(null)], "{all:?}");
+    assert_eq!((all.at("/items/0/step"), all.at("/items/0/status")), (json!("charge"), json!("queued")));
+    assert!(all.body.contains("hunter2"));
+    let some = world.get(&world.key_of(Role::Viewer, None, Some(&["shop"])).await, &path).await;
+    assert_eq!(uuids(&some), [json!(own), json!(null)], "{some:?}");
+    assert!(!some.body.contains("hunter2"), "what was refused is a payload");
+    let stranger = world.key_of(Role::Admin, None, Some(&["depot"])).await;
+    assert_eq!(world.get(&stranger, &path).await.status, 404);
+}
+
+#[tokio::test]
+async fn what_is_kept_is_set_for_own_namespaces_and_audited() {
+    let world = World::start().await;
+    world.register(&order("shop")).await;
+    let admin = world.key(Role::Admin).await;
+    let own = world.key_of(Role::Admin, None, Some(&["shop"])).await;
+    let put = |key: &str, body: serde_json::Value| {
+        send(world.request(Method::PUT, "/v1/retention").bearer_auth(key).json(&body))
+    };
+    assert_eq!(put(&admin, json!({"namespace": "*", "keep_s": 86400, "archive": true})).await.status, 200);
+    assert_eq!(put(&own, json!({"namespace": "*", "keep_s": 86400})).await.code(), "forbidden");
+    assert_eq!(put(&own, json!({"namespace": "depot", "keep_s": 86400})).await.code(), "forbidden");
+    assert_eq!(put(&own, json!({"namespace": "shop", "keep_quarantine_s": 7200})).await.status, 200);
+    for (body, field) in [
+        (json!({"namespace": "shop"}), "keep_s"),
+        (json!({"namespace": "shop", "keep_s": 10}), "keep_s"),
+        (json!({"namespace": "Shop!", "keep_s": 7200}), "namespace"),
+    ] {
+        let refused = put(&admin, body.clone()).await;
+        assert_eq!((refused.status.as_u16(), refused.at("/field")), (400, json!(field)), "{body}: {refused:?}");
+    }
+    let listed = world.get(&own, "/v1/retention").await;
+    let expected = json!([
+        {"namespace": "*", "keep_s": 86400, "keep_quarantine_s": null, "archive": true},
+        {"namespace": "shop", "keep_s": null, "keep_quarantine_s": 7200, "archive": false}
+    ]);
+    assert_eq!(listed.at("/items"), expected);
+    let removed = async |what: &str| {
+        send(world.request(Method::DELETE, &format!("/v1/retention?namespace={what}")).bearer_auth(&own))
+            .await
+            .status
+            .as_u16()
+    };
+    assert_eq!((removed("shop").await, removed("shop").await, removed("*").await), (200, 404, 403));
+    let audit = world.get(&admin, "/v1/audit").await;
+    assert_eq!(
+        (audit.at("/items/0/subject"), audit.at("/items/0/action")),
+        (json!("retention shop"), json!("retention.set"))
+    );
+}
+
+#[tokio::test]
+async fn a_template_is_registered_once_in_the_audit_and_its_schema_is_whole() {
+    let world = World::start().await;
+    let admin = world.key(Role::Admin).await;
+    let yaml = "namespace: shop\nname: login\nversion: \"1\"\ninput_schema: {type: object, required: [password], \
+                properties: {password: {type: string, minLength: 8}}}\nsteps: [{name: only, handler: noop}]\n";
+    for is_new in [true, false] {
+        let applied = world.post(&admin, "/v1/templates", json!({"yaml": yaml})).await;
+        assert_eq!((applied.status.as_u16(), applied.at("/is_new")), (200, json!(is_new)), "{applied:?}");
+    }
+    let audit = world.get(&admin, "/v1/audit").await;
+    let about: Vec<serde_json::Value> = audit
+        .at("/items")
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|entry| entry["action"] == "template.apply")
+        .cloned()
+        .collect();
+    assert_eq!(about.len(), 1, "{audit:?}");
+    assert_eq!(about[0]["subject"], "template shop/login 1");
+    assert!(about[0]["actor"].as_str().unwrap().starts_with("test-"));
+    let shown = world.get(&admin, "/v1/templates/shop/login").await;
+    let password = shown.at("/definition/input_schema/properties/password");
+    assert_eq!(password, json!({"type": "string", "minLength": 8}), "{shown:?}");
+}

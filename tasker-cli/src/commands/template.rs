@@ -9,6 +9,7 @@ use tasker_shared::store::templates::{self, TemplateError};
 use tasker_shared::store::{tx, views};
 use tasker_shared::template::{self, Checked, Template as Definition, format_duration};
 
+use super::task::actor;
 use crate::Global;
 use crate::failure::{FAILED, NOT_FOUND, failure};
 use crate::output::{self, Format, Table};
@@ -157,13 +158,15 @@ async fn apply(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
     };
     let connected = run::connect(global).await?;
     let mut answers = Vec::new();
+    let who = actor();
     for Checked { template, .. } in &checked {
-        let registered = tx::in_tx(connected.client.pool(), async |conn| templates::register(conn, template).await)
-            .await
-            .map_err(|error| match error {
-                refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
-                other => other.into(),
-            })?;
+        let registered =
+            tx::in_tx(connected.client.pool(), async |conn| templates::apply(conn, template, who.as_deref()).await)
+                .await
+                .map_err(|error| match error {
+                    refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
+                    other => other.into(),
+                })?;
         let Definition { namespace, name, version, .. } = template;
         if global.output == Format::Table {
             let what = if registered.is_new { "registered" } else { "was registered already, unchanged" };

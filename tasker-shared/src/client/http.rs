@@ -54,7 +54,7 @@ pub use super::wire::{
 };
 use super::{Submit, Submitted};
 use crate::store::details::{AttemptRow, StepPayloads, StepRow, TransitionRow};
-use crate::store::views::TaskView;
+use crate::store::views::{ChildView, TaskView};
 use crate::trace::context::inject_current;
 
 /// How long a connection may take to come about.
@@ -218,6 +218,11 @@ impl HttpClient {
     /// A task's log, in order of time.
     pub fn transitions(&self, task: Uuid) -> Pages<TransitionRow> {
         self.pages(&format!("/v1/tasks/{task}/transitions"), ())
+    }
+
+    /// The tasks that its steps started.
+    pub fn children(&self, task: Uuid) -> Pages<ChildView> {
+        self.pages(&format!("/v1/tasks/{task}/children"), ())
     }
 
     /// Input, progress, output and error of a step; of an item of a map as `ship[3]`.

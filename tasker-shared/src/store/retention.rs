@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -20,7 +20,8 @@ const MESSAGES: i32 = 5_000;
 const LOCK: i64 = 0x0074_6173_6b65_7252;
 
 /// The policy of a namespace; `*` stands for all that have none of their own.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[schemars(rename = "RetentionPolicy")]
 pub struct Policy {
     /// The namespace, or `*`.
     pub namespace: String,

@@ -87,6 +87,26 @@ pub async fn register(conn: &mut PgConnection, template: &Template) -> Result<Re
     Ok(Registration { template_id, is_new: true })
 }
 
+/// As [`register`], asked for by a person: what is new is in the audit, in the caller's transaction.
+pub async fn apply(
+    conn: &mut PgConnection,
+    template: &Template,
+    actor: Option<&str>,
+) -> Result<Registration, TemplateError> {
+    let registered = register(&mut *conn, template).await?;
+    if registered.is_new {
+        sqlx::query!(
+            "insert into tasker.audit (subject, action, actor)
+             values ($1, 'template.apply', left(coalesce($2, session_user::text), 100))",
+            format!("template {}/{} {}", template.namespace, template.name, template.version),
+            actor
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(registered)
+}
+
 async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Template) -> Result<(), TemplateError> {
     let graph = template.graph()?;
     let steps = &template.steps;

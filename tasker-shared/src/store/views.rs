@@ -30,6 +30,11 @@ pub(super) fn public_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     known.ok_or_else(|| serde::de::Error::custom("status: is not known to this version"))
 }
 
+fn maybe_public_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Word>, D::Error> {
+    let word = Option::<String>::deserialize(deserializer)?;
+    Ok(word.and_then(|word| states_of(&word).next()).map(TaskState::public_status))
+}
+
 /// A task as people see it. Times are the database's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
@@ -232,7 +237,7 @@ pub async fn results(
 }
 
 /// A task that a step started, or could not start.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.children and the rows that it ties together")]
 pub struct ChildView {
     /// The step that started it, with the place of its item in a map.
@@ -245,7 +250,8 @@ pub struct ChildView {
     pub namespace: Option<String>,
     pub template: Option<String>,
     /// The public word; `None` if it could not be created, or retention removed it.
-    pub status: Option<&'static str>,
+    #[serde(default, deserialize_with = "maybe_public_word")]
+    pub status: Option<Word>,
     /// Why it could not be created.
     pub error: Option<String>,
 }
