@@ -329,7 +329,7 @@ impl Policy {
         match decided {
             Some(action) => return replace(action, value),
             None if key.is_some_and(|key| SCHEMAS.contains(&key.as_str())) && value.is_object() => {
-                self.schema(value, false)
+                self.schema(value, false);
             }
             None if by_name() && !matches!(value, Value::Null | Value::Bool(_)) => return replace(Action::Mask, value),
             None => self.walk(value, &below),

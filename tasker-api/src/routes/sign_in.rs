@@ -36,13 +36,11 @@ async fn show(
     if let Err(problem) = may_try(&state, source) {
         return Ok(too_often(&state, &problem));
     }
-    match auth::redeem_once(state.pool(), &once).await? {
-        Some(session) => Ok(begin(&state, &session)),
-        None => {
-            failed(&state, source);
-            Ok(page::sign_in_page(&state, Some("the link was used, or is too old")))
-        }
+    if let Some(session) = auth::redeem_once(state.pool(), &once).await? {
+        return Ok(begin(&state, &session));
     }
+    failed(&state, source);
+    Ok(page::sign_in_page(&state, Some("the link was used, or is too old")))
 }
 
 /// The sign-in page, which says how long to wait.
@@ -81,13 +79,11 @@ async fn with_key(
     if let Err(problem) = may_try(&state, source) {
         return Ok(too_often(&state, &problem));
     }
-    match auth::sign_in(state.pool(), &form.key).await? {
-        Some(session) => Ok(begin(&state, &session)),
-        None => {
-            failed(&state, source);
-            Ok(page::sign_in_page(&state, Some("the key is unknown, expired or revoked")))
-        }
+    if let Some(session) = auth::sign_in(state.pool(), &form.key).await? {
+        return Ok(begin(&state, &session));
     }
+    failed(&state, source);
+    Ok(page::sign_in_page(&state, Some("the key is unknown, expired or revoked")))
 }
 
 #[derive(Deserialize)]

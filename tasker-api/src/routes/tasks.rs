@@ -45,7 +45,7 @@ pub(super) fn add(api: &mut Api) {
     api.add(operation.reads_headers(TRACE_HEADERS).body_up_to(16 * 1024 * 1024), submits, submit_batch);
     api.add(Operation::get("/v1/tasks", "list_tasks", "The latest tasks that match, newest first"), read, list);
     api.add(
-        Operation::get("/v1/tasks/counts", "count_tasks", "How many tasks have each status, up to 10000"),
+        Operation::get("/v1/tasks/counts", "count_tasks", "How many tasks have each status, up to 2500"),
         read,
         counts,
     );

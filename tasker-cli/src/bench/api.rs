@@ -44,6 +44,8 @@ pub struct ApiFigures {
     /// 200 tasks at a time on one connection, the median of the rounds.
     pub sql_batched_per_second: f64,
     pub http_batched_per_second: f64,
+    /// The same with two requests under way at once.
+    pub http_batched_by_two_per_second: f64,
     /// Tasks in the tables while lists were read.
     pub tasks: i64,
     pub lists: Vec<ListFigure>,
@@ -121,7 +123,7 @@ async fn singles(bench: &PgPool, http: &HttpClient, figures: &mut ApiFigures) ->
 }
 
 async fn batches(bench: &PgPool, http: &HttpClient, figures: &mut ApiFigures) -> Result<()> {
-    let (mut sql, mut over_http) = (Vec::new(), Vec::new());
+    let (mut sql, mut over_http, mut by_two) = (Vec::new(), Vec::new(), Vec::new());
     let mut conn = bench.acquire().await?;
     let rate = |began: Instant| (BATCH * BATCHES) as f64 / began.elapsed().as_secs_f64();
     for round in 0..=ROUNDS {
@@ -134,17 +136,27 @@ async fn batches(bench: &PgPool, http: &HttpClient, figures: &mut ApiFigures) ->
         }
         let own = rate(began);
         let began = Instant::now();
-        for _ in 0..BATCHES {
-            let tasks: Vec<Submit> = (0..BATCH).map(task).collect();
-            let answers = http.submit_many(&tasks).await?;
-            ensure!(answers.iter().all(|answer| answer.code.is_none()), "submit was refused: {:?}", answers[0]);
-        }
+        post(http, BATCHES).await?;
+        let one = rate(began);
+        let began = Instant::now();
+        tokio::try_join!(post(http, BATCHES / 2), post(http, BATCHES - BATCHES / 2))?;
         if round > 0 {
             sql.push(own);
-            over_http.push(rate(began));
+            over_http.push(one);
+            by_two.push(rate(began));
         }
     }
     (figures.sql_batched_per_second, figures.http_batched_per_second) = (median(sql), median(over_http));
+    figures.http_batched_by_two_per_second = median(by_two);
+    Ok(())
+}
+
+async fn post(http: &HttpClient, batches: usize) -> Result<()> {
+    for _ in 0..batches {
+        let tasks: Vec<Submit> = (0..BATCH).map(task).collect();
+        let answers = http.submit_many(&tasks).await?;
+        ensure!(answers.iter().all(|answer| answer.code.is_none()), "submit was refused: {:?}", answers[0]);
+    }
     Ok(())
 }
 

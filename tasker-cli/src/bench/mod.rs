@@ -154,10 +154,8 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     progress("this machine's limits");
     report.limits = limits::measure(&pool).await?;
     if args.api {
-        report.template = "one".to_owned();
         report.api = Some(api::measure(&pool, url, args.listed).await?);
-        report.load_average_after = load_average();
-        return Ok(report);
+        return Ok(report::Report { load_average_after: load_average(), ..report });
     }
     let scenario = |tasks: usize, template: &'static str, steps: usize, traced: bool| Scenario {
         url: url.to_owned(),

@@ -142,10 +142,11 @@ impl Report {
             line(
                 "batches of 200, HTTP over the bench's own (bar: 1)",
                 format!(
-                    "{:.2} ({:.0} over {:.0} tasks/s)",
+                    "{:.2} ({:.0} over {:.0} tasks/s); two requests at once {:.2}",
                     api.http_batched_per_second / api.sql_batched_per_second,
                     api.http_batched_per_second,
-                    api.sql_batched_per_second
+                    api.sql_batched_per_second,
+                    api.http_batched_by_two_per_second / api.sql_batched_per_second
                 ),
             );
             line(&format!("lists and searches with {} tasks (bar: p99 50 ms)", api.tasks), String::new());

@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::Error;
 use super::views::{Word, public_word};
 
-/// Counts beyond this one are not counted.
-pub const COUNT_TO: i64 = 10_000;
+/// Counts beyond this one are not counted: each is a row that is looked at.
+pub const COUNT_TO: i64 = 2_500;
 
 /// How many tasks have a status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -22,7 +22,7 @@ pub struct StatusCount {
     /// The public word.
     #[serde(deserialize_with = "public_word")]
     pub status: Word,
-    /// How many; at most 10000.
+    /// How many; at most 2500.
     pub count: i64,
     /// Whether there are more than were counted.
     pub more: bool,
@@ -33,20 +33,37 @@ const STATUSES: [&str; 7] = ["queued", "running", "waiting", "suspended", "compl
 
 /// How many tasks there are of each status, in these namespaces or in all, of those that were
 /// looked at: about [`COUNT_TO`] of each kind of end (of the completed, the latest twice as many
-/// tasks of a template), and as many open ones.
+/// tasks of a template), and of the latest open ones four times as many.
 pub async fn counts(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<StatusCount>, Error> {
     let rows = sqlx::query!(
-        r#"with mine as materialized (
-             select array_agg(template_id) as ids from tasker.templates where namespace = any($1)
-           ), seen as (
-             (select t.state, 1 as kind from tasker.tasks t, mine m
-              where t.finished_at is null and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
+        r#"with seen as (
+             (select t.state, 1 as kind from (
+                select state, namespace from tasker.tasks where finished_at is null order by task_uuid desc limit 4 * $2::bigint) t
+              where $1::text[] is null or t.namespace = any($1) limit $2::bigint + 1)
              union all
-             (select t.state, 2 from tasker.tasks t, mine m
-              where t.error_type is not null and t.state = 'error' and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
+             (select t.state, 2 from tasker.tasks t
+              where $1::text[] is null and t.error_type is not null and t.state = 'error'
+              order by t.task_uuid desc limit $2::bigint + 1)
              union all
-             (select t.state, 3 from tasker.tasks t, mine m
-              where t.ended_by is not null and t.state = 'cancelled' and ($1::text[] is null or t.template_id = any(m.ids)) limit $2::bigint + 1)
+             (select t.state, 2 from tasker.templates p cross join lateral (
+                select t.state from tasker.tasks t
+                where t.error_type is not null
+                  and (t.template_id, t.task_uuid) >= (p.template_id, '00000000-0000-0000-0000-000000000000')
+                  and (t.template_id, t.task_uuid) <= (p.template_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+                order by t.template_id desc, t.task_uuid desc limit $2::bigint + 1) t
+              where t.state = 'error' and p.namespace = any($1) limit $2::bigint + 1)
+             union all
+             (select t.state, 3 from tasker.tasks t
+              where $1::text[] is null and t.ended_by is not null and t.state = 'cancelled'
+              order by t.task_uuid desc limit $2::bigint + 1)
+             union all
+             (select t.state, 3 from tasker.templates p cross join lateral (
+                select t.state from tasker.tasks t
+                where t.ended_by is not null
+                  and (t.template_id, t.task_uuid) >= (p.template_id, '00000000-0000-0000-0000-000000000000')
+                  and (t.template_id, t.task_uuid) <= (p.template_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+                order by t.template_id desc, t.task_uuid desc limit $2::bigint + 1) t
+              where t.state = 'cancelled' and p.namespace = any($1) limit $2::bigint + 1)
            )
            select state as "state!", count(*) as "n!", sum(count(*)) over (partition by kind) > $2::bigint as "cut!"
            from seen group by kind, state"#,

@@ -55,6 +55,8 @@ enum Along {
     Created,
     Open,
     Failed,
+    /// One type of error.
+    ErrorType,
     EndedByHand,
 }
 
@@ -112,12 +114,12 @@ pub async fn tasks(conn: &mut PgConnection, filter: &Filter) -> Result<Listed, E
 fn parts(filter: &Filter) -> Vec<(Along, Vec<String>)> {
     let states: Vec<TaskState> = filter.statuses.iter().flat_map(|status| views::states_of(status)).collect();
     if filter.statuses.is_empty() || filter.correlation_id.is_some() || filter.idempotency_key.is_some() {
-        let along = if filter.error_type.is_some() { Along::Failed } else { Along::Created };
+        let along = if filter.error_type.is_some() { Along::ErrorType } else { Along::Created };
         return vec![(along, states.iter().map(|state| state.as_str().to_owned()).collect())];
     }
     let mut parts: Vec<(Along, Vec<String>)> = Vec::new();
     for state in states {
-        let along = if filter.error_type.is_some() { Along::Failed } else { Along::of(state) };
+        let along = if filter.error_type.is_some() { Along::ErrorType } else { Along::of(state) };
         match parts.iter_mut().find(|(known, _)| *known == along) {
             Some((_, states)) => states.push(state.as_str().to_owned()),
             None => parts.push((along, vec![state.as_str().to_owned()])),
@@ -258,13 +260,47 @@ async fn part(
             .fetch_all(&mut *conn)
             .await?
         }
+        Along::Failed if templates.is_some() => {
+            sqlx::query_scalar!(
+                r#"select n.task_uuid as "task_uuid!" from unnest($1::int[]) i(template_id)
+                 cross join lateral (
+                   select t.task_uuid from tasker.tasks t
+                   where t.error_type is not null and (t.template_id, t.task_uuid) < (i.template_id, $2)
+                     and (t.template_id, t.task_uuid) >= (i.template_id, $3) and ($4::text[] is null or t.state = any($4))
+                   order by t.template_id desc, t.task_uuid desc limit $5) n
+                 order by n.task_uuid desc limit $5"#,
+                templates,
+                below,
+                above,
+                states,
+                wanted
+            )
+            .fetch_all(&mut *conn)
+            .await?
+        }
         Along::Failed => {
             sqlx::query_scalar!(
                 "select task_uuid from (
+                   select t.task_uuid, t.state from tasker.tasks t
+                   where t.error_type is not null and t.task_uuid < $1 and t.task_uuid >= $2
+                   order by t.task_uuid desc limit $5) t
+                 where $3::text[] is null or state = any($3) limit $4",
+                below,
+                above,
+                states,
+                wanted,
+                BUDGET
+            )
+            .fetch_all(&mut *conn)
+            .await?
+        }
+        Along::ErrorType => {
+            sqlx::query_scalar!(
+                "select task_uuid from (
                    select t.task_uuid, t.state, t.template_id from tasker.tasks t
-                   where t.error_type is not null and ($7::text is null or t.error_type = $7)
-                     and t.task_uuid < $1 and t.task_uuid >= $2
-                   order by t.task_uuid desc limit $6) t
+                   where t.error_type is not null and (t.error_type, t.task_uuid) < ($7, $1)
+                     and (t.error_type, t.task_uuid) >= ($7, $2)
+                   order by t.error_type desc, t.task_uuid desc limit $6) t
                  where ($3::text[] is null or state = any($3)) and ($4::int[] is null or template_id = any($4)) limit $5",
                 below,
                 above,
@@ -277,17 +313,34 @@ async fn part(
             .fetch_all(&mut *conn)
             .await?
         }
-        Along::EndedByHand => {
+        Along::EndedByHand if templates.is_some() => {
             sqlx::query_scalar!(
-                "select task_uuid from (
-                   select t.task_uuid, t.state, t.template_id from tasker.tasks t
-                   where t.ended_by is not null and t.task_uuid < $1 and t.task_uuid >= $2
-                   order by t.task_uuid desc limit $6) t
-                 where ($3::text[] is null or state = any($3)) and ($4::int[] is null or template_id = any($4)) limit $5",
+                r#"select n.task_uuid as "task_uuid!" from unnest($1::int[]) i(template_id)
+                 cross join lateral (
+                   select t.task_uuid from tasker.tasks t
+                   where t.ended_by is not null and (t.template_id, t.task_uuid) < (i.template_id, $2)
+                     and (t.template_id, t.task_uuid) >= (i.template_id, $3) and ($4::text[] is null or t.state = any($4))
+                   order by t.template_id desc, t.task_uuid desc limit $5) n
+                 order by n.task_uuid desc limit $5"#,
+                templates,
                 below,
                 above,
                 states,
-                templates,
+                wanted
+            )
+            .fetch_all(&mut *conn)
+            .await?
+        }
+        Along::EndedByHand => {
+            sqlx::query_scalar!(
+                "select task_uuid from (
+                   select t.task_uuid, t.state from tasker.tasks t
+                   where t.ended_by is not null and t.task_uuid < $1 and t.task_uuid >= $2
+                   order by t.task_uuid desc limit $5) t
+                 where $3::text[] is null or state = any($3) limit $4",
+                below,
+                above,
+                states,
                 wanted,
                 BUDGET
             )
@@ -296,7 +349,9 @@ async fn part(
         }
     };
     let complete = i64::try_from(found.len()).is_ok_and(|count| count >= wanted);
-    if complete || (along == Along::Created && templates.is_some()) {
+    // Along the templates there is nothing in between to skip.
+    let by_template = templates.is_some() && matches!(along, Along::Created | Along::Failed | Along::EndedByHand);
+    if complete || by_template {
         return Ok((found, None));
     }
     Ok((found, cut_short(conn, along, below, above, filter).await?))
@@ -336,14 +391,25 @@ async fn cut_short(
         }
         Along::Failed => {
             sqlx::query_scalar!(
-            "select task_uuid from tasker.tasks where error_type is not null and ($4::text is null or error_type = $4)
-                   and task_uuid < $1 and task_uuid >= $2
+                "select task_uuid from tasker.tasks where error_type is not null and task_uuid < $1 and task_uuid >= $2
                  order by task_uuid desc offset $3 limit 1",
-            below,
-            above,
-            last,
-            filter.error_type
-        )
+                below,
+                above,
+                last
+            )
+            .fetch_optional(conn)
+            .await?
+        }
+        Along::ErrorType => {
+            sqlx::query_scalar!(
+                "select task_uuid from tasker.tasks
+                 where error_type is not null and (error_type, task_uuid) < ($4, $1) and (error_type, task_uuid) >= ($4, $2)
+                 order by error_type desc, task_uuid desc offset $3 limit 1",
+                below,
+                above,
+                last,
+                filter.error_type
+            )
             .fetch_optional(conn)
             .await?
         }
