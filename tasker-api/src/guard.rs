@@ -139,11 +139,7 @@ pub async fn identify(state: &State, parts: &Parts, csrf: CsrfIn) -> Result<Call
 
 /// Whose the credential is. Those that are new here are counted for the address that they come
 /// from; who was let in a moment ago is not locked out by others at the same address.
-async fn whose(
-    state: &State,
-    parts: &Parts,
-    credential: &Arc<Credential>,
-) -> Result<Option<Arc<Principal>>, Problem> {
+async fn whose(state: &State, parts: &Parts, credential: &Arc<Credential>) -> Result<Option<Arc<Principal>>, Problem> {
     let is_new = !state.known().has(credential);
     let source = source(state.config(), parts);
     if is_new {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Body;
 use axum::response::Response;
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use http::{HeaderValue, header};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -266,7 +266,8 @@ async fn as_otlp(call: Call<TaskPath, Nothing, Nothing>) -> Result<Response, Pro
         let line = receiver.recv().await?;
         Some((Ok::<_, std::io::Error>(line), receiver))
     });
-    let mut response = Response::new(Body::from_stream(lines));
+    // Compression asks once more when it is told that there is nothing left.
+    let mut response = Response::new(Body::from_stream(lines.fuse()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
     Ok(response)

@@ -60,4 +60,8 @@ async fn an_unchanged_trace_of_an_ended_task_is_not_sent_again() {
     let spans: Value = serde_json::from_str(lines.body.lines().next().unwrap()).unwrap();
     assert_eq!(spans["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["name"], "task.orchestration");
     assert_eq!((lines.status.as_u16(), &lines.headers["content-type"]), (200, &"application/jsonl".parse().unwrap()));
+    let url = format!("{}/v1/tasks/{task}/trace/otlp", world.url);
+    let packed = world.http.get(url).bearer_auth(&key).header("accept-encoding", "gzip").send().await.unwrap();
+    assert_eq!(packed.headers()["content-encoding"], "gzip");
+    assert!(packed.bytes().await.expect("a whole answer").starts_with(&[0x1f, 0x8b]));
 }
