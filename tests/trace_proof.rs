@@ -257,13 +257,13 @@ async fn a_task_of_ten_thousand_steps_is_read_in_parts() {
             }
         }
     }
-    let encoded = began.elapsed();
+    let protobuf = began.elapsed();
     let began = Instant::now();
     let on = (0..1_000_000).filter(|_| live::is_on(live::Area::Db, Some(std::hint::black_box("tests")))).count();
     let off = began.elapsed();
     assert_eq!(on, 0);
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
-    let (rate, each) = (total as f64 / streamed.as_secs_f64(), encoded.as_secs_f64() * 1e6 / total as f64);
+    let (rate, each) = (total as f64 / streamed.as_secs_f64(), protobuf.as_secs_f64() * 1e6 / total as f64);
     println!(
         "PROOF {steps} steps: log {:.2} s, summary and first 1,000 of {all} spans {:.2} s ({} KB); OTLP JSON {rate:.0} spans/s, {} MB, \
          {} KB at most at once, {} MB resident before and {} MB more at most meanwhile{}",
