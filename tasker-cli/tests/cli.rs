@@ -332,6 +332,56 @@ async fn a_submitted_trace_context_is_joined() {
     assert_eq!(shop.json(&["task", "get", task.trim()])["trace_id"], "4bf92f3577b34da6a3ce929d0e0e4736");
 }
 
+/// What was exported is compared, opened and sent again.
+async fn traces_are_verified_opened_and_replayed(shop: &Shop) {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, less) = (folder.path().join("all.jsonl"), folder.path().join("less.jsonl"));
+    let exported = shop.tasker(&["trace", "export", "--since", "1h"]).exits_with(0).stdout;
+    std::fs::write(&file, &exported).unwrap();
+    let against = |file: &std::path::Path, more: &[&str]| {
+        shop.tasker(&[&["trace", "verify", "--since", "1h", "--against", file.to_str().unwrap()], more].concat())
+    };
+    let same = against(&file, &[]).exits_with(0).stdout;
+    assert!(
+        same.contains("2 tasks,") && same.contains("0 missing, 0 extra, 0 orphan, 0 misparented, 0 differing"),
+        "{same}"
+    );
+    // Without the attempts, what hangs below them is an orphan.
+    let mut documents: Vec<Value> = exported.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for resource in documents.iter_mut().flat_map(|document| document["resourceSpans"].as_array_mut().unwrap()) {
+        let spans = resource["scopeSpans"][0]["spans"].as_array_mut().unwrap();
+        spans.retain(|span| span["name"] != "step.execution");
+    }
+    std::fs::write(&less, documents.iter().map(|document| format!("{document}\n")).collect::<String>()).unwrap();
+    let differs = against(&less, &["-o", "json"]).exits_with(1);
+    assert!(differs.stderr.contains("does not hold what the log says"), "{}", differs.stderr);
+    let differs = differs.json();
+    assert_eq!((&differs["missing"]["count"], &differs["extra"]["count"]), (&json!(4), &json!(0)), "{differs}");
+    assert!(differs["orphan"]["count"].as_u64() > Some(4), "{differs}");
+    assert!(against(&folder.path().join("none"), &[]).exits_with(1).stderr.contains("none"));
+
+    let open = |more: &[&str]| shop.tasker(&[&["trace", "open", "GOOD", "--print"], more].concat());
+    assert!(open(&[]).exits_with(1).stderr.contains("--trace-url"));
+    let trace = shop.json(&["task", "get", "GOOD"])["trace_id"].as_str().unwrap().to_owned();
+    let link = open(&["--trace-url", "http://traces/{trace_id}?x=1"]).exits_with(0).stdout;
+    assert_eq!(link.trim(), format!("http://traces/{trace}?x=1"));
+    open(&["--trace-url", "http://traces/"]).exits_with(2);
+    shop.tasker(&["trace", "open", "NOBODY", "--print", "--trace-url", "http://t/{trace_id}"]).exits_with(3);
+
+    assert!(shop.tasker(&["trace", "replay", "--task", "GOOD"]).exits_with(1).stderr.contains("tracing is off"));
+    let receiver = Receiver::start().await;
+    let endpoint = receiver.endpoint();
+    let enable = ["trace", "enable", "--exporter", "otlp", "--otlp-endpoint", &endpoint];
+    shop.tasker(&[&enable[..], &["--set", "protocol=grpc", "--set", "query_url=http://jaeger:16686"]].concat())
+        .exits_with(0);
+    assert_eq!(open(&[]).exits_with(0).stdout.trim(), format!("http://jaeger:16686/trace/{trace}"));
+    let replayed = shop.tasker(&["trace", "replay", "--task", "GOOD"]).exits_with(0).stdout;
+    assert!(replayed.contains("of 1 tasks were sent and acknowledged"), "{replayed}");
+    let own = exported.matches(&format!("\"traceId\":\"{trace}\"")).count();
+    assert!(receiver.spans().len() > 10 && own >= receiver.spans().len(), "{own}");
+    shop.tasker(&["trace", "disable"]).exits_with(0);
+}
+
 /// The drawing and the OTLP JSON of the task GOOD, which was tried twice.
 fn both_views_show_the_same_spans(shop: &Shop, trace_id: &Value) {
     let drawn = shop.tasker(&["trace", "show", "GOOD", "--tree"]).exits_with(0).stdout;
@@ -365,7 +415,7 @@ fn both_views_show_the_same_spans(shop: &Shop, trace_id: &Value) {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn up_runs_tasks_to_their_end_and_drains() {
     let shop = Shop::new().await;
     let mut up = Up::start(&shop);
@@ -403,6 +453,7 @@ async fn up_runs_tasks_to_their_end_and_drains() {
     both_views_show_the_same_spans(&shop, &good["trace_id"]);
 
     assert_eq!(up.stop(), 0);
+    traces_are_verified_opened_and_replayed(&shop).await;
     let workers = shop.json(&["queue", "list"]);
     let queue = workers.as_array().unwrap().iter().find(|queue| queue["queue"] == "worker_shop").unwrap();
     assert_eq!((&queue["workers"], &queue["depth"]), (&json!(0), &json!(0)), "the worker has said goodbye");
