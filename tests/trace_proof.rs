@@ -50,15 +50,13 @@ async fn verify(world: &World) -> (usize, Difference) {
     for spans in arrived.values_mut() {
         // What a killed process had sent already came again: equal to the last byte.
         let mut seen: HashMap<Vec<u8>, Received> = HashMap::new();
-        spans.retain(|received| match seen.get(&received.span.span_id) {
-            Some(first) => {
-                assert_eq!(first, received, "a span arrived twice with different contents");
-                false
-            }
-            None => {
-                seen.insert(received.span.span_id.clone(), received.clone());
-                true
-            }
+        spans.retain(|received| {
+            let before = seen.insert(received.span.span_id.clone(), received.clone());
+            assert!(
+                before.as_ref().is_none_or(|first| first == received),
+                "a span arrived twice with different contents"
+            );
+            before.is_none()
         });
         Rules::new().well_formed().links().assert(&trace(&*spans));
     }

@@ -352,7 +352,11 @@ async fn traces_are_verified_opened_and_replayed(shop: &Shop) {
         let spans = resource["scopeSpans"][0]["spans"].as_array_mut().unwrap();
         spans.retain(|span| span["name"] != "step.execution");
     }
-    std::fs::write(&less, documents.iter().map(|document| format!("{document}\n")).collect::<String>()).unwrap();
+    std::fs::write(
+        &less,
+        documents.iter().flat_map(|document| [document.to_string(), "\n".into()]).collect::<String>(),
+    )
+    .unwrap();
     let differs = against(&less, &["-o", "json"]).exits_with(1);
     assert!(differs.stderr.contains("does not hold what the log says"), "{}", differs.stderr);
     let differs = differs.json();

@@ -103,7 +103,7 @@ async fn post(address: SocketAddr, key: &str, path: &str, headers: &[(&str, &str
         body.len()
     );
     for (name, value) in headers {
-        request += &format!("{name}: {value}\r\n");
+        request.extend([name, ": ", value, "\r\n"]);
     }
     let mut stream = TcpStream::connect(address).await.expect("connected");
     stream.write_all(format!("{request}\r\n{body}").as_bytes()).await.expect("sent");

@@ -299,7 +299,7 @@ async fn lists(bench: &PgPool, http: &HttpClient, tasks: i64) -> Result<Vec<List
         ("the page's list, failed in a namespace without", text("rare"), text("failed")),
     ] {
         let filter = pages::TaskFilter { namespace, status, ..pages::TaskFilter::default() };
-        let look = async |_| Ok(pages::tasks(&mut *bench.acquire().await?, None, &filter, 50).await?.len());
+        let look = async |_| Ok(pages::tasks(&mut *bench.acquire().await?, None, &filter, 50).await?.0.len());
         figures.push(timed(what.into(), look).await?);
     }
     figures.push(

@@ -210,10 +210,7 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     }
     if args.latency > 0 {
         progress("one-step tasks on the idle system");
-        // As an application's code runs, on a thread of the runtime: each answer would otherwise wake
-        // one of those first, and that one the main thread.
-        let (pool, scenario) = (pool.clone(), scenario(args.latency, "one", 1, false));
-        report.latency = Some(tokio::spawn(async move { load::latency(&pool, &scenario).await }).await??);
+        report.latency = Some(latency(&pool, scenario(args.latency, "one", 1, false)).await?);
     }
     if args.fanout > 0 {
         progress("narrow and wide fan-outs");
@@ -241,6 +238,13 @@ async fn measure(args: &BenchArgs, url: &str) -> Result<report::Report> {
     report.sleepers = sleepers(args, &pool, &scenario(args.sleepers, "day", 0, false)).await?;
     report.load_average_after = load_average();
     Ok(report)
+}
+
+/// As an application's code runs, on a thread of the runtime: each answer would otherwise wake one of
+/// those first, and that one the main thread.
+async fn latency(pool: &PgPool, scenario: Scenario) -> Result<load::Latency> {
+    let pool = pool.clone();
+    tokio::spawn(async move { load::latency(&pool, &scenario).await }).await?
 }
 
 /// Every template that the bench runs; `fan` is the width of the widest.
