@@ -35,7 +35,7 @@ async fn whatever_a_collector_answers_work_goes_on_and_every_span_arrives_in_the
             assert_eq!(world.finish(&tasks).await, ["complete"; 2], "{protocol} {behaviour:?}");
             // A receiver that hangs is given two seconds a request: far less than these would add up to.
             assert!(began.elapsed() < Duration::from_secs(15), "{protocol} {behaviour:?}: {:?}", began.elapsed());
-            eventually("it is counted", async || {
+            eventually(&format!("{protocol} {behaviour:?} is counted"), async || {
                 (stats.failed_requests.load(Ordering::Relaxed) > failed).then_some(())
             })
             .await;

@@ -295,7 +295,8 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>, closed: Cancell
             let _ = request.into_body().collect().await;
             std::future::pending().await
         }
-        Behaviour::CloseMidStream => {
+        // A connection that was well when it was made is closed: what is said on the next one is garbage.
+        Behaviour::CloseMidStream | Behaviour::GarbageBytes => {
             closed.cancel();
             std::future::pending().await
         }
@@ -322,7 +323,7 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>, closed: Cancell
             response.headers_mut().insert(RETRY_AFTER, http::HeaderValue::from_static("7"));
             response
         }
-        Behaviour::Accept | Behaviour::Partial(_) | Behaviour::GarbageBytes if grpc => {
+        Behaviour::Accept | Behaviour::Partial(_) if grpc => {
             let mut service = TraceServiceServer::new(Collector { shared, behaviour })
                 .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(usize::MAX);

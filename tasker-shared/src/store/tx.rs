@@ -50,9 +50,10 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
             ("jit", "off"),
         ])
         .options(options.settings.iter().copied())
-        // For `telemetry::live`, if anybody wants it; SQL text never stands in a log line.
-        .disable_statement_logging()
-        .log_statements("debug".parse().expect("a level of logs"));
+        // For `telemetry::live`, if anybody wants it; SQL text never stands in a log line. None is slow:
+        // a slow one is told of at another level, which is off.
+        .log_statements("debug".parse().expect("a level of logs"))
+        .log_slow_statements("off".parse().expect("a level of logs"), Duration::MAX);
     PgPoolOptions::new()
         .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)
