@@ -52,11 +52,11 @@ begin
   if v_state is null or not tasker.may_use(v_namespace) then
     return 'no such task';
   end if;
-  -- A suspension that nobody has read yet is simply taken back.
+  -- A suspension that nobody holds (each reading is counted until it is put back) is simply taken back.
   if p_action = 'resume' and v_state not in ('suspended', 'complete', 'error', 'cancelled', 'resolved_manually') then
     delete from pgmq.q_task_requests q where q.msg_id in (
       select r.msg_id from pgmq.q_task_requests r
-      where r.message->>'type' = 'suspend' and r.message->>'task' = p_task::text and r.vt <= clock_timestamp()
+      where r.message->>'type' = 'suspend' and r.message->>'task' = p_task::text and r.read_ct = 0
       for update skip locked);
     if found then
       insert into tasker.audit (task_uuid, action, actor, reason, details)

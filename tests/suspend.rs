@@ -1,6 +1,8 @@
 //! A suspended task finishes what runs and begins nothing; resumed, it goes on as if nothing had been.
 
 use serde_json::json;
+use tasker_orchestration::lifecycle::{Shared, initialize};
+use tasker_shared::queue::{self, TASK_REQUESTS};
 use tasker_tests::worker::{self, Answer, HANDLERS, answer};
 use uuid::Uuid;
 
@@ -271,5 +273,41 @@ async fn a_resume_takes_back_a_suspension_that_nobody_has_read() {
     assert_eq!(audit, ["resume ann because taken back before it began"]);
     world.queues_drained().await;
     world.assert_complete().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suspension_that_two_orchestrators_read_happens_once() {
+    let mut world = World::start(Setup { orchestrators: 0, ..Setup::by_hand() }).await;
+    world.register_steps("one", "a: ok").await;
+    let task = world.submit("one").await;
+    assert_eq!(ask(&world, "suspend_task", task).await, "accepted");
+    // Both hold it: the reading of the first ran out before it came to settle.
+    let mut conn = world.pool.acquire().await.expect("a connection");
+    let first = queue::receive(&mut conn, TASK_REQUESTS, "slow", 0, 10).await.expect("read");
+    let second = queue::receive(&mut conn, TASK_REQUESTS, "quick", 0, 10).await.expect("read");
+    drop(conn);
+    assert_eq!((first.len(), second.len()), (2, 2), "the start and the suspension");
+    assert_eq!(
+        ask(&world, "resume_task", task).await,
+        "the task is just being suspended; ask again in a moment",
+        "what somebody holds is not taken back"
+    );
+
+    let shared = Shared::new(world.pool.clone(), world.pool.clone(), Uuid::new_v4(), None);
+    initialize::initialize(&shared, second).await.expect("settled");
+    assert_eq!(world.of_task(task, "state").await.as_deref(), Some("suspended"));
+    assert_eq!(ask(&world, "resume_task", task).await, "accepted");
+    world.add_orchestrator().await;
+    let a = world.claim().await;
+    initialize::initialize(&shared, first).await.expect("settled");
+    assert_eq!(world.of_task(task, "state").await.as_deref(), Some("steps_in_process"));
+    shared.lines.give_back();
+    world.succeed(&a).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    let moves =
+        world.words("select event from tasker.transitions where event in ('Suspend', 'Resume') order by at").await;
+    assert_eq!(moves, ["Suspend", "Resume"]);
+    world.assert_sound().await;
     world.end().await;
 }

@@ -138,6 +138,16 @@ pub async fn put_back(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], del
     Ok(())
 }
 
+/// Locks these requests until the transaction ends; answers those that are still there.
+pub async fn lock_requests(conn: &mut PgConnection, msg_ids: &[i64]) -> Result<Vec<i64>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select msg_id from pgmq.q_task_requests where msg_id = any($1) order by msg_id for update",
+        msg_ids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// Notes a deterministic failure of one message and answers how many there were.
 pub async fn note_failure(conn: &mut PgConnection, queue: &str, msg_id: i64, reason: &str) -> Result<i32, Error> {
     Ok(sqlx::query_scalar!(

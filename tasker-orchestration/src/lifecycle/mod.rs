@@ -202,6 +202,19 @@ impl Act {
 }
 
 impl Look {
+    /// Whether an operator wishes it: what was wished once must not be done twice.
+    pub fn is_wish(&self) -> bool {
+        matches!(
+            self,
+            Self::Cancel(_)
+                | Self::Terminate(_)
+                | Self::Suspend(_)
+                | Self::GiveUp(_)
+                | Self::ResolveTask(_)
+                | Self::Operate(..)
+        )
+    }
+
     /// The step that must be loaded.
     pub fn step(&self) -> Option<Uuid> {
         match self {

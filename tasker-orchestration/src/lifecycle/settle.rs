@@ -47,6 +47,7 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
             let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
             let rows = tasks::lock(conn, &uuids).await?;
             let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
+            let hints = without_granted(conn, hints).await?;
             let (mut works, now) = load(shared, conn, rows, &hints).await?;
             let hints = without_strangers(hints, &works, &mut settled);
             load_outputs(conn, &mut works, &hints).await?;
@@ -106,6 +107,19 @@ async fn sort_out(
         .map(|hint| (hint, "task: no such task; it was never created here, or retention removed it"))
         .collect();
     Ok((kept, Settled { deferred, unknown, ..Settled::default() }))
+}
+
+/// Takes out the wishes whose message is gone: while this batch was slow somebody else read it too,
+/// and granted it. A result says which attempt it is of and may come twice; a suspension that came
+/// again after the task was resumed would hold it for ever.
+async fn without_granted(conn: &mut PgConnection, hints: Vec<Hint>) -> Result<Vec<Hint>, Error> {
+    let wishes: Vec<i64> = hints.iter().filter(|hint| hint.look.is_wish()).filter_map(|hint| hint.msg_id).collect();
+    if wishes.is_empty() {
+        return Ok(hints);
+    }
+    let there: HashSet<i64> = queue::lock_requests(conn, &wishes).await?.into_iter().collect();
+    let is_open = |hint: &Hint| !hint.look.is_wish() || hint.msg_id.is_none_or(|id| there.contains(&id));
+    Ok(hints.into_iter().filter(is_open).collect())
 }
 
 /// Takes out the messages that name a step which their task does not have.
