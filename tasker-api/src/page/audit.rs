@@ -5,7 +5,7 @@ use axum::response::Response;
 use maud::html;
 use serde::Deserialize;
 use tasker_shared::redact;
-use tasker_shared::store::pages;
+use tasker_shared::store::details::{self, AuditFilter};
 use uuid::Uuid;
 
 use super::shell::{Section, empty};
@@ -37,7 +37,8 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.state.pool().acquire().await?;
     let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
-    let mut acts = pages::audit(&mut conn, page.namespaces(), actor, task, asked.before, most).await?;
+    let filter = AuditFilter { task, actor, namespaces: page.namespaces(), before: asked.before };
+    let mut acts = details::audit(&mut conn, filter, page.who.has(Scope::PayloadsRead), most).await?;
     drop(conn);
     let more = acts.len() > PAGE;
     acts.truncate(PAGE);

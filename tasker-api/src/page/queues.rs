@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use axum::extract::Path;
 use axum::response::Response;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use maud::{Markup, html};
 use tasker_shared::redact;
-use tasker_shared::store::pages::{self, OrchestratorLine, Unoffered, WorkerLine};
-use tasker_shared::store::views::{self, QuarantineView, QueueView};
+use tasker_shared::store::details::{self, OrchestratorRow, QuarantineFilter, Quarantined, WorkerRow};
+use tasker_shared::store::pages::{self, Unoffered};
+use tasker_shared::store::views::{self, QueueView};
 use tasker_shared::store::{flow, requests};
 
 use super::memo::Rates;
@@ -24,17 +25,19 @@ use crate::problem::Problem;
 const GOOD_FOR: Duration = Duration::from_secs(3);
 /// Messages in quarantine that are listed.
 const LISTED: i64 = 100;
+/// How long a process is shown after its last sign of life.
+const SHOWN_FOR: TimeDelta = TimeDelta::hours(1);
 
 /// What the page is drawn from.
 #[derive(Debug)]
 pub(super) struct Overview {
     queues: Vec<QueueView>,
     rates: HashMap<String, Rates>,
-    workers: Vec<WorkerLine>,
-    orchestrators: Vec<OrchestratorLine>,
+    workers: Vec<WorkerRow>,
+    orchestrators: Vec<OrchestratorRow>,
     orchestrator_runs: bool,
     unoffered: Vec<Unoffered>,
-    quarantine: Vec<QuarantineView>,
+    quarantine: Vec<Quarantined>,
 }
 
 /// The namespace that a queue of steps belongs to; `None`: it is the orchestrators'.
@@ -52,21 +55,24 @@ fn reaches(page: &Page, queue: &str) -> bool {
 pub(super) async fn show(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::QueuesRead)?;
     let visible = page.namespaces().map(<[String]>::to_vec);
+    let now = page.memory.now(&page.state).await?;
     let overview = page.memory.queues.get(visible, page.good_for(GOOD_FOR, 8), async || {
         let mut conn = page.state.pool().acquire().await?;
         let mut queues = views::queues(&mut conn).await?;
         queues.retain(|queue| reaches(&page, &queue.queue));
         let rates = page.memory.rates(&pages::queue_totals(&mut conn).await?);
-        let workers = pages::workers(&mut conn, page.namespaces()).await?;
-        let orchestrators = pages::orchestrators(&mut conn).await?;
+        let lately = now - SHOWN_FOR;
+        let mut workers = details::workers(&mut conn, page.namespaces()).await?;
+        workers.retain(|worker| worker.seen_at > lately);
+        let mut orchestrators = details::orchestrators(&mut conn).await?;
+        orchestrators.retain(|one| one.seen_at > lately);
         let orchestrator_runs = pages::orchestrator_runs(&mut conn).await?;
         let unoffered = pages::unoffered(&mut conn, page.namespaces()).await?;
-        let (mut quarantine, _) = views::quarantine(&mut conn, None, LISTED).await?;
-        quarantine.retain(|message| reaches(&page, &message.queue));
+        let own = QuarantineFilter { namespaces: page.namespaces(), ..QuarantineFilter::default() };
+        let quarantine = details::quarantine(&mut conn, own, false, LISTED).await?;
         Ok(Arc::new(Overview { queues, rates, workers, orchestrators, orchestrator_runs, unoffered, quarantine }))
     });
     let overview = overview.await?;
-    let now = page.memory.now(&page.state).await?;
     let body = html! {
         div.head { h1 { "Queues and workers" } span.grow {} (Page::live_button()) }
         div id="alarms" data-live-part="" { (alarms(&page, &overview, now)) }
@@ -248,11 +254,11 @@ pub(super) async fn act(form: Form) -> Result<Response, Problem> {
     Ok(page.then("/queues", if resume { "resume" } else { "pause" }))
 }
 
-async fn message(page: &Page, id: i64) -> Result<QuarantineView, Problem> {
-    let found = pages::quarantined(&mut *page.state.pool().acquire().await?, id).await?;
-    found
-        .filter(|message| reaches(page, &message.queue))
-        .ok_or_else(|| Problem::not_found(format!("message {id} in quarantine")))
+async fn message(page: &Page, id: i64) -> Result<Quarantined, Problem> {
+    let only = QuarantineFilter { id: Some(id), namespaces: page.namespaces(), ..QuarantineFilter::default() };
+    let mut conn = page.state.pool().acquire().await?;
+    let found = details::quarantine(&mut conn, only, page.who.has(Scope::PayloadsRead), 1).await?.pop();
+    found.ok_or_else(|| Problem::not_found(format!("message {id} in quarantine")))
 }
 
 /// `GET /quarantine/{id}`

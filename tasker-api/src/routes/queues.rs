@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tasker_shared::client::ClientError;
-use tasker_shared::store::details::{self, OrchestratorRow, Quarantined, WorkerRow};
+use tasker_shared::store::details::{self, OrchestratorRow, QuarantineFilter, Quarantined, WorkerRow};
 use tasker_shared::store::requests;
 use tasker_shared::store::views::{self, QueueView};
 
@@ -113,15 +113,14 @@ pub(crate) struct QuarantineQuery {
 
 async fn quarantine(call: Call<Nothing, QuarantineQuery, Nothing>) -> Answer<Page<Quarantined>> {
     let limit = limit(call.query.limit)?;
-    let found = details::quarantine(
-        &mut *call.state.pool().acquire().await?,
-        call.query.queue.as_deref(),
-        call.who.namespaces(),
-        call.query.after,
-        call.who.has(Scope::PayloadsRead),
-        i64::from(limit) + 1,
-    )
-    .await?;
+    let filter = QuarantineFilter {
+        queue: call.query.queue.as_deref(),
+        namespaces: call.who.namespaces(),
+        before: call.query.after,
+        ..QuarantineFilter::default()
+    };
+    let mut conn = call.state.pool().acquire().await?;
+    let found = details::quarantine(&mut conn, filter, call.who.has(Scope::PayloadsRead), i64::from(limit) + 1).await?;
     Ok(Page::cut(found, limit, |row| row.quarantine_id.to_string()).into())
 }
 
@@ -139,12 +138,9 @@ fn no_message(id: i64) -> Problem {
 
 async fn visible<Q, B>(call: &Call<MessagePath, Q, B>) -> Result<(), Problem> {
     let id = call.path.message;
-    let found = details::quarantined_in(&mut *call.state.pool().acquire().await?, id).await?;
-    let own = |(_, namespace): &(String, Option<String>)| match namespace {
-        Some(namespace) => call.who.reaches(namespace),
-        None => call.who.namespaces().is_none(),
-    };
-    found.filter(own).map(|_| ()).ok_or_else(|| no_message(id))
+    let only = QuarantineFilter { id: Some(id), namespaces: call.who.namespaces(), ..QuarantineFilter::default() };
+    let found = details::quarantine(&mut *call.state.pool().acquire().await?, only, false, 1).await?;
+    if found.is_empty() { Err(no_message(id)) } else { Ok(()) }
 }
 
 async fn requeue(call: Call<MessagePath, Nothing, Reason>) -> Answer<Accepted> {

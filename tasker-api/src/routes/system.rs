@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tasker_shared::client::ClientError;
 use tasker_shared::metrics::CONTENT_TYPE;
-use tasker_shared::store::details::{self, AuditEntry, NamespaceRow};
+use tasker_shared::store::details::{self, AuditEntry, AuditFilter, NamespaceRow};
 use tasker_shared::store::flow::{LimitUse, SetLimit};
 use uuid::Uuid;
 
@@ -130,12 +130,8 @@ async fn audit(call: Call<Nothing, AuditQuery, Nothing>) -> Answer<Page<AuditEnt
     let AuditQuery { task, after, limit: asked } = call.query;
     let limit = limit(asked)?;
     let mut conn = call.state.pool().acquire().await?;
-    let mut found = details::audit(&mut conn, task, call.who.namespaces(), after, i64::from(limit) + 1).await?;
-    if !call.who.has(Scope::PayloadsRead) {
-        // They may hold an output that was given by hand.
-        for entry in &mut found {
-            entry.details = None;
-        }
-    }
+    let filter = AuditFilter { task, namespaces: call.who.namespaces(), before: after, ..AuditFilter::default() };
+    let payloads = call.who.has(Scope::PayloadsRead);
+    let found = details::audit(&mut conn, filter, payloads, i64::from(limit) + 1).await?;
     Ok(Page::cut(found, limit, |entry| entry.audit_id.to_string()).into())
 }

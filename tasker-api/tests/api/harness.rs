@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::Value;
 use sqlx::PgPool;
-use tasker_api::auth::{self, KeySpec, Role, Scope};
+use tasker_api::auth::{self, KeySpec, Role, SESSION_COOKIE, Scope};
 use tasker_api::{Config, Server};
 use tasker_shared::client::{Client, Submit};
 use tasker_shared::postgres::testing::TestDatabase;
@@ -119,6 +119,15 @@ impl World {
         };
         let mut conn = self.pool().acquire().await.expect("a connection");
         auth::create_key(&mut conn, &spec, "the test").await.expect("a key").key
+    }
+
+    /// A cookie of a session of its own.
+    pub async fn session(&self, key: &str) -> String {
+        let once = auth::once_link(self.pool(), key.split('_').nth(1).unwrap()).await.unwrap();
+        let signed_in = send(self.request(Method::GET, &format!("/login?once={once}"))).await;
+        let cookie = signed_in.headers["set-cookie"].to_str().unwrap();
+        assert!(cookie.starts_with(SESSION_COOKIE));
+        cookie.split(';').next().unwrap().to_owned()
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {

@@ -2,7 +2,7 @@
 
 use reqwest::Method;
 use serde_json::json;
-use tasker_api::auth::Role;
+use tasker_api::auth::{Role, Scope};
 use uuid::Uuid;
 
 use crate::harness::{World, order, send};
@@ -227,4 +227,37 @@ async fn a_template_is_registered_once_in_the_audit_and_its_schema_is_whole() {
     let shown = world.get(&admin, "/v1/templates/shop/login").await;
     let password = shown.at("/definition/input_schema/properties/password");
     assert_eq!(password, json!({"type": "string", "minLength": 8}), "{shown:?}");
+}
+
+#[tokio::test]
+async fn who_may_not_read_payloads_reads_none_in_the_audit_and_the_quarantine() {
+    let world = World::start().await;
+    world.register(&order("shop")).await;
+    let task = world.submit("shop", "A").await;
+    sqlx::query("insert into tasker.audit (task_uuid, action, actor, details) values ($1, 'resolve_step', 'ann', '{\"output\": \"by-hand-7\"}')")
+        .bind(task)
+        .execute(world.pool())
+        .await
+        .unwrap();
+    sqlx::query(
+        "insert into tasker.quarantine (queue, msg_id, reason, failures, read_ct, message, enqueued_at)
+         values ('task_requests', 1, 'type: not known', 0, 1, '{\"type\": \"by-hand-7\"}', clock_timestamp())",
+    )
+    .execute(world.pool())
+    .await
+    .unwrap();
+    let reads = vec![Scope::TasksRead, Scope::AuditRead, Scope::QueuesRead];
+    let with = reads.iter().copied().chain([Scope::PayloadsRead]).collect();
+    for (scopes, sees) in [(reads, false), (with, true)] {
+        let key = world.key_of(Role::Operator, Some(scopes), None).await;
+        let cookie = world.session(&key).await;
+        for path in ["/v1/audit", "/audit", "/v1/quarantine", "/quarantine/1"] {
+            let request = world.request(Method::GET, path);
+            let request =
+                if path.starts_with("/v1") { request.bearer_auth(&key) } else { request.header("cookie", &cookie) };
+            let answer = send(request).await;
+            assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+            assert_eq!(answer.body.contains("by-hand-7"), sees, "{path}: {}", answer.body);
+        }
+    }
 }

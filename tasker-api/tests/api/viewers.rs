@@ -6,22 +6,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
-use tasker_api::auth::{self, Role, SESSION_COOKIE};
+use tasker_api::auth::{self, Role};
 use tasker_shared::store::keys;
 use tokio::task::JoinSet;
 
 use crate::harness::{World, order, send};
 
 const VIEWERS: usize = 200;
-
-/// A cookie of a session of its own.
-async fn session(world: &World, key: &str) -> String {
-    let once = auth::once_link(world.pool(), key.split('_').nth(1).unwrap()).await.unwrap();
-    let signed_in = send(world.request(Method::GET, &format!("/login?once={once}"))).await;
-    let cookie = signed_in.headers["set-cookie"].to_str().unwrap();
-    assert!(cookie.starts_with(SESSION_COOKIE));
-    cookie.split(';').next().unwrap().to_owned()
-}
 
 /// Moves a task, as an orchestrator and its people would, and leaves it as it was.
 const MOVE: &str = "insert into tasker.transitions (task_uuid, entity_uuid, version, generation, from_state, to_state, event, began_at, at)
@@ -101,7 +92,7 @@ async fn two_hundred_viewers_cost_the_database_less_than_five_statements_a_secon
     let task = world.submit("shop", "watched").await;
     let mut cookies = Vec::new();
     for _ in 0..VIEWERS {
-        cookies.push(session(&world, &key).await);
+        cookies.push(world.session(&key).await);
     }
     // A step, so that its page has a timeline.
     sqlx::query(
@@ -163,7 +154,7 @@ async fn who_watches_with_a_session_is_told_to_go_when_it_ends() {
     let world = World::start().await;
     let key = world.key(Role::Viewer).await;
     let id = key.split('_').nth(1).unwrap();
-    let (one, other) = (session(&world, &key).await, session(&world, &key).await);
+    let (one, other) = (world.session(&key).await, world.session(&key).await);
     let listen = async |cookie: &str| {
         let mut stream = world.request(Method::GET, "/v1/events").header("cookie", cookie).send().await.unwrap();
         stream.chunk().await.unwrap().expect("it begins with a greeting");

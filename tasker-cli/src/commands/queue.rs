@@ -3,6 +3,7 @@
 use chrono::TimeDelta;
 use serde_json::json;
 use sqlx::PgConnection;
+use tasker_shared::store::details::{self, QuarantineFilter};
 use tasker_shared::store::why::duration;
 use tasker_shared::store::{requests, views};
 
@@ -144,7 +145,9 @@ async fn list_quarantine(
     queue: Option<&str>,
     limit: u32,
 ) -> anyhow::Result<()> {
-    let (messages, count) = views::quarantine(conn, queue, limit.into()).await?;
+    let filter = QuarantineFilter { queue, ..QuarantineFilter::default() };
+    let messages = details::quarantine(conn, filter, true, limit.into()).await?;
+    let count = details::quarantined(conn, queue).await?;
     if global.output == Format::Json {
         return output::json(&json!({"count": count, "messages": messages}));
     }

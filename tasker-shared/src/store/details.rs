@@ -360,14 +360,15 @@ pub struct WorkerRow {
     pub busy: i64,
 }
 
-/// The workers of these namespaces, or all, by name; at most 1000.
+/// The workers of these namespaces, or all, the live ones first; at most 1000.
 pub async fn workers(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<WorkerRow>, Error> {
     Ok(sqlx::query_as!(
         WorkerRow,
         r#"select w.worker, w.namespace, w.queues, w.handlers, w.slots, w.version, w.started_at, w.seen_at,
              w.seen_at > clock_timestamp() - interval '30 s' as "live!",
              (select coalesce(sum(cardinality(d.step_uuids)), 0) from tasker.due d where d.worker = w.worker and d.kind = 'lease') as "busy!"
-           from tasker.workers w where $1::text[] is null or w.namespace = any($1) order by w.worker limit 1000"#,
+           from tasker.workers w where $1::text[] is null or w.namespace = any($1)
+           order by 9 desc, w.namespace, w.worker limit 1000"#,
         namespaces
     )
     .fetch_all(conn)
@@ -386,12 +387,12 @@ pub struct OrchestratorRow {
     pub live: bool,
 }
 
-/// The orchestrators, the latest first; at most 1000.
+/// The orchestrators, the live ones first; at most 1000.
 pub async fn orchestrators(conn: &mut PgConnection) -> Result<Vec<OrchestratorRow>, Error> {
     Ok(sqlx::query_as!(
         OrchestratorRow,
         r#"select instance, version, started_at, seen_at, seen_at > clock_timestamp() - interval '30 s' as "live!"
-           from tasker.instances order by started_at desc, instance limit 1000"#
+           from tasker.instances order by 5 desc, started_at desc, instance limit 1000"#
     )
     .fetch_all(conn)
     .await?)
@@ -441,12 +442,23 @@ pub struct Quarantined {
     pub quarantined_at: DateTime<Utc>,
 }
 
-/// Messages in quarantine, newest first, before one of them: of one queue, of these namespaces, or all.
+/// Which messages in quarantine; all of them by default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct QuarantineFilter<'a> {
+    /// Only this one.
+    pub id: Option<i64>,
+    /// Of this queue.
+    pub queue: Option<&'a str>,
+    /// Of queues of these namespaces; the common queues belong to none.
+    pub namespaces: Option<&'a [String]>,
+    /// Before this one in the list.
+    pub before: Option<i64>,
+}
+
+/// Messages in quarantine, newest first, with what they carry if `payloads` says so.
 pub async fn quarantine(
     conn: &mut PgConnection,
-    queue: Option<&str>,
-    namespaces: Option<&[String]>,
-    before: Option<i64>,
+    filter: QuarantineFilter<'_>,
     payloads: bool,
     limit: i64,
 ) -> Result<Vec<Quarantined>, Error> {
@@ -457,13 +469,14 @@ pub async fn quarantine(
            enqueued_at, quarantined_at
          from tasker.quarantine
          where ($1::text is null or queue = $1) and ($2::text[] is null or tasker.queue_namespace(queue) = any($2))
-           and ($3::bigint is null or quarantine_id < $3)
+           and ($3::bigint is null or quarantine_id < $3) and ($6::bigint is null or quarantine_id = $6)
          order by quarantine_id desc limit $5",
-        queue,
-        namespaces,
-        before,
+        filter.queue,
+        filter.namespaces,
+        filter.before,
         payloads,
-        limit
+        limit,
+        filter.id
     )
     .fetch_all(conn)
     .await?;
@@ -486,18 +499,14 @@ pub async fn quarantine(
         .collect())
 }
 
-/// The queue of a quarantined message and its namespace; `None` if there is no such message.
-pub async fn quarantined_in(
-    conn: &mut PgConnection,
-    quarantine_id: i64,
-) -> Result<Option<(String, Option<String>)>, Error> {
-    let row = sqlx::query!(
-        "select queue, tasker.queue_namespace(queue) as namespace from tasker.quarantine where quarantine_id = $1",
-        quarantine_id
+/// How many messages are in quarantine, of one queue or of all.
+pub async fn quarantined(conn: &mut PgConnection, queue: Option<&str>) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "n!" from tasker.quarantine where $1::text is null or queue = $1"#,
+        queue
     )
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.map(|row| (row.queue, row.namespace)))
+    .fetch_one(conn)
+    .await?)
 }
 
 /// What an operator did: to a task, or to the `subject`.
@@ -514,25 +523,42 @@ pub struct AuditEntry {
     pub at: DateTime<Utc>,
 }
 
-/// What operators did, newest first, before one entry: to one task, to tasks of these namespaces, or all.
+/// Which entries of the audit; all of them by default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AuditFilter<'a> {
+    /// Done to this task.
+    pub task: Option<Uuid>,
+    /// Done by this one.
+    pub actor: Option<&'a str>,
+    /// Done to tasks of these namespaces.
+    pub namespaces: Option<&'a [String]>,
+    /// Before this entry in the list.
+    pub before: Option<i64>,
+}
+
+/// What operators did, newest first. Details only if `payloads` says so: they may hold an output
+/// that was given by hand.
 pub async fn audit(
     conn: &mut PgConnection,
-    task: Option<Uuid>,
-    namespaces: Option<&[String]>,
-    before: Option<i64>,
+    filter: AuditFilter<'_>,
+    payloads: bool,
     limit: i64,
 ) -> Result<Vec<AuditEntry>, Error> {
     Ok(sqlx::query_as!(
         AuditEntry,
-        "select a.audit_id, a.task_uuid, a.subject, a.action, a.actor, a.reason, a.details, a.at from tasker.audit a
-         where ($1::uuid is null or a.task_uuid = $1) and ($3::bigint is null or a.audit_id < $3)
+        "select a.audit_id, a.task_uuid, a.subject, a.action, a.actor, a.reason, case when $5 then a.details end as details, a.at
+         from tasker.audit a
+         where ($1::uuid is null or a.task_uuid = $1) and ($6::text is null or a.actor = $6)
+           and ($3::bigint is null or a.audit_id < $3)
            and ($2::text[] is null or exists (
              select from tasker.tasks t where t.task_uuid = a.task_uuid and t.namespace = any($2)))
          order by a.audit_id desc limit $4",
-        task,
-        namespaces,
-        before,
-        limit
+        filter.task,
+        filter.namespaces,
+        filter.before,
+        limit,
+        payloads,
+        filter.actor
     )
     .fetch_all(conn)
     .await?)

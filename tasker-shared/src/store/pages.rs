@@ -409,59 +409,6 @@ pub async fn items(conn: &mut PgConnection, task: Uuid, step_index: i32) -> Resu
     .await?)
 }
 
-/// A worker that said hello within the last hour.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "columns of tasker.workers")]
-pub struct WorkerLine {
-    pub worker: String,
-    pub namespace: String,
-    pub queues: Vec<String>,
-    pub handlers: Vec<String>,
-    pub slots: i32,
-    pub version: Option<String>,
-    pub started_at: DateTime<Utc>,
-    pub seen_at: DateTime<Utc>,
-    /// Seen within the last 30 s.
-    pub live: bool,
-}
-
-/// Workers, the live ones first; at most 500.
-pub async fn workers(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<WorkerLine>, Error> {
-    Ok(sqlx::query_as!(
-        WorkerLine,
-        r#"select worker, namespace, queues, handlers, slots, version, started_at, seen_at,
-             seen_at > clock_timestamp() - interval '30 s' as "live!"
-           from tasker.workers
-           where seen_at > clock_timestamp() - interval '1 h' and ($1::text[] is null or namespace = any($1))
-           order by 9 desc, namespace, worker limit 500"#,
-        namespaces
-    )
-    .fetch_all(conn)
-    .await?)
-}
-
-/// An orchestrator.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "columns of tasker.instances")]
-pub struct OrchestratorLine {
-    pub instance: Uuid,
-    pub version: String,
-    pub started_at: DateTime<Utc>,
-    pub seen_at: DateTime<Utc>,
-    pub live: bool,
-}
-
-/// The orchestrators that were alive within the last hour, the live ones first.
-pub async fn orchestrators(conn: &mut PgConnection) -> Result<Vec<OrchestratorLine>, Error> {
-    Ok(sqlx::query_as!(
-        OrchestratorLine,
-        r#"select instance, version, started_at, seen_at, seen_at > clock_timestamp() - interval '30 s' as "live!"
-           from tasker.instances where seen_at > clock_timestamp() - interval '1 h' order by 5 desc, started_at limit 100"#
-    )
-    .fetch_all(conn)
-    .await?)
-}
-
 /// Steps that wait for a handler that no live worker offers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Unoffered {
@@ -525,45 +472,6 @@ pub async fn queue_totals(conn: &mut PgConnection) -> Result<Vec<QueueTotals>, E
     Ok(sqlx::query_as!(
         QueueTotals,
         r#"select queue_name as "queue!", total_messages as "sent!", queue_length as "depth!" from pgmq.metrics_all()"#
-    )
-    .fetch_all(conn)
-    .await?)
-}
-
-/// One act of the audit.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "columns of tasker.audit")]
-pub struct AuditLine {
-    pub audit_id: i64,
-    pub task_uuid: Option<Uuid>,
-    pub subject: Option<String>,
-    pub action: String,
-    pub actor: String,
-    pub reason: Option<String>,
-    pub details: Option<Value>,
-    pub at: DateTime<Utc>,
-}
-
-/// The latest acts before `before`, newest first. With `namespaces` only those on tasks of them.
-pub async fn audit(
-    conn: &mut PgConnection,
-    namespaces: Option<&[String]>,
-    actor: Option<&str>,
-    task: Option<Uuid>,
-    before: Option<i64>,
-    limit: i64,
-) -> Result<Vec<AuditLine>, Error> {
-    Ok(sqlx::query_as!(
-        AuditLine,
-        "select audit_id, task_uuid, subject, action, actor, reason, details, at from tasker.audit a
-         where ($1::text[] is null or exists (select from tasker.tasks t where t.task_uuid = a.task_uuid and t.namespace = any($1)))
-           and ($2::text is null or actor = $2) and ($3::uuid is null or task_uuid = $3) and ($4::bigint is null or audit_id < $4)
-         order by audit_id desc limit $5",
-        namespaces,
-        actor,
-        task,
-        before,
-        limit
     )
     .fetch_all(conn)
     .await?)
@@ -642,31 +550,6 @@ pub async fn templates(conn: &mut PgConnection, namespaces: Option<&[String]>) -
 /// Why an act cannot be asked of a task in this state; `None` if it can.
 pub async fn act_problem(conn: &mut PgConnection, action: &str, state: &str) -> Result<Option<String>, Error> {
     Ok(sqlx::query_scalar!("select tasker.act_problem($1, $2, '{}') as problem", action, state).fetch_one(conn).await?)
-}
-
-/// One message in quarantine; `None` if there is no such message.
-pub async fn quarantined(conn: &mut PgConnection, quarantine_id: i64) -> Result<Option<views::QuarantineView>, Error> {
-    // As text: what nobody could read must not stop anybody from looking at it.
-    let row = sqlx::query!(
-        "select quarantine_id, queue, msg_id, reason, failures, read_ct, message::text as message, headers::text as headers,
-           enqueued_at, quarantined_at
-         from tasker.quarantine where quarantine_id = $1",
-        quarantine_id
-    )
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.map(|row| views::QuarantineView {
-        quarantine_id: row.quarantine_id,
-        queue: row.queue,
-        msg_id: row.msg_id,
-        reason: row.reason,
-        failures: row.failures,
-        read_ct: row.read_ct,
-        message: row.message.map(views::readable),
-        headers: row.headers.map(views::readable),
-        enqueued_at: row.enqueued_at,
-        quarantined_at: row.quarantined_at,
-    }))
 }
 
 /// Whether an orchestrator is connected to this database, or was alive within the last 30 s. One that

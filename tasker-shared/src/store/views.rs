@@ -626,67 +626,6 @@ pub async fn live_workers(conn: &mut PgConnection) -> Result<Vec<LiveWorkers>, E
     .await?)
 }
 
-/// A message that could not become a task or be tied to one.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[expect(missing_docs, reason = "columns of tasker.quarantine")]
-pub struct QuarantineView {
-    pub quarantine_id: i64,
-    pub queue: String,
-    pub msg_id: i64,
-    pub reason: String,
-    /// How often it failed the same way.
-    pub failures: i32,
-    pub read_ct: i32,
-    pub message: Option<Value>,
-    pub headers: Option<Value>,
-    pub enqueued_at: DateTime<Utc>,
-    pub quarantined_at: DateTime<Utc>,
-}
-
-/// The latest messages in quarantine, newest first, and how many there are in all.
-pub async fn quarantine(
-    conn: &mut PgConnection,
-    queue: Option<&str>,
-    limit: i64,
-) -> Result<(Vec<QuarantineView>, i64), Error> {
-    // As text: what nobody could read must not stop anybody from looking at the rest.
-    let rows = sqlx::query!(
-        "select quarantine_id, queue, msg_id, reason, failures, read_ct, message::text as message, headers::text as headers,
-           enqueued_at, quarantined_at
-         from tasker.quarantine where $1::text is null or queue = $1 order by quarantine_id desc limit $2",
-        queue,
-        limit
-    )
-    .fetch_all(&mut *conn)
-    .await?
-    .into_iter()
-    .map(|row| QuarantineView {
-        quarantine_id: row.quarantine_id,
-        queue: row.queue,
-        msg_id: row.msg_id,
-        reason: row.reason,
-        failures: row.failures,
-        read_ct: row.read_ct,
-        message: row.message.map(readable),
-        headers: row.headers.map(readable),
-        enqueued_at: row.enqueued_at,
-        quarantined_at: row.quarantined_at,
-    })
-    .collect();
-    let all = sqlx::query_scalar!(
-        r#"select count(*) as "n!" from tasker.quarantine where $1::text is null or queue = $1"#,
-        queue
-    )
-    .fetch_one(conn)
-    .await?;
-    Ok((rows, all))
-}
-
-/// JSON as it is; what this program cannot read, as a text.
-pub(super) fn readable(json: String) -> Value {
-    serde_json::from_str(&json).unwrap_or(Value::String(json))
-}
-
 /// The database's clock, which decides what "now" is in an open trace.
 pub async fn now(conn: &mut PgConnection) -> Result<DateTime<Utc>, Error> {
     Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(conn).await?)
