@@ -61,12 +61,17 @@ create function tasker.is_uuid(p text) returns boolean
 language sql immutable parallel safe
 as $$ select p ~ '^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$' $$;
 
+-- The time that a text names, or null: also for infinity, and for a year of five digits, which
+-- PostgreSQL holds and calendars and RFC 3339 do not.
 create function tasker.try_timestamptz(p text) returns timestamptz
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_time timestamptz;
 begin
-  return p::timestamptz;
+  v_time := p::timestamptz;
+  return case when v_time > '-infinity' and v_time < '10000-01-01Z' then v_time end;
 exception when others then
   return null;
 end

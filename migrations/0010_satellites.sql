@@ -89,6 +89,7 @@ begin
     when time_zone is not null and cron is null then 'time_zone: is for cron only'
     when octet_length(cron) > 200 then 'cron: has more than 200 bytes'
     when v_every < 1000 then 'every: must be a second at least'
+    when once_at >= '10000-01-01Z' then 'once_at: must be before the year 10000'
     when once_at <= clock_timestamp() then 'once_at: is in the past, so it would never fire'
     when missed is null or missed not in ('skip', 'run_once', 'run_all') then 'missed: must be skip, run_once or run_all'
     when overlap is null or overlap not in ('allow', 'skip', 'cancel_previous') then 'overlap: must be allow, skip or cancel_previous'

@@ -11,6 +11,7 @@ mod branches;
 mod harness;
 
 mod architecture;
+mod bad_rows;
 mod cancel;
 mod database_killed;
 mod every_feature_under_kills;

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::schedule::{Schedule, Timing};
 use crate::state_machine::decide::ByHand;
+use crate::state_machine::retry::LONGEST;
 use crate::store::flow::{LimitUse, SetLimit};
 use crate::store::operators::AuditRow;
 use crate::store::requests::Act;
@@ -502,7 +503,7 @@ impl Client {
         let mut open = existing;
         let waited_for = open.len();
         let began = Instant::now();
-        let end = timeout.map(|timeout| began + timeout);
+        let end = timeout.map(|timeout| began + timeout.min(LONGEST));
         let mut watch = self.watch().await?;
         let mut poll = FIRST_POLL;
         let mut poll_at = began;
@@ -677,6 +678,26 @@ steps: [{name: only, handler: noop}]
     }
 
     #[tokio::test]
+    async fn a_time_that_no_calendar_has_is_refused() {
+        let database = TestDatabase::fresh().await;
+        let client = client(&database).await;
+        for time in ["infinity", "-infinity", "20000-01-01", "soon"] {
+            let mut order = serde_json::to_value(order("1")).unwrap();
+            order["run_at"] = json!(time);
+            let mut conn = client.pool.acquire().await.unwrap();
+            let answers = tasks::submit(&mut conn, &[order]).await.unwrap();
+            let problem = answers[0].error.as_deref();
+            assert!(
+                problem.is_some_and(|problem| problem.starts_with("run_at: must be a time")),
+                "{time}: {problem:?}"
+            );
+        }
+        let set = "select tasker.set_schedule('shop', 'late', 'order', once_at => 'infinity')";
+        let refused = sqlx::query(set).execute(client.pool()).await.unwrap_err();
+        assert!(refused.to_string().contains("once_at: must be before the year 10000"), "{refused}");
+    }
+
+    #[tokio::test]
     async fn a_callers_trace_is_continued() {
         let database = TestDatabase::fresh().await;
         let client = client(&database).await;
@@ -720,7 +741,8 @@ steps: [{name: only, handler: noop}]
 
         end(&client, tasks[0]).await;
         let (heard, mut ends) = tokio::sync::mpsc::unbounded_channel();
-        let waiting = client.wait_many(&tasks, None, |task| heard.send(task).unwrap());
+        // Longer than any clock goes.
+        let waiting = client.wait_many(&tasks, Some(Duration::MAX), |task| heard.send(task).unwrap());
         let finish = async {
             assert_eq!(ends.recv().await, Some(tasks[0]));
             end(&client, tasks[1]).await;

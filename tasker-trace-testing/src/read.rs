@@ -275,7 +275,7 @@ fn jaeger_span(services: &HashMap<&str, &str>, span: &Value) -> Result<Span, Err
         kind,
         service: services.get(text(span, "processID").as_str()).copied().unwrap_or_default().to_owned(),
         start,
-        end: start + number(span.get("duration")).saturating_mul(1000),
+        end: start.saturating_add(number(span.get("duration")).saturating_mul(1000)),
         attributes,
         links,
         events: list(span, "logs")

@@ -11,6 +11,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
 use sqlx::{PgConnection, PgPool, Postgres};
 use tasker_shared::metrics::{Listen, Scrape, serve};
+use tasker_shared::state_machine::retry::LONGEST;
 use tasker_shared::store::protocol::{self, Hello};
 use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
@@ -493,7 +494,7 @@ impl Running {
     }
 
     async fn drain(&mut self) {
-        let ends = Instant::now() + self.drain_timeout;
+        let ends = Instant::now() + self.drain_timeout.min(LONGEST);
         self.stop.cancel();
         while self.intake.join_next().await.is_some() {}
         self.attempts.close();

@@ -38,7 +38,8 @@ pub struct Admission {
 impl Admission {
     /// Lets a settle take from the room.
     pub fn with_room<T>(&self, work: impl FnOnce(&mut Room) -> T) -> T {
-        work(&mut self.room.lock().expect("deciding does not panic while it holds the room"))
+        // An estimate, which is made anew every few seconds, whatever a panic left of it.
+        work(&mut self.room.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A settle committed: where room runs low or steps are held, the estimate is made anew.

@@ -6,7 +6,7 @@
 //! in its queue and comes back.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -28,7 +28,7 @@ pub(super) struct Entered<'a> {
 
 impl Busy {
     fn tasks(&self) -> MutexGuard<'_, HashMap<Uuid, Vec<Item>>> {
-        self.tasks.lock().expect("no code panics while it holds the list of tasks")
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Enters the tasks that nobody holds and answers their items; the others stay with their holders.

@@ -73,6 +73,7 @@ pub(super) async fn decide_with_all_it_needs(
         if !places.is_empty() {
             for row in steps::load_behind(conn, &places).await? {
                 if let Some(place) = by_task.get(&row.task_uuid) {
+                    works[*place].defines(&row)?;
                     works[*place].steps.entry(row.step.uuid).or_insert(row);
                 }
             }

@@ -8,7 +8,9 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
 use tasker_shared::state_machine::StepState;
+use tasker_shared::state_machine::definition::MAX_ITEMS;
 use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Signal};
+use tasker_shared::store;
 use tasker_shared::store::maps::{self, Window};
 use tasker_shared::store::nested::ChildEnd;
 use tasker_shared::store::steps::{self, Output, Place, StepRow};
@@ -60,6 +62,25 @@ impl Work {
     pub fn map_step(&self, index: u32) -> Option<Uuid> {
         let is_map = |row: &&StepRow| row.step.index == index && row.step.item.is_none();
         self.steps.values().find(is_map).map(|row| row.step.uuid)
+    }
+
+    /// Refuses a row whose step the template does not have: whatever is decided next looks it up there.
+    pub fn defines(&self, row: &StepRow) -> Result<(), store::Error> {
+        let steps = self.template.definition.steps.len();
+        let is_defined = usize::try_from(row.step.index).is_ok_and(|index| index < steps)
+            && row.step.item.is_none_or(|item| item < MAX_ITEMS);
+        if is_defined {
+            return Ok(());
+        }
+        Err(store::Error::BadRow {
+            table: "steps",
+            column: "step_index",
+            id: row.step.uuid.to_string(),
+            problem: format!(
+                "the template has {steps} steps and no such place ({:?})",
+                (row.step.index, row.step.item)
+            ),
+        })
     }
 
     /// What the plan lacks that was not asked for yet.
@@ -121,7 +142,7 @@ pub(super) async fn load(
     let templates = shared.templates(conn, &ids).await?;
     let mut works: Vec<Work> = Vec::with_capacity(rows.len());
     for row in rows {
-        let template = templates.get(&row.template_id).cloned().ok_or_else(|| tasker_shared::store::Error::BadRow {
+        let template = templates.get(&row.template_id).cloned().ok_or_else(|| store::Error::BadRow {
             table: "tasks",
             column: "template_id",
             id: row.task.uuid.to_string(),
@@ -146,16 +167,18 @@ pub(super) async fn load(
     }
     let places: HashMap<Uuid, usize> =
         works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
-    let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| {
+    let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| -> Result<(), Error> {
         for mut row in rows {
             if let Some(place) = places.get(&row.task_uuid) {
+                works[*place].defines(&row)?;
                 // A row that knows more of the attempt takes the place of one that knew what it counts for.
                 row.passed |= works[*place].steps.get(&row.step.uuid).is_some_and(|before| before.passed);
                 works[*place].steps.insert(row.step.uuid, row);
             }
         }
+        Ok(())
     };
-    put(&mut works, loaded);
+    put(&mut works, loaded)?;
     if !whole.is_empty() {
         let mut by_hand = by_hand(&works, hints);
         if !by_hand.is_empty() {
@@ -163,7 +186,7 @@ pub(super) async fn load(
             steps::lock_claimable(conn, &by_hand).await?;
             let rows = steps::load(conn, &by_hand).await?;
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
-            put(&mut works, rows);
+            put(&mut works, rows)?;
         }
     }
     nested::load(conn, &mut works, hints).await?;
@@ -172,11 +195,11 @@ pub(super) async fn load(
     if !signalled.is_empty() {
         let loaded = steps::load(conn, &signalled).await?;
         now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
-        put(&mut works, loaded);
+        put(&mut works, loaded)?;
     }
     let behind = behind(&works);
     if !behind.is_empty() {
-        put(&mut works, steps::load_behind(conn, &behind).await?);
+        put(&mut works, steps::load_behind(conn, &behind).await?)?;
     }
     load_maps(conn, &mut works).await?;
     Ok((works, now))
@@ -236,6 +259,18 @@ async fn load_maps(conn: &mut PgConnection, works: &mut [Work]) -> Result<(), Er
         let loaded =
             work.steps.values().filter_map(|row| Some((row.step.index, row.step.uuid, *maps.get(&row.step.uuid)?)));
         let loaded: Vec<(u32, Uuid, Map)> = loaded.collect();
+        // A map that waits for its items has counted them.
+        let uncounted = |row: &&StepRow| {
+            is_map(work, row) && row.step.state == StepState::Waiting && !maps.contains_key(&row.step.uuid)
+        };
+        if let Some(row) = work.steps.values().find(uncounted) {
+            return Err(Error::Store(store::Error::BadRow {
+                table: "maps",
+                column: "step_uuid",
+                id: row.step.uuid.to_string(),
+                problem: "the step waits for its items, and this row is missing".into(),
+            }));
+        }
         for (index, step, map) in loaded {
             let count = reported.get(&index).copied().unwrap_or_default().min(map.items - map.next_item);
             if count > 0 {

@@ -99,7 +99,7 @@ impl Shared {
         let mut found = HashMap::new();
         let mut missing = Vec::new();
         {
-            let known = self.templates.lock().expect("no code panics while it holds the template cache");
+            let known = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
             for id in ids {
                 match known.get(id) {
                     Some(template) => drop(found.insert(*id, template.clone())),
@@ -112,10 +112,7 @@ impl Shared {
             missing.dedup();
             for template in templates::load(conn, &missing).await? {
                 let id = template.definition.template_id;
-                self.templates
-                    .lock()
-                    .expect("no code panics while it holds the template cache")
-                    .insert(id, template.clone());
+                self.templates.lock().unwrap_or_else(PoisonError::into_inner).insert(id, template.clone());
                 found.insert(id, template);
             }
         }

@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Map, Value as Json};
 
 use super::config::TraceConfig;
@@ -340,6 +340,7 @@ fn jaeger(trace: &Json, policy: &Policy) -> Vec<Flat> {
         let attributes = tags(list(span, "tags"));
         let trace_id = id(&text(span, "traceID"))?;
         let start = micros(span.get("startTime"))?;
+        let took = TimeDelta::microseconds(number(span.get("duration")).unwrap_or(0).max(0));
         let references = list(span, "references");
         let parent = references
             .iter()
@@ -358,7 +359,8 @@ fn jaeger(trace: &Json, policy: &Policy) -> Vec<Flat> {
                 _ => "internal",
             },
             start,
-            end: start + chrono::TimeDelta::microseconds(number(span.get("duration")).unwrap_or(0).max(0)),
+            // A backend that names an end beyond the calendar names none.
+            end: start.checked_add_signed(took).unwrap_or(start),
             events: list(span, "logs")
                 .iter()
                 .filter_map(|log| {
@@ -451,6 +453,10 @@ mod tests {
             assert_eq!((span.end - span.start).num_milliseconds(), 2);
             assert_eq!((span.attributes["n"].as_i64(), span.error.as_deref()), (Some(7), Some("no")));
         }
+        let mut endless = jaeger.clone();
+        endless["data"][0]["spans"][0]["duration"] = json!(i64::MAX);
+        let spans = read(&endless.to_string(), TRACE, &policy).unwrap();
+        assert_eq!(spans[0].end, spans[0].start, "no calendar has that end");
         assert_eq!(read("<html>", TRACE, &policy), None);
         assert_eq!(read("{}", TRACE, &policy), None);
         let other = "0".repeat(31) + "1";

@@ -24,6 +24,7 @@ use super::span::TaskSpans;
 use super::transport::{self, Error as TransportError, SendError, Transport};
 use super::tree;
 use crate::metrics::metrics;
+use crate::state_machine::retry::LONGEST;
 use crate::store::exports::Orphan;
 use crate::store::{self, exports, transitions};
 
@@ -244,7 +245,7 @@ impl Exporter {
 
     /// Waits until everything handed over so far is acknowledged, at most until `deadline`.
     pub async fn flush(&self, deadline: Duration) -> bool {
-        let until = Instant::now() + deadline;
+        let until = Instant::now() + deadline.min(LONGEST);
         while self.stats.open_batches.load(Ordering::Relaxed) > 0 {
             if Instant::now() >= until {
                 return false;
