@@ -17,8 +17,11 @@ pub struct Limits {
     pub commit_ms: f64,
     /// Rows inserted 100 a statement.
     pub batched_rows_per_second: f64,
-    /// PGMQ messages read and deleted 100 at a time.
+    /// PGMQ messages read and deleted 100 at a time by one client.
     pub pgmq_messages_per_second: f64,
+    /// The same by one client for each core, each with a queue of its own, together: what the cores
+    /// add up to when all of them work, as they do under our load.
+    pub pgmq_messages_per_second_all_cores: f64,
 }
 
 const ENOUGH: Duration = Duration::from_secs(1);
@@ -50,43 +53,63 @@ pub async fn measure(pool: &PgPool) -> Result<Limits> {
         commit_ms: median(commits),
         batched_rows_per_second,
         pgmq_messages_per_second: pgmq_rate(pool).await?,
+        pgmq_messages_per_second_all_cores: all_cores(pool).await?,
     })
+}
+
+async fn all_cores(pool: &PgPool) -> Result<f64> {
+    let clients = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut rates = tokio::task::JoinSet::new();
+    for client in 0..clients {
+        let pool = pool.clone();
+        rates.spawn(async move { pgmq_rate_of(&pool, &format!("bench_limit_{client}")).await });
+    }
+    let mut all = 0.0;
+    while let Some(rate) = rates.join_next().await {
+        all += rate??;
+    }
+    Ok(all)
 }
 
 /// Messages a second that PGMQ's own functions read and delete, 100 at a time, for about a second.
 pub async fn pgmq_rate(pool: &PgPool) -> Result<f64> {
+    pgmq_rate_of(pool, "bench_limit").await
+}
+
+async fn pgmq_rate_of(pool: &PgPool, queue: &str) -> Result<f64> {
     let mut conn = pool.acquire().await?;
-    sqlx::query("select pgmq.create('bench_limit')").execute(&mut *conn).await?;
+    sqlx::query("select pgmq.create($1)").bind(queue).execute(&mut *conn).await?;
     let (mut messages, mut spent) = (0_usize, Duration::ZERO);
     while spent < ENOUGH {
         // Messages of the size of ours, read whole, as any consumer reads them.
         sqlx::query(
-            "select pgmq.send_batch('bench_limit',
+            "select pgmq.send_batch($1,
                array_agg(jsonb_build_object('v', 1, 'task', gen_random_uuid(), 'step', gen_random_uuid(),
                  'generation', 1, 'attempt', 1, 'handler', 'bench.noop')),
                array_agg(jsonb_build_object('traceparent', '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01',
                  'x-tasker-sender', '00f067aa0ba902b7')))
              from generate_series(1, 5000)",
         )
+        .bind(queue)
         .execute(&mut *conn)
         .await?;
         let started = Instant::now();
         loop {
-            let read: Vec<(i64, i32, DateTime<Utc>, Value, Value)> = sqlx::query_as(
-                "select msg_id, read_ct, enqueued_at, message, headers from pgmq.read('bench_limit', 30, 100)",
-            )
-            .fetch_all(&mut *conn)
-            .await?;
+            let read: Vec<(i64, i32, DateTime<Utc>, Value, Value)> =
+                sqlx::query_as("select msg_id, read_ct, enqueued_at, message, headers from pgmq.read($1, 30, 100)")
+                    .bind(queue)
+                    .fetch_all(&mut *conn)
+                    .await?;
             if read.is_empty() {
                 break;
             }
             let ids: Vec<i64> = read.iter().map(|message| message.0).collect();
-            sqlx::query("select pgmq.delete('bench_limit', $1::bigint[])").bind(&ids).execute(&mut *conn).await?;
+            sqlx::query("select pgmq.delete($1, $2::bigint[])").bind(queue).bind(&ids).execute(&mut *conn).await?;
             messages += ids.len();
         }
         spent += started.elapsed();
     }
-    sqlx::query("select pgmq.drop_queue('bench_limit')").execute(&mut *conn).await?;
+    sqlx::query("select pgmq.drop_queue($1)").bind(queue).execute(&mut *conn).await?;
     Ok(messages as f64 / spent.as_secs_f64())
 }
 

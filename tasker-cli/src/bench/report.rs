@@ -51,6 +51,10 @@ impl Report {
         );
         line("limit: rows inserted 100 at a time", format!("{:.0}/s", limits.batched_rows_per_second));
         line("limit: PGMQ read + delete, 100 at a time", format!("{:.0} messages/s", limits.pgmq_messages_per_second));
+        line(
+            "  by a client for each core, all together",
+            format!("{:.0} messages/s", limits.pgmq_messages_per_second_all_cores),
+        );
         for (name, run) in [("tracing off", &self.untraced), ("every span exported", &self.traced)] {
             let Some(run) = run else { continue };
             line("", String::new());
