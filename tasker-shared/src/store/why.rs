@@ -28,6 +28,8 @@ pub struct Situation {
     pub maps: Vec<OpenMap>,
     /// What the first of its steps that wait for a task waits for, one level deep.
     pub awaited: Option<Box<Self>>,
+    /// Of a suspended task: who suspended it, and why.
+    pub suspended_by: Option<String>,
 }
 
 /// A map that waits for its items.
@@ -107,7 +109,11 @@ async fn look(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situati
     let around = sqlx::query!(
         r#"select clock_timestamp() as "now!",
              exists (select from pg_stat_activity where datname = current_database() and application_name = 'tasker-orchestration')
-             or exists (select from tasker.instances where seen_at > clock_timestamp() - interval '30 s') as "orchestrator!""#
+             or exists (select from tasker.instances where seen_at > clock_timestamp() - interval '30 s') as "orchestrator!",
+             case when $2 then (select concat_ws(': ', a.actor, a.reason) from tasker.audit a
+               where a.task_uuid = $1 and a.action = 'suspend' order by a.audit_id desc limit 1) end as suspended_by"#,
+        task_uuid,
+        task.state == "suspended"
     )
     .fetch_one(&mut *conn)
     .await?;
@@ -165,7 +171,15 @@ async fn look(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situati
     )
     .fetch_all(conn)
     .await?;
-    Ok(Some(Situation { task, now: around.now, orchestrator: around.orchestrator, open, maps, awaited: None }))
+    Ok(Some(Situation {
+        task,
+        now: around.now,
+        orchestrator: around.orchestrator,
+        open,
+        maps,
+        awaited: None,
+        suspended_by: around.suspended_by,
+    }))
 }
 
 /// The first limit of the group's lane that lets nothing through now, in words.
@@ -196,9 +210,8 @@ impl Situation {
             "suspended" => {
                 let failed = told().map_or_else(String::new, |reason| format!(" (meanwhile: {reason})"));
                 let task = task.task_uuid;
-                format!(
-                    "an operator suspended it, see `tasker audit list {task}`; `tasker task resume {task}` lets it go on{failed}"
-                )
+                let who = self.suspended_by.as_deref().unwrap_or("an operator");
+                format!("suspended by {who}; `tasker task resume {task}` lets it go on{failed}")
             }
             "pending" => self.pending(),
             "blocked_by_failures" => self.blocked(),
