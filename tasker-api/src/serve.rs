@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::State as Extract;
 use axum::middleware;
 use axum::response::{IntoResponse as _, Response};
-use http::Request;
+use http::{HeaderMap, Request, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -243,7 +244,12 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
     (router, state)
 }
 
-async fn not_found() -> Response {
+/// A browser gets a page, everybody else a problem.
+async fn not_found(Extract(state): Extract<State>, headers: HeaderMap) -> Response {
+    let accepts = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    if accepts.contains("text/html") {
+        return page::nothing_here(&state, &headers);
+    }
     Problem::not_found("such path; /openapi.json lists those that are").into_response()
 }
 

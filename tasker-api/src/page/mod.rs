@@ -276,7 +276,8 @@ async fn frame(Extract(state): Extract<State>, mut request: Request, next: Next)
     let plain = String::from_utf8_lossy(&body);
     let detail = told["detail"].as_str().unwrap_or(&plain);
     let title = told["title"].as_str().unwrap_or_else(|| status.canonical_reason().unwrap_or("It did not work"));
-    let mut page = problem_page(&state, seen.0.get(), theme, status, title, detail);
+    let asked_by_form = !reads && matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY);
+    let mut page = problem_page(&state, seen.0.get(), theme, asked_by_form, status, title, detail);
     if let Some(seconds) = retry_after {
         page.headers_mut().insert(header::RETRY_AFTER, seconds);
     }
@@ -286,10 +287,17 @@ async fn frame(Extract(state): Extract<State>, mut request: Request, next: Next)
 /// Where a browser signs in.
 pub(crate) const LOGIN: &str = "/login";
 
+/// What a browser shows where nothing is: who asks is not known, so nobody is named.
+pub(crate) fn nothing_here(state: &State, headers: &HeaderMap) -> Response {
+    let detail = "no page has this address";
+    problem_page(state, None, theme(headers), false, StatusCode::NOT_FOUND, "There is no such page", detail)
+}
+
 fn problem_page(
     state: &State,
     who: Option<&Caller>,
     theme: Option<&str>,
+    asked_by_form: bool,
     status: StatusCode,
     title: &str,
     detail: &str,
@@ -298,6 +306,7 @@ fn problem_page(
     let next = match status.as_u16() {
         401 => "Sign in, then try again.",
         403 => "Ask an administrator for a key that may, or sign in with another.",
+        404 if who.is_none() => "Look for a typing mistake, or begin at the tasks.",
         404 => "It may have been removed by retention, or belong to a namespace that your key does not reach.",
         409 => "Look at its state as it is now, then decide again.",
         429 | 503 => "Wait a moment and load the page again.",
@@ -322,7 +331,11 @@ fn problem_page(
             h1 { (title) }
             p.reason { (detail) }
             p.quiet { (next) }
-            div.actions { a.button href={ (base) "/" } { "To the tasks" } @if status == StatusCode::UNAUTHORIZED { a.button.primary href={ (base) (LOGIN) } { "Sign in" } } }
+            div.actions {
+                @if asked_by_form { button.primary.js-only type="button" data-back="" { "Back to the form" } }
+                a.button href={ (base) "/" } { "To the tasks" }
+                @if status == StatusCode::UNAUTHORIZED { a.button.primary href={ (base) (LOGIN) } { "Sign in" } }
+            }
         }
     };
     document(status, &shell, &body)
