@@ -71,6 +71,7 @@
       root.dataset.theme = dark() ? "light" : "dark";
       remember("tasker_theme", root.dataset.theme);
     }
+    if (button.dataset.back !== undefined) history.back();
     if (button.dataset.live !== undefined) pause(!paused);
     if (button.dataset.fit !== undefined) {
       const graph = document.querySelector(".graph");
@@ -87,6 +88,10 @@
     const said = bar.querySelector("[data-picked]");
     if (said) said.textContent = `${n} selected`;
   };
+
+  // On a phone the navigation is wider than the screen: show where we are in it.
+  const here = document.querySelector(".nav [aria-current]");
+  if (here) here.parentElement.scrollLeft = here.offsetLeft - here.parentElement.offsetLeft - 40;
 
   // Keys.
   document.addEventListener("keydown", (event) => {

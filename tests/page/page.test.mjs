@@ -323,6 +323,48 @@ test("a waiting step is approved", async () => {
   await page.close();
 });
 
+test("a page that is not there is a page, and a program is told as before", async () => {
+  const page = await open("/nowhere");
+  await page.getByRole("heading", { name: "There is no such page" }).waitFor();
+  const answer = await page.request.get("/nowhere", { headers: { accept: "*/*" } });
+  assert.equal(answer.status(), 404);
+  assert.equal((await answer.json()).code, "not_found");
+  await page.close();
+});
+
+test("a suspended task says who suspended it and why; a step that waits offers its answers", async () => {
+  const task = await submit("shop/approve");
+  const page = await open(`/tasks/${task}`);
+  await status(page, "waiting");
+  await page.locator("#steps a", { hasText: "approval" }).click();
+  await page.getByRole("button", { name: "reject", exact: true }).waitFor();
+  await page.goBack();
+  await tasker("task", "suspend", task, "--reason", "the customer asked us to wait");
+  await status(page, "suspended");
+  assert.match(await page.textContent("#head .reason"), /suspended by \S+: the customer asked us to wait/);
+  await page.close();
+});
+
+test("what changed between two schemas is told rule by rule, and no secret of them is", async () => {
+  for (const [version, rules] of [["1", "default: hunter2"], ["2", "default: hunter3, minLength: 8"]]) {
+    await template(`{namespace: shop, name: secretive, version: "${version}", input_schema: {required: [password], properties: {password: {type: string, ${rules}}}}, steps: [{name: a, handler: noop}]}`);
+  }
+  const page = await open("/templates/shop/secretive?version=2&since=1");
+  const said = await page.textContent("#diff pre");
+  assert.match(said, /password\.default: changed, and hidden\n/);
+  assert.match(said, /password\.minLength: none → 8\n/);
+  assert.ok(!/hunter/.test(await page.content()));
+  assert.equal(await page.inputValue("#in-password"), "");
+  const answer = await page.request.get("/v1/templates/shop/secretive/diff?before=1&after=2", { headers: { authorization: `Bearer ${await keyOf("--role", "viewer")}` } });
+  assert.deepEqual((await answer.json()).template, [
+    { key: "input_schema.properties.password.default", before: "[redacted]", after: "[redacted]" },
+    { key: "input_schema.properties.password.minLength", before: null, after: 8 },
+  ]);
+  const told = await tasker("template", "diff", "shop/secretive", "1", "2");
+  assert.ok(/minLength: none → 8/.test(told) && !/hunter/.test(told), told);
+  await page.close();
+});
+
 test("many tasks are acted on after a preview", async () => {
   const tasks = [await submit("shop/approve", {}, "--correlation-id", "bulk"), await submit("shop/approve", {}, "--correlation-id", "bulk"),
     await submit("shop/parcel", { parcel_id: "P", weight_kg: 1 }, "--correlation-id", "bulk")];
@@ -405,6 +447,15 @@ steps:
   - {name: one, handler: noop, for_each: "\${steps.all.output.items}", depends_on: [all]}
 `);
   const map = await submit("shop/each", { items: [1, 2, 3] });
+  await template(`{namespace: shop, name: login, version: "1", input_schema: {properties: {password: {type: string, default: hunter2}}}, steps: [{name: a, handler: noop}]}`);
+  await template(`{namespace: shop, name: login, version: "2", input_schema: {properties: {password: {type: string, default: hunter3, minLength: 8}}}, steps: [{name: a, handler: noop}]}`);
+  const suspended = await submit("shop/slow");
+  await tasker("task", "suspend", suspended, "--reason", "the customer asked us to wait");
+  await tasker("schedule", "set", "shop/rests", "--template", "lonely", "--every", "1h");
+  await tasker("schedule", "pause", "shop/rests");
+  await tasker("limit", "set", "shop", "--concurrency", "90");
+  await tasker("retention", "set", "--namespace", "shop", "--keep", "30d");
+  await tasker("queue", "pause", "worker_other", "--reason", "a machine is mended");
   await tasker("schedule", "set", "shop/nightly", "--template", "lonely", "--cron", "0 3 * * *", "--time-zone", "Europe/Berlin");
   await sql("select pgmq.send('task_requests', '{\"v\": 99}')");
   const page = await open(`/tasks/${failed}`);
@@ -417,8 +468,38 @@ steps:
   const told = await page.locator("#steps a", { hasText: "all" }).getAttribute("href");
   await page.goto("/queues");
   const quarantined = await page.locator("#quarantine a").first().getAttribute("href", { timeout: 30_000 });
+  const waiting = `/tasks/${task}`;
+  await page.goto(waiting);
+  const approval = await page.locator("#steps a", { hasText: "approval" }).getAttribute("href");
   await page.close();
-  return ["/", "/?status=failed", "/?correlation_id=nothing+has+this", "/search?q=nothing", "/search?q=every+page", `/tasks/${task}`, `/tasks/${lonely}`, `/tasks/${failed}`, step, mapStep, told,
+  // States that no address leads to.
+  const click = (where, ...names) => async (page) => {
+    await page.goto(where);
+    for (const name of names) await page.locator("summary, button", { hasText: new RegExp(`^\\s*${name}`) }).first().click();
+  };
+  const bulk = async (page, ...more) => {
+    await page.goto("/?correlation_id=every+page");
+    await page.check("#pick-all");
+    await page.selectOption("select[name=action]", "suspend");
+    await page.getByRole("button", { name: "Preview" }).click();
+    await page.getByRole("heading", { name: /^Preview/ }).waitFor();
+    for (const name of more) await page.getByRole("button", { name }).click();
+  };
+  const refused = async (page) => {
+    await page.goto("/templates/shop/parcel");
+    await page.evaluate(() => document.querySelector("#submit form").noValidate = true);
+    await page.getByRole("button", { name: "Submit", exact: true }).click();
+    await page.getByRole("heading", { name: /rule/ }).waitFor();
+  };
+  const states = {
+    "picked rows": async (page) => { await page.goto("/"); await page.check("#pick-all"); },
+    "the preview of a bulk act": (page) => bulk(page), "a bulk act": (page) => bulk(page, /^Suspend \d+ task/),
+    "the filter": click("/", "Filter"), "the actions of a task": click(waiting, "Actions"), "the actions of a failed task": click(`/tasks/${failed}`, "Actions"),
+    "the actions of a step": click(approval, "Actions"), "the span of a step": click(told, "Its span"), "the whole error": click(step, "The whole error"),
+    "a form that is open": click("/templates/shop/parcel", "The whole input", "Correlation id"), "a refused form": refused, "paused": click("/", "Live"),
+    "what was requeued": (page) => page.goto("/queues?done=quarantine"), "a used link": (page) => page.goto(new URL(link).pathname + new URL(link).search),
+  };
+  return [...Object.entries(states), approval, `/tasks/${suspended}`, "/templates/shop/login?since=1", "/templates/shop/login", "/nowhere", "/templates/shop/nothing", "/audit?actor=nobody", "/", "/?status=failed", "/?correlation_id=nothing+has+this", "/search?q=nothing", "/search?q=every+page", `/tasks/${task}`, `/tasks/${lonely}`, `/tasks/${failed}`, step, mapStep, told,
     `/tasks/${failed}/log`, "/queues", quarantined, "/templates", "/templates/shop/parcel", "/templates/shop/grown?since=26", "/schedules", "/audit", "/settings",
     "/tasks/00000000-0000-0000-0000-000000000000", "/?status=nonsense"];
 };
@@ -474,14 +555,16 @@ test("axe finds nothing serious, in light and dark, wide and on a phone; no page
   for (const [colorScheme, width] of [["light", 1440], ["dark", 1440], ["light", 390], ["dark", 390]]) {
     const context = await visitor({ colorScheme, viewport: { width, height: 844 }, storageState: await admin.storageState(), bypassCSP: true });
     for (const where of [...pages, "/login"]) {
-      const page = await open(where, context);
+      const [name, go] = typeof where === "string" ? [where] : where;
+      const page = await open(go ? "/settings" : where, context);
+      if (go) await go(page);
       await page.evaluate(axe);
       const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ["violations"] }));
       for (const one of violations.filter((one) => ["serious", "critical"].includes(one.impact))) {
-        found.push(`${where} (${colorScheme}, ${width}): ${one.id}: ${one.nodes.slice(0, 3).map((node) => node.html.slice(0, 160)).join(" | ")}`);
+        found.push(`${name} (${colorScheme}, ${width}): ${one.id}: ${one.nodes.slice(0, 3).map((node) => node.html.slice(0, 160)).join(" | ")}`);
       }
       const over = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
-      if (over > 0) found.push(`${where} (${width}) is ${over} px too wide`);
+      if (over > 0) found.push(`${name} (${width}) is ${over} px too wide`);
       await page.close();
     }
     await context.close();

@@ -4,6 +4,7 @@ use axum::extract::Query;
 use axum::response::Response;
 use maud::html;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use tasker_shared::redact;
 use tasker_shared::store::details::{self, AuditFilter};
 use uuid::Uuid;
@@ -56,17 +57,17 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
                 (empty("Nothing was done", &html! { p { "Cancelling, retrying, pausing, limits and keys leave a line here, with who and why." } @if actor.is_some() || task.is_some() { a.button href=(page.link("/audit")) { "Show all" } } }))
             } @else {
                 div.scroll { table.cards {
-                    thead { tr { th.tight { "When" } th { "Who" } th { "Did" } th { "To" } th { "Why" } th { "Details" } } }
+                    thead { tr { th.tight { "When" } th.tight { "Who" } th { "Did" } th { "To" } th { "Why" } th { "Details" } } }
                     tbody { @for act in &acts { tr {
                         td.tight data-label="When" { span { (when(now, act.at)) } }
-                        td data-label="Who" { span.strong { (words::clip(&act.actor, 100)) } }
+                        td.tight data-label="Who" { span.strong title=(act.actor) { (words::clip(&act.actor, 32)) } }
                         td.tight data-label="Did" { span { (act.action.replace(['_', '.'], " ")) } }
                         td data-label="To" { div {
                             @if let Some(task) = act.task_uuid { a.nowrap href=(page.link(format!("/tasks/{task}"))) { "task " (super::tasks::short(task)) } }
                             @if let Some(subject) = &act.subject { (words::clip(subject, 200)) }
                         } }
                         td data-label="Why" { @if let Some(reason) = &act.reason { span { (words::clip(&redact::text(reason), 300)) } } }
-                        td data-label="Details" { @if let Some(details) = &act.details { code { (words::clip(&redact::document(&details.to_string()), 200)) } } }
+                        td data-label="Details" { @if let Some(details) = &act.details { code { (words::clip(&redact::document(&said(details)), 200)) } } }
                     } } }
                 } }
                 div.pages {
@@ -78,4 +79,14 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
         }
     };
     Ok(page.show(now, "Audit", Section::Audit, None, &body))
+}
+
+/// Details without what has no value.
+fn said(details: &Value) -> String {
+    let Value::Object(all) = details else {
+        return details.to_string();
+    };
+    let given: Map<String, Value> =
+        all.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), value.clone())).collect();
+    Value::Object(given).to_string()
 }

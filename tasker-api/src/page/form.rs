@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use maud::{Markup, html};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use tasker_shared::redact;
 
 use super::{Page, json_of};
 use crate::problem::Problem;
@@ -45,7 +46,11 @@ fn kind(property: &Value) -> (Kind, bool) {
 
 fn properties(schema: Option<&Value>) -> Vec<(&String, &Value)> {
     let listed = schema.and_then(|schema| schema["properties"].as_object());
-    listed.into_iter().flatten().take(MOST_FIELDS).collect()
+    let mut listed: Vec<_> = listed.into_iter().flatten().take(MOST_FIELDS).collect();
+    // What must be given comes first, in the order in which the schema asks for it.
+    let required = schema.and_then(|schema| schema["required"].as_array()).map_or(&[][..], Vec::as_slice);
+    listed.sort_by_key(|(name, _)| required.iter().position(|one| one == *name).unwrap_or(usize::MAX));
+    listed
 }
 
 fn is_required(schema: Option<&Value>, name: &str) -> bool {
@@ -95,7 +100,21 @@ pub(super) fn form(page: &Page, action: &str, version: &str, schema: Option<&Val
     }
 }
 
+/// A property without the values in it that the rules of redaction hide; `None` if they hide none.
+fn without_secrets(name: &str, property: &Value) -> Option<Value> {
+    let mut shown = redact::shown(&json!({"input_schema": {"properties": {name: property}}}))?;
+    let mut shown = shown["input_schema"]["properties"][name].take();
+    if let Some(keywords) = shown.as_object_mut() {
+        // A mask in the place of a value or of choices would be sent as one.
+        keywords.retain(|keyword, value| property.get(keyword) == Some(value));
+    }
+    Some(shown)
+}
+
 fn field(name: &str, property: &Value, required: bool) -> Markup {
+    let cleaned = without_secrets(name, property);
+    let property = cleaned.as_ref().unwrap_or(property);
+    let secret = redact::shown(&json!({ name: "text" })).is_some();
     let (kind, nullable) = kind(property);
     let id = format!("in-{name}");
     let sent = format!("in.{name}");
@@ -121,7 +140,7 @@ fn field(name: &str, property: &Value, required: bool) -> Markup {
                 }
             } @else {
                 @match kind {
-                    Kind::Text => input id=(id) type="text" name=(sent) value=(given) required[must] placeholder=[example(property)];,
+                    Kind::Text => input id=(id) type=(if secret { "password" } else { "text" }) autocomplete="off" name=(sent) value=(given) required[must] placeholder=[example(property)];,
                     Kind::Whole => input id=(id) type="number" step="1" name=(sent) value=(given) required[must];,
                     Kind::Number => input id=(id) type="number" step="any" name=(sent) value=(given) required[must];,
                     Kind::Boolean => select id=(id) name=(sent) { option value="" { "–" } option value="true" selected[given == "true"] { "true" } option value="false" selected[given == "false"] { "false" } },
@@ -130,6 +149,7 @@ fn field(name: &str, property: &Value, required: bool) -> Markup {
             }
             @if let Some(hint) = hint { span.hint { (hint) } }
             @else if kind == Kind::Json { span.hint { "JSON" } }
+            @if cleaned.is_some() { span.hint { "Values that its schema holds are hidden." } }
         }
     }
 }
@@ -223,6 +243,20 @@ mod tests {
         assert_eq!(filled(&schema, &[("in.n", "x")]).unwrap_err(), "input.n: must be a whole number");
         assert!(filled(&schema, &[("in.items", "[")]).unwrap_err().starts_with("input.items: must be JSON"));
         assert_eq!(filled(&schema, &[("in.n", "x"), ("whole", r#"{"a": 1}"#)]).unwrap(), json!({"a": 1}));
+    }
+
+    #[test]
+    fn a_secret_of_the_schema_is_not_filled_in_and_what_must_be_given_comes_first() {
+        let schema = json!({"required": ["weight", "id"], "properties": {
+            "api_token": {"type": "string", "default": "tok-1", "minLength": 3, "description": "Of the carrier"},
+            "password": {"enum": ["hunter2"]}, "id": {"type": "string"}, "weight": {"type": "number"}}});
+        let names: Vec<&String> = properties(Some(&schema)).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["weight", "id", "api_token", "password"]);
+        let shown = |name: &str| field(name, &schema["properties"][name], false).into_string();
+        let all = format!("{}{}", shown("api_token"), shown("password"));
+        assert!(!all.contains("tok-1") && !all.contains("hunter2") && !all.contains("redacted"), "{all}");
+        assert!(all.contains("type=\"password\"") && all.contains("Of the carrier"), "{all}");
+        assert!(shown("id").contains("type=\"text\""));
     }
 
     #[test]

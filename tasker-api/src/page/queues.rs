@@ -144,9 +144,9 @@ fn queue_table(page: &Page, overview: &Overview) -> Markup {
                         td.bare data-label="Queue" { div { code.strong { (queue.queue) } span.sub { @match namespace { Some(namespace) => { "steps of " (namespace) }, None => { "read by orchestrators" } } } } }
                         td.num data-label="Depth" { span { (count(queue.depth)) } }
                         td.num data-label="Held back" { span { (count(queue.held)) } }
-                        td.num data-label="Oldest" { span { @match queue.oldest_s { Some(s) if queue.depth > 0 => (words::took(Some(chrono::TimeDelta::seconds(s.into())))), _ => "–" } } }
-                        td.num data-label="In / out" { span { @match rates { Some(rates) => { (rate(rates.into)) " / " (rate(rates.out)) }, None => "–" } } }
-                        td.num data-label="Workers" { span { @if namespace.is_some() { (count(queue.workers)) } @else { "–" } } }
+                        td.num.minor[queue.depth == 0] data-label="Oldest" { span { @match queue.oldest_s { Some(s) if queue.depth > 0 => (words::took(Some(chrono::TimeDelta::seconds(s.into())))), _ => "–" } } }
+                        td.num.minor[rates.is_none()] data-label="In / out" { span { @match rates { Some(rates) => { (rate(rates.into)) " / " (rate(rates.out)) }, None => "–" } } }
+                        td.num.minor[namespace.is_none()] data-label="Workers" { span { @if namespace.is_some() { (count(queue.workers)) } @else { "–" } } }
                         td data-label="State" { div.actions {
                             @if let Some(paused) = &queue.paused { span.pill.suspended { span.sign aria-hidden="true" { "‖" } " paused" } span.quiet.small { (words::clip(paused, 120)) } }
                             @if let Some(namespace) = namespace {
@@ -228,7 +228,7 @@ fn quarantine_table(page: &Page, overview: &Overview, now: DateTime<Utc>) -> Mar
                     thead { tr { th.tight { "Since" } th { "Queue" } th { "Reason" } th.tight { "" } } }
                     tbody { @for message in &overview.quarantine { tr data-key=(message.quarantine_id) {
                         td.tight data-label="Since" { span { (when(now, message.quarantined_at)) } }
-                        td data-label="Queue" { span { code { (message.queue) } " " span.quiet.small { "message " (message.msg_id) } } }
+                        td data-label="Queue" { div { code { (message.queue) } span.sub { "message " (message.msg_id) } } }
                         td data-label="Reason" { span { (words::clip(&redact::text(&message.reason), 300)) } }
                         td.tight { a.button href=(page.link(format!("/quarantine/{}", message.quarantine_id))) { "Look" } }
                     } } }

@@ -29,7 +29,7 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
                     thead { tr { th { "Schedule" } th { "Runs" } th { "When" } th { "Next" } th { "Last" } th.num { "Runs so far" } th { "" } } }
                     tbody { @for one in &found {
                         tr {
-                            td data-label="Schedule" { div { span.strong { (one.name) } span.sub { (one.namespace) @if one.paused { " · paused" } }
+                            td data-label="Schedule" { div { span.strong { (one.name) } span.sub { (one.namespace) }
                                 @if let Some(problem) = &one.problem { span.sub { strong { (words::clip(problem, 200)) } } } } }
                             td data-label="Runs" { span { a href=(page.link(format!("/templates/{}/{}", one.namespace, one.template))) { (one.template) } @if let Some(version) = &one.version { " " (version) } } }
                             td data-label="When" { span { (timing(one)) } }
@@ -63,7 +63,7 @@ fn timing(one: &ScheduleView) -> Markup {
     html! {
         @if let Some(cron) = &one.cron { code { (cron) } @if let Some(zone) = &one.time_zone { " " (zone) } }
         @else if let Some(ms) = one.every_ms { "every " (words::took(Some(chrono::TimeDelta::milliseconds(ms)))) }
-        @else if let Some(at) = one.once_at { "once, " (words::absolute(at)) }
+        @else if let Some(at) = one.once_at { "once, " (words::to_the_second(at)) }
         span.sub { "missed: " (one.missed.replace('_', " ")) ", overlap: " (one.overlap.replace('_', " ")) }
     }
 }

@@ -149,7 +149,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                     }
                 }
             }
-            (waiting_for_person(page, seen))
+            (waiting_for_person(page, seen, None))
             dl.facts.wide {
                 div { dt { "Task" } dd { (copyable(&task.task_uuid.to_string(), "task id")) } }
                 div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all with it" } } }
@@ -221,11 +221,15 @@ fn actions(page: &Page, task: &TaskView) -> Markup {
     }
 }
 
-/// Steps that wait for a signal, with the answers that count.
-fn waiting_for_person(page: &Page, seen: &Seen) -> Markup {
+/// Steps that wait for a signal, or the one, with the answers that count.
+pub(super) fn waiting_for_person(page: &Page, seen: &Seen, only: Option<Uuid>) -> Markup {
     let task = &seen.situation.task;
     let may = page.may_change(Scope::TasksSignal, &task.namespace);
-    let waiting: Vec<&StepLine> = seen.steps.iter().filter(|step| step.state == "waiting").collect();
+    let waiting: Vec<&StepLine> = seen
+        .steps
+        .iter()
+        .filter(|step| step.state == "waiting" && only.is_none_or(|only| only == step.step_uuid))
+        .collect();
     html! {
         @for step in waiting {
             @let definition = &seen.around.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]["wait"]["signal"];
@@ -362,7 +366,7 @@ fn timeline_panel(page: &Page, task: Uuid, trace: Option<&Timeline>) -> Markup {
             div.panel-head {
                 h2 id="timeline-title" { "Timeline" }
                 div.legend.grow aria-hidden="true" {
-                    span { i.i-queue {} "queue" } span { i.i-run {} "run" } span { i.i-fail {} "failed" } span { i.i-retry {} "retry wait" }
+                    span { i.i-queue {} "queue" } span { i.i-run {} "run" } span { i.i-settle {} "result on its way" } span { i.i-fail {} "failed" } span { i.i-retry {} "retry wait" }
                     span { i.i-held {} "held back" } span { i.i-wait {} "waiting" } span { i.i-open {} "now" }
                 }
                 div.actions.js-only {

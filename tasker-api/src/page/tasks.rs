@@ -541,7 +541,7 @@ pub(super) async fn bulk(form: Form) -> Result<Response, Problem> {
                 td.tight data-label="Status" { span { (pill(words::status(task.status))) } }
                 td data-label="Task" { div { a href=(page.link(format!("/tasks/{}", task.task_uuid))) { (task.template) } span.sub { (task.namespace) " · " (short(task.task_uuid)) } } }
                 td data-label="Correlation" { code { (words::clip(&task.correlation_id, 44)) } }
-                td data-label="Answer" { span { @if answer == "accepted" { "✓ asked" } @else { (answer) } } }
+                td data-label=(if confirmed { "Answer" } else { "Would be" }) { span { @if answer == "accepted" { "✓ asked" } @else if words::status(task.status).ended { "not asked: it has already ended as " (task.status) } @else { "not asked: " (answer) } } }
             } } }
         } } }
     };

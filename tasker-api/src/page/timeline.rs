@@ -363,11 +363,22 @@ impl Rows<'_> {
             let info = row.step.and_then(|step| self.log.steps.get(&step));
             info.map_or((0, None), |info| (info.index, info.item))
         };
+        let began = |row: &Row| row.bars.first().map_or(0, |bar| bar.from);
         let mut steps: Vec<Row> = self.steps.into_values().collect();
         for row in &mut steps {
             row.bars.sort_by_key(|bar| (bar.from, bar.to));
         }
-        steps.sort_by_cached_key(|row| (row.bars.first().map_or(0, |bar| bar.from), place(row)));
+        // A map stands above its items, though they are held before it begins to wait for them.
+        let mut first: HashMap<u32, i64> = HashMap::new();
+        for row in &steps {
+            let earliest = first.entry(place(row).0).or_insert(i64::MAX);
+            *earliest = (*earliest).min(began(row));
+        }
+        steps.sort_by_cached_key(|row| {
+            let (index, item) = place(row);
+            let of_map = item.is_none().then(|| first.get(&index).copied()).flatten();
+            (of_map.unwrap_or_else(|| began(row)), index, item)
+        });
         let mut rows = self.tasks;
         rows.extend(steps);
         for row in &mut rows {
