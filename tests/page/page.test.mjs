@@ -493,7 +493,7 @@ steps:
   };
   const states = {
     "picked rows": async (page) => { await page.goto("/"); await page.check("#pick-all"); },
-    "the preview of a bulk act": (page) => bulk(page), "a bulk act": (page) => bulk(page, /^Suspend \d+ task/),
+    "the preview of a bulk act": (page) => bulk(page), "a bulk act": async (page) => { await submit("shop/approve", {}, "--correlation-id", "every page"); await bulk(page, /^Suspend \d+ task/); },
     "the filter": click("/", "Filter"), "the actions of a task": click(waiting, "Actions"), "the actions of a failed task": click(`/tasks/${failed}`, "Actions"),
     "the actions of a step": click(approval, "Actions"), "the span of a step": click(told, "Its span"), "the whole error": click(step, "The whole error"),
     "a form that is open": click("/templates/shop/parcel", "The whole input", "Correlation id"), "a refused form": refused, "paused": click("/", "Live"),

@@ -143,7 +143,7 @@ fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Mark
                 @if !step.handler.is_empty() { div { dt { "Handler" } dd { code { (step.handler) } } } }
                 @if !step.handler.is_empty() { div { dt { "Queue" } dd { code { (step.queue) } } } }
                 // A wait and a map make no attempts of their own.
-                @if !step.handler.is_empty() && !(is_map(seen, step) && step.item < 0) { div { dt { "Attempts" } dd { (step.attempt) " begun · " (step.failures) " failed of " (step.max_attempts) " allowed" @if step.losses > 0 { " · " (step.losses) " lost" } } } }
+                @if !(step.handler.is_empty() || is_map(seen, step) && step.item < 0) { div { dt { "Attempts" } dd { (step.attempt) " begun · " (step.failures) " failed of " (step.max_attempts) " allowed" @if step.losses > 0 { " · " (step.losses) " lost" } } } }
                 @if let Some(worker) = &step.worker { div { dt { "Worker" } dd { (worker) } } }
                 @if let Some(held) = &step.held_by { div { dt { "Held back by" } dd { (held) @if let Some(since) = step.ready_at { ", ready " (when(now, since)) } } } }
                 @if let Some(due) = step.due_at { div { dt { "Due" } dd { (when(now, due)) } } }

@@ -119,7 +119,7 @@ impl Part {
     }
 }
 
-impl<'a> Side<'a> {
+impl Side<'_> {
     /// What stands below it by name, unless it is a value, or hidden as a whole.
     fn inner(self) -> Option<BTreeMap<String, Self>> {
         let quoted = |key: &String| if key.contains('.') { format!("{key:?}") } else { key.clone() };
@@ -347,10 +347,10 @@ steps:
     #[test]
     fn every_rule_about_a_secret_is_told_and_no_secret_is() {
         let before = with_schema(
-            r#"{required: [password], properties: {
+            r"{required: [password], properties: {
                  password: {type: string, default: hunter2, examples: [hunter3]},
                  login: {type: object, properties: {api_token: {type: string, enum: [tok-1]}}},
-                 any_of: {oneOf: [{type: object, properties: {secret: {const: s-1}}}, {type: string}]}}}"#,
+                 any_of: {oneOf: [{type: object, properties: {secret: {const: s-1}}}, {type: string}]}}}",
         );
         let after = with_schema(
             r#"{required: [password, token], properties: {
