@@ -77,6 +77,8 @@ impl From<sqlx::Error> for Error {
 const READ_SECONDS: i32 = 10;
 /// The longest a loop sleeps without being woken.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The same for further settlers: the first polls for all of them, and wakes the others when there is much.
+const SPARE_PAUSE: Duration = Duration::from_secs(30);
 /// Between two looks at the locks of workers.
 const LOCK_LOOKS: Duration = Duration::from_secs(1);
 /// How long a worker whose session was lost may take to have its lock again: it tries every 2 s at least.
@@ -293,21 +295,24 @@ async fn listen(
 }
 
 /// How long a loop that found nothing sleeps: longer each time, never in step with others.
-struct Pause(Duration);
+struct Pause {
+    next: Duration,
+    longest: Duration,
+}
 
 impl Pause {
-    fn new() -> Self {
-        Self(Duration::from_millis(8))
+    fn up_to(longest: Duration) -> Self {
+        Self { next: Duration::from_millis(8), longest }
     }
 
     fn reset(&mut self) {
-        *self = Self::new();
+        *self = Self::up_to(self.longest);
     }
 
     fn next(&mut self) -> Duration {
         let jitter = rand::rng().random_range(0.75..1.0);
-        let pause = self.0.mul_f64(jitter);
-        self.0 = (self.0 * 2).min(LONGEST_PAUSE);
+        let pause = self.next.mul_f64(jitter);
+        self.next = (self.next * 2).min(self.longest);
         pause
     }
 
@@ -336,7 +341,7 @@ async fn register(shared: &Shared, queue: &str, reader: &str, stop: &Cancellatio
 async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
     let mut inbox = Inbox { queue: TASK_REQUESTS, reader: reader(shared.instance, 0), batch, line: None };
     register(&shared, inbox.queue, &inbox.reader, &stop).await;
-    let mut pause = Pause::new();
+    let mut pause = Pause::up_to(LONGEST_PAUSE);
     while !stop.is_cancelled() {
         let turn = async {
             let began = SystemTime::now();
@@ -356,7 +361,7 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
 async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
     let mut inbox = Inbox { queue: STEP_RESULTS, reader: reader(shared.instance, settler + 1), batch, line: None };
     register(&shared, inbox.queue, &inbox.reader, &stop).await;
-    let mut pause = Pause::new();
+    let mut pause = Pause::up_to(if settler == 0 { LONGEST_PAUSE } else { SPARE_PAUSE });
     while !stop.is_cancelled() {
         let turn = async {
             let began = SystemTime::now();
