@@ -42,7 +42,7 @@ pub async fn counts(conn: &mut PgConnection, namespaces: Option<&[String]>) -> R
               where $1::text[] is null or t.namespace = any($1) limit $2::bigint + 1)
              union all
              (select t.state, 2 from tasker.tasks t
-              where $1::text[] is null and t.error_type is not null and t.state = 'error'
+              where $1::text[] is null and t.error_type >= '' and t.state = 'error'
               order by t.task_uuid desc limit $2::bigint + 1)
              union all
              (select t.state, 2 from tasker.templates p cross join lateral (
@@ -54,7 +54,7 @@ pub async fn counts(conn: &mut PgConnection, namespaces: Option<&[String]>) -> R
               where t.state = 'error' and p.namespace = any($1) limit $2::bigint + 1)
              union all
              (select t.state, 3 from tasker.tasks t
-              where $1::text[] is null and t.ended_by is not null and t.state = 'cancelled'
+              where $1::text[] is null and t.ended_by >= '' and t.state = 'cancelled'
               order by t.task_uuid desc limit $2::bigint + 1)
              union all
              (select t.state, 3 from tasker.templates p cross join lateral (

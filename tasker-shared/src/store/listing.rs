@@ -282,7 +282,7 @@ async fn part(
             sqlx::query_scalar!(
                 "select task_uuid from (
                    select t.task_uuid, t.state from tasker.tasks t
-                   where t.error_type is not null and t.task_uuid < $1 and t.task_uuid >= $2
+                   where t.error_type >= '' and t.task_uuid < $1 and t.task_uuid >= $2
                    order by t.task_uuid desc limit $5) t
                  where $3::text[] is null or state = any($3) limit $4",
                 below,
@@ -335,7 +335,7 @@ async fn part(
             sqlx::query_scalar!(
                 "select task_uuid from (
                    select t.task_uuid, t.state from tasker.tasks t
-                   where t.ended_by is not null and t.task_uuid < $1 and t.task_uuid >= $2
+                   where t.ended_by >= '' and t.task_uuid < $1 and t.task_uuid >= $2
                    order by t.task_uuid desc limit $5) t
                  where $3::text[] is null or state = any($3) limit $4",
                 below,
@@ -391,7 +391,7 @@ async fn cut_short(
         }
         Along::Failed => {
             sqlx::query_scalar!(
-                "select task_uuid from tasker.tasks where error_type is not null and task_uuid < $1 and task_uuid >= $2
+                "select task_uuid from tasker.tasks where error_type >= '' and task_uuid < $1 and task_uuid >= $2
                  order by task_uuid desc offset $3 limit 1",
                 below,
                 above,
@@ -415,7 +415,7 @@ async fn cut_short(
         }
         Along::EndedByHand => {
             sqlx::query_scalar!(
-                "select task_uuid from tasker.tasks where ended_by is not null and task_uuid < $1 and task_uuid >= $2
+                "select task_uuid from tasker.tasks where ended_by >= '' and task_uuid < $1 and task_uuid >= $2
                  order by task_uuid desc offset $3 limit 1",
                 below,
                 above,
