@@ -81,6 +81,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const SPARE_PAUSE: Duration = Duration::from_secs(30);
 /// Between two looks at the locks of workers.
 const LOCK_LOOKS: Duration = Duration::from_secs(1);
+/// Until the second look at a lock that was free. A worker that has lost its session says so, or
+/// has its lock again, in a fraction of that.
+const LOCK_LOOKS_AGAIN: Duration = Duration::from_millis(500);
 /// How long a worker whose session was lost may take to have its lock again: it tries every 2 s at least.
 const RECONNECTING: Duration = Duration::from_secs(3);
 
@@ -477,13 +480,14 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
 }
 
 /// Looks every second at the locks of the workers that hold claims, for as long as any does. A lock
-/// that was free twice is that of a dead worker.
+/// that was free twice, with half a second between, is that of a dead worker.
 async fn watch_workers(shared: Arc<Shared>, stop: CancellationToken) {
     while stop.run_until_cancelled(shared.claims.notified()).await.is_some() {
         let mut suspects = Vec::new();
         let mut trusted_from = Instant::now();
         loop {
-            if stop.run_until_cancelled(tokio::time::sleep(LOCK_LOOKS)).await.is_none() {
+            let pause = if suspects.is_empty() { LOCK_LOOKS } else { LOCK_LOOKS_AGAIN };
+            if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return;
             }
             match sweep::look_for_dead_workers(&shared, &suspects).await {
