@@ -155,7 +155,12 @@ impl World {
 
     /// Registers a template of the namespace `tests` from the rest of its YAML.
     pub async fn register(&self, name: &str, rest: &str) {
-        let yaml = format!("namespace: {NAMESPACE}\nname: {name}\nversion: \"1\"\n{rest}");
+        self.register_as(NAMESPACE, name, "1", rest).await;
+    }
+
+    /// Registers a template from the rest of its YAML.
+    pub async fn register_as(&self, namespace: &str, name: &str, version: &str, rest: &str) {
+        let yaml = format!("namespace: {namespace}\nname: {name}\nversion: \"{version}\"\n{rest}");
         let checked = template::parse("test.yaml", &yaml).unwrap_or_else(|problems| panic!("{problems:#?}\n{yaml}"));
         let mut conn = self.pool.acquire().await.expect("a connection");
         templates::register(&mut conn, &checked.template).await.expect("registered");
@@ -543,7 +548,12 @@ pub fn assert_tree(spans: &[Received], keys: &[&str], expected: &str) {
 }
 
 /// Asks again and again until there is an answer; panics after a minute.
-pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn eventually<T>(what: &str, ask: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(DEADLINE, what, ask).await
+}
+
+/// The same with another deadline.
+pub async fn eventually_within<T>(deadline: Duration, what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let asking = async {
         loop {
             if let Some(answer) = ask().await {
@@ -552,7 +562,7 @@ pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) 
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(DEADLINE, asking).await.unwrap_or_else(|_| panic!("in vain for {DEADLINE:?}: {what}"))
+    tokio::time::timeout(deadline, asking).await.unwrap_or_else(|_| panic!("in vain for {deadline:?}: {what}"))
 }
 
 // Processes.

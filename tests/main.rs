@@ -30,6 +30,7 @@ mod late_and_duplicate_results;
 mod malformed_messages;
 mod map;
 mod metrics;
+mod mix;
 mod nested;
 mod no_worker_lost;
 mod operator_retry;

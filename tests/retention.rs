@@ -21,7 +21,7 @@ async fn keep_a_week(world: &World, archive: bool) {
 }
 
 /// As if these tasks had been submitted, and had ended, that many days ago: their uuids say when.
-async fn age(world: &World, tasks: &[Uuid], days: i32) -> Vec<Uuid> {
+pub async fn age(world: &World, tasks: &[Uuid], days: i32) -> Vec<Uuid> {
     let mut aged = Vec::new();
     for task in tasks {
         let new: Uuid = sqlx::query_scalar(

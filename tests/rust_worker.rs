@@ -46,6 +46,7 @@ impl RustWorker {
             .handler("ok", handle(false, false))
             .handler("flaky", handle(false, true))
             .handler("broken", handle(true, false))
+            .handler("later", later)
             .builtins()
             .build()
             .expect("a worker of the tests");
@@ -62,4 +63,13 @@ impl RustWorker {
         drop(self.stop);
         self.running.await.expect("no panic").expect("a worker that ran");
     }
+}
+
+/// Tells its progress, and when to try it again.
+async fn later(ctx: StepContext, _: Value) -> Result<Value, StepError> {
+    ctx.heartbeat(json!({"attempt": ctx.attempt()}));
+    if ctx.attempt() == 1 {
+        return Err(StepError::retry_after("Busy", "come back", Duration::from_millis(30)));
+    }
+    Ok(json!({"attempt": ctx.attempt()}))
 }

@@ -20,8 +20,9 @@ use tasker_trace_testing::{Difference, Rules, Trace, compare};
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::every_feature_under_kills::{features, kill_until, register_mix, submit_mix};
+use crate::every_feature_under_kills::kill_until;
 use crate::harness::{DEADLINE, Setup, World, eventually, trace};
+use crate::mix::{SEEN, features, register_mix, setup, submit_mix, wind_up};
 
 fn number(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
@@ -68,13 +69,14 @@ async fn verify(world: &World) -> (usize, Difference) {
 async fn nothing_is_missing_after_kills_and_an_outage_of_the_collector() {
     let count = usize::try_from(number("TASKER_PROOF_TASKS", 10_000)).unwrap();
     let outage = Duration::from_secs(number("TASKER_PROOF_OUTAGE_S", 120));
-    let mut world = World::start(Setup { orchestrators: 0, workers: 0, rust_workers: 1, ..Setup::default() }).await;
+    let mut world = World::start(setup(0, 1)).await;
     let features = features();
     register_mix(&world, &features).await;
     let (done, began) = (AtomicBool::new(false), Instant::now());
     let work = async {
         let tasks = submit_mix(&world, &features, count).await;
         let states = world.finish_within(&tasks, DEADLINE * 60).await;
+        wind_up(&world).await;
         done.store(true, Ordering::Relaxed);
         states
     };
@@ -120,14 +122,7 @@ async fn nothing_is_missing_after_kills_and_an_outage_of_the_collector() {
     assert!(found.is_none(), "{found:#?}");
     assert_eq!(found.remote_parents_missing, 0, "nobody called from outside");
     assert!(killed >= 8 || count < 1000, "only {killed} processes were killed");
-    for (what, query) in [
-        ("attempts that were tried again", "select count(*) from tasker.attempts where attempt > 1"),
-        ("attempts that were lost", "select count(*) from tasker.transitions where event = 'LeaseExpired'"),
-        ("nested tasks", "select count(*) from tasker.tasks where parent_task_uuid is not null"),
-        ("items of maps", "select count(*) from tasker.steps where item >= 0"),
-        ("signals", "select count(*) from tasker.transitions where event = 'SignalReceived'"),
-        ("suspensions", "select count(*) from tasker.transitions where event = 'Suspend'"),
-    ] {
+    for (what, query) in SEEN {
         let n = world.number(query).await;
         println!("PROOF   among them {n} {what}");
         assert!(n > 0 || count < 1000, "{what}");
@@ -174,12 +169,13 @@ select task_uuid::text, name, sum(n)::bigint from names group by 1, 2 having sum
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: `just trace-proof`"]
 async fn a_clean_run_sends_exactly_the_spans_that_the_rows_of_the_log_ask_for() {
-    let world = World::start(Setup { workers: 0, rust_workers: 2, orchestrators: 2, ..Setup::default() }).await;
+    let world = World::start(setup(2, 2)).await;
     let features = features();
     register_mix(&world, &features).await;
     let count = usize::try_from(number("TASKER_PROOF_CLEAN_TASKS", 1000)).unwrap();
     let tasks = submit_mix(&world, &features, count).await;
     world.finish_within(&tasks, DEADLINE * 10).await;
+    wind_up(&world).await;
     eventually_long(async || world.number("select count(*) from tasker.tasks where finished_at is null").await == 0)
         .await;
     world.queues_drained().await;

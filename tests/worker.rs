@@ -18,6 +18,9 @@ pub const NAMESPACE: &str = "tests";
 /// The handlers that [`answer`] knows.
 pub const HANDLERS: [&str; 4] = ["ok", "flaky", "broken", "silent"];
 
+/// A handler that [`Worker`] offers, and never claims a step of.
+pub const IGNORED: &str = "ignored";
+
 /// One row of `claim_steps`.
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "columns of tasker.claim_steps")]
@@ -139,6 +142,10 @@ pub async fn report(conn: &mut PgConnection, results: &[Value]) -> Result<Vec<(b
 /// What a worker does with what it claimed.
 pub type Work = Arc<dyn Fn(&Claim) -> Answer + Send + Sync>;
 
+fn offered() -> Vec<&'static str> {
+    HANDLERS.into_iter().chain([IGNORED]).collect()
+}
+
 /// A worker with a loop of its own; it stops when dropped, without a word.
 #[derive(Debug)]
 pub struct Worker {
@@ -155,7 +162,7 @@ impl Worker {
         let options =
             PoolOptions { max_connections: 1, acquire_timeout: Duration::from_secs(2), ..PoolOptions::default() };
         let pool = tx::pool(url, &options).await?;
-        hello(&mut *pool.acquire().await?, name, None, &HANDLERS, slots).await?;
+        hello(&mut *pool.acquire().await?, name, None, &offered(), slots).await?;
         let stop = CancellationToken::new();
         let mut state = State { pool, url: url.to_owned(), name: name.to_owned(), slots, work, unreported: Vec::new() };
         let running = tokio::spawn({
@@ -205,7 +212,7 @@ impl State {
                 self.unreported.clear();
             }
             if said_hello.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
-                hello(&mut conn, &self.name, None, &HANDLERS, self.slots).await?;
+                hello(&mut conn, &self.name, None, &offered(), self.slots).await?;
                 said_hello = Some(Instant::now());
             }
             let claims = claim(&mut conn, &self.name, None, &HANDLERS, self.slots).await?;
