@@ -80,10 +80,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// The same for further settlers: the first polls for all of them, and wakes the others when there is much.
 const SPARE_PAUSE: Duration = Duration::from_secs(30);
 /// Between two looks at the locks of workers.
-const LOCK_LOOKS: Duration = Duration::from_secs(1);
+const LOCK_LOOKS: Duration = Duration::from_millis(500);
 /// Until the second look at a lock that was free. A worker that has lost its session says so, or
-/// has its lock again, in a fraction of that.
-const LOCK_LOOKS_AGAIN: Duration = Duration::from_millis(500);
+/// has its lock again, in a tenth of that; a busy machine may take the rest.
+const LOCK_LOOKS_AGAIN: Duration = Duration::from_secs(1);
 /// How long a worker whose session was lost may take to have its lock again: it tries every 2 s at least.
 const RECONNECTING: Duration = Duration::from_secs(3);
 
@@ -479,8 +479,8 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// Looks every second at the locks of the workers that hold claims, for as long as any does. A lock
-/// that was free twice, with half a second between, is that of a dead worker.
+/// Looks twice a second at the locks of the workers that hold claims, for as long as any does. A lock
+/// that was free twice, with a second between, is that of a dead worker.
 async fn watch_workers(shared: Arc<Shared>, stop: CancellationToken) {
     while stop.run_until_cancelled(shared.claims.notified()).await.is_some() {
         let mut suspects = Vec::new();
