@@ -125,14 +125,9 @@ async fn ended(world: &World, task: Uuid, state: &str) -> Trace {
     trace(&world.receiver.spans().into_iter().filter(|span| span.span.trace_id == of).collect::<Vec<_>>())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_feature() {
-    let world = world().await;
-    let client = Client::from_pool(world.pool.clone());
-    let (by, why) = (Some("ann"), Some("it is an example"));
-
-    let task = submit(&world, "branches", json!({"route": "express", "total": 7})).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+async fn what_is_chosen_mapped_and_timed(world: &World) {
+    let task = submit(world, "branches", json!({"route": "express", "total": 7})).await;
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "route"],
             "step.execution" [step_name = "express"],
@@ -142,8 +137,8 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
         }
     });
 
-    let task = submit(&world, "map", json!({"items": ["a", "b", "c"]})).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+    let task = submit(world, "map", json!({"items": ["a", "b", "c"]})).await;
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "each", step_index = 0],
             "step.execution" [step_name = "each", step_index = 1],
@@ -154,8 +149,8 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
         }
     });
 
-    let task = submit(&world, "timeouts", json!({"ms": 60_000})).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+    let task = submit(world, "timeouts", json!({"ms": 60_000})).await;
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "slow", attempt_number = 1, outcome = "timeout", "error.type" = "timeout"],
             "step.execution" [step_name = "slow", attempt_number = 2, outcome = "timeout", "error.type" = "timeout"],
@@ -164,9 +159,12 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
             ..
         }
     });
+}
 
-    let task = submit(&world, "sleep", json!({"at": "2026-01-06T00:00:00Z"})).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+async fn what_waits(world: &World, client: &Client) {
+    let by = Some("ann");
+    let task = submit(world, "sleep", json!({"at": "2026-01-06T00:00:00Z"})).await;
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.wait" * 2 ["wait.reason" = "timer"],
             "step.execution" [step_name = "remind"],
@@ -174,9 +172,9 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
         }
     });
 
-    let task = submit(&world, "signal", json!({})).await;
+    let task = submit(world, "signal", json!({})).await;
     client.signal(task, "paid", &json!({"amount": 12}), by).await.expect("sent");
-    assert_trace!(ended(&world, task, "complete").await, {
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.wait" ["wait.reason" = "signal", actor = "ann"],
             "step.execution" [step_name = "book"],
@@ -184,11 +182,11 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
         }
     });
 
-    let task = submit(&world, "approval", json!({})).await;
+    let task = submit(world, "approval", json!({})).await;
     let refused = client.signal(task, "approved", &json!({"answer": "perhaps"}), by).await.unwrap_err().to_string();
     assert!(refused.contains("approve, reject"), "{refused}");
     client.signal(task, "approved", &json!({"answer": "approve"}), by).await.expect("sent");
-    assert_trace!(ended(&world, task, "complete").await, {
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.wait" ["wait.reason" = "signal", actor = "ann"],
             "step.execution" [step_name = "act"],
@@ -196,8 +194,8 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
         }
     });
 
-    let task = submit(&world, "nested", json!({"total": 12, "parcels": ["a", "b"]})).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+    let task = submit(world, "nested", json!({"total": 12, "parcels": ["a", "b"]})).await;
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "pay", outcome = "success"] {
                 "task.orchestration" [task_name = "nested_payment", outcome = "success"] {
@@ -215,9 +213,12 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
             ..
         }
     });
+}
 
+async fn what_a_person_stops(world: &World, client: &Client) {
+    let (by, why) = (Some("ann"), Some("it is an example"));
     // Stopped for a while, then ended in good order.
-    let task = submit(&world, "cancel", json!({"ms": 600_000})).await;
+    let task = submit(world, "cancel", json!({"ms": 600_000})).await;
     eventually("it runs", async || world.steps(task).await.contains(&"export: in_progress".into()).then_some(())).await;
     client.act(task, Act::Suspend, by, why).await.expect("asked");
     let suspended = async || (world.of_task(task, "state").await.as_deref() == Some("suspended")).then_some(());
@@ -225,7 +226,7 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
     client.act(task, Act::Resume, by, why).await.expect("asked");
     eventually("it goes on", async || suspended().await.is_none().then_some(())).await;
     client.cancel(task, by, why).await.expect("asked");
-    assert_trace!(ended(&world, task, "cancelled").await, {
+    assert_trace!(ended(world, task, "cancelled").await, {
         "task.orchestration" [outcome = "cancellation", reason = "it is an example"] {
             "task.state_transition" [event = "Suspend", actor = "ann"],
             "task.state_transition" [event = "Resume", actor = "ann"],
@@ -235,18 +236,21 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
             ..
         }
     });
-    let task = submit(&world, "cancel", json!({"ms": 600_000})).await;
+    let task = submit(world, "cancel", json!({"ms": 600_000})).await;
     client.terminate(task, by, why).await.expect("asked");
-    assert_trace!(ended(&world, task, "cancelled").await, {
+    assert_trace!(ended(world, task, "cancelled").await, {
         "task.orchestration" [outcome = "cancellation"] { "task.state_transition" [event = "Terminate", actor = "ann"], .. }
     });
+}
 
-    let task = submit(&world, "repair", json!({})).await;
+async fn what_a_person_repairs(world: &World, client: &Client) {
+    let (by, why) = (Some("ann"), Some("it is an example"));
+    let task = submit(world, "repair", json!({})).await;
     assert_eq!(world.finish(&[task]).await, ["blocked_by_failures"]);
     let receipt = Some(json!({"receipt": "R-1"}));
     client.settle_step(task, "charge", ByHand::Complete, receipt, by, why).await.expect("asked");
     eventually("it has ended", async || world.of_task(task, "finished_at").await.map(|_| ())).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "charge", outcome = "failure"],
             "step.state_transition" [event = "CompleteManually", actor = "ann"],
@@ -258,7 +262,7 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
     client.rerun(task, &["ship".to_owned()], by, why).await.expect("asked");
     let again = async || world.of_task(task, "generation").await.filter(|generation| generation == "2");
     eventually("it has begun again", again).await;
-    assert_trace!(ended(&world, task, "complete").await, {
+    assert_trace!(ended(world, task, "complete").await, {
         "task.orchestration" [generation = 1] { .. },
         "task.orchestration" [generation = 2, links = 1] {
             "task.state_transition" [event = "Rerun", actor = "ann"],
@@ -266,16 +270,19 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
             ..
         }
     });
+}
 
+async fn what_is_held(world: &World, client: &Client) {
+    let (by, why) = (Some("ann"), Some("it is an example"));
     // A queue that is paused holds what is limited, shared and urgent alike.
     let queue = format!("worker_{NAMESPACE}");
     client.pause_queue(&queue, by, why).await.expect("paused");
-    let limited = submit(&world, "limits", json!({"customer_id": "c-42"})).await;
-    let shared = submit(&world, "fair_share", json!({"tenant": "acme"})).await;
+    let limited = submit(world, "limits", json!({"customer_id": "c-42"})).await;
+    let shared = submit(world, "fair_share", json!({"tenant": "acme"})).await;
     let held = "select count(*) from tasker.steps where held_by = 'paused'";
     eventually("both are held", async || (world.number(held).await == 2).then_some(())).await;
     client.resume_queue(&queue, by, why).await.expect("resumed");
-    assert_trace!(ended(&world, limited, "complete").await, {
+    assert_trace!(ended(world, limited, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "charge"],
             "step.wait" ["wait.reason" = "paused"],
@@ -283,21 +290,24 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
             ..
         }
     });
-    assert_trace!(ended(&world, shared, "complete").await, {
+    assert_trace!(ended(world, shared, "complete").await, {
         "task.orchestration" [outcome = "success"] {
             "step.execution" [step_name = "work"],
             "step.wait" ["wait.reason" = "paused"],
             ..
         }
     });
+}
 
+async fn what_is_scheduled_and_versioned(world: &World, client: &Client) {
+    let (by, why) = (Some("ann"), Some("it is an example"));
     let nightly =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/schedules/nightly.yaml"));
     let mut schedule: Schedule = Schedule::from_yaml(&nightly.expect("the example")).expect("a schedule");
-    schedule.namespace = NAMESPACE.to_owned();
+    NAMESPACE.clone_into(&mut schedule.namespace);
     client.set_schedule(&schedule, by).await.expect("set");
     let task = client.trigger_schedule((NAMESPACE, "nightly"), by, why).await.expect("triggered");
-    let trace = ended(&world, task, "complete").await;
+    let trace = ended(world, task, "complete").await;
     assert_trace!(trace, {
         "task.orchestration" [outcome = "success", task_name = "report"] {
             "step.execution" [step_name = "collect"],
@@ -309,17 +319,29 @@ async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_fea
     for (version, steps) in [("1", 2), ("2", 3)] {
         let request = Submit { version: Some(version.into()), ..Submit::new(NAMESPACE, "versions", json!({})) };
         let task = client.submit(request).await.expect("submitted");
-        let trace = ended(&world, task, "complete").await;
+        let trace = ended(world, task, "complete").await;
         assert_trace!(trace, { "task.orchestration" [template_version = version] { .. } });
         assert_eq!(trace.spans.iter().filter(|span| span.name == "step.execution").count(), steps);
     }
 
     let rows = json!({"rows": {"rows": "x".repeat(100_000)}, "by": "me"});
     for (name, input, steps) in [("large_payload", rows, 3), ("retention", json!({}), 1)] {
-        let task = submit(&world, name, input).await;
-        let trace = ended(&world, task, "complete").await;
+        let task = submit(world, name, input).await;
+        let trace = ended(world, task, "complete").await;
         assert_eq!(trace.spans.iter().filter(|span| span.name == "step.execution").count(), steps, "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_feature_example_runs_with_two_of_each_and_its_trace_shows_the_feature() {
+    let world = world().await;
+    let client = Client::from_pool(world.pool.clone());
+    what_is_chosen_mapped_and_timed(&world).await;
+    what_waits(&world, &client).await;
+    what_a_person_stops(&world, &client).await;
+    what_a_person_repairs(&world, &client).await;
+    what_is_held(&world, &client).await;
+    what_is_scheduled_and_versioned(&world, &client).await;
     world.queues_drained().await;
     world.assert_complete().await;
     world.end().await;
