@@ -23,16 +23,21 @@ as $$
   select case
     when ended and p_action not in ('retry', 'rerun') then format('the task has already ended as %s', p_state)
     when p_action = 'suspend' and p_state = 'suspended' then 'the task is suspended already'
-    when p_action = 'resume' and p_state <> 'suspended' then format('the task is %s; only a suspended task can be resumed', p_state)
+    when p_action = 'resume' and p_state <> 'suspended' then format('the task is %s; only a suspended task can be resumed', word)
     when p_action in ('give_up', 'resolve') and p_state <> 'blocked_by_failures'
-      then format('the task is %s; only a blocked task can be given up or resolved', p_state)
+      then format('the task is %s; only a blocked task can be given up or resolved', word)
     when p_action = 'retry' and p_state not in ('error', 'cancelled', 'blocked_by_failures')
-      then format('the task is %s; only a failed, cancelled or blocked task can be retried', p_state)
+      then format('the task is %s; only a failed, cancelled or blocked task can be retried', word)
     when p_action = 'retry' and ended and cardinality(p_steps) > 0
-      then format('the task is %s; only of a blocked task single steps can be retried, of this one use rerun', p_state)
-    when p_action = 'rerun' and not ended then format('the task is %s; only a task that has ended can be run again', p_state)
+      then format('the task is %s; only of a blocked task single steps can be retried, of this one use rerun', word)
+    when p_action = 'rerun' and not ended then format('the task is %s; only a task that has ended can be run again', word)
   end
-  from (select p_state in ('complete', 'error', 'cancelled', 'resolved_manually') as ended) e
+  from (select p_state in ('complete', 'error', 'cancelled', 'resolved_manually') as ended,
+    -- The word that people see beside the state.
+    case p_state when 'pending' then 'queued' when 'suspended' then 'suspended' when 'complete' then 'completed'
+      when 'resolved_manually' then 'completed' when 'error' then 'failed' when 'cancelled' then 'cancelled'
+      when 'blocked_by_failures' then 'blocked' when 'waiting_for_dependencies' then 'waiting'
+      when 'waiting_for_retry' then 'waiting' else 'running' end as word) e
 $$;
 
 -- Sends the wish. `p_more` has what the message carries beyond the task, the actor and the reason.

@@ -372,7 +372,7 @@ async fn one_look_says_what_a_task_waits_for() {
     let mut conn = world.pool.acquire().await.expect("a connection");
     let seen = tasker_shared::store::why::situation(&mut conn, task).await.expect("looked").expect("it is there");
     let sentence = seen.sentence();
-    let wanted = format!("waiting: child waits for task {child} of template sleeper since ");
+    let wanted = format!("waiting: child waits for task {child} of template sleeper (");
     assert!(sentence.starts_with(&wanted), "{sentence}");
     assert!(sentence.contains("; that is waiting: nap waits for the signal wake"), "{sentence}");
     drop(conn);

@@ -65,7 +65,7 @@ async fn task_that_goes_well_is_not_tried_again() {
     world.finish(&[task]).await;
     let answered: String =
         sqlx::query_scalar("select tasker.retry_task($1)").bind(task).fetch_one(&world.pool).await.expect("asked");
-    assert_eq!(answered, "the task is complete; only a failed, cancelled or blocked task can be retried");
+    assert_eq!(answered, "the task is completed; only a failed, cancelled or blocked task can be retried");
     world.assert_complete().await;
     world.end().await;
 }

@@ -46,10 +46,7 @@ async fn what_runs_finishes_and_nothing_new_is_sent() {
     assert_eq!(ask(&world, "resume_task", task).await, "accepted");
     let b = world.claim().await;
     assert_eq!((&*b.step_name, b.attempt), ("b", 1));
-    assert_eq!(
-        ask(&world, "resume_task", task).await,
-        "the task is steps_in_process; only a suspended task can be resumed"
-    );
+    assert_eq!(ask(&world, "resume_task", task).await, "the task is running; only a suspended task can be resumed");
     world.succeed(&b).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     assert_eq!(world.of_task(task, "suspended_from").await, None);
@@ -254,7 +251,7 @@ async fn a_resume_takes_back_a_suspension_that_nobody_has_read() {
     for (act, wanted) in [
         ("suspend", "accepted"),
         ("resume", "accepted"),
-        ("resume", "the task is pending; only a suspended task can be resumed"),
+        ("resume", "the task is queued; only a suspended task can be resumed"),
     ] {
         let said: String =
             sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select tasker.{act}_task($1, 'because', 'ann')")))

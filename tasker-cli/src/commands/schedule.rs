@@ -113,7 +113,7 @@ struct Timing {
     #[arg(long, value_name = "DURATION")]
     every: Option<String>,
     /// Once, at this time, such as 2030-01-31T12:00:00Z
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, visible_alias = "once-at", value_name = "TIME")]
     at: Option<DateTime<Utc>>,
 }
 
@@ -123,8 +123,10 @@ enum MissedArg {
     /// None of them runs
     Skip,
     /// The latest of them runs
+    #[value(name = "run_once", alias = "run-once")]
     RunOnce,
     /// They all run, at most the latest 100
+    #[value(name = "run_all", alias = "run-all")]
     RunAll,
 }
 
@@ -136,6 +138,7 @@ enum OverlapArg {
     /// Do not run
     Skip,
     /// Cancel it and run
+    #[value(name = "cancel_previous", alias = "cancel-previous")]
     CancelPrevious,
 }
 

@@ -412,8 +412,13 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
         table.row([
             step.name,
             format!("{}{held}{items}{progress}", step.state),
-            format!("{}/{}", step.attempt, step.max_attempts),
-            step.handler,
+            // The budget is a generation's, the number goes on.
+            if step.attempt > step.max_attempts {
+                step.attempt.to_string()
+            } else {
+                format!("{}/{}", step.attempt, step.max_attempts)
+            },
+            output::cell(Some(&*step.handler).filter(|handler| !handler.is_empty())),
             output::cell(step.worker.as_deref()),
             output::clip(&output::cell(error.as_deref()), 80),
         ]);

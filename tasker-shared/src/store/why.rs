@@ -278,14 +278,16 @@ impl Situation {
         match (group.state.as_str(), group.held_by.as_deref()) {
             ("in_progress", _) => {
                 let worker = group.worker.as_deref().unwrap_or("an unknown worker");
-                format!("{name} is in progress on worker {worker} since {since}, attempt {attempt} of {max_attempts}")
+                format!(
+                    "{name} is in progress on worker {worker} ({since} so far), attempt {attempt} of {max_attempts}"
+                )
             }
             ("pending" | "enqueued" | "waiting_for_retry", held)
                 if group.paused.is_some() && (group.state == "enqueued" || held.is_some()) =>
             {
                 let paused = group.paused.as_deref().unwrap_or_default();
                 let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
-                format!("{what} held since {since}: queue {queue} is paused by {paused}")
+                format!("{what} held ({since} so far): queue {queue} is paused by {paused}")
             }
             ("pending" | "waiting_for_retry", Some("limit")) if !group.offered && group.limit.is_none() => {
                 format!("{who} handler {handler}, and no worker offers it on queue {queue}")
@@ -293,7 +295,7 @@ impl Situation {
             ("pending" | "waiting_for_retry", Some("limit")) => {
                 let what = if group.count == 1 { name.clone() } else { format!("{} steps", group.count) };
                 let limit = group.limit.as_deref().unwrap_or("its limits let it through now, it is about to be sent");
-                format!("{what} held since {since}: {limit}")
+                format!("{what} held ({since} so far): {limit}")
             }
             ("waiting_for_retry", Some(_)) => format!("the retry of {name} is about to be sent"),
             ("waiting_for_retry", None) => {
@@ -303,7 +305,7 @@ impl Situation {
                 format!("retry of {name} at {at}, attempt {attempt} of {max_attempts}{late}")
             }
             ("enqueued", _) if group.offered => {
-                format!("{name} is in queue {queue} since {since}, attempt {attempt} of {max_attempts}")
+                format!("{name} is in queue {queue} ({since} so far), attempt {attempt} of {max_attempts}")
             }
             ("enqueued", _) | ("pending", Some("worker")) => {
                 if group.offered {
@@ -313,7 +315,7 @@ impl Situation {
                 }
             }
             ("pending", Some("room")) => {
-                format!("{who} room in queue {queue}: every slot of its workers is taken since {since}")
+                format!("{who} room in queue {queue}: every slot of its workers is taken ({since} so far)")
             }
             ("pending", Some("paused")) => format!("{who} queue {queue}, which was paused until just now"),
             ("enqueued_for_orchestration" | "enqueued_as_error_for_orchestration", _) if self.orchestrator => {
@@ -324,7 +326,7 @@ impl Situation {
             }
             ("waiting", _) => self.waiting(group),
             ("error", _) => format!("{name} failed for good{}", with_error(group)),
-            (state, _) => format!("{name} is {state} since {since}"),
+            (state, _) => format!("{name} is {state} ({since} so far)"),
         }
     }
 
@@ -347,11 +349,11 @@ impl Situation {
                     )
                 }
                 Some(awaited) => format!(
-                    "{name} waits for task {child} of template {} since {since}; that is {}",
+                    "{name} waits for task {child} of template {} ({since} so far); that is {}",
                     awaited.task.template,
                     awaited.sentence()
                 ),
-                None => format!("{name} waits for task {child} since {since}"),
+                None => format!("{name} waits for task {child} ({since} so far)"),
             };
         }
         match (&group.waits_for, ends) {
@@ -363,11 +365,11 @@ impl Situation {
                     _ => String::new(),
                 };
                 format!(
-                    "{name} waits for the signal {signal} since {since}{until}{late}; `tasker task signal {task} {signal}{answer}` sends it"
+                    "{name} waits for the signal {signal} ({since} so far){until}{late}; `tasker task signal {task} {signal}{answer}` sends it"
                 )
             }
             (None, Some(at)) => format!("{name} sleeps until {at}{late}"),
-            (None, None) => format!("{name} waits since {since}"),
+            (None, None) => format!("{name} waits ({since} so far)"),
         }
     }
 
@@ -512,13 +514,13 @@ steps:
         seen.open[0].due_at = None;
         seen.open[0].allowed = Some(vec!["yes".into(), "no".into()]);
         let wanted = format!(
-            "waiting: ship waits for the signal paid since 3 s; `tasker task signal {} paid --answer yes|no` sends it",
+            "waiting: ship waits for the signal paid (3 s so far); `tasker task signal {} paid --answer yes|no` sends it",
             shop.task
         );
         assert_eq!(seen.sentence(), wanted);
         seen.open[0].allowed = None;
         let wanted = format!(
-            "waiting: ship waits for the signal paid since 3 s; `tasker task signal {} paid` sends it",
+            "waiting: ship waits for the signal paid (3 s so far); `tasker task signal {} paid` sends it",
             shop.task
         );
         assert_eq!(seen.sentence(), wanted);
@@ -535,7 +537,7 @@ steps:
         seen.now = seen.open[0].since + TimeDelta::seconds(3);
         assert_eq!(
             seen.sentence(),
-            "running: reserve is in progress on worker w1 since 3 s, attempt 1 of 3 (and 1 other open step)"
+            "running: reserve is in progress on worker w1 (3 s so far), attempt 1 of 3 (and 1 other open step)"
         );
     }
 
@@ -562,8 +564,8 @@ steps:
         shop.task_is("state = 'error', error_type = 'CardDeclined', reason = 'step charge_card failed: no money'")
             .await;
         assert_eq!(shop.sentence().await, "failed: step charge_card failed: no money (CardDeclined)");
-        shop.task_is("state = 'cancelled', reason = 'cancel by ada'").await;
-        assert_eq!(shop.sentence().await, "cancelled: cancel by ada");
+        shop.task_is("state = 'cancelled', reason = 'cancelled by ada'").await;
+        assert_eq!(shop.sentence().await, "cancelled: cancelled by ada");
     }
 
     #[tokio::test]

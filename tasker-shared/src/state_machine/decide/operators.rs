@@ -23,9 +23,10 @@ impl Pass<'_, '_> {
         if self.plan.task.state.is_terminal() {
             return false;
         }
-        let action = if event == TaskEvent::Cancel { "cancel" } else { "terminate" };
+        let (action, ended) =
+            if event == TaskEvent::Cancel { ("cancel", "cancelled") } else { ("terminate", "terminated") };
         self.plan.task.ended_by = Some(action);
-        let reason = operator.reason.clone().unwrap_or_else(|| format!("{action} by {}", operator.actor));
+        let reason = operator.reason.clone().unwrap_or_else(|| format!("{ended} by {}", operator.actor));
         self.plan.task.reason = Some(reason);
         self.end_by(event, TaskState::Cancelled, action, operator, None);
         true
