@@ -1,6 +1,6 @@
 //! A chain of steps and the log of its run, for benches: as rows would say it, without a database.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -93,25 +93,7 @@ pub fn first_of_five_reported(definition: &Definition) -> Snapshot<'_> {
     Snapshot {
         outcomes: HashMap::from([(0, Outcome::Success(json!({"total": 12})))]),
         steps: HashMap::from([(0, reported), (1, behind)]),
-        ..nothing_loaded(definition, task(TaskState::StepsInProcess, 5))
-    }
-}
-
-/// What a settle loads of a task without steps.
-pub fn nothing_loaded(definition: &Definition, task: Task) -> Snapshot<'_> {
-    Snapshot {
-        task,
-        definition,
-        steps: HashMap::new(),
-        passed: HashSet::new(),
-        outcomes: HashMap::new(),
-        outputs: HashMap::new(),
-        absent: HashSet::new(),
-        maps: HashMap::new(),
-        windows: HashMap::new(),
-        collected: HashMap::new(),
-        deadlines: HashMap::new(),
-        signals: Vec::new(),
+        ..Snapshot::of_row(task(TaskState::StepsInProcess, 5), definition)
     }
 }
 

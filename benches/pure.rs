@@ -2,9 +2,9 @@
 
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
-use tasker_benches::{BEGAN, chain, first_of_five_reported, log, nothing_loaded, task};
+use tasker_benches::{BEGAN, chain, first_of_five_reported, log, task};
 use tasker_shared::state_machine::plan::Room;
-use tasker_shared::state_machine::{Event, TaskState, decide};
+use tasker_shared::state_machine::{Event, Snapshot, TaskState, decide};
 use tasker_shared::trace::otlp::{Encoder, ServiceNames};
 use tasker_shared::trace::tree;
 use uuid::Uuid;
@@ -30,7 +30,10 @@ fn decide_a_start(bencher: Bencher<'_, '_>, steps: u32) {
         .counter(ItemsCount::new(steps))
         .with_inputs(|| {
             let step_uuids = (0..u128::from(steps)).map(|step| Uuid::from_u128(100 + step)).collect();
-            (nothing_loaded(&definition, task(TaskState::Pending, 0)), vec![Event::Start { step_uuids, invalid: None }])
+            (
+                Snapshot::of_row(task(TaskState::Pending, 0), &definition),
+                vec![Event::Start { step_uuids, invalid: None }],
+            )
         })
         .bench_values(|(snapshot, events)| decide(snapshot, events, &mut Room::unlimited(), BEGAN));
 }

@@ -1,7 +1,7 @@
 //! What every process of Tasker shares: the pure state machines, the pure
 //! trace tree, every SQL statement we own, and the managed local PostgreSQL.
 //!
-//! Read [`state_machine::decide`], then [`trace::tree`]: one says what happens
+//! Read [`state_machine::decide()`], then [`trace::tree`]: one says what happens
 //! next, the other says what a trace of it looks like. Neither does I/O.
 
 pub mod client;

@@ -206,7 +206,7 @@ impl Policy {
         &self.definition
     }
 
-    /// Text without the secrets that it may hold: the forms of [`forms`], each replaced by `[redacted]`.
+    /// Text without the secrets that it may hold: the forms of `redact/forms.rs`, each replaced by `[redacted]`.
     pub fn text<'t>(&self, text: &'t str) -> Cow<'t, str> {
         let text = &text[..text.floor_char_boundary(MAX_TEXT_BYTES)];
         if self.definition.defaults { forms::redact(text) } else { Cow::Borrowed(text) }

@@ -12,6 +12,7 @@ use tasker_api::auth::{KeySpec, Role, create_key};
 use tasker_api::{Config, Server};
 use tasker_shared::client::http::{HttpClient, TaskQuery};
 use tasker_shared::client::{Client, Submit};
+use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::tx::{PoolOptions, pool};
 use tasker_shared::store::{self, pages};
 use tokio_util::sync::CancellationToken;
@@ -257,7 +258,7 @@ async fn lists(bench: &PgPool, http: &HttpClient, tasks: i64) -> Result<Vec<List
         ),
         ("idempotency key".into(), TaskQuery { idempotency_key: Some(format!("key-{}", tasks / 20 * 10)), ..all() }),
     ];
-    for status in ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"] {
+    for status in STATUSES {
         queries.push((format!("status {status}"), TaskQuery { status: text(status), ..all() }));
     }
     let mut figures = Vec::new();

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use tasker_shared::client::Client;
 use tasker_shared::state_machine::decide::ByHand;
+use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::requests::Act;
 use uuid::Uuid;
 
@@ -25,7 +26,7 @@ pub struct Which {
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     /// Every task with this status
-    #[arg(long, value_parser = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"])]
+    #[arg(long, value_parser = STATUSES)]
     status: Option<String>,
     /// Only say how many match, and which (20 of them)
     #[arg(long, conflicts_with = "task")]

@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tasker_shared::client::{Client, Submit as Request};
 use tasker_shared::state_machine::decide::ByHand;
+use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::views::{self, TaskFilter, TaskView};
 use tasker_shared::store::why::duration;
 use tasker_shared::template::parse_duration;
@@ -199,7 +200,7 @@ pub struct List {
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     /// With this status only
-    #[arg(long, value_parser = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"])]
+    #[arg(long, value_parser = STATUSES)]
     status: Option<String>,
     /// With this correlation id only
     #[arg(long, value_name = "TEXT")]

@@ -62,6 +62,26 @@ pub struct Snapshot<'a> {
     pub signals: Vec<Signal>,
 }
 
+impl<'a> Snapshot<'a> {
+    /// Of a task of which nothing but its row was loaded.
+    pub fn of_row(task: Task, definition: &'a Definition) -> Self {
+        Self {
+            task,
+            definition,
+            steps: HashMap::new(),
+            passed: HashSet::new(),
+            outcomes: HashMap::new(),
+            outputs: HashMap::new(),
+            absent: HashSet::new(),
+            maps: HashMap::new(),
+            windows: HashMap::new(),
+            collected: HashMap::new(),
+            deadlines: HashMap::new(),
+            signals: Vec::new(),
+        }
+    }
+}
+
 /// Something that happened, or is due. Steps are named by their key in the snapshot.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {

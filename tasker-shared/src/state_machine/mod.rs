@@ -1,6 +1,6 @@
 //! The pure core: no async, no SQL, no tracing, no clock.
 //!
-//! [`states`] says what may move, [`decide`] says what moves now. Nothing here imports
+//! [`states`] says what may move, [`decide()`] says what moves now. Nothing here imports
 //! anything of ours; a test reads the imports and checks.
 
 pub mod condition;

@@ -28,8 +28,8 @@ pub struct StatusCount {
     pub more: bool,
 }
 
-/// The states in the order in which people read their public words.
-const STATUSES: [&str; 7] = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"];
+/// The public words for a task's state, in the order in which people read them.
+pub const STATUSES: [&str; 7] = ["queued", "running", "waiting", "suspended", "completed", "failed", "cancelled"];
 
 /// How many tasks there are of each status, in these namespaces or in all, of those that were
 /// looked at: about [`COUNT_TO`] of each kind of end (of the completed, the latest twice as many

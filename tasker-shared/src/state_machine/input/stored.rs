@@ -15,7 +15,7 @@ pub const BY_REFERENCE: &str = "$tasker.by_reference";
 /// The input as it is stored: large values that references brought in whole are left out and
 /// named, `{"$tasker.by_reference": [{at, step, path}], "input": …}`. Without any it is stored as it is.
 ///
-/// `template` is the one that the input was resolved with, `None` for [`default_input`].
+/// `template` is the one that the input was resolved with, `None` for [`default_input`](super::default_input).
 pub fn stored_input(template: Option<&InputTemplate>, mut input: Value) -> Value {
     let mut left_out = Vec::new();
     if let Some(template) = template {

@@ -1,6 +1,5 @@
 //! Plans against real rows: what the simulated world of `state_machine` takes for granted.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde_json::json;
@@ -42,20 +41,7 @@ async fn submitted(conn: &mut PgConnection) -> Result<(Uuid, Arc<Loaded>), Failu
 /// Decides on the task's row alone and applies the plan.
 async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: Vec<Event>) -> Result<Plan, Failure> {
     let row = tasks::lock(conn, &[task]).await?.remove(0);
-    let snapshot = Snapshot {
-        task: row.task.clone(),
-        definition: &template.definition,
-        steps: HashMap::new(),
-        passed: HashSet::new(),
-        outcomes: HashMap::new(),
-        outputs: HashMap::new(),
-        absent: HashSet::new(),
-        maps: HashMap::new(),
-        windows: HashMap::new(),
-        collected: HashMap::new(),
-        deadlines: HashMap::new(),
-        signals: Vec::new(),
-    };
+    let snapshot = Snapshot::of_row(row.task.clone(), &template.definition);
     let plan = decide(snapshot, events, &mut Room::unlimited(), row.read_at);
     apply(conn, &[(&row, &plan)], row.read_at, None, &Traffic::default()).await?;
     Ok(plan)
