@@ -125,7 +125,7 @@
       return;
     }
     if (old.isEqualNode(fresh)) return;
-    const kept = (name) => (name === "open" && old.nodeName === "DETAILS") || (name === "class" && old.matches(".pick, .graph"));
+    const kept = (name) => old.matches("[data-keep]") || (name === "open" && old.nodeName === "DETAILS") || (name === "class" && old.matches(".pick, .graph"));
     for (const { name } of [...old.attributes]) if (!fresh.hasAttribute(name) && !kept(name)) old.removeAttribute(name);
     for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value && !kept(name)) old.setAttribute(name, value);
     if (old.matches("input, textarea, select, [data-keep]")) return;

@@ -258,8 +258,11 @@ test("a task is watched without reloading, and the pause holds it still", async 
   const unseen = await submit("shop/parcel", { parcel_id: "P", weight_kg: 1 });
   await page.waitForTimeout(2500);
   assert.equal(await page.locator(`tr[data-key="${unseen}"]`).count(), 0);
+  assert.equal(await page.locator("button[data-live]").getAttribute("data-state"), "paused");
   await page.keyboard.press("p");
   await page.locator(`tr[data-key="${unseen}"]`).waitFor({ timeout: 20_000 });
+  // What was read anew has not put the button back to how the server wrote it.
+  assert.equal(await page.locator("button[data-live]").getAttribute("data-state"), "live");
   assert.deepEqual(page.errors, []);
   await page.close();
 });
@@ -472,14 +475,15 @@ steps:
   await page.goto(waiting);
   const approval = await page.locator("#steps a", { hasText: "approval" }).getAttribute("href");
   await page.close();
-  // States that no address leads to.
+  // States that no address leads to. On a phone the box that picks all is for keys alone.
+  const pickAll = (page) => page.locator("#pick-all").evaluate((box) => box.click());
   const click = (where, ...names) => async (page) => {
     await page.goto(where);
     for (const name of names) await page.locator("summary, button", { hasText: new RegExp(`^\\s*${name}`) }).first().click();
   };
   const bulk = async (page, ...more) => {
     await page.goto("/?correlation_id=every+page");
-    await page.check("#pick-all");
+    await pickAll(page);
     await page.selectOption("select[name=action]", "suspend");
     await page.getByRole("button", { name: "Preview" }).click();
     await page.getByRole("heading", { name: /^Preview/ }).waitFor();
@@ -492,7 +496,7 @@ steps:
     await page.getByRole("heading", { name: /rule/ }).waitFor();
   };
   const states = {
-    "picked rows": async (page) => { await page.goto("/"); await page.check("#pick-all"); },
+    "picked rows": async (page) => { await page.goto("/"); await pickAll(page); },
     "the preview of a bulk act": (page) => bulk(page), "a bulk act": async (page) => { await submit("shop/approve", {}, "--correlation-id", "every page"); await bulk(page, /^Suspend \d+ task/); },
     "the filter": click("/", "Filter"), "the actions of a task": click(waiting, "Actions"), "the actions of a failed task": click(`/tasks/${failed}`, "Actions"),
     "the actions of a step": click(approval, "Actions"), "the span of a step": click(told, "Its span"), "the whole error": click(step, "The whole error"),

@@ -1,6 +1,7 @@
 //! One task: why it is where it is, its graph, its timeline, its log, and what can be done to it.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hasher as _};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -19,7 +20,6 @@ use tasker_shared::store::views::{self, TaskView};
 use tasker_shared::store::why::{self, Situation};
 use tasker_shared::store::{requests, transitions, waits};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::{Span, SpanId};
 use tasker_shared::trace::{read, tree};
 use uuid::Uuid;
@@ -29,13 +29,15 @@ use super::shell::Section;
 use super::timeline::Timeline;
 use super::words::{self, copyable, count, counted, pill, when};
 use super::{Form, Page, accepted, hidden, json_of};
-use crate::auth::{Scope, sha256};
+use crate::auth::Scope;
 use crate::problem::Problem;
 
 /// How old the picture of a task may be that many look at.
 pub(super) const GOOD_FOR: Duration = Duration::from_millis(800);
 /// How long what surrounds a task is believed: it never changes, but the task may be removed.
 const AROUND_GOOD_FOR: Duration = Duration::from_mins(1);
+/// How long the timeline of a task is kept that has ended: of a large one it is seconds of work.
+const ENDED_GOOD_FOR: Duration = Duration::from_mins(1);
 /// Steps of a list; the rest is a page away.
 const STEPS: usize = 200;
 /// With more steps than this the page does not wait for the trace: the script fetches it.
@@ -365,6 +367,7 @@ fn timeline_panel(page: &Page, task: Uuid, trace: Option<&Timeline>) -> Markup {
         section.panel.flush aria-labelledby="timeline-title" {
             div.panel-head {
                 h2 id="timeline-title" { "Timeline" }
+                span.quiet.small { "its trace" }
                 div.legend.grow aria-hidden="true" {
                     span { i.i-queue {} "queue" } span { i.i-run {} "run" } span { i.i-settle {} "result on its way" } span { i.i-fail {} "failed" } span { i.i-retry {} "retry wait" }
                     span { i.i-held {} "held back" } span { i.i-wait {} "waiting" } span { i.i-open {} "now" }
@@ -552,34 +555,51 @@ impl Drawn {
     fn text(&self) -> &(Bytes, String) {
         self.text.get_or_init(|| {
             let text = serde_json::to_vec(&self.timeline).unwrap_or_default();
-            let tag = format!("\"{}\"", hex(&sha256(&text)[..8]));
-            (text.into(), tag)
+            // It need not be hard to forge, and is much quicker so.
+            let mut hasher = DefaultHasher::new();
+            hasher.write(&text);
+            (text.into(), format!("\"{:016x}\"", hasher.finish()))
         })
     }
 }
 
 /// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
 async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
-    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 12), async || {
-        let (log, now) = match read_log(page, task).await {
-            Ok(read) => read,
-            Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
-            Err(problem) => return Err(problem),
+    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 13), async || {
+        let Some(view) = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop() else {
+            return Ok(None);
         };
-        let waits = pages::open_waits(&mut *page.state.pool().acquire().await?, task).await?;
-        // The tree is work for the processor alone; others go on meanwhile.
-        let drawn = tokio::task::spawn_blocking(move || {
-            let mut spans = tree::spans_so_far(&log, now);
-            if !payloads {
-                spans.spans.iter_mut().for_each(read::hide_errors_of);
-            }
-            let timeline = Timeline::new(&log, &spans, &waits, now);
-            let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
-            Drawn { timeline, spans, text: OnceLock::new() }
-        });
-        Ok(Some(Arc::new(drawn.await.map_err(|_| undrawn())?)))
+        if !view.is_finished() {
+            return draw(page, task, payloads).await;
+        }
+        // It moves no more, unless somebody runs it again, and that is a move.
+        let ended = page
+            .memory
+            .ended_traces
+            .get((task, payloads, view.last_at), ENDED_GOOD_FOR, async || draw(page, task, payloads).await);
+        ended.await
     });
     drawn.await?.ok_or_else(|| Problem::not_found(format!("task {task}")))
+}
+
+async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Drawn>>, Problem> {
+    let (log, now) = match read_log(page, task).await {
+        Ok(read) => read,
+        Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
+        Err(problem) => return Err(problem),
+    };
+    let waits = pages::open_waits(&mut *page.state.pool().acquire().await?, task).await?;
+    // The tree is work for the processor alone; others go on meanwhile.
+    let drawn = tokio::task::spawn_blocking(move || {
+        let mut spans = tree::spans_so_far(&log, now);
+        if !payloads {
+            spans.spans.iter_mut().for_each(read::hide_errors_of);
+        }
+        let timeline = Timeline::new(&log, &spans, &waits, now);
+        let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
+        Drawn { timeline, spans, text: OnceLock::new() }
+    });
+    Ok(Some(Arc::new(drawn.await.map_err(|_| undrawn())?)))
 }
 
 /// The span of an attempt's handler, if the task has not too many for a page.

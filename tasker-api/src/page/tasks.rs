@@ -310,12 +310,24 @@ fn nothing(page: &Page, filter: &TaskFilter, names: &[(String, String)]) -> Mark
         );
     }
     let (namespace, name) = &names[0];
+    if page.config().example.as_ref().is_some_and(|one| page.may_change(Scope::TasksSubmit, &one.namespace)) {
+        return empty(
+            "No task yet",
+            &html! {
+                p { "Run the example and watch it move: an order is checked, charged and shipped in nine steps." }
+                div.actions { (example_button(page)) a.button href=(page.link(format!("/templates/{namespace}/{name}"))) { "Fill in its form" } }
+                p {}
+                p { "From a terminal, 24 of them:" }
+                (command("tasker demo"))
+            },
+        );
+    }
     empty(
         "No task yet",
         &html! {
             p { "Submit the first one, here or from a terminal:" }
             (command(&format!("tasker task submit {namespace}/{name} --input '{{}}'")))
-            div.actions { a.button.primary href=(page.link(format!("/templates/{namespace}/{name}"))) { "Fill in its form" } (example_button(page)) }
+            div.actions { a.button.primary href=(page.link(format!("/templates/{namespace}/{name}"))) { "Fill in its form" } }
         },
     )
 }
