@@ -58,14 +58,15 @@ $$;
 
 -- Looks at the advisory lock of every worker that holds claims: it belongs to the worker's session,
 -- so the server frees it within moments of the death of the process. Answers the workers whose lock
--- is free, and whether anybody holds claims at all.
+-- is free, whether anybody holds claims at all, and whether a lease has run out: a claim wakes
+-- nobody, so a short lease may end long before the sweep meant to look again.
 --
 -- The claims of those among them that are suspected (their lock was free before, a second ago or
 -- longer) end now, as if their lease had run out; what becomes of them is for the ordinary settle to
 -- say, which looks at each lease again under its locks. While this looks at a lock its worker cannot
 -- take it, but tries again; so it can neither come back in between unseen nor be taken for dead.
 create function tasker.look_for_dead_workers(p_suspects text[], p_keys bigint[])
-returns table (held boolean, worker text, lock_key bigint, dead boolean)
+returns table (held boolean, overdue boolean, worker text, lock_key bigint, dead boolean)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -74,9 +75,11 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
-  v      record;
-  v_free boolean := false;
+  v         record;
+  v_free    boolean := false;
+  v_overdue boolean;
 begin
+  v_overdue := exists (select from tasker.due d where d.kind = 'lease' and d.due_at <= clock_timestamp());
   for v in
     select w.worker, w.lock_key, exists (
         select from unnest(p_suspects, p_keys) s(worker, lock_key) where (s.worker, s.lock_key) = (w.worker, w.lock_key)
@@ -104,10 +107,10 @@ begin
       -- Nothing more is sent on its account. If it lives after all, its next hello says so.
       perform tasker.worker_bye(v.worker);
     end if;
-    return query select true, v.worker, v.lock_key, v.suspected;
+    return query select true, v_overdue or v.suspected, v.worker, v.lock_key, v.suspected;
   end loop;
   if not v_free then
-    return query select exists (select from tasker.due d where d.kind = 'lease'), null::text, null::bigint, false;
+    return query select exists (select from tasker.due d where d.kind = 'lease'), v_overdue, null::text, null::bigint, false;
   end if;
 end
 $$;

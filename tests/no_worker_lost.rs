@@ -63,6 +63,13 @@ async fn attempt_that_loses_its_worker_again_and_again_fails_its_step() {
         assert_eq!(world.claim().await.attempt, attempt);
     }
     assert_eq!(world.finish(&[task]).await, ["error"]);
+    // Which of them the sweep happened to be awake for does not matter: most are noticed at once.
+    let noticed =
+        "select percentile_disc(0.5) within group (order by extract(epoch from r.at - a.claimed_at) * 1000)::bigint
+        from tasker.transitions r join tasker.attempts a on a.step_uuid = r.entity_uuid and a.attempt = r.attempt
+        where r.event = 'LeaseExpired'";
+    let noticed = world.number(noticed).await;
+    assert!(noticed < 3000, "a lease of 1 s was noticed after {noticed} ms");
     assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("lease_expired"));
     world.assert_complete().await;
     world.end().await;

@@ -232,6 +232,8 @@ pub struct Unlocked {
 pub struct LookedAt {
     /// Whether somebody may hold a claim.
     pub claims: bool,
+    /// Whether a lease has run out.
+    pub overdue: bool,
     /// The workers whose lock was free.
     pub unlocked: Vec<Unlocked>,
 }
@@ -242,7 +244,7 @@ pub async fn look_for_dead_workers(conn: &mut PgConnection, suspected: &[Unlocke
     let workers: Vec<String> = suspected.iter().map(|suspect| suspect.worker.clone()).collect();
     let keys: Vec<i64> = suspected.iter().map(|suspect| suspect.lock_key).collect();
     let rows = sqlx::query!(
-        r#"select held as "held!", worker, lock_key, dead as "dead!" from tasker.look_for_dead_workers($1, $2)"#,
+        r#"select held as "held!", overdue as "overdue!", worker, lock_key, dead as "dead!" from tasker.look_for_dead_workers($1, $2)"#,
         &workers,
         &keys
     )
@@ -251,6 +253,7 @@ pub async fn look_for_dead_workers(conn: &mut PgConnection, suspected: &[Unlocke
     let mut looked_at = LookedAt::default();
     for row in rows {
         looked_at.claims |= row.held;
+        looked_at.overdue |= row.overdue;
         if let (Some(worker), Some(lock_key)) = (row.worker, row.lock_key) {
             looked_at.unlocked.push(Unlocked { worker, lock_key, dead: row.dead });
         }

@@ -30,12 +30,14 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
 }
 
 /// Looks at the locks of the workers that hold claims. The claims of those among the suspects that
-/// still have none end now; the sweep is woken for them.
+/// still have none end now; the sweep is woken for them, and for those whose lease has run out.
 #[instrument(level = "debug", skip_all)]
 pub async fn look_for_dead_workers(shared: &Shared, suspects: &[Unlocked]) -> Result<LookedAt, StoreError> {
     let looked_at = queue::look_for_dead_workers(&mut *shared.reads.acquire().await?, suspects).await?;
     for dead in looked_at.unlocked.iter().filter(|worker| worker.dead) {
         tracing::warn!(worker = dead.worker, "a worker has died: its session is gone; its steps run again elsewhere");
+    }
+    if looked_at.overdue {
         shared.due.notify_one();
     }
     Ok(looked_at)
