@@ -23,7 +23,8 @@ begin
           and not exists (select from tasker.paused_queues p where p.queue = %4$L)
         order by q.msg_id limit p_max for update skip locked
       ), taken as (
-        delete from pgmq.%1$I q using picked where q.msg_id = picked.msg_id
+        -- An array and not a join: a plan made while the queue was empty compared each row with each.
+        delete from pgmq.%1$I q where q.msg_id = any(array(select p.msg_id from picked p))
         returning q.msg_id, q.read_ct, q.enqueued_at, q.message, q.headers,
           coalesce(tasker.is_uuid(q.message->>'step') and (q.message->>'attempt') ~ '^[0-9]{1,9}$'
             and q.message->>'v' = '1', false) as good

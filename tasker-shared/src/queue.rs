@@ -341,3 +341,51 @@ pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::query!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{AssertSqlSafe, Executor, PgConnection};
+
+    use crate::postgres::testing::TestDatabase;
+    use crate::store::HOT_PATH_SETTINGS;
+    use crate::store::tx::{self, PoolOptions};
+
+    /// The plan that a session of the hot path makes and keeps.
+    async fn plan(conn: &mut PgConnection, statement: &str, arguments: &str) -> String {
+        conn.execute(AssertSqlSafe(format!("prepare it as {statement}"))).await.expect("prepared");
+        let explain = AssertSqlSafe(format!("explain (costs off) execute it({arguments})"));
+        let lines: Vec<String> = sqlx::query_scalar(explain).fetch_all(&mut *conn).await.expect("a plan");
+        conn.execute("deallocate it").await.expect("forgotten");
+        lines.join("\n")
+    }
+
+    #[tokio::test]
+    async fn plan_made_while_a_queue_was_empty_does_not_compare_each_message_with_each() {
+        let database = TestDatabase::fresh().await;
+        let options = PoolOptions { settings: HOT_PATH_SETTINGS, ..PoolOptions::default() };
+        let pool = tx::pool(&database.url(), &options).await.expect("a pool");
+        let mut conn = pool.acquire().await.expect("a connection");
+        conn.execute("select tasker.create_queue('worker_shop')").await.expect("a queue");
+        for queue in ["task_requests", "step_results", "worker_shop"] {
+            conn.execute(AssertSqlSafe(format!("vacuum analyze pgmq.q_{queue}"))).await.expect("known to be empty");
+        }
+        let source: String = sqlx::query_scalar("select prosrc from pg_proc where proname = 'take_worker_shop'")
+            .fetch_one(&mut *conn)
+            .await
+            .expect("the function");
+        let taking = source[source.find("with picked").expect("its statement")..source.rfind(';').expect("its end")]
+            .replace("into msg_ids, steps, attempts, parents, baggage", "")
+            .replace("p_handlers", "$1::text[]")
+            .replace("p_max", "$2::int");
+        let taking = taking.split(';').next().unwrap_or_default();
+        for (statement, arguments) in [
+            (include_str!("queue/receive_requests.sql"), "10, 500, 'reader'"),
+            (include_str!("queue/receive_results.sql"), "10, 500, 'reader'"),
+            (taking, "'{charge}', 500"),
+        ] {
+            let plan = plan(&mut conn, statement, arguments).await;
+            assert!(!plan.contains("Join Filter: (m.msg_id") && !plan.contains("Join Filter: (q_1.msg_id"), "{plan}");
+            assert!(plan.contains("Index Cond: (msg_id = ANY"), "{plan}");
+        }
+    }
+}

@@ -3,7 +3,8 @@ with picked as materialized (
 ), taken as (
   update pgmq.q_step_results m
   set last_read_at = clock_timestamp(), vt = clock_timestamp() + make_interval(secs => $1), read_ct = m.read_ct + 1
-  from picked p where m.msg_id = p.msg_id
+  -- An array and not a join: a plan made while the queue was empty compared each row with each.
+  where m.msg_id = any(array(select p.msg_id from picked p))
   returning m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers
 ), marked as (
   -- Behind a lone message there is hardly another: who takes it is woken by the next.
