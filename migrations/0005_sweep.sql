@@ -39,13 +39,15 @@ begin
     select min(c.looks_at), 'lease', c.worker, array_agg(c.step_uuid) from claim c where not c.expired group by c.due_id, c.worker
   ), gone as (
     delete from tasker.due d using hint h
-    where d.due_id = h.due_id and h.kind = 'lease' and not exists (select from claim c where c.due_id = h.due_id and c.expired)
+    -- The ids once more: a plan made while hardly anything was due would compare all that is with each.
+    where d.due_id = any(v_ids) and d.due_id = h.due_id
+      and h.kind = 'lease' and not exists (select from claim c where c.due_id = h.due_id and c.expired)
   ), later as (
     update tasker.due d set due_at = v_now + p_vt,
       step_uuids = case when h.kind = 'lease'
         then array(select c.step_uuid from claim c where c.due_id = h.due_id and c.expired) else d.step_uuids end
     from hint h
-    where d.due_id = h.due_id and (h.kind <> 'lease' or exists (select from claim c where c.due_id = h.due_id and c.expired))
+    where d.due_id = any(v_ids) and d.due_id = h.due_id and (h.kind <> 'lease' or exists (select from claim c where c.due_id = h.due_id and c.expired))
   )
   select c.due_id, 'lease', c.task_uuid, c.step_uuid from claim c where c.expired
   union all

@@ -785,7 +785,7 @@ steps: [{name: only, handler: noop}]
         let task = client.submit(order("1")).await.unwrap();
         client.cancel(task, Some("ada"), Some("changed my mind")).await.unwrap();
         assert!(
-            matches!(client.retry(task, None, None).await, Err(ClientError::Refused(why)) if why.contains("is pending"))
+            matches!(client.retry(task, None, None).await, Err(ClientError::Refused(why)) if why.contains("is queued"))
         );
         end(&client, task).await;
         assert!(
