@@ -138,8 +138,11 @@ impl<'a> Pass<'a, '_> {
         let definition = self.defined(key);
         let map = self.maps[&key];
         if for_each.has_failed(map.failed_items, map.items) {
-            // A task that ends takes the other items with it; else those that run are let finish.
-            let ends_task = definition.retry.on_exhausted == OnExhausted::Fail && !self.definition.block_on_failure;
+            // A task that ends takes the other items with it; else those that run are let finish, as
+            // while it is suspended, because then it does not end.
+            let ends_task = definition.retry.on_exhausted == OnExhausted::Fail
+                && !self.definition.block_on_failure
+                && self.plan.task.state != TaskState::Suspended;
             if ends_task || map.open_items() == 0 {
                 let first = self.item_failures.get(&key).cloned().unwrap_or_default();
                 let reason = format!("{} of {} items failed{first}", map.failed_items, map.items);
