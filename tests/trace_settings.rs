@@ -139,24 +139,28 @@ async fn a_file_takes_the_same_spans_as_lines_of_otlp_json() {
     set(&world, "*", &[("exporter", Some("file")), ("file", Some(name))]).await;
     let running = follower(&world).await;
     let task = run_one(&world).await;
-    assert!(running.flush(DEADLINE).await);
-    let text = std::fs::read_to_string(&file).unwrap();
-    let arrived: Vec<String> = text
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
-        .flat_map(|request| request["resourceSpans"].as_array().cloned().expect("spans"))
-        .flat_map(|resource| resource["scopeSpans"][0]["spans"].as_array().cloned().expect("spans"))
-        .map(|span| span["spanId"].as_str().expect("an id").to_owned())
-        .collect();
     let (log, _) = tasker_shared::client::Client::from_pool(world.pool.clone()).log(task).await.unwrap();
     let mut expected: Vec<String> = tasker_shared::trace::tree::spans(&log)
         .spans
         .iter()
         .map(|span| tasker_shared::trace::otlp::hex(&span.id))
         .collect();
-    let mut arrived = arrived;
-    arrived.sort();
     expected.sort();
+    // Who is told of the end may look before the last of them is handed over.
+    let all = eventually("every span is in the file", async || {
+        assert!(running.flush(DEADLINE).await);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let mut arrived: Vec<String> = text
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
+            .flat_map(|request| request["resourceSpans"].as_array().cloned().expect("spans"))
+            .flat_map(|resource| resource["scopeSpans"][0]["spans"].as_array().cloned().expect("spans"))
+            .map(|span| span["spanId"].as_str().expect("an id").to_owned())
+            .collect();
+        arrived.sort();
+        (arrived.len() >= expected.len()).then_some(arrived)
+    });
+    let arrived = all.await;
     assert_eq!(arrived, expected);
     running.shutdown(DEADLINE).await;
     world.end().await;
