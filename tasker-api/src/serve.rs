@@ -32,8 +32,12 @@ use crate::operation::Api;
 use crate::problem::{METHOD_NOT_ALLOWED, Problem};
 use crate::{Config, Inner, State, guard, page, routes, traced};
 
-/// The longest that a client may take to send its request's head, or to finish its TLS handshake.
-const LONGEST_HEAD: Duration = Duration::from_secs(10);
+/// The longest that a client may take to finish its TLS handshake.
+const LONGEST_HANDSHAKE: Duration = Duration::from_secs(10);
+/// The longest from the end of one request to the end of the next one's head. Clients and proxies
+/// keep an unused connection for up to a minute: whoever closed it sooner would now and then close
+/// it while the next request travels, and that request would get no answer.
+const LONGEST_SILENCE: Duration = Duration::from_secs(75);
 /// How long requests that have begun may go on when the server ends.
 const LONGEST_END: Duration = Duration::from_secs(5);
 
@@ -177,7 +181,7 @@ async fn connection(stream: TcpStream, peer: Peer, tls: Option<TlsAcceptor>, rou
     match tls {
         None => http(stream, peer, router, end).await,
         Some(tls) => {
-            if let Ok(Ok(stream)) = tokio::time::timeout(LONGEST_HEAD, tls.accept(stream)).await {
+            if let Ok(Ok(stream)) = tokio::time::timeout(LONGEST_HANDSHAKE, tls.accept(stream)).await {
                 http(stream, peer, router, end).await;
             }
         }
@@ -197,7 +201,7 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(LONGEST_HEAD)
+        .header_read_timeout(LONGEST_SILENCE)
         .max_headers(64)
         .max_buf_size(64 * 1024)
         .serve_connection(TokioIo::new(stream), service);
@@ -276,4 +280,45 @@ fn acceptor(cert: &Path, key: &Path) -> Result<TlsAcceptor, Error> {
         .map_err(|error| failed("the certificate and the key cannot be used")(error.to_string()))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    use super::*;
+
+    /// A server on the other end of a pipe.
+    fn serving() -> DuplexStream {
+        let (client, server) = duplex(1024);
+        let router = Router::new().fallback(|| async { "here" });
+        tokio::spawn(http(server, Peer([127, 0, 0, 1].into()), router, CancellationToken::new()));
+        client
+    }
+
+    async fn ask(client: &mut DuplexStream) {
+        client.write_all(b"GET / HTTP/1.1\r\nhost: it\r\n\r\n").await.expect("an open connection");
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"here") {
+            assert_ne!(client.read_buf(&mut answer).await.expect("an answer"), 0, "it was closed");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_kept_for_a_minute_is_answered_still() {
+        let mut client = serving();
+        ask(&mut client).await;
+        tokio::time::sleep(Duration::from_mins(1)).await;
+        ask(&mut client).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_finishes_its_head_is_cut_off() {
+        let mut client = serving();
+        client.write_all(b"GET / HTTP/1.1\r\nhost: i").await.expect("an open connection");
+        let mut rest = Vec::new();
+        let cut_off = tokio::time::timeout(2 * LONGEST_SILENCE, client.read_to_end(&mut rest)).await;
+        cut_off.expect("cut off").expect("read");
+        assert!(!rest.ends_with(b"here"));
+    }
 }

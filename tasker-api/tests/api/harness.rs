@@ -1,6 +1,7 @@
 //! A server of its own for each test, and callers with all kinds of keys.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::Value;
@@ -83,6 +84,7 @@ impl World {
         let http = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
+            .pool_idle_timeout(Duration::from_mins(1))
             .build()
             .expect("an HTTP client");
         Self { url, address, client, http, stop, running, _database: database }

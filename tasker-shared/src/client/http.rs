@@ -59,6 +59,9 @@ use crate::trace::context::inject_current;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(10);
+/// How long a connection that nobody uses is kept: less than the server keeps it, so that no request
+/// goes out on one that is being closed.
+const UNUSED: Duration = Duration::from_mins(1);
 /// The longest wait for the head of an answer; the server gives up after 30 s.
 const ANSWER: Duration = Duration::from_secs(40);
 /// An event of one task is no longer; a server that sends more is not one of ours.
@@ -134,6 +137,7 @@ impl HttpClient {
             // A redirect would carry the key to another host.
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT)
+            .pool_idle_timeout(UNUSED)
             .tcp_nodelay(true)
             .build()
             .map_err(|error| unusable(error.to_string()))?;
