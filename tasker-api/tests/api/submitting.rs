@@ -213,7 +213,7 @@ async fn who_watches_hears_of_every_task_that_is_theirs() {
     let hear = async |stream: &mut reqwest::Response, wanted: &str| {
         let mut heard = String::new();
         while !heard.contains(wanted) {
-            let chunk = tokio::time::timeout(Duration::from_secs(10), stream.chunk()).await.expect("heard in time");
+            let chunk = tokio::time::timeout(Duration::from_secs(30), stream.chunk()).await.expect("heard in time");
             heard.push_str(&String::from_utf8_lossy(&chunk.unwrap().expect("the stream goes on")));
         }
         heard
@@ -225,9 +225,9 @@ async fn who_watches_hears_of_every_task_that_is_theirs() {
     let id = own.split('_').nth(1).unwrap();
     tasker_shared::store::keys::revoke(&mut world.pool().acquire().await.unwrap(), id, "the test").await.unwrap();
     let ended = async { while some.chunk().await.unwrap().is_some() {} };
-    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("it ends");
+    tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
     world.stop.cancel();
-    tokio::time::timeout(Duration::from_secs(5), async { while let Ok(Some(_)) = all.chunk().await {} })
+    tokio::time::timeout(Duration::from_secs(20), async { while let Ok(Some(_)) = all.chunk().await {} })
         .await
         .expect("all end");
     world.running.await.unwrap();
