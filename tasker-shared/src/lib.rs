@@ -5,7 +5,6 @@
 //! next, the other says what a trace of it looks like. Neither does I/O.
 
 pub mod client;
-pub mod error;
 pub mod message;
 pub mod metrics;
 pub mod migrate;

@@ -330,12 +330,6 @@ pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Re
     Ok(())
 }
 
-/// Counts something rare.
-pub async fn count(conn: &mut PgConnection, name: &str, n: i64) -> Result<(), Error> {
-    sqlx::query!("insert into tasker.counters (name, n) values ($1, $2)", name, n).execute(conn).await?;
-    Ok(())
-}
-
 /// Makes the partitions of the coming weeks.
 pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<(), Error> {
     sqlx::query!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;

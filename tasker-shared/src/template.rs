@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::duration::{format_duration, parse_duration};
-pub use self::schema::{InputSchema, check_input};
+pub use self::schema::InputSchema;
 use crate::state_machine::condition::Condition;
 use crate::state_machine::definition::ForEach;
 pub use crate::state_machine::definition::{Join, MAX_PARALLEL, OnItemFailure};

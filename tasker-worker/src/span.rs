@@ -149,17 +149,6 @@ impl Span {
         self
     }
 
-    /// Sets many.
-    pub fn set_all<K: Into<Cow<'static, str>>, V: Into<Value>>(
-        &self,
-        attributes: impl IntoIterator<Item = (K, V)>,
-    ) -> &Self {
-        for (key, value) in attributes {
-            self.set(key, value);
-        }
-        self
-    }
-
     /// Notes that something happened. Durable events are [`StepContext::milestone`]s.
     pub fn event<K: Into<Cow<'static, str>>, V: Into<Value>>(
         &self,

@@ -11,10 +11,8 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
-use super::tasks::bytes;
 use crate::state_machine::states::TaskState;
 use crate::trace::otlp::hex;
-use crate::trace::span::TraceId;
 
 /// A word of a fixed set. An alias, so that serde does not take it for a part of what it reads.
 pub(super) type Word = &'static str;
@@ -454,26 +452,6 @@ pub async fn attempts(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Ve
     )
     .fetch_all(conn)
     .await?)
-}
-
-/// The span that a task's caller sent, as `(trace id, parent span id)`; the parent is `None` for a trace that began here.
-pub async fn callers(
-    conn: &mut PgConnection,
-    task_uuids: &[Uuid],
-) -> Result<Vec<(Uuid, TraceId, Option<String>)>, Error> {
-    let rows = sqlx::query!(
-        "select task_uuid, trace_id, remote_span_id from tasker.tasks where task_uuid = any($1)",
-        task_uuids
-    )
-    .fetch_all(conn)
-    .await?;
-    rows.into_iter()
-        .map(|row| {
-            let trace = bytes(&row.trace_id)
-                .ok_or_else(|| Error::bad_row("tasks", "trace_id", row.task_uuid, "needs 16 bytes"))?;
-            Ok((row.task_uuid, trace, row.remote_span_id.as_deref().map(hex)))
-        })
-        .collect()
 }
 
 /// A registered template.
