@@ -51,3 +51,43 @@ async fn a_map_whose_counts_are_gone_costs_its_own_task_only() {
     only_the_bad_one_is_put_aside(&world, "of tasker.maps, column step_uuid").await;
     world.end().await;
 }
+
+/// Two tasks whose retries lie in the future; `bad` changes the step of the first, then both come due
+/// at once, so that they are settled together.
+async fn the_retry_of_a_sound_task_is_sent_beside(bad: &'static str) {
+    let world = World::start(Setup::by_hand()).await;
+    world.register("later", "steps:\n  - {name: a, handler: ok, retry: {initial_interval: 1h, max_interval: 1h}}").await;
+    let (first, sound) = (world.submit("later").await, world.submit("later").await);
+    for _ in [first, sound] {
+        let claim = world.claim().await;
+        world.report(&claim, &Answer::Error("Hiccup", true)).await;
+        world.until_step(claim.step, &["waiting_for_retry"]).await;
+    }
+    change(&world, bad, first).await;
+    let mut tx = world.pool.begin().await.expect("a transaction");
+    for statement in [
+        "update tasker.steps set due_at = clock_timestamp()",
+        "update tasker.due set due_at = clock_timestamp() where kind = 'retry'",
+        "select pg_notify('tasker', 'due')",
+    ] {
+        sqlx::query(statement).execute(&mut *tx).await.expect("due");
+    }
+    tx.commit().await.expect("committed");
+    let again = world.claim().await;
+    assert_eq!((again.task, again.attempt), (sound, 2));
+    world.succeed(&again).await;
+    assert_eq!(world.finish(&[sound]).await, ["complete"]);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_row_among_what_is_due_costs_its_own_task_only() {
+    the_retry_of_a_sound_task_is_sent_beside("update tasker.steps set step_index = 7 where task_uuid = $1").await;
+}
+
+/// Counting on from the highest number is what panics where overflows are checked.
+#[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "nothing panics: overflows are not checked")]
+async fn a_panic_costs_its_own_task_only() {
+    the_retry_of_a_sound_task_is_sent_beside("update tasker.steps set version = 2147483647 where task_uuid = $1").await;
+}

@@ -238,6 +238,9 @@ pub enum Error {
     /// A template.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// A row that none of our code writes, or a defect.
+    #[error("settling it panicked, as the log says where; this is a defect of Tasker")]
+    Panicked,
 }
 
 impl From<sqlx::Error> for Error {
@@ -251,7 +254,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
-            Self::Template(_) => false,
+            Self::Template(_) | Self::Panicked => false,
         }
     }
 }

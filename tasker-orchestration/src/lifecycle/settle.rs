@@ -5,9 +5,11 @@
 //! the decisions need, `decisions` asks for them, `outbox` writes the messages.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use futures_util::FutureExt as _;
 use sqlx::PgConnection;
 use tasker_shared::queue::{self, Traffic};
 use tasker_shared::state_machine::TaskState;
@@ -37,9 +39,39 @@ pub struct Settled {
 }
 
 /// Settles hints that came from one queue (or from none: then `queue` only names the table
-/// that no message is deleted from).
+/// that no message is deleted from). A panic is an error like another: it must not end the loop
+/// that all other tasks wait for.
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
 pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
+    AssertUnwindSafe(transact(shared, queue, hints)).catch_unwind().await.unwrap_or(Err(Error::Panicked))
+}
+
+/// Settles hints that no message brought. Those that fail for a reason of their own are left out:
+/// what stays due comes back.
+pub async fn settle_each(shared: &Shared, hints: Vec<Hint>) -> Result<Settled, Error> {
+    let (mut open, mut all) = (vec![hints], Settled::default());
+    while let Some(mut part) = open.pop() {
+        match settle(shared, queue::STEP_RESULTS, part.clone()).await {
+            Ok(Settled { deferred, unknown, finished, moved }) => {
+                all.deferred.extend(deferred);
+                all.unknown.extend(unknown);
+                all.finished += finished;
+                all.moved += moved;
+            }
+            Err(error) if error.is_transient() => return Err(error),
+            Err(error) if part.len() == 1 => {
+                tracing::warn!(%error, task_uuid = %part[0].task, "what is due of a task cannot be settled; it is tried again");
+            }
+            Err(_) => {
+                let right = part.split_off(part.len() / 2);
+                open.extend([right, part]);
+            }
+        }
+    }
+    Ok(all)
+}
+
+async fn transact(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
     let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
     let (settled, done) = shared
         .lines

@@ -3,7 +3,7 @@
 //! A due hint is read like a message: put off for a moment, settled, deleted in the same
 //! transaction. It decides nothing; the rows do.
 
-use tasker_shared::queue::{self, DueHint, LookedAt, STEP_RESULTS, Unlocked};
+use tasker_shared::queue::{self, DueHint, LookedAt, Unlocked};
 use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
 
@@ -20,7 +20,7 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     let hints: Vec<Hint> = due.iter().filter_map(hint).collect();
     if !hints.is_empty() {
         // What is deferred stays put off and comes back.
-        settle::settle(shared, STEP_RESULTS, hints).await?;
+        settle::settle_each(shared, hints).await?;
     }
     let schedules: Vec<i64> = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
     if !schedules.is_empty() {
