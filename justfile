@@ -1,18 +1,29 @@
-# `just check` is what CI runs.
+# What CI runs (`.ci/run`), but for the page in a browser (`just page`).
 
-check: fmt clippy test demo
+check: fmt sqlx clippy doc test demo
 
 fmt:
     cargo fmt --all --check
 
+# Whether the data of the checked queries is that of the queries and the migrations.
+sqlx:
+    scripts/sqlx.sh check
+
 clippy:
     cargo clippy --workspace --all-targets -- -D warnings
+
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace
 
 test:
     cargo test --workspace
 
 demo:
     cargo run -p tasker-cli -- demo
+
+# Needs Node and Chromium; see the script.
+page *ARGS:
+    scripts/page-tests.sh {{ARGS}}
 
 # Needs cargo-deny; reads deny.toml.
 deny:

@@ -93,7 +93,7 @@ create table tasker.due (
     'lease', 'retry', 'timer', 'signal', 'queue_timeout', 'step_timeout', 'total_timeout', 'start', 'schedule'))
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 create index due_by_time on tasker.due (due_at);
--- Who holds claims: looked at every second while somebody does.
+-- Who holds claims: looked at twice a second while somebody does.
 create index due_by_worker on tasker.due (worker) where kind = 'lease';
 
 create table tasker.quarantine (

@@ -115,9 +115,33 @@ fn only_tx_begins_transactions() {
     }
 }
 
-/// What the table of docs/telemetry.md names, by group.
+/// The variables of ours that a text names.
+fn variables(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'));
+    words.filter(|word| word.starts_with("TASKER_") && !word.ends_with('_')).map(str::to_owned).collect()
+}
+
 #[test]
-fn the_table_of_telemetry_names_every_row_once_and_what_shows_it() {
+fn every_variable_that_is_read_is_documented_and_the_other_way_round() {
+    let of = |paths: Vec<PathBuf>| -> BTreeSet<String> {
+        let lines = paths.iter().flat_map(|path| code(path)).map(|(_, line)| line);
+        lines.flat_map(|line| variables(&line)).collect()
+    };
+    let sources =
+        ["tasker-shared/src", "tasker-orchestration/src", "tasker-worker/src", "tasker-api/src", "tasker-cli/src"];
+    let product = sources.iter().flat_map(|folder| files(folder, &["rs"])).filter(|path| !path.ends_with("tests.rs"));
+    let read = of(product.collect());
+    let tests = of([files("tests", &["rs"]), files("scripts", &["sh"])].concat());
+    let documented = of([files("docs", &["md"]), vec![root().join("README.md")]].concat());
+    let missing: Vec<_> = read.difference(&documented).collect();
+    assert!(missing.is_empty(), "read, and in no document: {missing:?}");
+    let stale: Vec<_> = documented.iter().filter(|name| !read.contains(*name) && !tests.contains(*name)).collect();
+    assert!(stale.is_empty(), "documented, and read by nobody: {stale:?}");
+    assert!(read.contains("TASKER_HOME"), "the sources were read");
+}
+
+#[test]
+fn the_table_of_telemetry_names_every_row_and_what_shows_it() {
     let text = std::fs::read_to_string(root().join("docs/telemetry.md")).expect("the document");
     let (_, table) = text.split_once("## What traced workflow systems are asked for").expect("the table");
     let mut named: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();

@@ -69,7 +69,7 @@ pub enum Error {
 
 /// Crates whose spans and events stay out of the user's trace. Our own spans
 /// lend their fields to log lines; the tree says in our name what happened.
-const OWN: [&str; 5] = ["tasker", "tasker_shared", "tasker_orchestration", "tasker_worker", "tasker_cli"];
+const OWN: [&str; 6] = ["tasker", "tasker_shared", "tasker_orchestration", "tasker_worker", "tasker_api", "tasker_cli"];
 const PLUMBING: [&str; 24] = [
     "sqlx",
     "sqlx_core",
