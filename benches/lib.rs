@@ -1,16 +1,14 @@
 //! A chain of steps and the log of its run, for benches: as rows would say it, without a database.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
-use tasker_shared::state_machine::definition::{Definition, Join, StepDefinition};
-use tasker_shared::state_machine::graph::Graph;
 use tasker_shared::state_machine::plan::{Outcome, Step, Task};
-use tasker_shared::state_machine::retry::RetryPolicy;
-use tasker_shared::state_machine::wait::Work;
-use tasker_shared::state_machine::{Snapshot, StepEvent as E, StepState as S, TaskEvent, TaskState};
+use tasker_shared::state_machine::{Definition, Snapshot, StepEvent as E, StepState as S, TaskEvent, TaskState};
+use tasker_shared::store::templates;
+use tasker_shared::template;
 use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 use uuid::Uuid;
 
@@ -19,41 +17,13 @@ pub const BEGAN: DateTime<Utc> = DateTime::UNIX_EPOCH;
 
 /// A template of `steps` steps, each behind the one before.
 pub fn chain(steps: u32) -> Definition {
-    let name = |index: u32| format!("step_{index}");
-    let edges: Vec<(String, Vec<String>)> =
-        (0..steps).map(|index| (name(index), index.checked_sub(1).map(name).into_iter().collect())).collect();
-    let graph = Graph::new(edges.iter().map(|(name, parents)| (&**name, &**parents))).expect("a chain has no cycle");
-    let step = |index: u32| StepDefinition {
-        name: Arc::from(name(index)),
-        work: Work::Handler,
-        handler: "noop".into(),
-        queue: "worker_bench".into(),
-        priority: 0,
-        retry: RetryPolicy::default(),
-        queue_timeout: None,
-        total: None,
-        run_timeout: None,
-        input: None,
-        needs: graph.parents(index).to_vec(),
-        when: None,
-        branches: Vec::new(),
-        join: Join::All,
-        limits: Vec::new(),
-        for_each: None,
-    };
-    Definition {
-        template_id: 1,
-        namespace: "bench".into(),
-        name: "chain".into(),
-        version: "1".into(),
-        block_on_failure: false,
-        total: None,
-        steps: (0..steps).map(step).collect(),
-        by_name: (0..steps).map(|index| (Arc::from(name(index)), index)).collect(),
-        graph,
-        fair_key: None,
-        reaches_far: false,
+    let mut yaml = String::from("namespace: bench\nname: chain\nversion: \"1\"\nsteps:\n");
+    for index in 0..steps {
+        let parent = index.checked_sub(1).map(|parent| format!("step_{parent}")).unwrap_or_default();
+        let _ = writeln!(yaml, "  - {{name: step_{index}, handler: noop, depends_on: [{parent}]}}");
     }
+    let template = template::parse("chain.yaml", &yaml).expect("a chain is a template").template;
+    templates::loaded(1, template::to_json(&template)).expect("what was parsed").definition
 }
 
 /// The task's row in this state, with so many steps open.

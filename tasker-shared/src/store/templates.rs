@@ -182,7 +182,8 @@ pub async fn load(conn: &mut PgConnection, template_ids: &[i32]) -> Result<Vec<A
     rows.into_iter().map(|row| loaded(row.template_id, row.definition).map(Arc::new)).collect()
 }
 
-pub(crate) fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
+/// What a stored definition (see [`template::to_json`]) says, in the form that decisions read.
+pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
     let template = template::from_json(stored)?;
     let graph = template.graph()?;
     let names: Vec<Arc<str>> = template.steps.iter().map(|step| step.name.as_str().into()).collect();
