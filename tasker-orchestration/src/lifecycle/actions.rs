@@ -4,9 +4,8 @@
 //! written go to the exporter as they are, so the tree is never read back from the database.
 
 use chrono::{DateTime, Utc};
-use tasker_shared::state_machine::StepEvent;
-use tasker_shared::state_machine::plan::{Detail, Plan, Step};
-use tasker_shared::state_machine::wait::CHILD;
+use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
+use tasker_shared::state_machine::plan::{Move, Plan, Step};
 use tasker_shared::store::apply::{Applied, ExportBatch};
 use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
@@ -105,23 +104,10 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         let Some(row) = work.steps.get(step) else {
             continue;
         };
-        transitions.extend(earlier_moves(row));
+        transitions.extend(earlier(row));
         attempts.extend(row.attempt.clone());
     }
-    transitions.extend(plan.moves.iter().map(|made| Transition {
-        entity: made.entity,
-        version: made.version,
-        task_version: made.task_version,
-        generation: made.generation,
-        attempt: made.attempt,
-        from: made.from,
-        to: made.to,
-        event: made.event,
-        actor: made.actor.clone(),
-        began_at,
-        at,
-        detail: made.detail.clone(),
-    }));
+    transitions.extend(plan.moves.iter().map(|made| transition(made.clone(), began_at, at)));
     let definition = &work.template.definition;
     let touched = plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps);
     let info = |step: &Step| {
@@ -143,59 +129,32 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
     }
 }
 
-/// The moves of a closed attempt before the one that closed it, as the log has them: its
-/// Enqueue, its Claim, its Report, or the one that began its wait for a task. The step's row and the attempt's say when each was.
-fn earlier_moves(row: &StepRow) -> Vec<Transition> {
-    let step = &row.step;
-    let (Some(version), Some(began_at), Some(at)) = (step.enqueued_version, step.enqueued_began_at, step.enqueued_at)
-    else {
-        return Vec::new();
-    };
-    let event = step.enqueued_event.unwrap_or(StepEvent::Enqueue.as_str());
-    let lost = event == StepEvent::LeaseExpired.as_str();
-    let move_of = |version, from, to, event, began_at, at| Transition {
-        entity: step.uuid,
-        version,
-        task_version: None,
-        generation: step.generation,
-        attempt: Some(step.attempt),
-        from,
-        to,
-        event,
-        actor: None,
+/// The moves of a closed attempt before the one that closed it, out of its rows.
+fn earlier(row: &StepRow) -> impl Iterator<Item = Transition> {
+    let claimed = row.attempt.as_ref().map(|attempt| Claimed {
+        worker: &attempt.worker,
+        began_at: attempt.claim_began_at,
+        at: attempt.claimed_at,
+        reported: attempt.report_began_at.zip(attempt.reported_at),
+    });
+    earlier_moves(&row.step, claimed).into_iter().map(|(made, began_at, at)| transition(made, began_at, at))
+}
+
+fn transition(made: Move, began_at: DateTime<Utc>, at: DateTime<Utc>) -> Transition {
+    Transition {
+        entity: made.entity,
+        version: made.version,
+        task_version: made.task_version,
+        generation: made.generation,
+        attempt: made.attempt,
+        from: made.from,
+        to: made.to,
+        event: made.event,
+        actor: made.actor,
         began_at,
         at,
-        detail: None,
-    };
-    if event == StepEvent::BeginWait.as_str() {
-        // A step that has failed before in its generation comes from its retry.
-        let from = if step.failures > 0 { "waiting_for_retry" } else { "pending" };
-        let detail = Some(Detail { waiting: Some(CHILD.to_owned()), ..Detail::default() });
-        return vec![Transition { detail, ..move_of(version, from, "waiting", event, began_at, at) }];
+        detail: made.detail,
     }
-    let from = match event {
-        "RetryReady" => "waiting_for_retry",
-        "LeaseExpired" => "in_progress",
-        _ => "pending",
-    };
-    let mut moves = vec![Transition {
-        task_version: step.enqueued_task_version,
-        // The row of a lost attempt that began this one belongs to the lost attempt.
-        attempt: Some(if lost { step.attempt - 1 } else { step.attempt }),
-        ..move_of(version, from, "enqueued", event, began_at, at)
-    }];
-    if let Some(attempt) = &row.attempt {
-        let actor = Some(attempt.worker.clone());
-        moves.push(Transition {
-            actor: actor.clone(),
-            ..move_of(version + 1, "enqueued", "in_progress", "Claim", attempt.claim_began_at, attempt.claimed_at)
-        });
-        if let (Some(began), Some(reported)) = (attempt.report_began_at, attempt.reported_at) {
-            let to = step.state.as_str();
-            moves.push(Transition { actor, ..move_of(version + 2, "in_progress", to, "Report", began, reported) });
-        }
-    }
-    moves
 }
 
 fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {

@@ -6,6 +6,7 @@
 pub mod condition;
 pub mod decide;
 pub mod definition;
+pub mod earlier;
 pub mod flow;
 pub mod graph;
 pub mod input;

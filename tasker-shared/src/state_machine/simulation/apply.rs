@@ -9,10 +9,11 @@ use uuid::Uuid;
 
 use super::{Message, Row, Settled, World};
 use crate::state_machine::definition::Join;
+use crate::state_machine::earlier::{Claimed, earlier_moves};
 use crate::state_machine::input::{BY_REFERENCE, Scope};
 use crate::state_machine::plan::{Detail, Due, Map, Move, Plan, Step, Task, Wait};
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent};
-use crate::state_machine::wait::{CHILD, Work};
+use crate::state_machine::wait::Work;
 
 impl World {
     /// `store/apply.rs`.
@@ -260,59 +261,18 @@ impl World {
         closed
     }
 
-    /// The open attempt's moves as the columns tell them: what an orchestrator hands to the
+    /// The open attempt's moves as the columns tell them, and as an orchestrator hands them to the
     /// exporter without reading the log.
     pub(super) fn earlier_moves(&self, step: &Step) -> Vec<Row> {
-        let event = step.enqueued_event.expect("an open attempt has its Enqueue");
-        let version = step.enqueued_version.expect("an open attempt has its Enqueue");
-        let lost = event == StepEvent::LeaseExpired.as_str();
-        let from = match event {
-            "RetryReady" => "waiting_for_retry",
-            "LeaseExpired" => "in_progress",
-            _ => "pending",
-        };
-        let row = |version, from, to, event, began_at, at| Row {
-            made: Move {
-                entity: step.uuid,
-                version,
-                task_version: None,
-                generation: step.generation,
-                attempt: Some(step.attempt),
-                from,
-                to,
-                event,
-                actor: None,
-                claim_token: None,
-                detail: None,
-            },
-            began_at,
-            at,
-        };
-        if event == StepEvent::BeginWait.as_str() {
-            let from = if step.failures > 0 { "waiting_for_retry" } else { "pending" };
-            let times = (step.enqueued_began_at.unwrap(), step.enqueued_at.unwrap());
-            let mut opening = row(version, from, "waiting", event, times.0, times.1);
-            opening.made.detail = Some(Detail { waiting: Some(CHILD.into()), ..Detail::default() });
-            return vec![opening];
-        }
-        let mut opening =
-            row(version, from, "enqueued", event, step.enqueued_began_at.unwrap(), step.enqueued_at.unwrap());
-        opening.made.task_version = step.enqueued_task_version;
-        opening.made.attempt = Some(if lost { step.attempt - 1 } else { step.attempt });
-        let mut rows = vec![opening];
-        if let Some(attempt) = self.attempt(step.uuid, step.attempt) {
-            let mut claim =
-                row(version + 1, "enqueued", "in_progress", "Claim", attempt.claim_began_at, attempt.claimed_at);
-            claim.made.actor = Some(attempt.worker.clone());
-            rows.push(claim);
-            if let Some(report) = &attempt.report {
-                let to = step.state.as_str();
-                let mut reported = row(version + 2, "in_progress", to, "Report", report.began_at, report.at);
-                reported.made.actor = Some(attempt.worker.clone());
-                rows.push(reported);
-            }
-        }
-        rows
+        let claimed = self.attempt(step.uuid, step.attempt).map(|attempt| Claimed {
+            worker: &attempt.worker,
+            began_at: attempt.claim_began_at,
+            at: attempt.claimed_at,
+            reported: attempt.report.as_ref().map(|report| (report.began_at, report.at)),
+        });
+        let moves = earlier_moves(step, claimed);
+        assert!(!moves.is_empty(), "an open attempt has its Enqueue");
+        moves.into_iter().map(|(made, began_at, at)| Row { made, began_at, at }).collect()
     }
 }
 
