@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::executor::Executor;
+use crate::line::{Line, backoff, jittered};
 use crate::measure;
-use crate::runtime::{Line, backoff, jittered};
 
 /// In one call; a longer transaction would keep the first of its attempts waiting.
 const MAX_BATCH: usize = 500;

@@ -15,8 +15,8 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::line::{Line, backoff};
 use crate::measure;
-use crate::runtime::{Line, backoff};
 
 /// A template with a lease of nothing must not make the loop spin.
 const SHORTEST: Duration = Duration::from_millis(20);

@@ -32,22 +32,26 @@
 //! This crate decides nothing about tasks. It knows them only through the SQL
 //! functions of `docs/worker-protocol.md`, as a worker in any language does.
 
+mod builder;
 mod claim;
 mod context;
 mod executor;
 mod handler;
 pub mod handlers;
 mod held;
+mod line;
 mod measure;
+mod presence;
 mod recorder;
 mod registry;
 mod report;
 mod runtime;
 mod span;
 
+pub use builder::Builder;
 pub use context::{Capture, StepContext};
 pub use handler::StepError;
-pub use runtime::{Builder, Error, Worker};
+pub use runtime::{Error, Worker};
 pub use span::{Artifact, Failed, ModelCall, Span, Usage};
 pub use tasker_shared::metrics::Listen;
 pub use tokio_util::sync::CancellationToken;

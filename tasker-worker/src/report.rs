@@ -14,8 +14,8 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::held::Held;
+use crate::line::{Line, backoff};
 use crate::measure;
-use crate::runtime::{Line, backoff};
 
 /// In one call.
 const MAX_BATCH: usize = 500;

@@ -2,20 +2,15 @@
 //! which connections, and in which order they stop.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::PgListener;
-use sqlx::{PgConnection, PgPool, Postgres};
+use sqlx::PgPool;
 use tasker_shared::metrics::{Listen, Scrape, serve};
 use tasker_shared::state_machine::retry::LONGEST;
-use tasker_shared::store::protocol::{self, Hello};
+use tasker_shared::store::HOT_PATH_SETTINGS;
 use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
-use tasker_shared::store::{Error as StoreError, HOT_PATH_SETTINGS};
 use tasker_shared::telemetry;
 use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
 use tasker_shared::trace::settings::{Applying, Follower};
@@ -25,20 +20,18 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::builder::Builder;
 use crate::claim::Claimer;
-use crate::context::{Capture, StepContext};
+use crate::context::Capture;
 use crate::executor::Executor;
-use crate::handler::{StepError, Typed};
-use crate::handlers::{self, Http};
 use crate::held::{self, Held};
 use crate::measure::Numbers;
+use crate::presence::Presence;
 use crate::registry::Registry;
 use crate::report::{REPORTERS, Reporter, Results};
 
-const CHANNEL: &str = "tasker";
-const HELLO_EVERY: Duration = Duration::from_secs(10);
 /// Results get at least this long to reach the database when the drain's time is up.
-const LAST_REPORTS: Duration = Duration::from_secs(2);
+pub(crate) const LAST_REPORTS: Duration = Duration::from_secs(2);
 /// Connections for handlers that ask for outputs of other steps.
 const OUTPUT_CONNECTIONS: u32 = 4;
 
@@ -78,223 +71,28 @@ pub enum Error {
     Stopped(String),
 }
 
-/// Says what a worker offers. Made by [`Worker::builder`].
-pub struct Builder {
-    url: String,
-    namespace: String,
-    queues: Vec<Option<String>>,
-    registry: Registry,
-    builtins: bool,
-    http_hosts: Vec<String>,
-    slots: usize,
-    lease: Duration,
-    drain_timeout: Duration,
-    cancel_grace: Duration,
-    name: Option<String>,
-    version: String,
-    metrics: Option<Listen>,
-    capture: Capture,
-    trace_settings: Option<Sources>,
-}
-
-impl Builder {
-    /// The namespace whose steps it runs; `default` if not given.
-    #[must_use]
-    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
-        self.namespace = namespace.into();
-        self
-    }
-
-    /// A queue that it reads: `None` is the namespace's own, `Some("slow")` the one of steps
-    /// with `queue: slow`. May be called again for more; without a call it reads `None`.
-    #[must_use]
-    pub fn queue(mut self, queue: Option<&str>) -> Self {
-        let queue = queue.map(str::to_owned);
-        if !self.queues.contains(&queue) {
-            self.queues.push(queue);
-        }
-        self
-    }
-
-    /// A handler by the name that templates use. Steps of handlers that no worker offers stay
-    /// in their queue.
-    #[must_use]
-    pub fn handler<F, Fut, I, O, E>(mut self, name: impl Into<String>, function: F) -> Self
-    where
-        F: Fn(StepContext, I) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<O, E>> + Send + 'static,
-        I: DeserializeOwned + 'static,
-        O: Serialize + 'static,
-        E: Into<StepError> + 'static,
-    {
-        self.registry.insert(name.into(), Typed::new(function));
-        self
-    }
-
-    /// The handlers of [`handlers`](crate::handlers): `noop`, `echo`, `sleep`, `fail` and `http`.
-    #[must_use]
-    pub fn builtins(mut self) -> Self {
-        self.builtins = true;
-        self
-    }
-
-    /// Hosts that the built-in `http` handler may talk to, as `host` (ports 80 and 443) or
-    /// `host:port`. Nothing is allowed otherwise.
-    #[must_use]
-    pub fn allow_http_hosts(mut self, hosts: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        self.http_hosts.extend(hosts.into_iter().map(Into::into));
-        self
-    }
-
-    /// Attempts that run at once; 50 if not given. A claim never takes more than there are
-    /// free slots, so many slots suit many short steps.
-    #[must_use]
-    pub fn slots(mut self, slots: usize) -> Self {
-        self.slots = slots;
-        self
-    }
-
-    /// The lease of steps whose template gives none; 10 s if not given.
-    #[must_use]
-    pub fn lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
-        self
-    }
-
-    /// How long running handlers may take to finish after the shutdown token fired; 30 s if not given.
-    #[must_use]
-    pub fn drain_timeout(mut self, drain_timeout: Duration) -> Self {
-        self.drain_timeout = drain_timeout;
-        self
-    }
-
-    /// How long a handler may run on after its cancellation token fired; 10 s if not given.
-    #[must_use]
-    pub fn cancel_grace(mut self, cancel_grace: Duration) -> Self {
-        self.cancel_grace = cancel_grace;
-        self
-    }
-
-    /// Unique among all workers; `<host>-<pid>-<4 hex digits>` if not given.
-    #[must_use]
-    pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.name = Some(name.into());
-        self
-    }
-
-    /// The version of the program, shown on its spans; that of this crate if not given.
-    #[must_use]
-    pub fn version(mut self, version: impl Into<String>) -> Self {
-        self.version = version.into();
-        self
-    }
-
-    /// Serves the process's metrics there, at `/metrics`: `9464` on this machine only, or
-    /// `0.0.0.0:9464`. Not served if not given.
-    #[must_use]
-    pub fn metrics_listen(mut self, listen: Listen) -> Self {
-        self.metrics = Some(listen);
-        self
-    }
-
-    /// Keeps inputs or outputs of handlers with their attempts: redacted, and cut at 4 KiB. Not if not given.
-    #[must_use]
-    pub fn capture(mut self, capture: Capture) -> Self {
-        self.capture = capture;
-        self
-    }
-
-    /// Lets this process follow the trace settings that are stored in the database; see
-    /// `tasker_shared::telemetry::start`. Without it the spans of handlers go where
-    /// `telemetry::init` was told.
-    #[must_use]
-    pub fn trace_settings(mut self, sources: Sources) -> Self {
-        self.trace_settings = Some(sources);
-        self
-    }
-
-    /// Checks what was given. Talks to nobody.
-    pub fn build(mut self) -> Result<Worker, Error> {
-        check_name("namespace", &self.namespace)?;
-        for queue in self.queues.iter().flatten() {
-            check_name("queue", queue)?;
-        }
-        if self.queues.is_empty() {
-            self.queues.push(None);
-        }
-        if !(1..=100_000).contains(&self.slots) {
-            return Err(Error::Slots);
-        }
-        if self.builtins {
-            self.registry.insert("noop".into(), Typed::new(handlers::noop));
-            self.registry.insert("echo".into(), Typed::new(handlers::echo));
-            self.registry.insert("sleep".into(), Typed::new(handlers::sleep));
-            self.registry.insert("fail".into(), Typed::new(handlers::fail));
-            let http = Http::new(self.http_hosts);
-            self.registry.insert("http".into(), Typed::new(move |ctx, request| http.clone().call(ctx, request)));
-        }
-        if let Some(name) = self.registry.duplicate {
-            return Err(Error::DuplicateHandler(name));
-        }
-        if self.registry.names().is_empty() {
-            return Err(Error::NoHandlers);
-        }
-        Ok(Worker {
-            url: self.url,
-            namespace: self.namespace,
-            queues: self.queues,
-            registry: self.registry,
-            slots: self.slots,
-            lease: self.lease,
-            drain_timeout: self.drain_timeout,
-            cancel_grace: self.cancel_grace,
-            name: self.name.unwrap_or_else(default_name),
-            version: self.version,
-            metrics: self.metrics,
-            capture: self.capture,
-            trace_settings: self.trace_settings,
-        })
-    }
-}
-
 /// Claims steps and runs their handlers.
 pub struct Worker {
-    url: String,
-    namespace: String,
-    queues: Vec<Option<String>>,
-    registry: Registry,
-    slots: usize,
-    lease: Duration,
-    drain_timeout: Duration,
-    cancel_grace: Duration,
-    name: String,
-    version: String,
-    metrics: Option<Listen>,
-    capture: Capture,
-    trace_settings: Option<Sources>,
+    pub(crate) url: String,
+    pub(crate) namespace: String,
+    pub(crate) queues: Vec<Option<String>>,
+    pub(crate) registry: Registry,
+    pub(crate) slots: usize,
+    pub(crate) lease: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) cancel_grace: Duration,
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) metrics: Option<Listen>,
+    pub(crate) capture: Capture,
+    pub(crate) trace_settings: Option<Sources>,
 }
 
 impl Worker {
     /// A worker for the database at this URL. It opens connections of its own, because claims
     /// and reports need different session settings.
     pub fn builder(url: impl Into<String>) -> Builder {
-        Builder {
-            url: url.into(),
-            namespace: "default".into(),
-            queues: Vec::new(),
-            registry: Registry::default(),
-            builtins: false,
-            http_hosts: Vec::new(),
-            slots: 50,
-            lease: Duration::from_secs(10),
-            drain_timeout: Duration::from_secs(30),
-            cancel_grace: Duration::from_secs(10),
-            name: None,
-            version: env!("CARGO_PKG_VERSION").into(),
-            metrics: None,
-            capture: Capture::default(),
-            trace_settings: None,
-        }
+        Builder::new(url.into())
     }
 
     /// Its name: `claimed_by` of steps, `worker` of attempts and spans.
@@ -542,255 +340,9 @@ async fn follow_settings(follower: Follower, stop: CancellationToken) {
     follower.run(apply, || telemetry::live_spans().summary(), stop).await;
 }
 
-/// What the database knows of this worker.
-struct Presence {
-    worker: String,
-    namespace: String,
-    version: String,
-    slots: i32,
-    lock_key: i64,
-    handlers: Vec<String>,
-    queues: Vec<String>,
-    wakes: Vec<Arc<Notify>>,
-    held: Arc<Held>,
-    /// Our session holds the lock. Only then may the database conclude anything from it.
-    locked: AtomicBool,
-    /// The session listens, or was lost: the database should hear of it.
-    changed: Notify,
-    /// The first hello was answered.
-    known: CancellationToken,
-    /// Someone changed where traces go.
-    trace_changed: Arc<Notify>,
-}
-
-impl Presence {
-    /// Hello at start, every 10 s and after a reconnect; bye when `stop` fires.
-    async fn say_hello(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
-        let mut line = Line::new(pool);
-        let mut failures = 0;
-        // The lock comes before the hello that names it. Behind a pooler there may be no lock.
-        let _ = timeout(Duration::from_secs(2), stop.run_until_cancelled(self.changed.notified())).await;
-        while !stop.is_cancelled() {
-            let wait = match self.hello(&mut line).await {
-                Ok(()) => {
-                    failures = 0;
-                    self.known.cancel();
-                    HELLO_EVERY
-                }
-                Err(error) => {
-                    line.broken();
-                    if failures == 0 {
-                        tracing::warn!(%error, "the worker cannot announce itself; it is tried until the database answers");
-                    }
-                    failures += 1;
-                    backoff(failures - 1)
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = self.changed.notified() => {}
-                () = tokio::time::sleep(wait) => {}
-            }
-        }
-        let bye = async {
-            for failures in 0.. {
-                match async { protocol::worker_bye(line.get().await?, &self.worker).await }.await {
-                    Ok(()) => return,
-                    Err(_) => line.broken(),
-                }
-                tokio::time::sleep(backoff(failures)).await;
-            }
-        };
-        // Without it the worker counts as alive for another 30 s: a pity, no harm.
-        let _ = timeout(LAST_REPORTS, bye).await;
-    }
-
-    async fn hello(&self, line: &mut Line) -> Result<(), StoreError> {
-        let hello = Hello {
-            worker: &self.worker,
-            namespace: &self.namespace,
-            queues: &self.queues,
-            handlers: &self.handlers,
-            slots: self.slots,
-            lock_key: self.locked.load(Ordering::Relaxed).then_some(self.lock_key),
-            version: &self.version,
-        };
-        protocol::worker_hello(line.get().await?, &hello).await
-    }
-
-    /// Holds the lock and listens until `stop` fires; a lost session is made again.
-    async fn listen(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
-        let mut failures = 0;
-        loop {
-            let session = async {
-                let result = self.listen_once(&pool, &mut failures).await;
-                if self.locked.swap(false, Ordering::Relaxed) {
-                    self.changed.notify_one();
-                }
-                if let Err(error) = result {
-                    if failures == 0 {
-                        tracing::warn!(%error, "nobody can wake this worker; it polls until it can listen again");
-                    }
-                    failures += 1;
-                }
-                tokio::time::sleep(backoff(failures.saturating_sub(1))).await;
-            };
-            if stop.run_until_cancelled(session).await.is_none() {
-                return;
-            }
-        }
-    }
-
-    /// One session, from its beginning to its loss.
-    async fn listen_once(&self, pool: &PgPool, failures: &mut u32) -> Result<(), StoreError> {
-        let mut listener = PgListener::connect_with(pool).await?;
-        // A new session has no lock, so it must not come about unseen.
-        listener.eager_reconnect(false);
-        for attempt in 0.. {
-            // The server may not have noticed yet that our last session is gone.
-            let locked = protocol::take_lock(&mut listener, self.lock_key).await?;
-            self.locked.store(locked, Ordering::Relaxed);
-            if locked || attempt == 10 {
-                break;
-            }
-            tokio::time::sleep(backoff(attempt)).await;
-        }
-        listener.listen(CHANNEL).await?;
-        *failures = 0;
-        self.changed.notify_one();
-        // What happened before we listened was told to nobody.
-        self.wakes.iter().for_each(|wake| wake.notify_one());
-        self.held.beat_now();
-        while let Some(notification) = listener.try_recv().await? {
-            self.told(notification.payload());
-        }
-        Ok(())
-    }
-
-    fn told(&self, payload: &str) {
-        if payload.strip_prefix("cancel:") == Some(&self.worker) {
-            self.held.beat_now();
-        } else if payload == "trace" {
-            self.trace_changed.notify_one();
-        } else if let Some(at) = self.queues.iter().position(|queue| queue == payload) {
-            self.wakes[at].notify_one();
-        }
-    }
-}
-
-/// A connection that one loop keeps for itself: the pool would ask the server about it each
-/// time it is given back.
-pub(crate) struct Line {
-    pool: PgPool,
-    conn: Option<PoolConnection<Postgres>>,
-}
-
-impl Line {
-    pub(crate) fn new(pool: PgPool) -> Self {
-        Self { pool, conn: None }
-    }
-
-    pub(crate) async fn get(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
-        let conn = match self.conn.take() {
-            Some(conn) => conn,
-            None => self.pool.acquire().await?,
-        };
-        Ok(self.conn.insert(conn))
-    }
-
-    /// After any error: the next `get` brings another connection.
-    pub(crate) fn broken(&mut self) {
-        if let Some(mut conn) = self.conn.take() {
-            conn.close_on_drop();
-        }
-    }
-}
-
-/// Between tries while the database does not answer: 50 ms doubling to 2 s.
-pub(crate) fn backoff(failures: u32) -> Duration {
-    jittered(Duration::from_millis(50 << failures.min(6)).min(Duration::from_secs(2)))
-}
-
-/// Between three quarters and the whole of it, so that workers do not go in step.
-pub(crate) fn jittered(duration: Duration) -> Duration {
-    duration.mul_f64(rand::random_range(0.75..=1.0))
-}
-
 fn physical_queue(namespace: &str, queue: Option<&str>) -> String {
     match queue {
         None => format!("worker_{namespace}"),
         Some(queue) => format!("worker_{namespace}__{queue}"),
-    }
-}
-
-fn check_name(what: &'static str, name: &str) -> Result<(), Error> {
-    let words = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let good = name.len() <= 40
-        && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.split('_').all(|word| !word.is_empty() && word.chars().all(words));
-    if good { Ok(()) } else { Err(Error::Name { what, name: name.to_owned() }) }
-}
-
-fn default_name() -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    format!("{host}-{}-{:04x}", std::process::id(), rand::random::<u16>())
-}
-
-#[cfg(test)]
-mod tests {
-    use futures_util::FutureExt as _;
-
-    use super::*;
-
-    #[test]
-    fn a_worker_that_could_never_work_is_not_built() {
-        let build =
-            |change: fn(Builder) -> Builder| change(Worker::builder("postgresql:///x").builtins()).build().map(drop);
-        assert!(build(|b| b).is_ok());
-        assert!(matches!(build(|b| b.namespace("a__b")), Err(Error::Name { what: "namespace", .. })));
-        assert!(matches!(build(|b| b.namespace("")), Err(Error::Name { .. })));
-        assert!(matches!(build(|b| b.queue(Some("Slow"))), Err(Error::Name { what: "queue", .. })));
-        assert!(matches!(build(|b| b.queue(Some("slow_"))), Err(Error::Name { .. })));
-        assert!(matches!(build(|b| b.slots(0)), Err(Error::Slots)));
-        assert!(
-            matches!(build(|b| b.handler("echo", handlers::echo)), Err(Error::DuplicateHandler(name)) if name == "echo")
-        );
-        assert!(matches!(Worker::builder("postgresql:///x").build(), Err(Error::NoHandlers)));
-    }
-
-    #[tokio::test]
-    async fn a_notification_wakes_the_loop_it_is_for_and_no_other() {
-        let wakes: Vec<Arc<Notify>> = vec![Arc::default(), Arc::default()];
-        let presence = Presence {
-            trace_changed: Arc::default(),
-            worker: "w1".into(),
-            namespace: "shop".into(),
-            version: String::new(),
-            slots: 1,
-            lock_key: 0,
-            handlers: Vec::new(),
-            queues: vec!["worker_shop".into(), "worker_shop__slow".into()],
-            wakes: wakes.clone(),
-            held: Arc::default(),
-            locked: AtomicBool::new(false),
-            changed: Notify::new(),
-            known: CancellationToken::new(),
-        };
-        let woken = || wakes.iter().map(|wake| wake.notified().now_or_never().is_some()).collect::<Vec<_>>();
-        for other in ["worker_shops", "step_results", "admit", "cancel:w2", "cancel:w1"] {
-            presence.told(other);
-        }
-        assert_eq!(woken(), [false, false]);
-        presence.told("worker_shop__slow");
-        assert_eq!(woken(), [false, true]);
-        presence.told("worker_shop");
-        assert_eq!(woken(), [true, false]);
-    }
-
-    #[test]
-    fn two_workers_of_one_process_have_different_names() {
-        let name = default_name();
-        assert!(name.contains(&format!("-{}-", std::process::id())), "{name}");
-        assert!((0..8).any(|_| default_name() != name));
     }
 }
