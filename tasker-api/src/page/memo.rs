@@ -90,9 +90,9 @@ pub(super) struct Memory {
     pub around: Memo<Uuid, Option<Arc<Around>>>,
     pub steps: Memo<(Uuid, Uuid), Option<Arc<super::step::Detail>>>,
     /// With what errors say, and without.
-    pub traces: Memo<(Uuid, bool), Option<Arc<super::task::Drawn>>>,
+    pub traces: Memo<(Uuid, bool), Option<Arc<super::drawn::Drawn>>>,
     /// The same of tasks that have ended, as they were when they last moved.
-    pub ended_traces: Memo<(Uuid, bool, DateTime<Utc>), Option<Arc<super::task::Drawn>>>,
+    pub ended_traces: Memo<(Uuid, bool, DateTime<Utc>), Option<Arc<super::drawn::Drawn>>>,
     /// The namespace of a task, which never changes.
     pub homes: Memo<Uuid, Option<String>>,
     skew: Memo<(), TimeDelta>,

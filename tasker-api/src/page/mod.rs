@@ -6,8 +6,10 @@
 
 mod assets;
 mod audit;
+mod drawn;
 mod form;
 mod graph;
+mod log;
 mod memo;
 mod queues;
 mod schedules;
@@ -53,10 +55,10 @@ pub(crate) fn routes(state: &State) -> Router<State> {
         .route("/tasks/{task}", get(task::show))
         .route("/tasks/{task}/act", post(task::act))
         .route("/tasks/{task}/signal", post(task::signal))
-        .route("/tasks/{task}/timeline.json", get(task::timeline))
-        .route("/tasks/{task}/log", get(task::log))
-        .route("/tasks/{task}/log.csv", get(task::log_csv))
-        .route("/tasks/{task}/log.json", get(task::log_json))
+        .route("/tasks/{task}/timeline.json", get(drawn::timeline))
+        .route("/tasks/{task}/log", get(log::show))
+        .route("/tasks/{task}/log.csv", get(log::csv))
+        .route("/tasks/{task}/log.json", get(log::json))
         .route("/tasks/{task}/steps/{step}", get(step::show))
         .route("/queues", get(queues::show))
         .route("/queues/act", post(queues::act))

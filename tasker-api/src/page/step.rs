@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::shell::Section;
 use super::task::{self, GOOD_FOR, Seen, payload, seen};
 use super::words::{self, copyable, counted, pill, when};
-use super::{Page, hidden};
+use super::{Page, drawn, hidden};
 use crate::auth::Scope;
 use crate::problem::Problem;
 
@@ -66,7 +66,7 @@ pub(super) async fn show(
         None => attempts.first(),
     };
     let span = match chosen.and_then(|attempt| handler_span(&seen, detail, attempt)) {
-        Some(id) => Some((id, task::handler_span(&page, &seen, id).await?)),
+        Some(id) => Some((id, drawn::handler_span(&page, &seen, id).await?)),
         None => None,
     };
     let view = &seen.situation.task;

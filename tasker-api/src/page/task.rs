@@ -1,15 +1,11 @@
-//! One task: why it is where it is, its graph, its timeline, its log, and what can be done to it.
+//! One task: why it is where it is, its graph, its timeline, and what can be done to it.
 
-use std::fmt::Write as _;
-use std::hash::{DefaultHasher, Hasher as _};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::extract::{Path, Query};
-use axum::response::{IntoResponse as _, Response};
-use chrono::{DateTime, SecondsFormat, Utc};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::Response;
+use chrono::{DateTime, Utc};
 use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -20,10 +16,9 @@ use tasker_shared::store::views::{self, TaskView};
 use tasker_shared::store::why::{self, Situation};
 use tasker_shared::store::{requests, transitions, waits};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::span::{Span, SpanId};
-use tasker_shared::trace::{read, tree};
 use uuid::Uuid;
 
+use super::drawn::drawn;
 use super::graph::{self, Node};
 use super::shell::Section;
 use super::timeline::Timeline;
@@ -36,14 +31,10 @@ use crate::problem::Problem;
 pub(super) const GOOD_FOR: Duration = Duration::from_millis(800);
 /// How long what surrounds a task is believed: it never changes, but the task may be removed.
 const AROUND_GOOD_FOR: Duration = Duration::from_mins(1);
-/// How long the timeline of a task is kept that has ended: of a large one it is seconds of work.
-const ENDED_GOOD_FOR: Duration = Duration::from_mins(1);
 /// Steps of a list; the rest is a page away.
 const STEPS: usize = 200;
 /// With more steps than this the page does not wait for the trace: the script fetches it.
-const TRACE_WITH_PAGE: usize = 150;
-/// Spans that are kept for the pages of their steps; of a task with more, only the timeline is.
-const SPANS_KEPT: usize = 5_000;
+pub(super) const TRACE_WITH_PAGE: usize = 150;
 /// Bytes of a payload that a page shows.
 pub(super) const SHOWN: usize = 64 * 1024;
 
@@ -86,7 +77,7 @@ pub(super) struct Asked {
     #[serde(default)]
     steps: String,
     #[serde(default)]
-    from: usize,
+    pub from: usize,
 }
 
 /// `GET /tasks/{task}`
@@ -534,108 +525,16 @@ async fn operate(page: &Page, task: Uuid, scope: Scope) -> Result<(), Problem> {
     }
 }
 
-async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), Problem> {
+pub(super) async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), Problem> {
     let mut conn = page.state.pool().acquire().await?;
     let log = transitions::logs(&mut conn, &[task]).await?.pop();
     let now = page.memory.now(&page.state).await?;
     Ok((log.ok_or_else(|| Problem::not_found(format!("task {task}")))?, now))
 }
 
-/// The timeline of a task, and its text once somebody has asked for that.
-#[derive(Debug)]
-pub(super) struct Drawn {
-    timeline: Timeline,
-    /// What it was drawn from, of a task of few.
-    spans: Vec<Span>,
-    /// As JSON, with the tag of that.
-    text: OnceLock<(Bytes, String)>,
-}
-
-impl Drawn {
-    fn text(&self) -> &(Bytes, String) {
-        self.text.get_or_init(|| {
-            let text = serde_json::to_vec(&self.timeline).unwrap_or_default();
-            // It need not be hard to forge, and is much quicker so.
-            let mut hasher = DefaultHasher::new();
-            hasher.write(&text);
-            (text.into(), format!("\"{:016x}\"", hasher.finish()))
-        })
-    }
-}
-
-/// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
-async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
-    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 13), async || {
-        let Some(view) = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop() else {
-            return Ok(None);
-        };
-        if !view.is_finished() {
-            return draw(page, task, payloads).await;
-        }
-        // It moves no more, unless somebody runs it again, and that is a move.
-        let ended = page
-            .memory
-            .ended_traces
-            .get((task, payloads, view.last_at), ENDED_GOOD_FOR, async || draw(page, task, payloads).await);
-        ended.await
-    });
-    drawn.await?.ok_or_else(|| Problem::not_found(format!("task {task}")))
-}
-
-async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Drawn>>, Problem> {
-    let (log, now) = match read_log(page, task).await {
-        Ok(read) => read,
-        Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
-        Err(problem) => return Err(problem),
-    };
-    let waits = pages::open_waits(&mut *page.state.pool().acquire().await?, task).await?;
-    // The tree is work for the processor alone; others go on meanwhile.
-    let drawn = tokio::task::spawn_blocking(move || {
-        let mut spans = tree::spans_so_far(&log, now);
-        if !payloads {
-            spans.spans.iter_mut().for_each(read::hide_errors_of);
-        }
-        let timeline = Timeline::new(&log, &spans, &waits, now);
-        let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
-        Drawn { timeline, spans, text: OnceLock::new() }
-    });
-    Ok(Some(Arc::new(drawn.await.map_err(|_| undrawn())?)))
-}
-
-/// The span of an attempt's handler, if the task has not too many for a page.
-pub(super) async fn handler_span(page: &Page, seen: &Seen, id: SpanId) -> Result<Option<Span>, Problem> {
-    let view = &seen.situation.task;
-    if seen.steps.len() > TRACE_WITH_PAGE || !page.config().ui_trace {
-        return Ok(None);
-    }
-    let payloads = page.who.may(Scope::PayloadsRead, &view.namespace);
-    let drawn = drawn(page, view.task_uuid, payloads).await?;
-    Ok(drawn.spans.iter().find(|span| span.id == id).cloned())
-}
-
-fn undrawn() -> Problem {
-    crate::problem::INTERNAL.because("the timeline could not be drawn")
-}
-
-/// `GET /tasks/{task}/timeline.json`
-pub(super) async fn timeline(page: Page, Path(task): Path<Uuid>, headers: HeaderMap) -> Result<Response, Problem> {
-    let home = may_look(&page, task).await?;
-    if !page.config().ui_trace {
-        return Err(Problem::not_found("timeline; this server was started with ui.trace off"));
-    }
-    let drawn = drawn(&page, task, page.who.may(Scope::PayloadsRead, &home)).await?;
-    let text = tokio::task::spawn_blocking(move || drawn.text().clone());
-    let (text, tag) = text.await.map_err(|_| undrawn())?;
-    if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == tag.as_bytes()) {
-        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
-    }
-    let about = [(header::CONTENT_TYPE, "application/json".to_owned()), (header::ETAG, tag)];
-    Ok((about, text).into_response())
-}
-
 /// Refuses who may not look at this task, with "not found" whatever the reason.
 /// Answers its namespace.
-async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
+pub(super) async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
     page.who.require_scope(Scope::TasksRead)?;
     let home = page.memory.homes.get(task, AROUND_GOOD_FOR, async || {
         let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop();
@@ -643,162 +542,4 @@ async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
     });
     let home = home.await?.filter(|home| page.who.reaches(home));
     home.ok_or_else(|| Problem::not_found(format!("task {task}")))
-}
-
-/// One row of the log, as it is shown and downloaded.
-#[derive(Debug, serde::Serialize)]
-struct Move {
-    at: DateTime<Utc>,
-    began_at: DateTime<Utc>,
-    /// The step's name; `task` for the task itself.
-    of: String,
-    from: &'static str,
-    event: &'static str,
-    to: &'static str,
-    attempt: Option<i32>,
-    generation: i32,
-    actor: Option<String>,
-    reason: Option<String>,
-    error_type: Option<String>,
-}
-
-/// The log in the order of time; without `payloads` nothing of what errors say.
-fn moves(log: &TaskLog, payloads: bool) -> Vec<Move> {
-    let mut rows: Vec<_> = log.transitions.iter().collect();
-    // Moves of one settle share their time; the task's own frame those of its steps.
-    rows.sort_by_key(|row| (row.at, row.task_version.unwrap_or(row.version), row.entity, row.version));
-    rows.into_iter()
-        .map(|row| {
-            let info = log.steps.get(&row.entity);
-            Move {
-                at: row.at,
-                began_at: row.began_at,
-                of: match info {
-                    Some(info) => {
-                        info.item.map_or_else(|| info.name.to_string(), |item| format!("{}[{item}]", info.name))
-                    }
-                    None => "task".into(),
-                },
-                from: row.from,
-                event: row.event,
-                to: row.to,
-                attempt: row.attempt,
-                generation: row.generation,
-                actor: row.actor.clone(),
-                reason: row
-                    .detail
-                    .as_ref()
-                    .filter(|_| payloads)
-                    .and_then(|detail| Some(redact::text(detail.reason.as_ref()?).into_owned())),
-                error_type: row.detail.as_ref().and_then(|detail| detail.error_type.clone()),
-            }
-        })
-        .collect()
-}
-
-/// Rows of the log on one page.
-const MOVES: usize = 500;
-
-/// `GET /tasks/{task}/log`
-pub(super) async fn log(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
-    let home = may_look(&page, task).await?;
-    let (log, now) = read_log(&page, task).await?;
-    let all = moves(&log, page.who.may(Scope::PayloadsRead, &home));
-    let body = html! {
-        div.head {
-            h1 { "Transitions of " a href=(page.link(format!("/tasks/{task}"))) { (log.head.task_name) " " (super::tasks::short(task)) } }
-            span.grow {}
-            a.button href=(page.link(format!("/tasks/{task}/log.csv"))) download { "CSV" }
-            a.button href=(page.link(format!("/tasks/{task}/log.json"))) download { "JSON" }
-        }
-        div.panel.flush {
-            div.scroll { table.cards {
-                thead { tr { th.tight { "At" } th { "What" } th { "Move" } th.tight { "Event" } th.tight { "Attempt" } th { "By" } th { "Reason" } } }
-                tbody { @for row in all.iter().skip(asked.from).take(MOVES) { tr {
-                    td.tight data-label="At" { time datetime=(row.at.to_rfc3339_opts(SecondsFormat::Micros, true)) title=(words::relative(now, row.at)) data-keep="" { (row.at.format("%m-%d %H:%M:%S%.6f")) } }
-                    td data-label="What" { span.strong { (row.of) } }
-                    td data-label="Move" { span { (row.from) " → " (row.to) } }
-                    td.tight data-label="Event" { span { (row.event) } }
-                    td.tight data-label="Attempt" { @if let Some(attempt) = row.attempt { span { (attempt) } } }
-                    td data-label="By" { @if let Some(actor) = &row.actor { span { (words::clip(actor, 60)) } } }
-                    td data-label="Reason" { @if let Some(reason) = &row.reason { span { @if let Some(kind) = &row.error_type { code { (kind) } " " } (words::clip(reason, 300)) } } }
-                } } }
-            } }
-            div.pages {
-                span.quiet.small { (counted(all.len(), "transition")) }
-                @let link = |from: usize| page.link(format!("/tasks/{task}/log?from={from}"));
-                @if asked.from > 0 { a.button href=(link(asked.from.saturating_sub(MOVES))) { "Before" } }
-                @if asked.from + MOVES < all.len() { a.button href=(link(asked.from + MOVES)) { "After" } }
-            }
-        }
-    };
-    Ok(page.show(now, "Transitions", Section::Tasks, None, &body))
-}
-
-/// `GET /tasks/{task}/log.json`
-pub(super) async fn log_json(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
-    let home = may_look(&page, task).await?;
-    let (log, _) = read_log(&page, task).await?;
-    let text = serde_json::to_vec_pretty(&moves(&log, page.who.may(Scope::PayloadsRead, &home))).unwrap_or_default();
-    Ok(download(&format!("{task}.json"), "application/json", text))
-}
-
-/// `GET /tasks/{task}/log.csv`
-pub(super) async fn log_csv(page: Page, Path(task): Path<Uuid>) -> Result<Response, Problem> {
-    let home = may_look(&page, task).await?;
-    let (log, _) = read_log(&page, task).await?;
-    let mut text = String::from("at,began_at,of,from,event,to,attempt,generation,actor,error_type,reason\r\n");
-    for row in moves(&log, page.who.may(Scope::PayloadsRead, &home)) {
-        let at = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Micros, true);
-        let attempt = row.attempt.map_or_else(String::new, |attempt| attempt.to_string());
-        // Writing to a string does not fail.
-        let _ = write!(
-            text,
-            "{},{},{},{},{},{},{},{},{},{},{}\r\n",
-            at(row.at),
-            at(row.began_at),
-            cell(&row.of),
-            row.from,
-            row.event,
-            row.to,
-            attempt,
-            row.generation,
-            cell(row.actor.as_deref().unwrap_or_default()),
-            cell(row.error_type.as_deref().unwrap_or_default()),
-            cell(row.reason.as_deref().unwrap_or_default()),
-        );
-    }
-    Ok(download(&format!("{task}.csv"), "text/csv; charset=utf-8", text.into_bytes()))
-}
-
-/// A cell of a CSV file: quoted where it must be, and never a formula to a spreadsheet.
-fn cell(text: &str) -> String {
-    let text = if text.starts_with(['=', '+', '-', '@', '\t', '\r']) { format!("'{text}") } else { text.to_owned() };
-    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
-}
-
-fn download(name: &str, kind: &'static str, content: Vec<u8>) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, kind)], content).into_response();
-    if let Ok(value) = HeaderValue::from_str(&format!("attachment; filename=\"{name}\"")) {
-        response.headers_mut().insert(header::CONTENT_DISPOSITION, value);
-    }
-    response
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_spreadsheet_runs_nothing() {
-        for (text, safe) in [
-            ("a", "a"),
-            ("a,b", "\"a,b\""),
-            ("=1+1", "'=1+1"),
-            ("say \"x\"", "\"say \"\"x\"\"\""),
-            ("@x,y", "\"'@x,y\""),
-        ] {
-            assert_eq!(cell(text), safe);
-        }
-    }
 }
