@@ -2,10 +2,9 @@
 -- time. All of it is admission before send, so a task that nothing limits never reads these.
 
 create table tasker.paused_queues (
-  queue      text primary key,
-  actor      text not null,
-  reason     text,
-  paused_at  timestamptz not null default clock_timestamp()
+  queue   text primary key,
+  actor   text not null,
+  reason  text
 );
 
 -- The namespace of a queue of steps, or null: worker_shop and worker_shop__slow are of shop.

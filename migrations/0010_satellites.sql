@@ -32,7 +32,6 @@ create table tasker.schedules (
   -- Why the last tick brought no task, or why there is no next one.
   problem        text,
   created_at     timestamptz not null default clock_timestamp(),
-  changed_at     timestamptz not null default clock_timestamp(),
   constraint schedules_name_is_unique unique (namespace, name),
   constraint schedules_have_one_timing check (num_nonnulls(cron, every_ms, once_at) = 1),
   constraint schedules_zone_is_of_cron check ((cron is null) = (time_zone is null)),
@@ -119,8 +118,7 @@ begin
     set template = set_schedule.template, version = set_schedule.version, input = set_schedule.input, priority = set_schedule.priority,
         cron = set_schedule.cron, time_zone = v_zone, every_ms = v_every, once_at = set_schedule.once_at,
         anchor_at = case when v_timing then clock_timestamp() else s.anchor_at end,
-        missed = set_schedule.missed, overlap = set_schedule.overlap, paused = coalesce(set_schedule.paused, s.paused),
-        changed_at = clock_timestamp()
+        missed = set_schedule.missed, overlap = set_schedule.overlap, paused = coalesce(set_schedule.paused, s.paused)
     where s.schedule_uuid = v_id;
     v_answer := 'changed';
     v_timing := v_timing or (v_known.paused and not coalesce(paused, v_known.paused));
@@ -150,7 +148,7 @@ begin
     return 'no such schedule';
   end if;
   if v_known.paused is distinct from pause then
-    update tasker.schedules s set paused = pause, changed_at = clock_timestamp() where s.schedule_uuid = v_known.schedule_uuid;
+    update tasker.schedules s set paused = pause where s.schedule_uuid = v_known.schedule_uuid;
     if not pause then
       perform tasker.plan_schedule(v_known.schedule_uuid);
     end if;

@@ -10,7 +10,6 @@ create table tasker.retention (
   keep_quarantine  interval,
   -- Only whoever writes an archive may remove.
   archive          boolean not null default false,
-  changed_at       timestamptz not null default clock_timestamp(),
   constraint retention_keeps_an_hour_at_least check (keep >= interval '1 h' and keep_quarantine >= interval '1 h')
 );
 
@@ -38,7 +37,7 @@ begin
     insert into tasker.retention as r (namespace, keep, keep_quarantine, archive)
     values (namespace, keep, keep_quarantine, coalesce(archive, false))
     on conflict on constraint retention_pkey do update
-    set keep = excluded.keep, keep_quarantine = excluded.keep_quarantine, archive = excluded.archive, changed_at = clock_timestamp();
+    set keep = excluded.keep, keep_quarantine = excluded.keep_quarantine, archive = excluded.archive;
   end if;
   insert into tasker.audit (subject, action, actor, reason)
   values ('retention ' || namespace, 'retention.set', left(actor, 100),

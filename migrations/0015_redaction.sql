@@ -1,9 +1,8 @@
 -- The redaction policy of every process that has none of its own: see docs/telemetry.md. Processes
 -- read it when they start; without a row the built-in one holds.
 create table tasker.redaction (
-  only_row    boolean primary key default true check (only_row),
-  policy      jsonb not null,
-  changed_at  timestamptz not null default clock_timestamp()
+  only_row  boolean primary key default true check (only_row),
+  policy    jsonb not null
 );
 
 -- Sets it; null takes it away. Checked by whoever reads it: `tasker redaction set` refuses a bad one.
@@ -24,7 +23,7 @@ begin
     delete from tasker.redaction;
   else
     insert into tasker.redaction (policy) values (policy)
-    on conflict on constraint redaction_pkey do update set policy = excluded.policy, changed_at = clock_timestamp();
+    on conflict on constraint redaction_pkey do update set policy = excluded.policy;
   end if;
   insert into tasker.audit (subject, action, actor, reason)
   values ('redaction', 'redaction.set', left(actor, 100), coalesce(policy->>'version', 'built-in'));
