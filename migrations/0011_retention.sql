@@ -205,7 +205,8 @@ begin
 end
 $$;
 
--- Quarantined messages past their time, counters summed up, notes about messages long gone.
+-- Quarantined messages past their time, counters summed up, notes about messages long gone, and what
+-- killed processes left: a reader of theirs that sleeps would be notified for ever.
 create function tasker.tidy(p_max int, out quarantined bigint)
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -227,6 +228,13 @@ begin
     insert into tasker.counters (name, n, at) select g.name, sum(g.n), max(g.at) from gone g group by g.name;
   end if;
   delete from tasker.message_failures f where f.last_at < clock_timestamp() - interval '30 days';
+  delete from tasker.workers w where w.seen_at < clock_timestamp() - interval '1 h'
+    and not exists (select from tasker.due d where d.kind = 'lease' and d.worker = w.worker);
+  -- Those of orchestrators say every six hours that they are there.
+  delete from tasker.readers r where r.seen_at < clock_timestamp() - interval '1 day'
+    and not exists (select from tasker.workers w where w.worker = r.reader);
+  delete from tasker.instances i where i.seen_at < clock_timestamp() - interval '1 day'
+    and not exists (select from tasker.export_batches b where b.instance = i.instance);
 end
 $$;
 

@@ -261,3 +261,34 @@ async fn quarantine_and_counters_are_tidied() {
     assert_eq!(oldest, ["log", "quarantine"]);
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_killed_processes_left_is_forgotten_and_who_lives_is_not() {
+    let world = World::start(Setup::by_hand()).await;
+    // A lease that nobody has to renew meanwhile.
+    world.register("one", "steps:\n  - {name: a, handler: ok, timeouts: {heartbeat: 1h}}").await;
+    for worker in ["dead", "leasing", "living"] {
+        world.hello(worker, None, &["ok"], 1).await;
+    }
+    let task = world.submit("one").await;
+    let claim = world.claim_as("leasing").await;
+    let readers =
+        "select reader from tasker.readers where reader in ('dead', 'leasing', 'living', 'killed') order by 1";
+    for statement in [
+        "update tasker.workers set seen_at = seen_at - interval '2 days' where worker in ('dead', 'leasing')",
+        "insert into tasker.readers (queue, reader, asleep) values ('step_results', 'killed', true)",
+        "update tasker.readers set seen_at = seen_at - interval '2 days' where reader in ('dead', 'leasing', 'living', 'killed')",
+        "insert into tasker.instances (instance, seen_at, version)
+         values ('00000000-0000-4000-8000-000000000000', clock_timestamp() - interval '2 days', '0')",
+    ] {
+        sqlx::query(statement).execute(&world.pool).await.expect(statement);
+    }
+    retention::tidy(&world.pool, &mut Removed::default()).await.expect("tidied");
+    assert_eq!(world.words("select worker from tasker.workers order by 1").await, ["hand", "leasing", "living"]);
+    assert_eq!(world.words(readers).await, ["leasing", "living"]);
+    assert_eq!(world.number("select count(*) from tasker.instances where version = '0'").await, 0);
+    // The orchestrator has its readers, and is woken as before.
+    world.succeed(&claim).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    world.end().await;
+}

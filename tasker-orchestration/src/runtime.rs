@@ -79,6 +79,8 @@ const READ_SECONDS: i32 = 10;
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// The same for further settlers: the first polls for all of them, and wakes the others when there is much.
 const SPARE_PAUSE: Duration = Duration::from_secs(30);
+/// How often a loop says again that it reads its queue.
+const REGISTER_EVERY: Duration = Duration::from_hours(6);
 /// Between two looks at the locks of workers.
 const LOCK_LOOKS: Duration = Duration::from_millis(500);
 /// Until the second look at a lock that was free. A worker that has lost its session says so, or
@@ -328,11 +330,12 @@ impl Pause {
     }
 }
 
-async fn register(shared: &Shared, queue: &str, reader: &str, stop: &CancellationToken) {
-    while !stop.is_cancelled() {
-        let registered = async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await;
-        match registered {
-            Ok(()) => return,
+/// Says that a loop reads its queue, if it has not lately: what says nothing for a day is forgotten.
+async fn register(shared: &Shared, inbox: &mut Inbox, stop: &CancellationToken) {
+    while !stop.is_cancelled() && inbox.registered.is_none_or(|at| at.elapsed() > REGISTER_EVERY) {
+        let (queue, reader) = (inbox.queue, &inbox.reader);
+        match async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await {
+            Ok(()) => inbox.registered = Some(Instant::now()),
             Err(error) => {
                 tracing::warn!(%error, queue, "this orchestrator could not announce itself as a reader; trying again");
                 tokio::time::sleep(Duration::from_millis(500)).await;
@@ -342,10 +345,10 @@ async fn register(shared: &Shared, queue: &str, reader: &str, stop: &Cancellatio
 }
 
 async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop: CancellationToken) {
-    let mut inbox = Inbox { queue: TASK_REQUESTS, reader: reader(shared.instance, 0), batch, line: None };
-    register(&shared, inbox.queue, &inbox.reader, &stop).await;
+    let mut inbox = Inbox::new(TASK_REQUESTS, reader(shared.instance, 0), batch);
     let mut pause = Pause::up_to(LONGEST_PAUSE);
     while !stop.is_cancelled() {
+        register(&shared, &mut inbox, &stop).await;
         let turn = async {
             let began = SystemTime::now();
             let messages = inbox.receive(&shared).await?;
@@ -362,10 +365,10 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
 }
 
 async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settler: usize, stop: CancellationToken) {
-    let mut inbox = Inbox { queue: STEP_RESULTS, reader: reader(shared.instance, settler + 1), batch, line: None };
-    register(&shared, inbox.queue, &inbox.reader, &stop).await;
+    let mut inbox = Inbox::new(STEP_RESULTS, reader(shared.instance, settler + 1), batch);
     let mut pause = Pause::up_to(if settler == 0 { LONGEST_PAUSE } else { SPARE_PAUSE });
     while !stop.is_cancelled() {
+        register(&shared, &mut inbox, &stop).await;
         let turn = async {
             let began = SystemTime::now();
             let messages = inbox.receive(&shared).await?;
@@ -398,9 +401,15 @@ struct Inbox {
     reader: String,
     batch: i32,
     line: Option<PoolConnection<Postgres>>,
+    /// When senders were last told of this reader.
+    registered: Option<Instant>,
 }
 
 impl Inbox {
+    fn new(queue: &'static str, reader: String, batch: i32) -> Self {
+        Self { queue, reader, batch, line: None, registered: None }
+    }
+
     async fn receive(&mut self, shared: &Shared) -> Result<Vec<Message>, store::Error> {
         let mut line = match self.line.take() {
             Some(line) => line,
