@@ -56,7 +56,9 @@ async fn a_map_whose_counts_are_gone_costs_its_own_task_only() {
 /// at once, so that they are settled together.
 async fn the_retry_of_a_sound_task_is_sent_beside(bad: &'static str) {
     let world = World::start(Setup::by_hand()).await;
-    world.register("later", "steps:\n  - {name: a, handler: ok, retry: {initial_interval: 1h, max_interval: 1h}}").await;
+    world
+        .register("later", "steps:\n  - {name: a, handler: ok, retry: {initial_interval: 1h, max_interval: 1h}}")
+        .await;
     let (first, sound) = (world.submit("later").await, world.submit("later").await);
     for _ in [first, sound] {
         let claim = world.claim().await;
