@@ -1,7 +1,11 @@
 //! A step that cannot be worked on now is held, not sent: priority decides who goes first, and
 //! the trace says what was waited for.
 
+use std::time::Duration;
+
 use serde_json::json;
+use tasker_orchestration::lifecycle::Shared;
+use tasker_orchestration::lifecycle::admission::{self, Found};
 use tasker_tests::worker::HANDLERS;
 use uuid::Uuid;
 
@@ -57,6 +61,27 @@ async fn steps_that_no_worker_offers_hold_up_nobody_else() {
     let spans = world.spans_of(second);
     let waits: Vec<_> = spans.iter().filter_map(|span| span.text("wait.reason")).collect();
     assert_eq!(waits, ["queue", "queue"]);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn held_step_of_a_task_that_is_being_settled_is_looked_at_again_soon() {
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
+    world.register_steps("one", "a: ok").await;
+    let task = world.submit("one").await;
+    until_held(&world, task).await;
+    let mut settling = world.pool.begin().await.expect("a transaction");
+    let lock = sqlx::query("select from tasker.tasks where task_uuid = $1 for no key update").bind(task);
+    lock.execute(&mut *settling).await.expect("its lock");
+    world.hello("hand", None, &HANDLERS, 1).await;
+    let shared = Shared::new(world.pool.clone(), world.pool.clone(), Uuid::new_v4(), None);
+    let found = admission::admit(&shared).await.expect("a pass");
+    assert!(matches!(found, Found::Nothing(Some(pause)) if pause < Duration::from_secs(1)), "{found:?}");
+    drop(shared);
+    settling.rollback().await.expect("unlocked");
+    let claim = world.claim().await;
+    world.succeed(&claim).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
     world.end().await;
 }
 

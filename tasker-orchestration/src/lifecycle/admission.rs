@@ -24,6 +24,8 @@ const PASS: usize = 1000;
 const LANES: i32 = 2000;
 /// When all of them are blocked and there are more: the pause before the others are looked at.
 const UNLOOKED: Duration = Duration::from_millis(100);
+/// The same when a held step's task was being settled by somebody else, who may wake nobody.
+const BUSY: Duration = Duration::from_millis(20);
 
 /// The room of every queue.
 #[derive(Debug, Default)]
@@ -94,7 +96,7 @@ pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
 pub enum Found {
     /// Something, so a next pass may find more.
     More,
-    /// Nothing; a rate lets the next through at this time at the latest.
+    /// Nothing; after this time a next pass may find something, whoever wakes it or not.
     Nothing(Option<Duration>),
 }
 
@@ -119,7 +121,11 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         });
         // What could not be moved (its task is settled elsewhere, or a limit was full under its lock)
         // is no reason to look again at once.
-        more |= settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?.moved > 0;
+        let settled = settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?;
+        more |= settled.moved > 0;
+        if !settled.deferred.is_empty() {
+            next = Some(next.map_or(BUSY, |next: Duration| next.min(BUSY)));
+        }
     }
     Ok(if more { Found::More } else { Found::Nothing(next) })
 }
