@@ -138,6 +138,8 @@ pub async fn run(pool: &PgPool, scenario: &Scenario) -> Result<Run> {
     let before = Counters::read(pool, scenario.counts_statements).await?;
     let pair = Pair::start(scenario).await?;
     let last: uuid::Uuid = sqlx::query_scalar("select tasker.uuid7()").fetch_one(pool).await?;
+    // Ids of one millisecond are in no order.
+    tokio::time::sleep(Duration::from_millis(2)).await;
 
     let started = Instant::now();
     let mut conn = pool.acquire().await?;

@@ -209,11 +209,12 @@ impl Report {
         if !self.fanouts.is_empty() {
             let ratios: Vec<f64> =
                 self.fanouts.iter().map(|(narrow, wide)| narrow.steps_per_second / wide.steps_per_second).collect();
+            let all = ratios.iter().map(|ratio| format!("{ratio:.2}")).collect::<Vec<_>>().join(" ");
             let (narrow, wide) = &self.fanouts[0];
             line("", String::new());
             line(
-                "wide fan-out over narrow, time per step (bar: 1.20)",
-                format!("{:.2}, median of {}", median(ratios), self.fanouts.len()),
+                "wide fan-out over narrow, time per step, median (bar: 1.20)",
+                format!("{:.2} ({all})", median(ratios)),
             );
             line(
                 "  steps/s of the first",
