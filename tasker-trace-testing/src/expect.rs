@@ -41,7 +41,7 @@ macro_rules! assert_trace {
     };
 }
 
-/// The [`Tree`](expect::Tree) of [`assert_trace!`] as a value.
+/// The [`Tree`](crate::expect::Tree) of [`assert_trace!`] as a value.
 #[macro_export]
 macro_rules! expected {
     ($($nodes:tt)*) => {{

@@ -34,7 +34,7 @@ pub struct Verify {
     #[command(flatten)]
     which: Which,
     /// A file of OTLP JSON or Jaeger JSON, or the URL of a query API; `{trace_id}` in it is
-    /// replaced, else /api/traces/<trace id> is asked for
+    /// replaced, else `/api/traces/{trace_id}` is asked for
     #[arg(long, value_name = "FILE|URL")]
     against: String,
 }
