@@ -15,7 +15,7 @@ use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
 
-use super::turns::{self, Candidate, Left};
+use super::turns::{self, Candidate, Left, Turns};
 use super::{Hint, Look, Shared, settle};
 
 /// Steps admitted in one pass, at most.
@@ -27,12 +27,20 @@ const UNLOOKED: Duration = Duration::from_millis(100);
 /// The same when a held step's task was being settled by somebody else, who may wake nobody.
 const BUSY: Duration = Duration::from_millis(20);
 
+/// Who waits for a turn in one queue.
+#[derive(Debug, Default)]
+struct Waiting {
+    turns: Turns,
+    /// Where the last pass stopped looking, if there are more lanes than one pass looks at.
+    after: String,
+}
+
 /// The room of every queue.
 #[derive(Debug, Default)]
 pub struct Admission {
     room: Mutex<Room>,
-    /// By queue: where the next pass goes on among the lanes, so that each fair key has its turn.
-    turns: Mutex<HashMap<String, String>>,
+    /// By queue: who waits for a turn, so that each fair key has its own.
+    turns: Mutex<HashMap<String, Waiting>>,
     /// Wakes the admit loop.
     pub wake: Notify,
 }
@@ -51,13 +59,9 @@ impl Admission {
         }
     }
 
-    fn turn(&self, queue: &str) -> String {
-        let turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        turns.get(queue).cloned().unwrap_or_default()
-    }
-
-    fn set_turn(&self, queue: &str, turn: String) {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.to_owned(), turn);
+    fn waiting<T>(&self, queue: &str, work: impl FnOnce(&mut Waiting) -> T) -> T {
+        let mut queues = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        work(queues.entry(queue.to_owned()).or_default())
     }
 }
 
@@ -108,7 +112,7 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         let max = usize::try_from(row.room).unwrap_or(PASS).min(PASS);
         let turn = choose(shared, &row, max).await.map_err(super::Error::from)?;
         // What limits hold back makes nobody else wait.
-        shared.admission.with_room(|room| room.set_holding(&row.queue, turn.steps.len() >= max));
+        shared.admission.with_room(|room| room.set_holding(&row.queue, turn.more));
         next = [next, turn.next].into_iter().flatten().min();
         if turn.steps.is_empty() {
             continue;
@@ -133,6 +137,8 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
 /// Whose turn it is in one queue.
 struct Turn {
     steps: Vec<Candidate>,
+    /// There may be others that could have gone too.
+    more: bool,
     /// When to look again, whatever happens: when a rate lets the next through, or soon, if there
     /// are more lanes than one pass looks at.
     next: Option<Duration>,
@@ -142,12 +148,13 @@ struct Turn {
 /// The cost is that of the pass and of the lanes that are blocked, never of what waits in them.
 async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Error> {
     let mut conn = shared.reads.acquire().await?;
-    let after = shared.admission.turn(&row.queue);
+    let after = shared.admission.waiting(&row.queue, |waiting| waiting.after.clone());
     let most = i32::try_from(max).unwrap_or(i32::MAX);
     let plain = queue::held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
     let found = flow::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
     let unlooked = found.len() >= usize::try_from(LANES).unwrap_or(usize::MAX);
-    let last = found.last().map(|lane| lane.lane.clone());
+    // Those that were not looked at come first next time.
+    let last = found.last().filter(|_| unlooked).map(|lane| lane.lane.clone());
 
     let namespace = row.queue.trim_start_matches("worker_").split("__").next().unwrap_or_default();
     let limits_of = |handler: &str| shared.admission.with_room(|room| room.limits_of(namespace, handler));
@@ -169,7 +176,7 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
             fair: String::new(),
             ready_at: held.ready_at,
             limits: limits_of(&held.handler),
-            in_lane: false,
+            quota: None,
         })
         .collect();
 
@@ -183,10 +190,10 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
     let quotas = turns::quotas(&lanes, &limits, max);
     let mut candidates = plain;
     if !quotas.is_empty() {
-        let asked: Vec<(&Lane, i32)> = quotas.iter().map(|(place, quota)| (&lanes[*place].0, *quota)).collect();
+        let asked: Vec<(&Lane, i32)> = quotas.iter().map(|quota| (&lanes[quota.lane].0, quota.most)).collect();
         for first in flow::first_in_lanes(&mut conn, &row.queue, &asked).await? {
             let place = usize::try_from(first.place - 1).unwrap_or_default();
-            let Some((lane, names)) = quotas.get(place).map(|(place, _)| &lanes[*place]) else {
+            let Some((lane, names)) = quotas.get(place).map(|quota| &lanes[quota.lane]) else {
                 continue;
             };
             candidates.push(Candidate {
@@ -196,16 +203,18 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
                 fair: turns::parts(&lane.lane).0.to_owned(),
                 ready_at: first.ready_at,
                 limits: names.clone(),
-                in_lane: true,
+                quota: Some(place),
             });
         }
     }
-    let (steps, served) = turns::take(candidates, &mut limits, &after, max);
-    // If nobody was served, the lanes that were not looked at come first next time.
-    if let Some(turn) = served.or(last.filter(|_| unlooked)) {
-        shared.admission.set_turn(&row.queue, turn);
-    }
+    let taken = shared.admission.waiting(&row.queue, |waiting| {
+        let in_lanes = lanes.iter().map(|(lane, _)| (lane.priority, turns::parts(&lane.lane).0));
+        let plain = candidates.iter().filter(|held| held.quota.is_none()).map(|held| (held.priority, ""));
+        waiting.turns.note(in_lanes.chain(plain), !unlooked);
+        waiting.after = last.unwrap_or_default();
+        turns::take(candidates, &quotas, &mut limits, &mut waiting.turns, max)
+    });
     let next = next.map(|ms| Duration::from_secs_f64(ms.clamp(1.0, 1e6) / 1000.0));
-    let soon = (unlooked && steps.is_empty()).then_some(UNLOOKED);
-    Ok(Turn { steps, next: next.into_iter().chain(soon).min() })
+    let soon = (unlooked && taken.steps.is_empty()).then_some(UNLOOKED);
+    Ok(Turn { steps: taken.steps, more: taken.more, next: next.into_iter().chain(soon).min() })
 }

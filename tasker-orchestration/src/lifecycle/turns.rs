@@ -1,11 +1,11 @@
 //! Whose turn it is among held steps: pure.
 //!
-//! Priority first; among equally urgent ones the fair keys take turns, beginning behind the one
-//! that was served last; within a key the longest ready goes first. What a limit would hold back
+//! Priority first; among equally urgent ones the fair keys take turns, and whose last turn is
+//! longest ago is next; within a key the longest ready goes first. What a limit would hold back
 //! is passed over, so it is in nobody's way.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::flow::{Free, LANE_SEPARATOR};
@@ -25,8 +25,8 @@ pub(super) struct Candidate {
     pub ready_at: DateTime<Utc>,
     /// The limits that it is subject to.
     pub limits: Vec<String>,
-    /// It waits in a lane; one that does not and is limited has to be put into one.
-    pub in_lane: bool,
+    /// Which quota it came under; one that waits in no lane and is limited has to be put into one.
+    pub quota: Option<usize>,
 }
 
 /// What a lane's name says: its fair key, its handler, its limits.
@@ -39,61 +39,146 @@ fn left(left: &Left, names: &[String]) -> i64 {
     names.iter().filter_map(|name| left.get(name)).map(Free::left).min().unwrap_or(i64::MAX)
 }
 
-/// How many steps to look at in each lane that lets any through, `(place, quota)`: about twice
-/// as many as are wanted of all together, the rest comes in the next pass.
-pub(super) fn quotas(lanes: &[(Lane, Vec<String>)], limits: &Left, max: usize) -> Vec<(usize, i32)> {
-    let open: Vec<(usize, i64)> = (0..).zip(lanes).map(|(place, (_, names))| (place, left(limits, names))).collect();
-    let open: Vec<(usize, i64)> = open.into_iter().filter(|(_, left)| *left > 0).collect();
-    let share = i64::try_from((max * 2).div_ceil(open.len().max(1))).unwrap_or(i64::MAX).max(1);
-    open.into_iter().map(|(place, left)| (place, i32::try_from(left.min(share)).unwrap_or(i32::MAX))).collect()
+/// Who waits for a turn, by priority and fair key, and since which turn.
+///
+/// A key that comes new, or comes again, stands behind those that wait: were it before them,
+/// a stream of keys with one step each would keep a key with many from its turn.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    since: HashMap<(i32, String), u64>,
+    count: u64,
 }
 
-/// Takes at most `max` in turn; `after` is what the last pass answered with. Answers those
-/// whose turn it is, in order, and where the next pass goes on.
+impl Turns {
+    /// Notes who waits. `all`: nobody else does, so others are forgotten.
+    pub fn note<'a>(&mut self, waiting: impl Iterator<Item = (i32, &'a str)>, all: bool) {
+        let mut before = std::mem::take(&mut self.since);
+        self.count += 1;
+        for (priority, fair) in waiting {
+            let key = (priority, fair.to_owned());
+            let since = before.remove(&key).unwrap_or(self.count);
+            self.since.entry(key).or_insert(since);
+        }
+        if !all && before.len() < KEPT {
+            self.since.extend(before);
+        }
+    }
+
+    fn since(&self, priority: i32, fair: &str) -> u64 {
+        self.since.get(&(priority, fair.to_owned())).copied().unwrap_or(u64::MAX)
+    }
+
+    fn serve(&mut self, priority: i32, fair: &str) {
+        self.count += 1;
+        self.since.insert((priority, fair.to_owned()), self.count);
+    }
+}
+
+/// Keys that are remembered though this pass did not look at them, at most.
+const KEPT: usize = 20_000;
+
+/// How many steps to look at in a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Quota {
+    /// The place of the lane.
+    pub lane: usize,
+    /// So many.
+    pub most: i32,
+    /// Its limits would let more through.
+    pub more: bool,
+}
+
+/// How many steps to look at in each lane that lets any through: about twice as many as are
+/// wanted of all lanes of a priority together. Lanes come most urgent first.
+pub(super) fn quotas(lanes: &[(Lane, Vec<String>)], limits: &Left, max: usize) -> Vec<Quota> {
+    let open: Vec<(usize, i64)> = (0..).zip(lanes).map(|(place, (_, names))| (place, left(limits, names))).collect();
+    let open: Vec<(usize, i64)> = open.into_iter().filter(|(_, left)| *left > 0).collect();
+    // However many priorities there are, a pass looks at few times what it may send.
+    let mut budget = max * 4;
+    let mut quotas = Vec::with_capacity(open.len());
+    for urgent in open.chunk_by(|one, other| lanes[one.0].0.priority == lanes[other.0].0.priority) {
+        let share = (max * 2).min(budget).div_ceil(urgent.len()).max(1);
+        budget = budget.saturating_sub(share * urgent.len());
+        let share = i64::try_from(share).unwrap_or(i64::MAX);
+        quotas.extend(urgent.iter().map(|(lane, left)| Quota {
+            lane: *lane,
+            most: i32::try_from(share.min(*left)).unwrap_or(i32::MAX),
+            more: share < *left,
+        }));
+    }
+    quotas
+}
+
+/// Whose turn it is.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    /// In order.
+    pub steps: Vec<Candidate>,
+    /// There may be others that could have gone too.
+    pub more: bool,
+}
+
+/// Takes at most `max` in turn. It ends early where it comes to what was not looked at: whatever
+/// went beyond that would go before its turn.
 pub(super) fn take(
     mut candidates: Vec<Candidate>,
+    quotas: &[Quota],
     limits: &mut Left,
-    after: &str,
+    turns: &mut Turns,
     max: usize,
-) -> (Vec<Candidate>, Option<String>) {
+) -> Taken {
     candidates.sort_unstable_by_key(|held| (Reverse(held.priority), held.ready_at, held.step));
-    let mut rounds: HashMap<(i32, &str), u32> = HashMap::new();
-    let mut order: Vec<(Reverse<i32>, u32, bool, &str, usize)> = Vec::with_capacity(candidates.len());
-    for (place, candidate) in candidates.iter().enumerate() {
-        let round = rounds.entry((candidate.priority, &candidate.fair)).or_default();
-        *round += 1;
-        let served = *behind(&candidate.fair) <= *after;
-        order.push((Reverse(candidate.priority), *round, served, &candidate.fair, place));
+    let mut unseen: Vec<i32> = quotas.iter().map(|quota| quota.most).collect();
+    let mut taken = Taken::default();
+    for urgent in candidates.chunk_by(|one, other| one.priority == other.priority) {
+        let priority = urgent[0].priority;
+        let mut keys: BTreeMap<&str, VecDeque<&Candidate>> = BTreeMap::new();
+        for held in urgent {
+            keys.entry(&held.fair).or_default().push_back(held);
+        }
+        let mut keys: Vec<_> = keys.into_iter().collect();
+        keys.sort_by_key(|(fair, _)| turns.since(priority, fair));
+        while !keys.is_empty() && !taken.more {
+            keys.retain_mut(|(fair, waiting)| {
+                if !taken.more
+                    && let Some(next) = next_of(waiting, limits)
+                {
+                    turns.serve(priority, fair);
+                    taken.steps.push(next.clone());
+                    taken.more = taken.steps.len() >= max;
+                    if let Some(place) = next.quota {
+                        unseen[place] -= 1;
+                        taken.more |= unseen[place] == 0 && quotas[place].more;
+                    }
+                }
+                !waiting.is_empty()
+            });
+        }
     }
-    order.sort_unstable();
-    let (mut taken, mut next) = (Vec::new(), None);
-    for place in order.into_iter().map(|(.., place)| place).collect::<Vec<_>>() {
-        let candidate = &candidates[place];
-        if taken.len() == max {
-            break;
-        }
-        if left(limits, &candidate.limits) <= 0 {
-            // It stands in the way of others until it has a lane.
-            if !candidate.in_lane {
-                taken.push(candidate.clone());
+    taken
+}
+
+/// The first that its limits let through, or that stands in the way of others until it has a lane.
+fn next_of<'a>(waiting: &mut VecDeque<&'a Candidate>, limits: &mut Left) -> Option<&'a Candidate> {
+    while let Some(held) = waiting.pop_front() {
+        if left(limits, &held.limits) <= 0 {
+            if held.quota.is_some() {
+                continue;
             }
-            continue;
+            return Some(held);
         }
-        for name in &candidate.limits {
+        for name in &held.limits {
             if let Some(free) = limits.get_mut(name) {
                 free.take();
             }
         }
-        next = Some(behind(&candidate.fair));
-        taken.push(candidate.clone());
+        return Some(held);
     }
-    (taken, next)
+    None
 }
 
-/// What stands behind every lane of this fair key, and before those of the next.
-fn behind(fair: &str) -> String {
-    format!("{fair} ")
-}
+#[cfg(test)]
+mod properties;
 
 #[cfg(test)]
 mod tests {
@@ -107,12 +192,15 @@ mod tests {
             fair: fair.into(),
             ready_at: DateTime::UNIX_EPOCH + chrono::TimeDelta::seconds(i64::try_from(n).unwrap()),
             limits: limits.iter().map(|name| (*name).to_owned()).collect(),
-            in_lane: true,
+            quota: Some(0),
         }
     }
 
-    fn steps((taken, _): &(Vec<Candidate>, Option<String>)) -> Vec<u128> {
-        taken.iter().map(|candidate| candidate.step.as_u128()).collect()
+    fn take_steps(held: Vec<Candidate>, limits: &mut Left, turns: &mut Turns, max: usize) -> Vec<u128> {
+        let quotas = [Quota { lane: 0, most: i32::MAX, more: false }];
+        turns.note(held.iter().map(|held| (held.priority, held.fair.as_str())), true);
+        let taken = take(held, &quotas, limits, turns, max);
+        taken.steps.iter().map(|candidate| candidate.step.as_u128()).collect()
     }
 
     fn places(most: &[(&str, i64)]) -> Left {
@@ -123,26 +211,26 @@ mod tests {
     #[test]
     fn the_urgent_go_first_and_the_longest_ready_among_them() {
         let held = vec![candidate(3, 0, "", &[]), candidate(2, 5, "", &[]), candidate(1, 5, "", &[])];
-        assert_eq!(steps(&take(held, &mut Left::new(), "", 10)), [1, 2, 3]);
+        assert_eq!(take_steps(held, &mut Left::new(), &mut Turns::default(), 10), [1, 2, 3]);
     }
 
     #[test]
     fn keys_take_turns_whatever_they_have_waiting() {
         let mut held: Vec<Candidate> = (1..100).map(|n| candidate(n, 0, "big", &[])).collect();
         held.extend((200..203).map(|n| candidate(n, 0, "small", &[])));
-        assert_eq!(steps(&take(held, &mut Left::new(), "", 7)), [1, 200, 2, 201, 3, 202, 4]);
+        let turns = &mut Turns::default();
+        assert_eq!(take_steps(held, &mut Left::new(), turns, 7), [1, 200, 2, 201, 3, 202, 4]);
     }
 
     #[test]
     fn with_room_for_one_at_a_time_each_key_has_its_turn_too() {
-        let (mut after, mut served) = (String::new(), Vec::new());
+        let (mut turns, mut served) = (Turns::default(), Vec::new());
         let mut held: Vec<Candidate> = (1..50).map(|n| candidate(n, 0, "a", &[])).collect();
         held.extend([candidate(60, 0, "b", &[]), candidate(61, 0, "b", &[]), candidate(70, 0, "", &[])]);
         for _ in 0..6 {
-            let taken = take(held.clone(), &mut Left::new(), &after, 1);
-            served.extend(steps(&taken));
-            held.retain(|candidate| candidate.step != taken.0[0].step);
-            after = taken.1.unwrap();
+            let taken = take_steps(held.clone(), &mut Left::new(), &mut turns, 1);
+            held.retain(|candidate| candidate.step.as_u128() != taken[0]);
+            served.extend(taken);
         }
         assert_eq!(served, [70, 1, 60, 2, 61, 3]);
     }
@@ -156,19 +244,56 @@ mod tests {
             candidate(4, 0, "", &["z", "shop"]),
         ];
         let mut limits = places(&[("x", 1), ("y", 0), ("shop", 3)]);
-        assert_eq!(steps(&take(held, &mut limits, "", 10)), [1, 4], "z has no row: nobody uses it");
+        let taken = take_steps(held, &mut limits, &mut Turns::default(), 10);
+        assert_eq!(taken, [1, 4], "z has no row: nobody uses it");
     }
 
     #[test]
     fn a_limited_step_without_a_lane_is_sent_into_one() {
-        let held = vec![Candidate { in_lane: false, ..candidate(1, 0, "", &["shop"]) }, candidate(2, 0, "", &[])];
-        assert_eq!(steps(&take(held, &mut places(&[("shop", 0)]), "", 10)), [1, 2]);
+        let held = vec![Candidate { quota: None, ..candidate(1, 0, "", &["shop"]) }, candidate(2, 0, "", &[])];
+        assert_eq!(take_steps(held, &mut places(&[("shop", 0)]), &mut Turns::default(), 10), [1, 2]);
+    }
+
+    fn lane(priority: i32, name: &str) -> (Lane, Vec<String>) {
+        (Lane { priority, lane: name.into() }, vec![name.to_owned()])
     }
 
     #[test]
     fn lanes_share_what_is_looked_at() {
-        let lane = |name: &str| (Lane { priority: 0, lane: name.into() }, vec![name.to_owned()]);
-        let lanes = [lane("a"), lane("b"), lane("c")];
-        assert_eq!(quotas(&lanes, &places(&[("a", 2), ("b", 0)]), 10), [(0, 2), (2, 10)]);
+        let lanes = [lane(0, "a"), lane(0, "b"), lane(0, "c")];
+        let quotas = quotas(&lanes, &places(&[("a", 2), ("b", 0)]), 10);
+        let [a, c] = [Quota { lane: 0, most: 2, more: false }, Quota { lane: 2, most: 10, more: true }];
+        assert_eq!(quotas, [a, c]);
+    }
+
+    #[test]
+    fn one_urgent_lane_among_many_others_is_looked_at_as_far_as_there_is_room() {
+        let mut lanes = vec![lane(9, "urgent")];
+        lanes.extend((0..50).map(|n| lane(0, &format!("k{n:02}"))));
+        let quotas = quotas(&lanes, &Left::new(), 5);
+        assert_eq!(quotas[0].most, 10);
+        assert!(quotas[1..].iter().all(|quota| quota.most == 1));
+    }
+
+    #[test]
+    fn nothing_goes_before_what_was_not_looked_at() {
+        let quotas = [Quota { lane: 0, most: 2, more: true }, Quota { lane: 1, most: 9, more: true }];
+        let urgent = |n| Candidate { quota: Some(0), ..candidate(n, 9, "", &[]) };
+        let held = vec![urgent(1), urgent(2), Candidate { quota: Some(1), ..candidate(3, 0, "", &[]) }];
+        let taken = take(held, &quotas, &mut Left::new(), &mut Turns::default(), 10);
+        assert_eq!((taken.steps.len(), taken.more), (2, true), "a third urgent one may wait");
+    }
+
+    #[test]
+    fn a_stream_of_new_keys_does_not_keep_one_that_waits_from_its_turn() {
+        let mut turns = Turns::default();
+        let mut held: Vec<Candidate> = (0..9).map(|n| candidate(n, 0, "z", &[])).collect();
+        for n in 0..40 {
+            held.push(candidate(100 + n, 0, &format!("n{n:02}"), &[]));
+            let taken = take_steps(held.clone(), &mut Left::new(), &mut turns, 1);
+            held.retain(|candidate| candidate.step.as_u128() != taken[0]);
+        }
+        let left = held.iter().filter(|candidate| candidate.fair == "z").count();
+        assert!(left <= 3, "{left} of 9 wait still");
     }
 }
