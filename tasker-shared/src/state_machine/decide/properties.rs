@@ -3,17 +3,19 @@
 //! The rules themselves are checked by the simulated world after every settle; here stands
 //! what happens to it, and what must be true at the end.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 use serde_json::json;
+use uuid::Uuid;
 
 use super::super::definition::{Definition, Join, OnItemFailure};
-use super::super::flow::{Free, Places};
-use super::super::plan::{Outcome, Room, Step};
+use super::super::flow::{Allows, Free, Limit, Places, Rule, namespace_limit};
+use super::super::input::InputTemplate;
+use super::super::plan::{HeldBy, Outcome, Plan, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
     Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, signal_wait, success, template,
@@ -53,6 +55,8 @@ pub(crate) struct RandomStep {
     /// 0 and 1 change how it joins, 2 and 3 give it a condition, 4 and 5 make it a decision.
     graph: u8,
     map: Option<RandomMap>,
+    priority: i32,
+    limit: RandomLimit,
     /// Of a decision: the dependents it chooses, one bit each; 0x80 chooses one that is unknown.
     choice: u8,
 }
@@ -97,6 +101,55 @@ enum RandomWait {
     StartsTask(bool),
 }
 
+/// What a template allows of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum RandomLimit {
+    None,
+    OfItsOwn(Allows),
+    OfTheTenant(Allows),
+    /// What all steps that have it share: so many at once, and so many in a time.
+    OfTheTemplate,
+    /// Its key is in no input.
+    Nowhere,
+}
+
+fn random_limit() -> impl Strategy<Value = RandomLimit> {
+    let allows = prop_oneof![
+        (1_i32..4).prop_map(Allows::AtOnce),
+        (1_i32..4, 500_u64..5000).prop_map(|(times, per)| Allows::Rate(times, Duration::from_millis(per))),
+    ];
+    prop_oneof![
+        60 => Just(RandomLimit::None),
+        10 => allows.clone().prop_map(RandomLimit::OfItsOwn),
+        10 => allows.prop_map(RandomLimit::OfTheTenant),
+        19 => Just(RandomLimit::OfTheTemplate),
+        1 => Just(RandomLimit::Nowhere),
+    ]
+}
+
+impl RandomLimit {
+    fn rules(self, step: &str) -> Vec<Rule> {
+        let rule = |scope: &str, key: Option<&str>, allows| {
+            let key = key.map(|key| InputTemplate::parse(&json!(key)).unwrap());
+            Rule { scope: scope.into(), key, allows }
+        };
+        let own = format!("shop/order.{step}");
+        match self {
+            Self::None => Vec::new(),
+            Self::OfItsOwn(allows) => vec![rule(&own, None, allows)],
+            Self::OfTheTenant(allows) => vec![rule(&own, Some(TENANT), allows)],
+            Self::OfTheTemplate => vec![
+                rule("shop/order", None, Allows::AtOnce(3)),
+                rule("shop/order", Some(TENANT), Allows::Rate(4, Duration::from_secs(2))),
+            ],
+            Self::Nowhere => vec![rule(&own, Some("${input.nobody}"), Allows::AtOnce(1))],
+        }
+    }
+}
+
+/// Whose turn it is, and whose limit.
+const TENANT: &str = "${input.tenant}";
+
 /// The signals that random steps wait for.
 const SIGNALS: [&str; 2] = ["go", "approved"];
 
@@ -110,6 +163,9 @@ pub(crate) struct Story {
     invalid: bool,
     /// At most so many steps in flight, by a limit of the namespace.
     limit: Option<i32>,
+    /// Whether its steps take turns by tenant.
+    is_fair: bool,
+    priority: i32,
     /// Whether operators skip steps, which no retry undoes.
     skips: bool,
     choices: Vec<u16>,
@@ -148,6 +204,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
         0_u8..16,
         (any::<u8>(), prop::option::weighted(0.15, random_map())),
         wait,
+        (-2_i32..3, random_limit()),
     )
         .prop_map(
             |(
@@ -160,6 +217,7 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
                 graph,
                 (choice, map),
                 wait,
+                (priority, limit),
             )| {
                 RandomStep {
                     parents,
@@ -171,6 +229,8 @@ fn random_step() -> impl Strategy<Value = RandomStep> {
                     behaviours,
                     graph,
                     map,
+                    priority,
+                    limit,
                     // An unknown branch is rare.
                     choice: if choice.is_multiple_of(16) { choice | 0x80 } else { choice & 0x7f },
                     wait,
@@ -185,14 +245,15 @@ pub(crate) fn story() -> impl Strategy<Value = Story> {
         any::<bool>(),
         prop::bool::weighted(0.1),
         prop::bool::weighted(0.03),
-        prop::option::weighted(0.4, 1_i32..5),
+        prop::option::weighted(0.3, 1_i32..5),
+        (any::<bool>(), -5_i32..6),
         prop::collection::vec(any::<u16>(), 0..250),
     )
-        .prop_map(|(mut steps, block_on_failure, has_total, invalid, limit, choices)| {
+        .prop_map(|(mut steps, block_on_failure, has_total, invalid, limit, (is_fair, priority), choices)| {
             for (index, step) in steps.iter_mut().enumerate() {
                 step.parents.retain(|parent| *parent < index);
             }
-            Story { steps, block_on_failure, has_total, invalid, limit, skips: true, choices }
+            Story { steps, block_on_failure, has_total, invalid, limit, is_fair, priority, skips: true, choices }
         })
 }
 
@@ -208,6 +269,7 @@ impl Story {
         let mut definition = template(&words.join(" "));
         definition.block_on_failure = self.block_on_failure;
         definition.total = self.has_total.then_some(Duration::from_hours(2));
+        definition.fair_key = self.is_fair.then(|| InputTemplate::parse(&json!(TENANT)).unwrap());
         for (index, step) in self.steps.iter().enumerate() {
             let name = format!("s{index}");
             definition = with(definition, &name, |defined| {
@@ -215,6 +277,10 @@ impl Story {
                 defined.retry.max_attempts = step.max_attempts;
                 defined.queue_timeout = step.has_queue_timeout.then_some(Duration::from_mins(2));
                 defined.total = step.has_total.then_some(Duration::from_secs(90));
+                defined.priority = step.priority;
+                if step.wait == RandomWait::Runs {
+                    defined.limits = step.limit.rules(&name);
+                }
             });
             let [go, approved] = SIGNALS;
             let soon = Some(Duration::from_mins(1));
@@ -332,6 +398,9 @@ impl Story {
                 step.input = 0;
             }
             step.has_total = false;
+            if step.limit == RandomLimit::Nowhere {
+                step.limit = RandomLimit::None;
+            }
             // What is no list stays none; nor is what a skipped step answers.
             if let Some(map) = &mut step.map {
                 let reads_output = map.list > 4 && step.parents.first().is_some_and(|parent| lists[*parent]);
@@ -364,6 +433,125 @@ pub(crate) struct Driver {
     ghosts: Vec<Claim>,
     /// Operators have had their say; from now on every handler succeeds.
     healed: bool,
+    flow: Flow,
+}
+
+/// The limits of a story: what they allow is counted here a second time, from the rows and the log.
+#[derive(Default)]
+struct Flow {
+    /// By the step's index.
+    of_step: Vec<Vec<String>>,
+    allows: BTreeMap<String, Allows>,
+    /// By name: what was taken out of the bucket and is not refilled yet, and when that was so.
+    spent: BTreeMap<String, (f64, DateTime<Utc>)>,
+    /// By name: when the rate let one through.
+    began: BTreeMap<String, Vec<DateTime<Utc>>>,
+    /// In which lane each step was last held.
+    lanes: HashMap<Uuid, String>,
+}
+
+/// What was before a settle.
+struct Before {
+    log: usize,
+    in_flight: BTreeSet<Uuid>,
+}
+
+impl Flow {
+    fn new(world: &World, of_namespace: Option<i32>) -> Self {
+        let mut flow = Self::default();
+        for index in 0..u32::try_from(world.definition.steps.len()).unwrap() {
+            let mut limits = world.definition.limits(index, &world.task.input).unwrap_or_default();
+            limits.extend(
+                of_namespace.map(|most| Limit { name: namespace_limit("shop"), allows: Allows::AtOnce(most) }),
+            );
+            flow.of_step.push(limits.iter().map(|limit| limit.name.clone()).collect());
+            flow.allows.extend(limits.into_iter().map(|limit| (limit.name, limit.allows)));
+        }
+        flow
+    }
+
+    /// What a limit has left.
+    fn free(&self, name: &str, world: &World) -> Free {
+        let limit_id = 1;
+        match self.allows[name] {
+            Allows::AtOnce(most) => {
+                let counts = |step: &&Step| step.state.is_in_flight() && self.of_step[step.index as usize].iter().any(|of| of == name);
+                let used = i64::try_from(world.steps.iter().filter(counts).count()).unwrap();
+                Free { limit_id, places: Some(i64::from(most) - used), tokens: None }
+            }
+            Allows::Rate(times, _) => {
+                Free { limit_id, places: None, tokens: Some(f64::from(times) - self.spent_at(name, world.clock)) }
+            }
+        }
+    }
+
+    fn spent_at(&self, name: &str, now: DateTime<Utc>) -> f64 {
+        self.spent.get(name).map_or(0.0, |(spent, at)| (spent - self.refilled(name, *at, now)).max(0.0))
+    }
+
+    fn refilled(&self, name: &str, from: DateTime<Utc>, to: DateTime<Utc>) -> f64 {
+        let Allows::Rate(times, per) = self.allows[name] else { unreachable!() };
+        (to - from).as_seconds_f64() * f64::from(times) / per.as_secs_f64()
+    }
+
+    /// Whether a step's limits let it through.
+    fn lets(&self, step: &Step, world: &World) -> bool {
+        self.of_step[step.index as usize].iter().all(|name| self.free(name, world).left() > 0)
+    }
+
+    /// When the next of the rates that hold steps back lets one through.
+    fn next(&self, world: &World) -> Option<DateTime<Utc>> {
+        let held = world.steps.iter().filter(|step| step.held_by.is_some());
+        let names = held.flat_map(|step| &self.of_step[step.index as usize]);
+        let empty = names.filter_map(|name| match self.allows[name] {
+            Allows::Rate(times, per) => {
+                let lacks = 1.0 - (f64::from(times) - self.spent_at(name, world.clock));
+                (lacks > 0.0).then(|| per.mul_f64(lacks / f64::from(times)))
+            }
+            Allows::AtOnce(_) => None,
+        });
+        empty.min().map(|time| world.clock + time + TimeDelta::milliseconds(1))
+    }
+
+    /// What one settle sent and held, against what it may.
+    fn check(&mut self, before: &Before, world: &World, plan: &Plan, is_paused: bool) -> TestCaseResult {
+        for row in &world.log[before.log..] {
+            let begins = row.made.to == "enqueued" && matches!(row.made.event, "Enqueue" | "RetryReady");
+            let Some(step) = world.steps.iter().find(|step| begins && step.uuid == row.made.entity) else {
+                continue;
+            };
+            for name in self.of_step[step.index as usize].clone() {
+                let Allows::Rate(times, _) = self.allows[&name] else { continue };
+                let spent = self.spent_at(&name, row.at) + 1.0;
+                self.spent.insert(name.clone(), (spent, row.at));
+                let began = self.began.entry(name.clone()).or_default();
+                began.push(row.at);
+                let began = self.began[&name].clone();
+                for (count, from) in (1..).zip(began.iter().rev()) {
+                    // A full bucket, and what is refilled while it lasts.
+                    let most = f64::from(times) + self.refilled(&name, *from, row.at) + 1e-6;
+                    prop_assert!(f64::from(count) <= most, "{count} of {name} from {from} to {}", row.at);
+                }
+            }
+        }
+        for name in self.allows.keys() {
+            prop_assert!(self.free(name, world).places.is_none_or(|left| left >= 0), "more than {name} allows");
+        }
+        self.lanes.extend(plan.lanes.iter().cloned());
+        for step in world.steps.iter().filter(|step| step.held_by.is_some()) {
+            if world.definition.has_lane(step.index) || step.held_by == Some(HeldBy::Limit) {
+                let lane = world.definition.lane(step.index, &world.task.input).unwrap();
+                prop_assert_eq!(self.lanes.get(&step.uuid), Some(&lane), "nobody would find it: {:?}", step);
+            }
+        }
+        for send in &plan.sends {
+            let step = world.steps.iter().find(|step| step.uuid == send.step).unwrap();
+            let priority = world.task.priority + world.definition.steps[step.index as usize].priority;
+            prop_assert_eq!((send.priority, step.priority), (priority, priority));
+            prop_assert!(before.in_flight.contains(&step.uuid) || !is_paused, "a paused queue is given {:?}", step);
+        }
+        Ok(())
+    }
 }
 
 impl Driver {
@@ -371,9 +559,11 @@ impl Driver {
         let mut world = World::new(story.definition());
         world.task.input = json!({
             "total": 7, "at": "2026-01-05T12:01:00Z",
-            "none": [], "one": [{"a": 1}], "three": ["x", null, 3], "seven": [0, 1, 2, 3, 4, 5, 6],
+            "tenant": "t1", "none": [], "one": [{"a": 1}], "three": ["x", null, 3], "seven": [0, 1, 2, 3, 4, 5, 6],
         });
-        Self { world, story: story.clone(), running: Vec::new(), ghosts: Vec::new(), healed: false }
+        world.task.priority = story.priority;
+        let flow = Flow::new(&world, story.limit);
+        Self { world, story: story.clone(), running: Vec::new(), ghosts: Vec::new(), healed: false, flow }
     }
 
     pub fn run(&mut self) -> TestCaseResult {
@@ -400,11 +590,13 @@ impl Driver {
                 self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
             } else if !self.world.children.is_empty() {
                 self.end_child(0)?;
-            } else if self.world.steps.iter().any(|step| step.held_by.is_some()) && self.has_places() {
+            } else if self.world.steps.iter().any(|step| step.held_by.is_some() && self.flow.lets(step, &self.world)) {
                 self.admit(usize::MAX, Room::unlimited())?;
             } else if self.world.sent_signal {
                 self.signal_due()?;
-            } else if let Some(at) = self.world.due.iter().map(|(_, at, _)| *at).min() {
+            } else if let Some(at) =
+                self.world.due.iter().map(|(_, at, _)| *at).chain(self.flow.next(&self.world)).min()
+            {
                 for claim in self.running.clone() {
                     if self.behaviour(claim) == Behaviour::Hangs {
                         self.world.heartbeat(claim);
@@ -515,24 +707,23 @@ impl Driver {
         room
     }
 
-    /// The same room under the story's limit, with the places it has left: as who admits knows them.
+    /// The same room under the story's limits, with what they have left: as who admits knows them.
     fn limited(&self, room: Room) -> Room {
-        let Some(most) = self.story.limit else {
+        if self.flow.allows.is_empty() {
             return room;
-        };
+        }
         let handlers: Vec<String> = self.world.definition.steps.iter().map(|step| step.handler.to_string()).collect();
         let handlers: Vec<&str> = handlers.iter().map(String::as_str).collect();
         let mut room = if room.is_unlimited() { room_for(1000, &handlers, false) } else { room };
-        room.set_limits(["shop".to_owned()].into());
+        if self.story.limit.is_some() {
+            room.set_limits([namespace_limit("shop")].into());
+        }
         let mut places = Places::default();
-        let left = i64::from(most - self.world.task.in_flight_steps);
-        places.set("shop".into(), Free { limit_id: 1, places: Some(left), tokens: None });
+        for name in self.flow.allows.keys() {
+            places.set(name.clone(), self.flow.free(name, &self.world));
+        }
         room.set_places(places);
         room
-    }
-
-    fn has_places(&self) -> bool {
-        self.story.limit.is_none_or(|most| self.world.task.in_flight_steps < most)
     }
 
     fn start(&mut self, room: Room) -> TestCaseResult {
@@ -725,11 +916,12 @@ impl Driver {
         }
         let mut room = self.limited(room);
         self.check_order(&events, &room)?;
-        let before = self.world.task.state;
+        let in_flight = self.world.steps.iter().filter(|step| step.state.is_in_flight());
+        let before = Before { log: self.world.log.len(), in_flight: in_flight.map(|step| step.uuid).collect() };
+        let was_terminal = self.world.task.state.is_terminal();
         let plan = self.world.settle(events, &mut room);
-        let in_flight = self.world.task.in_flight_steps;
-        prop_assert!(self.story.limit.is_none_or(|most| in_flight <= most), "{in_flight} are in flight");
-        if before.is_terminal() && !self.world.task.state.is_terminal() {
+        self.flow.check(&before, &self.world, &plan, room.is_paused(QUEUE))?;
+        if was_terminal && !self.world.task.state.is_terminal() {
             prop_assert!(!plan.audit.is_empty(), "only an operator begins a generation");
         }
         Ok(())

@@ -1,5 +1,7 @@
 //! Sending what is ready: its input, its place in the queue, its message.
 
+use std::cmp::Reverse;
+
 use serde_json::{Value, json};
 
 use super::super::definition::StepDefinition;
@@ -44,8 +46,10 @@ impl Pass<'_, '_> {
 
     fn send_these(&mut self, task_version: i32) -> usize {
         let mut sent = 0;
-        // In file order, so that a plan does not depend on the order of the results.
-        self.ready.sort_by_key(|ready| ready.step);
+        // The urgent first, for there may be room for some only; else in file order, so that a
+        // plan does not depend on the order of the results.
+        let steps = &self.steps;
+        self.ready.sort_by_key(|ready| (Reverse(steps[&ready.step].priority), ready.step));
         // Hints come twice: a step that is due twice is sent once.
         self.ready.dedup_by_key(|ready| ready.step);
         for Ready { step: index, event, mut waits } in std::mem::take(&mut self.ready) {

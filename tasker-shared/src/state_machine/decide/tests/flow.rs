@@ -129,6 +129,15 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
 }
 
 #[test]
+fn where_there_is_room_for_one_the_urgent_one_is_sent() {
+    let mut world = World::new(with(template("a b"), "b", |step| step.priority = 1));
+    let start = world.start_event();
+    let plan = world.settle(vec![start], &mut room_for(1, &["do.a", "do.b"], false));
+    assert_eq!(plan.sends.iter().map(|send| send.step).collect::<Vec<_>>(), [world.step("b").uuid]);
+    assert_eq!(world.step("a").held_by, Some(HeldBy::Room));
+}
+
+#[test]
 fn a_retry_takes_its_turn_under_the_limit_and_a_lost_attempt_keeps_its_place() {
     let mut world = World::started(template("a b"));
     let failed = world.run_step("a", failure("Flaky"));
