@@ -15,13 +15,23 @@ create trigger audit_is_append_only before update or delete on tasker.audit
 create trigger audit_is_not_truncated before truncate on tasker.audit
   for each statement execute function tasker.audit_is_append_only();
 
+-- The word that people see beside a task's state: its status, or that it is blocked.
+create function tasker.status_word(p_state text) returns text
+language sql immutable parallel safe
+as $$
+  select case p_state when 'pending' then 'queued' when 'suspended' then 'suspended' when 'complete' then 'completed'
+    when 'resolved_manually' then 'completed' when 'error' then 'failed' when 'cancelled' then 'cancelled'
+    when 'blocked_by_failures' then 'blocked' when 'waiting_for_dependencies' then 'waiting'
+    when 'waiting_for_retry' then 'waiting' else 'running' end
+$$;
+
 -- Why an act cannot be asked of a task in this state, or null.
 create function tasker.act_problem(p_action text, p_state text, p_steps text[]) returns text
 language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when ended and p_action not in ('retry', 'rerun') then format('the task has already ended as %s', p_state)
+    when ended and p_action not in ('retry', 'rerun') then format('the task has already ended: it is %s', word)
     when p_action = 'suspend' and p_state = 'suspended' then 'the task is suspended already'
     when p_action = 'resume' and p_state <> 'suspended' then format('the task is %s; only a suspended task can be resumed', word)
     when p_action in ('give_up', 'resolve') and p_state <> 'blocked_by_failures'
@@ -33,11 +43,7 @@ as $$
     when p_action = 'rerun' and not ended then format('the task is %s; only a task that has ended can be run again', word)
   end
   from (select p_state in ('complete', 'error', 'cancelled', 'resolved_manually') as ended,
-    -- The word that people see beside the state.
-    case p_state when 'pending' then 'queued' when 'suspended' then 'suspended' when 'complete' then 'completed'
-      when 'resolved_manually' then 'completed' when 'error' then 'failed' when 'cancelled' then 'cancelled'
-      when 'blocked_by_failures' then 'blocked' when 'waiting_for_dependencies' then 'waiting'
-      when 'waiting_for_retry' then 'waiting' else 'running' end as word) e
+    tasker.status_word(p_state) as word) e
 $$;
 
 -- Sends the wish. `p_more` has what the message carries beyond the task, the actor and the reason.

@@ -199,7 +199,7 @@ begin
     select t.state into v_state from tasker.tasks t
     where t.task_uuid = v_schedule.last_task and t.state not in ('complete', 'error', 'cancelled', 'resolved_manually');
     if v_state is not null and v_schedule.overlap = 'skip' then
-      v_problem := format('the run of %s was skipped: task %s is still %s', v_tick, v_schedule.last_task, v_state);
+      v_problem := format('the run of %s was skipped: task %s is still %s', v_tick, v_schedule.last_task, tasker.status_word(v_state));
       update tasker.schedules s set last_at = p_tick, skipped = s.skipped + 1, problem = v_problem where s.schedule_uuid = p_schedule;
       problem := v_problem;
       return;

@@ -73,9 +73,9 @@ async fn steps_are_settled_by_hand_and_those_behind_them_read_what_was_given() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blocked_task_is_given_up_or_resolved() {
     let world = World::start(Setup::by_hand()).await;
-    for (statement, state) in [
-        ("select tasker.give_up_task($1, 'no use', 'ann')", "error"),
-        ("select tasker.resolve_task($1, 'paid by phone', 'ann')", "resolved_manually"),
+    for (statement, state, status) in [
+        ("select tasker.give_up_task($1, 'no use', 'ann')", "error", "failed"),
+        ("select tasker.resolve_task($1, 'paid by phone', 'ann')", "resolved_manually", "completed"),
     ] {
         let task = blocked(&world, state).await;
         assert_eq!(ask(&world, statement, task).await, "accepted");
@@ -83,7 +83,7 @@ async fn a_blocked_task_is_given_up_or_resolved() {
             (world.of_task(task, "state").await.as_deref() == Some(state)).then_some(())
         })
         .await;
-        assert_eq!(ask(&world, statement, task).await, format!("the task has already ended as {state}"));
+        assert_eq!(ask(&world, statement, task).await, format!("the task has already ended: it is {status}"));
         let reason = world.of_task(task, "reason").await.unwrap_or_default();
         assert!(reason.contains(" by ann ("), "{reason}");
     }

@@ -5,6 +5,8 @@ use tasker_shared::store;
 
 /// What was asked about failed, though the command itself worked.
 pub const FAILED: u8 = 1;
+/// The command line is wrong, in a way that only the command itself can tell.
+pub const WRONG: u8 = 2;
 /// Something named on the command line does not exist.
 pub const NOT_FOUND: u8 = 3;
 /// The database does not answer.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::task::actor;
 use crate::Global;
-use crate::failure::failure;
+use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
 
@@ -54,7 +54,7 @@ pub async fn act(global: &Global, client: &Client, word: &str, which: Which, ste
     let (actor, reason) = (actor(), reason.as_deref());
     let Some(task) = task else {
         if !steps.is_empty() {
-            return Err(failure(2, "--step: names steps of one task".to_owned()));
+            return Err(failure(WRONG, "--step: names steps of one task".to_owned()));
         }
         let mut filter = json!({"namespace": namespace, "template": template, "status": status});
         if let Some(filter) = filter.as_object_mut() {
@@ -132,10 +132,9 @@ pub async fn settle_step(
     act: ByHand,
     output: Option<String>,
 ) -> anyhow::Result<()> {
-    let output = output
-        .map(|text| serde_json::from_str(&text))
-        .transpose()
-        .map_err(|error| failure(2, format!("--result: is not JSON: {error}; give a value such as '{{\"a\": 1}}'")))?;
+    let output = output.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| {
+        failure(WRONG, format!("--result: is not JSON: {error}; give a value such as '{{\"a\": 1}}'"))
+    })?;
     let id = run::find_task(client, &which.task).await?;
     client.settle_step(id, &which.step, act, output, actor().as_deref(), which.reason.as_deref()).await?;
     accepted(global, id)

@@ -7,7 +7,7 @@ use tasker_shared::postgres::{Local, Options, Stopped};
 use tasker_shared::store::tx::{self, PoolOptions};
 
 use crate::Global;
-use crate::failure::{FAILED, failure};
+use crate::failure::{FAILED, WRONG, failure};
 use crate::output::{self, Format};
 
 /// Control the managed local PostgreSQL.
@@ -84,7 +84,7 @@ impl Db {
                 print(global, &value, &text)
             }
             Self::Reset { yes: false } => {
-                Err(failure(2, "this deletes every task in the local database; repeat with --yes"))
+                Err(failure(WRONG, "this deletes every task in the local database; repeat with --yes"))
             }
             Self::Reset { yes: true } => {
                 blocking(move || Local::reset(&options)).await?;

@@ -10,6 +10,7 @@ use tasker_shared::template::parse_duration;
 
 use super::task::actor;
 use crate::Global;
+use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
 
@@ -27,7 +28,7 @@ pub enum Limit {
         #[command(flatten)]
         of: Of,
         /// At most so many attempts in flight at once
-        #[arg(long, value_name = "N", required_unless_present = "rate")]
+        #[arg(long, value_name = "N")]
         concurrency: Option<i32>,
         /// At most so many attempts sent in each --per
         #[arg(long, value_name = "N", requires = "per")]
@@ -68,6 +69,13 @@ pub struct Of {
 impl Limit {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        if matches!(&self, Self::Set { concurrency: None, rate: None, .. }) {
+            return Err(failure(
+                WRONG,
+                "say what the limit is: --concurrency N, or --rate N --per DURATION, or all of them; \
+                --handler HANDLER limits one handler instead of the whole namespace",
+            ));
+        }
         let connected = run::connect(global).await?;
         let client = &connected.client;
         match self {

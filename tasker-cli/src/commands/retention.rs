@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::task::actor;
 use crate::Global;
+use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
 
@@ -31,7 +32,7 @@ pub enum Retention {
         #[arg(long)]
         namespace: String,
         /// How long a finished task is kept, such as 30d; for ever if not given
-        #[arg(long, value_parser = parse_duration, value_name = "DURATION", required_unless_present = "quarantine")]
+        #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
         keep: Option<Duration>,
         /// How long a quarantined message is kept; for ever if not given
         #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
@@ -62,6 +63,13 @@ pub enum Retention {
 impl Retention {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        if matches!(&self, Self::Set { keep: None, quarantine: None, .. }) {
+            return Err(failure(
+                WRONG,
+                "say what is kept how long: --keep DURATION for finished tasks, --quarantine DURATION \
+                for quarantined messages, or both; `tasker retention unset` removes a policy",
+            ));
+        }
         let connected = run::connect(global).await?;
         let pool = connected.client.pool();
         match self {

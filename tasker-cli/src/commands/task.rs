@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::act::{self, Which, WhichStep};
 use super::template::TemplateName;
 use crate::Global;
-use crate::failure::{FAILED, failure};
+use crate::failure::{FAILED, WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
 
@@ -293,7 +293,7 @@ pub fn read_input(text: &str) -> anyhow::Result<Value> {
         None => text.to_owned(),
     };
     serde_json::from_str(&read).map_err(|error| {
-        failure(2, format!("input: is not JSON: {error}; give an object such as '{{\"a\": 1}}', or @FILE"))
+        failure(WRONG, format!("input: is not JSON: {error}; give an object such as '{{\"a\": 1}}', or @FILE"))
     })
 }
 

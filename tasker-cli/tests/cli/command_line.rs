@@ -56,6 +56,17 @@ fn a_wrong_command_line_exits_with_2() {
 }
 
 #[test]
+fn what_says_nothing_is_told_every_flag_that_would() {
+    for (arguments, flags) in [
+        (&["limit", "set", "shop"][..], &["--concurrency", "--rate", "--per", "--handler"][..]),
+        (&["retention", "set", "--namespace", "shop"], &["--keep", "--quarantine", "retention unset"]),
+    ] {
+        let said = offline(arguments).exits_with(2).stderr;
+        assert!(flags.iter().all(|flag| said.contains(flag)), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
 fn an_unreachable_database_exits_with_4_and_says_why() {
     let answer = offline(&["task", "list"]).exits_with(4);
     assert!(

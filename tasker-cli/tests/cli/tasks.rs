@@ -80,7 +80,7 @@ async fn up_runs_tasks_to_their_end_and_drains() {
     assert_eq!((&bad["status"], &bad["error_type"]), (&json!("failed"), &json!("FailedOnPurpose")));
     shop.tasker(&["task", "wait", "GOOD", "BAD"]).exits_with(1);
     shop.tasker(&["task", "wait", "GOOD"]).exits_with(0);
-    assert!(shop.tasker(&["task", "cancel", "GOOD"]).exits_with(1).stderr.contains("already ended as complete"));
+    assert!(shop.tasker(&["task", "cancel", "GOOD"]).exits_with(1).stderr.contains("already ended: it is completed"));
 
     let live: Vec<Value> = (0..2).map(|_| up.next_line()["correlation_id"].clone()).collect();
     assert_eq!(live, ["GOOD", "BAD"], "each end is printed");
@@ -162,7 +162,7 @@ async fn a_schedule_is_set_looked_at_triggered_and_deleted() {
         (&json!("skip"), &json!("Europe/Paris"), &json!(false))
     );
     let task = shop.json(&["schedule", "trigger", "shop/nightly", "--reason", "try it"])["task_uuid"].clone();
-    assert!(shop.tasker(&["schedule", "trigger", "shop/nightly"]).exits_with(1).stderr.contains("is still pending"));
+    assert!(shop.tasker(&["schedule", "trigger", "shop/nightly"]).exits_with(1).stderr.contains("is still queued"));
     let listed = shop.json(&["schedule", "list", "--namespace", "shop"]);
     assert_eq!((&listed[0]["runs"], &listed[0]["last_task"]), (&json!(1), &task));
     assert!(shop.tasker(&["schedule", "list"]).exits_with(0).stdout.contains("30 2 * * * (Europe/Paris)"));
