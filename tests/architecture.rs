@@ -162,3 +162,42 @@ fn the_table_of_telemetry_names_every_row_and_what_shows_it() {
         expected.map(|(group, last)| (group.to_owned(), (1..=last).collect())).into();
     assert_eq!(named, expected);
 }
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+#[test]
+fn each_row_of_the_features_names_a_test_and_examples_that_exist() {
+    let document = std::fs::read_to_string(root().join("docs/features.md")).expect("the document");
+    let folders =
+        ["tests", "tasker-shared/src", "tasker-orchestration/src", "tasker-worker", "tasker-api", "tasker-cli"];
+    let sources: Vec<PathBuf> = folders.into_iter().flat_map(|folder| files(folder, &["rs"])).collect();
+    let tests: Vec<(String, String)> = sources
+        .iter()
+        .map(|path| (path.display().to_string(), std::fs::read_to_string(path).expect("a source file can be read")))
+        .filter(|(_, source)| source.contains("#[test]") || source.contains("#[tokio::test"))
+        .collect();
+    let exists = |name: &str| match name.split_once("::") {
+        Some((file, test)) => {
+            tests.iter().any(|(path, source)| path.contains(file) && source.contains(&format!("fn {test}(")))
+        }
+        None => tests.iter().any(|(path, _)| path.ends_with(&format!("/{name}"))),
+    };
+    let rows: Vec<&str> =
+        document.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| feature")).collect();
+    assert!(rows.len() > 20, "the table is gone");
+    for row in rows {
+        let cells: Vec<&str> = row.split(" | ").collect();
+        let [feature, how, _, shown] = cells[..] else { panic!("four cells: {row}") };
+        let tests: Vec<&str> = quoted(shown).collect();
+        assert!(!tests.is_empty(), "{feature}: no test shows it");
+        for name in tests {
+            assert!(exists(name), "{feature}: there is no test {name}");
+        }
+        for example in quoted(how).filter(|name| name.starts_with("examples/")) {
+            assert!(root().join(example).is_file(), "{feature}: there is no {example}");
+        }
+    }
+}

@@ -166,8 +166,13 @@ async fn a_task_has_its_total_time_and_a_message_its_time_in_the_queue() {
     world.register("short", "timeouts: {total: 300ms}\nsteps: [{name: nap, wait: {sleep: 1h}}]").await;
     // The hand takes nothing by itself, so it lies in the queue.
     world.register("queued", "steps: [{name: a, handler: ok, timeouts: {queue: 300ms}}]").await;
+    world.register("unoffered", "steps: [{name: a, handler: nobody, timeouts: {queue: 300ms}}]").await;
     let (short, queued) = (world.submit("short").await, world.submit("queued").await);
-    assert_eq!(world.finish(&[short, queued]).await, ["error", "error"]);
+    let unoffered = world.submit("unoffered").await;
+    assert_eq!(world.finish(&[short, queued, unoffered]).await, ["error"; 3]);
+    let (class, reason) = failure(&world, unoffered).await;
+    assert_eq!(class, "queue_timeout");
+    assert!(reason.contains("no worker offers its handler"), "{reason}");
     assert_eq!(failure(&world, short).await.0, "timeout");
     assert_eq!(failure(&world, queued).await.0, "queue_timeout");
     world.assert_sound().await;

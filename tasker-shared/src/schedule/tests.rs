@@ -178,3 +178,18 @@ proptest! {
         prop_assert_eq!(found, expected);
     }
 }
+
+#[test]
+fn the_table_of_the_document_lists_every_key() {
+    let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/schedules.md")).unwrap();
+    let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let rows = document.lines().filter_map(|line| line.strip_prefix("| `"));
+    let mut told: Vec<String> =
+        rows.flat_map(|row| quoted(&format!("`{}", row.split(" | ").next().unwrap()))).collect();
+    // What is no key is refused with the names of all that are.
+    let refusal = serde_json::from_str::<Schedule>(r#"{"no_key": 1}"#).unwrap_err().to_string();
+    let mut keys = quoted(&refusal).split_off(1);
+    told.sort();
+    keys.sort();
+    assert_eq!(told, keys);
+}

@@ -155,6 +155,16 @@ impl HeldBy {
             Self::Paused => "paused",
         }
     }
+
+    /// For a person.
+    pub const fn in_words(self) -> &'static str {
+        match self {
+            Self::Room => "its queue had no room",
+            Self::Worker => "no worker offers its handler",
+            Self::Limit => "a limit held it back",
+            Self::Paused => "its queue is paused",
+        }
+    }
 }
 
 impl std::str::FromStr for HeldBy {

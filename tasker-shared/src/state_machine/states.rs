@@ -310,6 +310,9 @@ pub const STEP_MOVES: &[StepMove] = {
         (Waiting, E::ItemsDone, Error),
         (Pending, E::Skip, Skipped),
         (Enqueued, E::QueueTimeout, Error),
+        // Held, and never sent.
+        (Pending, E::QueueTimeout, Error),
+        (WaitingForRetry, E::QueueTimeout, Error),
         (Error, E::Skip, Skipped),
         (Error, E::ResolveManually, ResolvedManually),
         (Error, E::CompleteManually, Complete),

@@ -85,9 +85,11 @@ impl Queue {
     fn pass(&mut self, max: usize) -> Result<usize, TestCaseError> {
         let mut limits = self.left();
         // `tasker.held_lanes` and `tasker.held_steps`.
-        let name = |held: &Candidate| format!("{}{LANE_SEPARATOR}h{LANE_SEPARATOR}{}", held.fair, held.limits.join(","));
+        let name =
+            |held: &Candidate| format!("{}{LANE_SEPARATOR}h{LANE_SEPARATOR}{}", held.fair, held.limits.join(","));
         let in_lanes = self.held.iter().filter(|held| held.quota.is_some());
-        let lanes: BTreeSet<_> = in_lanes.map(|held| (Reverse(held.priority), name(held), held.limits.clone())).collect();
+        let lanes: BTreeSet<_> =
+            in_lanes.map(|held| (Reverse(held.priority), name(held), held.limits.clone())).collect();
         let lanes = lanes.into_iter().map(|(Reverse(priority), lane, limits)| (Lane { priority, lane }, limits));
         let lanes: Vec<(Lane, Vec<String>)> = lanes.collect();
         let mut plain: Vec<Candidate> = self.held.iter().filter(|held| held.quota.is_none()).cloned().collect();
@@ -99,7 +101,8 @@ impl Queue {
         let mut candidates = plain;
         for (place, quota) in quotas.iter().enumerate() {
             let lane = &lanes[quota.lane].0;
-            let waits = |held: &&Candidate| held.quota.is_some() && held.priority == lane.priority && name(held) == lane.lane;
+            let waits =
+                |held: &&Candidate| held.quota.is_some() && held.priority == lane.priority && name(held) == lane.lane;
             let first = self.held.iter().filter(waits).take(usize::try_from(quota.most).unwrap());
             candidates.extend(first.map(|held| Candidate { quota: Some(place), ..held.clone() }));
         }

@@ -262,19 +262,32 @@ impl Pass<'_, '_> {
         let Some(timeout) = self.defined(index).queue_timeout.filter(|_| counts) else {
             return false;
         };
-        let Some(enqueued) = step.enqueued_at.filter(|_| step.state == StepState::Enqueued && step.attempt == attempt)
-        else {
+        // What is held counts from when it was ready: that nobody offers its handler, say, is a wait
+        // for a worker too. What was sent counts from then.
+        let since = match (step.state, step.held_by) {
+            (StepState::Enqueued, _) => step.enqueued_at,
+            (StepState::Pending | StepState::WaitingForRetry, Some(_)) => step.ready_at,
+            _ => None,
+        };
+        let Some(since) = since.filter(|_| step.attempt == attempt) else {
             return false;
         };
-        let at = enqueued + timeout;
+        let at = since + timeout;
         if at > self.now {
             self.plan.due.push(Due { kind: "queue_timeout", at, step: Some(step.uuid) });
             return true;
         }
-        let reason = format!("no worker claimed it within {timeout:?}");
-        let detail =
-            Detail { reason: Some(reason.clone()), error_type: Some("queue_timeout".into()), ..Detail::default() };
-        self.close(index);
+        let reason = match step.held_by {
+            None => format!("no worker claimed it within {timeout:?}"),
+            Some(held) => format!("it was not sent within {timeout:?}: {}", held.in_words()),
+        };
+        let waits = self.leave(index);
+        let detail = Detail {
+            waits,
+            reason: Some(reason.clone()),
+            error_type: Some("queue_timeout".into()),
+            ..Detail::default()
+        };
         self.move_step(index, StepEvent::QueueTimeout, StepState::Error, Some(detail));
         self.step_failed(index, "queue_timeout", &reason);
         true

@@ -123,6 +123,12 @@ impl Pass<'_, '_> {
         let step = &self.steps[&index];
         match step.state {
             StepState::Enqueued => self.send_again(index),
+            _ if step.held_by.is_some() => {
+                // What came due meanwhile was not counted.
+                let (uuid, at) = (step.uuid, self.now);
+                let due = |timeout| Due { kind: "queue_timeout", at: at + timeout, step: Some(uuid) };
+                self.plan.due.extend(self.defined(index).queue_timeout.map(due));
+            }
             StepState::WaitingForRetry if step.held_by.is_none() && step.due_at.is_some_and(|due| due <= self.now) => {
                 let waits = vec![retry_wait(step)];
                 self.ready.push(Ready { step: index, event: StepEvent::RetryReady, waits });

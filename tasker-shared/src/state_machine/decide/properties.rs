@@ -461,9 +461,8 @@ impl Flow {
         let mut flow = Self::default();
         for index in 0..u32::try_from(world.definition.steps.len()).unwrap() {
             let mut limits = world.definition.limits(index, &world.task.input).unwrap_or_default();
-            limits.extend(
-                of_namespace.map(|most| Limit { name: namespace_limit("shop"), allows: Allows::AtOnce(most) }),
-            );
+            limits
+                .extend(of_namespace.map(|most| Limit { name: namespace_limit("shop"), allows: Allows::AtOnce(most) }));
             flow.of_step.push(limits.iter().map(|limit| limit.name.clone()).collect());
             flow.allows.extend(limits.into_iter().map(|limit| (limit.name, limit.allows)));
         }
@@ -475,7 +474,9 @@ impl Flow {
         let limit_id = 1;
         match self.allows[name] {
             Allows::AtOnce(most) => {
-                let counts = |step: &&Step| step.state.is_in_flight() && self.of_step[step.index as usize].iter().any(|of| of == name);
+                let counts = |step: &&Step| {
+                    step.state.is_in_flight() && self.of_step[step.index as usize].iter().any(|of| of == name)
+                };
                 let used = i64::try_from(world.steps.iter().filter(counts).count()).unwrap();
                 Free { limit_id, places: Some(i64::from(most) - used), tokens: None }
             }

@@ -199,9 +199,12 @@ impl Pass<'_, '_> {
         let before = step.held_by.replace(reason);
         let uuid = step.uuid;
         if before.is_none() {
-            step.ready_at.get_or_insert(now);
+            let ready = *step.ready_at.get_or_insert(now);
             self.plan.task.held_steps += 1;
             self.plan.task_changed = true;
+            let timeout = self.defined(index).queue_timeout;
+            let due = |timeout| Due { kind: "queue_timeout", at: ready + timeout, step: Some(uuid) };
+            self.plan.due.extend(timeout.map(due));
         }
         let in_lane = self.definition.has_lane(place) || reason == HeldBy::Limit;
         if in_lane

@@ -409,6 +409,33 @@ fn a_step_that_nobody_claims_times_out() {
 }
 
 #[test]
+fn a_step_that_nobody_offers_to_run_times_out_without_being_sent() {
+    let mut world = World::new(with(template("a"), "a", |a| {
+        a.queue_timeout = Some(Duration::from_mins(1));
+    }));
+    let start = world.start_event();
+    let due = || vec![Event::QueueDue { step: 0, attempt: 0 }];
+    let plan = world.settle(vec![start], &mut room_for(9, &["do.other"], false));
+    assert_eq!(plan.due.iter().map(|due| due.kind).collect::<Vec<_>>(), ["queue_timeout"]);
+    world.pass(Duration::from_secs(59));
+    check(&mut world, due(), all(), "due queue_timeout a in 1 s");
+    world.pass(Duration::from_secs(1));
+    let plan = check(
+        &mut world,
+        due(),
+        all(),
+        "
+        a: pending –QueueTimeout→ error
+        task: waiting_for_dependencies –StepFailed→ evaluating_results
+        task: evaluating_results –PermanentFailure→ error
+        cancel open steps
+        because queue_timeout: step a failed: it was not sent within 60s: no worker offers its handler",
+    );
+    assert_eq!(waits(&plan, "QueueTimeout"), ["worker"]);
+    assert_eq!(world.task.held_steps, 0);
+}
+
+#[test]
 fn a_queue_timeout_that_is_passed_over_is_still_a_failure() {
     let definition = with(template("a b<a c"), "a", |a| {
         a.queue_timeout = Some(Duration::from_mins(1));
