@@ -2,7 +2,7 @@
 //! their own task only, and the reason names the table, the column and the row.
 
 use serde_json::json;
-use tasker_tests::worker::Answer;
+use tasker_tests::worker::{self, Answer};
 use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually};
@@ -92,4 +92,27 @@ async fn a_bad_row_among_what_is_due_costs_its_own_task_only() {
 #[cfg_attr(not(debug_assertions), ignore = "nothing panics: overflows are not checked")]
 async fn a_panic_costs_its_own_task_only() {
     the_retry_of_a_sound_task_is_sent_beside("update tasker.steps set version = 2147483647 where task_uuid = $1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "nothing panics: overflows are not checked")]
+async fn a_panic_over_a_held_step_holds_up_nobody_else() {
+    let world = World::start(Setup::by_hand()).await;
+    world.register("rare", "steps:\n  - {name: a, handler: rare}").await;
+    let (first, sound) = (world.submit("rare").await, world.submit("rare").await);
+    eventually("both are held", async || {
+        (world.number("select count(*) from tasker.steps where held_by = 'worker'").await == 2).then_some(())
+    })
+    .await;
+    change(&world, "update tasker.steps set version = 2147483647 where task_uuid = $1", first).await;
+    let claim = eventually("the sound one is sent", async || {
+        world.hello("late", None, &["rare"], 10).await;
+        let mut conn = world.pool.acquire().await.expect("a connection");
+        worker::claim(&mut conn, "late", None, &["rare"], 10).await.expect("claimed").pop()
+    })
+    .await;
+    assert_eq!(claim.task, sound);
+    world.succeed(&claim).await;
+    assert_eq!(world.finish(&[sound]).await, ["complete"]);
+    world.end().await;
 }

@@ -125,7 +125,7 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         });
         // What could not be moved (its task is settled elsewhere, or a limit was full under its lock)
         // is no reason to look again at once.
-        let settled = settle::settle(shared, queue::STEP_RESULTS, hints.collect()).await?;
+        let settled = settle::settle_each(shared, hints.collect()).await?;
         more |= settled.moved > 0;
         if !settled.deferred.is_empty() {
             next = Some(next.map_or(BUSY, |next: Duration| next.min(BUSY)));
