@@ -31,7 +31,7 @@ language sql immutable parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when ended and p_action not in ('retry', 'rerun') then format('the task has already ended: it is %s', word)
+    when ended and p_action not in ('retry', 'rerun') then format('the task has already ended (%s)', word)
     when p_action = 'suspend' and p_state = 'suspended' then 'the task is suspended already'
     when p_action = 'resume' and p_state <> 'suspended' then format('the task is %s; only a suspended task can be resumed', word)
     when p_action in ('give_up', 'resolve') and p_state <> 'blocked_by_failures'

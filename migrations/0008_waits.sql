@@ -35,7 +35,7 @@ begin
     return 'no such task';
   end if;
   if v_state in ('complete', 'error', 'cancelled', 'resolved_manually') then
-    return format('the task has already ended: it is %s', tasker.status_word(v_state));
+    return format('the task has already ended (%s)', tasker.status_word(v_state));
   end if;
   payload := coalesce(payload, '{}');
   v_problem := tasker.payload_problem(payload, tasker.max_payload_bytes());

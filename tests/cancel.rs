@@ -39,7 +39,7 @@ async fn running_handler_is_told_of_cancel_but_not_of_terminate() {
         assert_eq!(heartbeat(&world, &claim).await, (false, !terminate));
         assert_eq!(world.report(&claim, &answer(&claim)).await, (false, true));
         assert_eq!(world.steps(task).await, ["a: cancelled", "b: cancelled"]);
-        assert_eq!(end(&world, task, terminate).await, "the task has already ended: it is cancelled");
+        assert_eq!(end(&world, task, terminate).await, "the task has already ended (cancelled)");
         world.assert_complete().await;
         assert_tree(
             &world.spans_of(task),

@@ -83,7 +83,7 @@ async fn a_blocked_task_is_given_up_or_resolved() {
             (world.of_task(task, "state").await.as_deref() == Some(state)).then_some(())
         })
         .await;
-        assert_eq!(ask(&world, statement, task).await, format!("the task has already ended: it is {status}"));
+        assert_eq!(ask(&world, statement, task).await, format!("the task has already ended ({status})"));
         let reason = world.of_task(task, "reason").await.unwrap_or_default();
         assert!(reason.contains(" by ann ("), "{reason}");
     }

@@ -128,7 +128,7 @@ async fn a_signal_that_cannot_help_is_refused_with_the_reason() {
     world.send("task_requests", &raw, None).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     assert_eq!(output(&world, task, "approval").await, Some(json!({"answer": "reject"})));
-    assert_eq!(signal(&world, task, "approved", json!({})).await, "the task has already ended: it is completed");
+    assert_eq!(signal(&world, task, "approved", json!({})).await, "the task has already ended (completed)");
     let other = world.submit("one").await;
     world.finish(&[other]).await;
     assert_eq!(signal(&world, Uuid::nil(), "approved", json!({})).await, "no such task");

@@ -41,6 +41,11 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
             ClientError::Connect(_) => Some(UNREACHABLE),
             ClientError::NotFound(_) => Some(NOT_FOUND),
             ClientError::Timeout { .. } => Some(TIMEOUT),
+            ClientError::Refused(text)
+                if text.starts_with("there is no such limit") || text.starts_with("no such queue") =>
+            {
+                Some(NOT_FOUND)
+            }
             ClientError::Refused(_) => Some(FAILED),
             ClientError::Store(error) => code_of(error),
         };

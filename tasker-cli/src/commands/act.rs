@@ -17,7 +17,7 @@ use crate::run;
 #[derive(Debug, clap::Args)]
 pub struct Which {
     /// Uuid or correlation id
-    #[arg(required_unless_present_any = ["namespace", "template", "status"], conflicts_with_all = ["namespace", "template", "status"])]
+    #[arg(conflicts_with_all = ["namespace", "template", "status"])]
     task: Option<String>,
     /// Every task of this namespace
     #[arg(long)]
@@ -154,6 +154,20 @@ pub enum Audit {
     },
 }
 
+impl Which {
+    /// Refuses what says no task at all, before anything is started.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if [&self.task, &self.namespace, &self.template, &self.status].iter().all(|named| named.is_none()) {
+            return Err(failure(
+                WRONG,
+                "say which task, by uuid or correlation id; or which tasks, by --namespace, --template, --status or \
+                 several of them, first with --dry-run",
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Audit {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
@@ -168,13 +182,13 @@ impl Audit {
         if global.output == Format::Json {
             return output::json(&rows);
         }
-        let mut table = Table::new(["AT (UTC)", "ACTION", "ACTOR", "TASK", "DETAILS", "REASON"]);
+        let mut table = Table::new(["AT (UTC)", "ACTION", "ACTOR", "TASK OR OTHER", "DETAILS", "REASON"]);
         for row in rows {
             table.row([
                 output::time(row.at),
                 row.action,
                 output::cell(Some(&row.actor)),
-                row.task_uuid.map_or("-".into(), |task| task.to_string()),
+                row.task_uuid.map_or_else(|| output::cell(row.subject.as_deref()), |task| task.to_string()),
                 output::clip(&output::cell(row.details.map(|details| details.to_string()).as_deref()), 60),
                 output::cell(row.reason.as_deref()),
             ]);

@@ -14,7 +14,7 @@ use tasker_shared::template::format_duration;
 use super::task::{actor, read_input};
 use super::template::TemplateName;
 use crate::Global;
-use crate::failure::{FAILED, NOT_FOUND, failure};
+use crate::failure::{FAILED, NOT_FOUND, WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
 
@@ -182,7 +182,9 @@ impl Set {
         let (schedule, template) = self.schedule.zip(self.template).context("clap asks for both")?;
         let (template, version) =
             template.split_once('@').map_or((&*template, None), |(name, version)| (name, Some(version.to_owned())));
-        let timing = self.timing.unwrap_or(Timing { cron: None, every: None, at: None });
+        let timing = self.timing.ok_or_else(|| {
+            failure(WRONG, "say when it ticks: exactly one of --cron PATTERN, --every DURATION and --at TIME")
+        })?;
         Ok(Definition {
             version,
             input: read_input(&self.input)?,

@@ -216,6 +216,16 @@ pub struct List {
 impl Task {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
+        if let Self::Cancel { which, .. }
+        | Self::Terminate { which }
+        | Self::Suspend { which }
+        | Self::Resume { which }
+        | Self::Retry { which, .. }
+        | Self::GiveUp { which }
+        | Self::Resolve { which } = &self
+        {
+            which.check()?;
+        }
         // Read before anything is started: a bad file should cost nothing.
         let input = match &self {
             Self::Submit(submit) => Some(read_input(&submit.input)?),

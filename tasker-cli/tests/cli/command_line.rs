@@ -60,6 +60,8 @@ fn what_says_nothing_is_told_every_flag_that_would() {
     for (arguments, flags) in [
         (&["limit", "set", "shop"][..], &["--concurrency", "--rate", "--per", "--handler"][..]),
         (&["retention", "set", "--namespace", "shop"], &["--keep", "--quarantine", "retention unset"]),
+        (&["task", "cancel", "--dry-run"], &["--namespace", "--template", "--status"]),
+        (&["schedule", "set", "shop/x", "--template", "t"], &["--cron", "--every", "--at"]),
     ] {
         let said = offline(arguments).exits_with(2).stderr;
         assert!(flags.iter().all(|flag| said.contains(flag)), "{arguments:?}: {said}");

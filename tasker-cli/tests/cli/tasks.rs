@@ -80,7 +80,7 @@ async fn up_runs_tasks_to_their_end_and_drains() {
     assert_eq!((&bad["status"], &bad["error_type"]), (&json!("failed"), &json!("FailedOnPurpose")));
     shop.tasker(&["task", "wait", "GOOD", "BAD"]).exits_with(1);
     shop.tasker(&["task", "wait", "GOOD"]).exits_with(0);
-    assert!(shop.tasker(&["task", "cancel", "GOOD"]).exits_with(1).stderr.contains("already ended: it is completed"));
+    assert!(shop.tasker(&["task", "cancel", "GOOD"]).exits_with(1).stderr.contains("already ended (completed)"));
 
     let live: Vec<Value> = (0..2).map(|_| up.next_line()["correlation_id"].clone()).collect();
     assert_eq!(live, ["GOOD", "BAD"], "each end is printed");
@@ -241,6 +241,9 @@ async fn limits_and_pauses_are_set_shown_and_taken_back() {
     shop.tasker(&["queue", "resume", "worker_shop"]).exits_with(0);
     assert!(!row(&shop.json(&["queue", "list"])).contains("the bank is away"));
     assert_ne!(shop.tasker(&["queue", "pause", "worker_nowhere"]).code, 0);
+    let table = shop.tasker(&["audit", "list"]).exits_with(0).stdout;
+    assert!(table.contains("queue worker_shop") && table.contains("limit shop:echo"), "{table}");
+    shop.tasker(&["limit", "remove", "shop", "--handler", "echo"]).exits_with(3);
     let audit = shop.json(&["audit", "list"]).to_string();
     for word in ["ada", "slow", "the bank is away"] {
         assert!(audit.contains(word), "{word}: {audit}");

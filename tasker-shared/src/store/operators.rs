@@ -110,6 +110,7 @@ async fn outputs(conn: &mut PgConnection, batch: &[(&TaskRow, &Plan)], at: DateT
 pub struct AuditRow {
     pub audit_id: i64,
     pub task_uuid: Option<Uuid>,
+    pub subject: Option<String>,
     pub action: String,
     pub actor: String,
     pub reason: Option<String>,
@@ -121,7 +122,7 @@ pub struct AuditRow {
 pub async fn audit_list(conn: &mut PgConnection, task: Option<Uuid>, limit: i64) -> Result<Vec<AuditRow>, Error> {
     Ok(sqlx::query_as!(
         AuditRow,
-        "select audit_id, task_uuid, action, actor, reason, details, at from tasker.audit
+        "select audit_id, task_uuid, subject, action, actor, reason, details, at from tasker.audit
          where $1::uuid is null or task_uuid = $1 order by audit_id desc limit $2",
         task,
         limit
