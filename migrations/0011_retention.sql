@@ -41,7 +41,7 @@ begin
   end if;
   insert into tasker.audit (subject, action, actor, reason)
   values ('retention ' || namespace, 'retention.set', left(actor, 100),
-    format('keep %s, quarantine %s%s', coalesce(keep::text, 'for ever'), coalesce(keep_quarantine::text, 'for ever'), case when archive then ', archive' else '' end));
+    format('keep %s, quarantine %s%s', coalesce(justify_hours(keep)::text, 'for ever'), coalesce(justify_hours(keep_quarantine)::text, 'for ever'), case when archive then ', archive' else '' end));
 end
 $$;
 

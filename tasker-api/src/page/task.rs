@@ -145,7 +145,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
             (waiting_for_person(page, seen, None))
             dl.facts.wide {
                 div { dt { "Task" } dd { (copyable(&task.task_uuid.to_string(), "task id")) } }
-                div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all with it" } } }
+                div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small.nowrap href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all with it" } } }
                 div { dt { "Trace" } dd { (copyable(&task.trace_id, "trace id")) @if let Some(url) = &trace_url { " " a href=(url) rel="noopener" { "Open the trace ↗" } } } }
                 div { dt { "Created" } dd { (when(now, task.created_at)) " · took " (words::took(Some(task.finished_at.unwrap_or(now) - task.created_at))) @if !task.is_finished() { " so far" } } }
                 div { dt { "Namespace" } dd { a href=(page.link(format!("/?namespace={}", encoded(&task.namespace)))) { (task.namespace) } " · priority " (task.priority) } }

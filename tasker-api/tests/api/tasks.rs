@@ -200,6 +200,7 @@ async fn what_is_kept_is_set_for_own_namespaces_and_audited() {
         (audit.at("/items/0/subject"), audit.at("/items/0/action")),
         (json!("retention shop"), json!("retention.set"))
     );
+    assert_eq!(audit.at("/items/2/reason"), "keep 1 day, quarantine for ever, archive");
 }
 
 #[tokio::test]
