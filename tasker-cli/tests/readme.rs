@@ -233,6 +233,10 @@ fn files_that_the_readme_names_exist() {
         .collect();
     assert!(links.len() >= 3, "{links:?}");
     for link in links {
-        assert!(root.join(link).exists(), "{link}");
+        let (file, place) = link.split_once('#').unwrap_or((link, ""));
+        let text = std::fs::read_to_string(root.join(file)).unwrap_or_default();
+        assert!(root.join(file).exists(), "{link}");
+        let is_there = |line: &str| line.trim_start_matches(['#', ' ']).to_lowercase().replace(' ', "-") == place;
+        assert!(place.is_empty() || text.lines().filter(|line| line.starts_with('#')).any(is_there), "{link}");
     }
 }
