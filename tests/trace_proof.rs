@@ -96,7 +96,7 @@ async fn nothing_is_missing_after_kills_and_an_outage_of_the_collector() {
         world.number(finished).await - before
     };
     let every = i64::try_from(count).unwrap() / 2;
-    let (killed, states, meanwhile) = tokio::join!(kill_until(&world, every.max(150), &done), work, away);
+    let (killed, states, meanwhile) = tokio::join!(kill_until(&world, every.max(150), usize::MAX, &done), work, away);
     for (n, state) in states.iter().enumerate() {
         assert_eq!(*state, features[n % features.len()].3, "task {n}");
     }
