@@ -5,7 +5,7 @@
 
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
-use tasker_shared::state_machine::plan::{Move, Plan, Step};
+use tasker_shared::state_machine::plan::{Plan, Step};
 use tasker_shared::store::apply::{Applied, ExportBatch};
 use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
@@ -107,7 +107,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         transitions.extend(earlier(row));
         attempts.extend(row.attempt.clone());
     }
-    transitions.extend(plan.moves.iter().map(|made| transition(made.clone(), began_at, at)));
+    transitions.extend(plan.moves.iter().map(|made| Transition::of(made.clone(), began_at, at)));
     let definition = &work.template.definition;
     let touched = plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps);
     let info = |step: &Step| {
@@ -137,24 +137,7 @@ fn earlier(row: &StepRow) -> impl Iterator<Item = Transition> {
         at: attempt.claimed_at,
         reported: attempt.report_began_at.zip(attempt.reported_at),
     });
-    earlier_moves(&row.step, claimed).into_iter().map(|(made, began_at, at)| transition(made, began_at, at))
-}
-
-fn transition(made: Move, began_at: DateTime<Utc>, at: DateTime<Utc>) -> Transition {
-    Transition {
-        entity: made.entity,
-        version: made.version,
-        task_version: made.task_version,
-        generation: made.generation,
-        attempt: made.attempt,
-        from: made.from,
-        to: made.to,
-        event: made.event,
-        actor: made.actor,
-        began_at,
-        at,
-        detail: made.detail,
-    }
+    earlier_moves(&row.step, claimed).into_iter().map(|(made, began_at, at)| Transition::of(made, began_at, at))
 }
 
 fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {

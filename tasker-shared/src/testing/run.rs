@@ -148,26 +148,10 @@ pub(crate) fn log(world: &World, head: Head) -> TaskLog {
 
 /// A row of the log as it is read back.
 pub(crate) fn transition(row: &Row) -> Transition {
-    let made = row.made.clone();
+    let mut made = row.made.clone();
     // Times of the detail go through the database as JSON.
-    let detail = made.detail.map(|detail| {
-        let stored = json!(detail);
-        serde_json::from_value(stored).unwrap_or_default()
-    });
-    Transition {
-        entity: made.entity,
-        version: made.version,
-        task_version: made.task_version,
-        generation: made.generation,
-        attempt: made.attempt,
-        from: made.from,
-        to: made.to,
-        event: made.event,
-        actor: made.actor,
-        began_at: row.began_at,
-        at: row.at,
-        detail,
-    }
+    made.detail = made.detail.map(|detail| serde_json::from_value(json!(detail)).unwrap_or_default());
+    Transition::of(made, row.began_at, row.at)
 }
 
 fn attempt(row: &AttemptRow) -> Attempt {

@@ -8,7 +8,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::span::{SpanId, TraceId};
-use crate::state_machine::plan::{Detail, Failure};
+use crate::state_machine::plan::{Detail, Failure, Move};
 
 /// The rows. A *slice* of the log holds the moves of one transaction and every move of the
 /// attempts it closed; the spans that the transaction settled are the same from either.
@@ -62,6 +62,26 @@ pub struct Transition {
     pub began_at: DateTime<Utc>,
     pub at: DateTime<Utc>,
     pub detail: Option<Detail>,
+}
+
+impl Transition {
+    /// The row of a move that was made in a transaction.
+    pub fn of(made: Move, began_at: DateTime<Utc>, at: DateTime<Utc>) -> Self {
+        Self {
+            entity: made.entity,
+            version: made.version,
+            task_version: made.task_version,
+            generation: made.generation,
+            attempt: made.attempt,
+            from: made.from,
+            to: made.to,
+            event: made.event,
+            actor: made.actor,
+            began_at,
+            at,
+            detail: made.detail,
+        }
+    }
 }
 
 /// One claimed attempt.

@@ -281,15 +281,7 @@ impl Pass<'_, '_> {
             None => format!("no worker claimed it within {timeout:?}"),
             Some(held) => format!("it was not sent within {timeout:?}: {}", held.in_words()),
         };
-        let waits = self.leave(index);
-        let detail = Detail {
-            waits,
-            reason: Some(reason.clone()),
-            error_type: Some("queue_timeout".into()),
-            ..Detail::default()
-        };
-        self.move_step(index, StepEvent::QueueTimeout, StepState::Error, Some(detail));
-        self.step_failed(index, "queue_timeout", &reason);
+        self.out_of_time(index, StepEvent::QueueTimeout, "queue_timeout", &reason);
         true
     }
 
@@ -326,16 +318,16 @@ impl Pass<'_, '_> {
             return true;
         }
         let reason = format!("it took longer than the {total:?} its template allows, retries and waits included");
-        let waits = self.leave(index);
-        let detail = Detail {
-            waits,
-            reason: Some(reason.clone()),
-            error_type: Some("step_timeout".into()),
-            ..Detail::default()
-        };
-        self.move_step(index, StepEvent::TotalTimeout, StepState::Error, Some(detail));
-        self.step_failed(index, "step_timeout", &reason);
+        self.out_of_time(index, StepEvent::TotalTimeout, "step_timeout", &reason);
         true
+    }
+
+    fn out_of_time(&mut self, index: u32, event: StepEvent, error_type: &str, reason: &str) {
+        let waits = self.leave(index);
+        let error = Some(error_type.to_owned());
+        let detail = Detail { waits, reason: Some(reason.to_owned()), error_type: error, ..Detail::default() };
+        self.move_step(index, event, StepState::Error, Some(detail));
+        self.step_failed(index, error_type, reason);
     }
 
     pub(super) fn total_timeout(&mut self) -> bool {
