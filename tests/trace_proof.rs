@@ -223,9 +223,9 @@ async fn a_task_of_ten_thousand_steps_is_read_in_parts() {
     let (log, now) = client.log(task).await.unwrap();
     let of_log = began.elapsed();
     let policy = redact::policy();
-    let spans = read::flat(&tree::spans_so_far(&log, now), &ServiceNames::default(), &policy);
+    let spans = read::flat(tree::spans_so_far(&log, now), &ServiceNames::default(), &policy);
     let all = spans.len();
-    let view = read::view(spans, true, &Include::default(), Sources::default());
+    let view = read::view(spans, true, &Include::default(), Sources::default(), &policy);
     let body = serde_json::to_vec(&view).unwrap();
     let took = began.elapsed();
     assert_eq!((view.shown, view.spans), (1000, all));
@@ -315,14 +315,14 @@ async fn jaeger_shows_what_the_log_says() {
     let backend = tasker_shared::trace::backend::Backend::of(&config).expect("a URL");
     let client = tasker_shared::client::Client::from_pool(world.pool.clone());
     let (log, _) = client.log(task).await.unwrap();
-    let own = read::flat(&tree::spans(&log), &ServiceNames::default(), &redact::policy());
+    let own = read::flat(tree::spans(&log), &ServiceNames::default(), &redact::policy());
     let theirs = eventually("Jaeger has every span", async || {
         let spans = backend.trace(log.head.trace_id, &redact::policy()).await.ok()?;
         (spans.len() == own.len()).then_some(spans)
     })
     .await;
     let pairs = |spans: &[read::Flat]| -> BTreeMap<String, (String, Option<String>)> {
-        spans.iter().map(|span| (span.span_id.clone(), (span.name.clone(), span.parent_span_id.clone()))).collect()
+        spans.iter().map(|span| (span.span_id.clone(), (span.name.to_string(), span.parent_span_id.clone()))).collect()
     };
     assert_eq!(pairs(&theirs), pairs(&own), "the hierarchy is the log's");
     println!("PROOF Jaeger: {} spans, hierarchy equal to the log", own.len());

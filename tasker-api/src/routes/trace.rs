@@ -8,11 +8,11 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderValue, header};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::Value;
 use tasker_shared::redact;
 use tasker_shared::store::{trace_settings, transitions, views};
 use tasker_shared::trace::backend::Backend;
 use tasker_shared::trace::config::{Sources as Configured, Stored, TraceConfig};
+use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::read::{self, Flat, Include, MOST_SPANS, Sources, TraceView};
 use tasker_shared::trace::settings::EVERYWHERE;
 use tasker_shared::trace::span::TraceId;
@@ -183,9 +183,17 @@ async fn whole(
         .collect();
     let names = config.service_names.clone();
     // The tree of ten thousand steps takes a moment of computing.
+    let hidden = errors_hidden.clone();
     let built = tokio::task::spawn_blocking(move || {
         let policy = redact::policy();
-        logs.iter().flat_map(|log| read::flat(&tree::spans_so_far(log, now), &names, &policy)).collect::<Vec<_>>()
+        let spans = |log: &TaskLog| {
+            let mut task = tree::spans_so_far(log, now);
+            if hidden.iter().any(|hidden| **hidden == *log.head.namespace) {
+                task.spans.iter_mut().for_each(read::hide_errors_of);
+            }
+            read::flat(task, &names, &policy)
+        };
+        logs.iter().flat_map(spans).collect::<Vec<_>>()
     });
     let mut spans = built.await.unwrap_or_default();
     let mut sources = Sources { log: spans.len(), backend: 0, backend_state: "none".into() };
@@ -194,8 +202,7 @@ async fn whole(
             Ok(theirs) => {
                 let reaches = |span: &Flat| {
                     span.attributes
-                        .get(names::NAMESPACE)
-                        .and_then(Value::as_str)
+                        .text(names::NAMESPACE)
                         .map_or(who.namespaces().is_none() || only.is_some(), |namespace| who.reaches(namespace))
                 };
                 let theirs = theirs.into_iter().filter(|span| reaches(span)).collect();
@@ -209,13 +216,13 @@ async fn whole(
         spans = read::below_task(spans, &task.to_string());
         sources.backend = spans.iter().filter(|span| !span.of_log).count();
     }
-    for span in &mut spans {
-        let namespace = span.attributes.get(names::NAMESPACE).and_then(Value::as_str).unwrap_or_default();
+    for span in spans.iter_mut().filter(|span| !span.of_log) {
+        let namespace = span.attributes.text(names::NAMESPACE).unwrap_or_default();
         if errors_hidden.iter().any(|hidden| hidden == namespace) {
             read::hide_errors(span);
         }
     }
-    let view = tokio::task::spawn_blocking(move || read::view(spans, sampled, &include, sources));
+    let view = tokio::task::spawn_blocking(move || read::view(spans, sampled, &include, sources, &redact::policy()));
     view.await.map_err(|_| Problem::not_found("such trace"))
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Map, Value as Json};
 
 use super::config::TraceConfig;
 use super::otlp::hex;
-use super::read::{Flat, ReadEvent, ReadLink};
+use super::read::{Attributes, Flat, ReadEvent, ReadLink};
 use super::span::TraceId;
 use super::transport::tls_config;
 use crate::metrics::{OfReason, metrics};
@@ -197,7 +197,7 @@ fn read(text: &str, trace_id: &str, policy: &Policy) -> Option<Vec<Flat>> {
         let resources = ["resourceSpans", "batches"].iter().find_map(|key| document.get(key)?.as_array())?;
         resources.iter().flat_map(|resource| otlp(resource, policy)).collect()
     };
-    Some(spans.into_iter().filter(|span| span.trace_id == trace_id).collect())
+    Some(spans.into_iter().filter(|span| *span.trace_id == *trace_id).collect())
 }
 
 fn list<'a>(value: &'a Json, key: &str) -> &'a [Json] {
@@ -285,11 +285,11 @@ fn otlp_span(service: &str, span: &Json, policy: &Policy) -> Option<Flat> {
         status.and_then(|status| status.get("code")).is_some_and(|code| code == 2 || code == "STATUS_CODE_ERROR");
     let kind = span.get("kind").map(|kind| kind.as_str().map_or_else(|| kind.to_string(), str::to_owned));
     Some(Flat {
-        trace_id: id(&text(span, "traceId"))?,
+        trace_id: id(&text(span, "traceId"))?.into(),
         span_id: id(&text(span, "spanId"))?,
         parent_span_id: id(&text(span, "parentSpanId")).filter(|id| id.bytes().any(|b| b != b'0')),
-        name: text(span, "name"),
-        service: service.to_owned(),
+        name: text(span, "name").into(),
+        service: service.into(),
         kind: match kind.unwrap_or_default().trim_start_matches("SPAN_KIND_") {
             "2" | "SERVER" => "server",
             "3" | "CLIENT" => "client",
@@ -299,7 +299,7 @@ fn otlp_span(service: &str, span: &Json, policy: &Policy) -> Option<Flat> {
         },
         start: nanos(span, "startTimeUnixNano")?,
         end: nanos(span, "endTimeUnixNano")?,
-        attributes: otlp_attributes(span, policy),
+        attributes: Attributes::Backend(otlp_attributes(span, policy)),
         events: list(span, "events")
             .iter()
             .filter_map(|event| {
@@ -349,8 +349,8 @@ fn jaeger(trace: &Json, policy: &Policy) -> Vec<Flat> {
         Some(Flat {
             span_id: id(&text(span, "spanID"))?,
             parent_span_id: parent.and_then(|link| id(&text(link, "spanID"))),
-            name: text(span, "operationName"),
-            service: process.map(|process| text(process, "serviceName")).unwrap_or_default(),
+            name: text(span, "operationName").into(),
+            service: process.map(|process| text(process, "serviceName")).unwrap_or_default().into(),
             kind: match attributes.get("span.kind").and_then(Json::as_str) {
                 Some("server") => "server",
                 Some("client") => "client",
@@ -380,8 +380,8 @@ fn jaeger(trace: &Json, policy: &Policy) -> Vec<Flat> {
                 let said = attributes.get("otel.status_description").and_then(Json::as_str);
                 policy.text(said.unwrap_or_default()).into_owned()
             }),
-            trace_id,
-            attributes,
+            trace_id: trace_id.into(),
+            attributes: Attributes::Backend(attributes),
             of_log: false,
         })
     };
@@ -447,11 +447,11 @@ mod tests {
             let spans = read(&document.to_string(), TRACE, &policy).unwrap();
             assert_eq!(spans.len(), 1, "{document}");
             let span = &spans[0];
-            assert_eq!((span.name.as_str(), span.service.as_str(), span.kind), ("charge", "shop", "client"));
+            assert_eq!((&*span.name, &*span.service, span.kind), ("charge", "shop", "client"));
             assert_eq!(span.span_id, "00f067aa0ba902b7");
             assert_eq!(span.parent_span_id.as_deref(), Some("00f067aa0ba902b8"));
             assert_eq!((span.end - span.start).num_milliseconds(), 2);
-            assert_eq!((span.attributes["n"].as_i64(), span.error.as_deref()), (Some(7), Some("no")));
+            assert_eq!((span.attributes.int("n"), span.error.as_deref()), (Some(7), Some("no")));
         }
         let mut endless = jaeger.clone();
         endless["data"][0]["spans"][0]["duration"] = json!(i64::MAX);
