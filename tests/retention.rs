@@ -9,7 +9,7 @@ use tasker_shared::client::Client;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::harness::{Setup, World};
+use crate::harness::{Setup, World, eventually};
 
 /// Every table with rows of tasks, and every row that must be gone with its task.
 const TABLES: [&str; 5] = ["tasks", "steps", "attempts", "transitions", "idempotency_keys"];
@@ -290,5 +290,24 @@ async fn what_killed_processes_left_is_forgotten_and_who_lives_is_not() {
     // The orchestrator has its readers, and is woken as before.
     world.succeed(&claim).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_nothing_will_move_is_found_and_can_be_ended() {
+    let world = World::start(Setup::by_hand()).await;
+    world.register("sleeps", "steps: [{name: rest, wait: {sleep: 1h}}]").await;
+    let task = world.submit("sleeps").await;
+    eventually("it sleeps", async || {
+        (world.number("select count(*) from tasker.steps where state = 'waiting'").await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(retention::look_for_stuck(&world.pool).await.expect("looked"), 0);
+    // What no program of ours does.
+    sqlx::query("delete from tasker.due").execute(&world.pool).await.expect("deleted");
+    assert_eq!(retention::look_for_stuck(&world.pool).await.expect("looked"), 1);
+    sqlx::query("select tasker.cancel_task($1, 'stuck')").bind(task).execute(&world.pool).await.expect("asked");
+    assert_eq!(world.finish(&[task]).await, ["cancelled"]);
+    assert_eq!(retention::look_for_stuck(&world.pool).await.expect("looked"), 0);
     world.end().await;
 }

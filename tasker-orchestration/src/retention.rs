@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
+use tasker_shared::metrics::metrics;
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{self, retention};
 use tokio_util::sync::CancellationToken;
@@ -115,6 +116,16 @@ pub async fn tidy(pool: &PgPool, removed: &mut Removed) -> Result<(), Error> {
     Ok(())
 }
 
+/// Looks for tasks that nothing will move, and tells the log and the metric how many there are.
+pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
+    let stuck = retention::stuck_tasks(&mut *pool.acquire().await?).await?;
+    metrics().tasks_stuck.set(stuck);
+    if stuck > 0 {
+        tracing::error!(stuck, "tasks are stuck: tasker.stuck_tasks() names them");
+    }
+    Ok(stuck)
+}
+
 /// What a pass would remove: how many tasks have expired.
 pub async fn expired(pool: &PgPool, archiving: bool) -> Result<i64, Error> {
     let (mut count, mut after) = (0, Uuid::nil());
@@ -143,7 +154,7 @@ fn append(path: &Path, lines: &[String]) -> std::io::Result<()> {
 /// The loop of an orchestrator. With a directory, each day's tasks go to a file of their own there.
 pub(crate) async fn run(pool: PgPool, archive: Option<PathBuf>, stop: CancellationToken) {
     let mut rest = IDLE;
-    let mut tidied = None::<Instant>;
+    let (mut tidied, mut looked) = (None::<Instant>, None::<Instant>);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -155,7 +166,12 @@ pub(crate) async fn run(pool: PgPool, archive: Option<PathBuf>, stop: Cancellati
             .map(|folder| folder.join(format!("tasks-{}.jsonl", chrono::Utc::now().format("%Y-%m-%d"))));
         let turn = async {
             let mut removed = pass(&pool, file.as_deref(), PAUSE, &stop).await?;
-            if removed.tasks > 0 || tidied.is_none_or(|at| at.elapsed() > TIDY_EVERY) {
+            let is_due = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() > TIDY_EVERY);
+            if is_due(looked) {
+                looked = Some(Instant::now());
+                look_for_stuck(&pool).await?;
+            }
+            if removed.tasks > 0 || is_due(tidied) {
                 tidy(&pool, &mut removed).await?;
                 tidied = Some(Instant::now());
             }

@@ -195,6 +195,7 @@ pub struct Metrics {
     pub settle_failures: Bounded<OfSource, Counter>,
     pub hints_ignored: Counter,
     pub messages_quarantined: Counter,
+    pub tasks_stuck: Gauge,
     // Workers.
     pub worker_slots: Bounded<OfNamespace, Gauge>,
     pub worker_slots_busy: Bounded<OfNamespace, Gauge>,
@@ -262,6 +263,12 @@ impl Metrics {
         );
         let messages_quarantined =
             one(r, "tasker_messages_quarantined", "Messages that this process quarantined", Counter::default());
+        let tasks_stuck = one(
+            r,
+            "tasker_tasks_stuck",
+            "Tasks that nothing will move, when it was last looked for them; must stay 0",
+            Gauge::default(),
+        );
         let worker_slots = family(r, "tasker_worker_slots", "Attempts that may run at once here", None, Gauge::default);
         let worker_slots_busy = family(r, "tasker_worker_slots_busy", "Attempts that run here", None, Gauge::default);
         let worker_claims = family(r, "tasker_worker_claims", "Attempts claimed here", None, Counter::default);
@@ -343,6 +350,7 @@ impl Metrics {
             settle_failures,
             hints_ignored,
             messages_quarantined,
+            tasks_stuck,
             worker_slots,
             worker_slots_busy,
             worker_claims,

@@ -131,6 +131,11 @@ pub async fn tidy(conn: &mut PgConnection) -> Result<i64, Error> {
         .await?)
 }
 
+/// Tasks that nothing will move; there must be none. It looks at every open task.
+pub async fn stuck_tasks(conn: &mut PgConnection) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(r#"select count(*) as "stuck!" from tasker.stuck_tasks()"#).fetch_one(conn).await?)
+}
+
 /// The oldest row of a table that grows or drains: see `tasker.oldest_rows`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "columns of the function")]
