@@ -175,34 +175,31 @@ impl Client {
     }
 
     /// Submits many tasks in one statement; one answer each, in order. A bad request costs only itself.
-    pub async fn submit_many(&self, mut batch: Vec<Submit>) -> Result<Vec<Result<Submitted, String>>, ClientError> {
+    pub async fn submit_many(&self, batch: Vec<Submit>) -> Result<Vec<Result<Submitted, String>>, ClientError> {
         let mut conn = self.pool.acquire().await?;
         let mut answers: Vec<Result<Submitted, String>> = Vec::with_capacity(batch.len());
-        let (mut bodies, mut places) = (Vec::new(), Vec::new());
+        let (mut checked, mut places) = (Vec::new(), Vec::new());
         let mut known = HashMap::new();
-        for (place, request) in batch.iter_mut().enumerate() {
+        for (place, mut request) in batch.into_iter().enumerate() {
             let key = (request.namespace.clone(), request.template.clone(), request.version.clone());
             let schema = match known.get(&key) {
                 Some(schema) => Option::clone(schema),
-                None => known.entry(key).or_insert(self.schema(&mut conn, request).await?).clone(),
+                None => known.entry(key).or_insert(self.schema(&mut conn, &request).await?).clone(),
             };
             answers.push(Err("the database gave no answer".into()));
             match schema.as_deref().map_or(Ok(()), |schema| schema.check(&request.input)) {
                 Ok(()) => {
                     request.add_current_context();
                     places.push(place);
-                    bodies.push(
-                        serde_json::to_value(&*request)
-                            .map_err(|error| ClientError::Refused(format!("input: {error}")))?,
-                    );
+                    checked.push(request);
                 }
                 Err(problems) => answers[place] = Err(problems.join("\n")),
             }
         }
-        if bodies.is_empty() {
+        if checked.is_empty() {
             return Ok(answers);
         }
-        for (place, row) in places.into_iter().zip(tasks::submit(&mut conn, &bodies).await?) {
+        for (place, row) in places.into_iter().zip(tasks::submit(&mut conn, &checked).await?) {
             answers[place] = match (row.task_uuid, row.error) {
                 (Some(task_uuid), None) => Ok(Submitted { task_uuid, is_new: row.is_new }),
                 (_, error) => Err(error.unwrap_or_else(|| "the database gave no task".into())),

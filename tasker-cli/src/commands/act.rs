@@ -105,9 +105,9 @@ async fn bulk(
     }
     let verb = word.replace('_', " ");
     output::line(if dry_run {
-        format!("{matched} tasks match; without --dry-run each is asked to {verb}")
+        format!("tasks that match: {matched}; without --dry-run each is asked to {verb}")
     } else {
-        format!("accepted: {asked} of {matched} tasks that match are asked to {verb}")
+        format!("accepted: {asked} of {matched} asked to {verb}")
     })
 }
 

@@ -68,7 +68,7 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
-        let requests: Vec<Value> = submits.iter().map(|(_, request)| (*request).clone()).collect();
+        let requests: Vec<&Value> = submits.iter().map(|(_, request)| *request).collect();
         let answers = tasks::submit(conn, &requests).await?;
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
         for ((message, _), answer) in submits.iter().zip(answers) {

@@ -1,8 +1,9 @@
 //! Task rows: lock them, read them, ask for new ones.
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
+use serde::Serialize;
 use sqlx::PgConnection;
+use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::Error;
@@ -131,10 +132,10 @@ pub struct Submitted {
 }
 
 /// Submits requests (each with the keys of a `submit` message and its trace context); one answer each, in order.
-pub async fn submit(conn: &mut PgConnection, requests: &[Value]) -> Result<Vec<Submitted>, Error> {
+pub async fn submit<T: Serialize + Sync>(conn: &mut PgConnection, requests: &[T]) -> Result<Vec<Submitted>, Error> {
     let rows = sqlx::query!(
         r#"select task_uuid, is_new as "is_new!", error from tasker.submit_tasks($1) order by ordinal"#,
-        Value::Array(requests.to_vec())
+        Json(requests) as _
     )
     .fetch_all(conn)
     .await?;
