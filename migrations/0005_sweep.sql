@@ -117,6 +117,37 @@ begin
 end
 $$;
 
+-- Removes messages of attempts that ended before anybody took them: too long in the queue,
+-- cancelled, given up. Who reads the queue would drop them too, but a worker that is full, or only
+-- says that it offers a handler, reads nothing, and they must not take the place of others for
+-- ever. What is no step's message stays for the quarantine. Answers how many were removed.
+create function tasker.drop_dead_messages(p_queue text, p_handlers text[], p_older interval, p_max int) returns int
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_dropped int;
+begin
+  execute format($q$
+    with old as materialized (
+      select q.msg_id, (q.message->>'step')::uuid as step, (q.message->>'attempt')::int as attempt from pgmq.%1$I q
+      where q.enqueued_at < clock_timestamp() - $2 and ($1 is null or q.message->>'handler' = any($1))
+        and case when tasker.is_uuid(q.message->>'step') and q.message->>'attempt' ~ '^[0-9]{1,9}$' then q.message->>'v' = '1' end
+      order by q.msg_id limit $3
+    ), dead as (
+      select q.msg_id from pgmq.%1$I q
+      where q.msg_id = any(array(
+          select o.msg_id from old o where not exists (
+            select from tasker.steps s where s.step_uuid = o.step and s.state = 'enqueued' and s.attempt = o.attempt)))
+      for update skip locked
+    )
+    delete from pgmq.%1$I q where q.msg_id = any(array(select d.msg_id from dead d))
+  $q$, 'q_' || p_queue) using p_handlers, p_older, p_max;
+  get diagnostics v_dropped = row_count;
+  return v_dropped;
+end
+$$;
+
 -- How much may still be sent to each queue that a live worker reads: about twice the slots
 -- offered, less what lies in the queue for handlers that are offered. An estimate, without locks.
 create function tasker.room() returns table (queue text, capacity bigint, room bigint, handlers text[], holding boolean)
@@ -128,6 +159,7 @@ as $$
 declare
   v record;
   v_depth bigint;
+  v_count text;
 begin
   for v in
     select q.queue, sum(w.slots) as slots,
@@ -140,8 +172,11 @@ begin
     if to_regclass(format('pgmq.%I', 'q_' || v.queue)) is null then
       continue;
     end if;
-    execute format('select count(*) from (select from pgmq.%I where message->>''handler'' = any($1) limit $2) d', 'q_' || v.queue)
-    into v_depth using v.handlers, v.slots * 2;
+    v_count := format('select count(*) from (select from pgmq.%I where message->>''handler'' = any($1) limit $2) d', 'q_' || v.queue);
+    execute v_count into v_depth using v.handlers, v.slots * 2;
+    if v_depth >= v.slots * 2 and tasker.drop_dead_messages(v.queue, v.handlers, '1 s', 1000) > 0 then
+      execute v_count into v_depth using v.handlers, v.slots * 2;
+    end if;
     return query select v.queue, v.slots * 2, v.slots * 2 - v_depth, v.handlers,
       -- What no live worker offers waits by itself and holds up nobody else.
       exists (select from tasker.held_steps(v.queue, v.handlers, 1))
@@ -165,4 +200,4 @@ as $$
   where s.queue = p_queue and s.held_by is not null and s.lane is null and d.handler = any(p_handlers) and t.state <> 'suspended'
   order by s.priority desc, s.ready_at limit p_max
 $$;
-revoke all on function tasker.take_due, tasker.look_for_dead_workers, tasker.room, tasker.held_steps from public;
+revoke all on function tasker.take_due, tasker.look_for_dead_workers, tasker.drop_dead_messages, tasker.room, tasker.held_steps from public;

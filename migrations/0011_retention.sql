@@ -227,6 +227,8 @@ begin
     )
     insert into tasker.counters (name, n, at) select g.name, sum(g.n), max(g.at) from gone g group by g.name;
   end if;
+  perform tasker.drop_dead_messages(m.queue_name, null, '10 min', 100000)
+  from pgmq.meta m where m.queue_name like 'worker\_%';
   delete from tasker.message_failures f where f.last_at < clock_timestamp() - interval '30 days';
   delete from tasker.workers w where w.seen_at < clock_timestamp() - interval '1 h'
     and not exists (select from tasker.due d where d.kind = 'lease' and d.worker = w.worker);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 use tasker_orchestration::lifecycle::Shared;
 use tasker_orchestration::lifecycle::admission::{self, Found};
-use tasker_tests::worker::HANDLERS;
+use tasker_tests::worker::{self, HANDLERS};
 use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually};
@@ -109,6 +109,30 @@ async fn small_room_lets_the_urgent_in_first() {
     }
     assert_eq!(order, ["9", "7", "5", "3", "1", "0"]);
     world.finish(&tasks).await;
+    world.assert_complete().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_nobody_takes_and_whose_time_is_over_make_room() {
+    let world = World::start(Setup { workers: 0, ..Setup::default() }).await;
+    world
+        .register("late", "steps: [{name: a, handler: broken, timeouts: {queue: 100ms}, retry: {max_attempts: 1}}]")
+        .await;
+    world.register_steps("one", "a: ok").await;
+    // It offers two handlers, and never asks for steps of the one: two messages fill its queue.
+    world.hello("choosy", None, &["broken", "ok"], 1).await;
+    let late = [world.submit("late").await, world.submit("late").await, world.submit("late").await];
+    assert_eq!(world.finish(&late).await, ["error", "error", "error"]);
+    let task = world.submit("one").await;
+    let claim = eventually("the step that is offered and asked for is sent", async || {
+        let mut conn = world.pool.acquire().await.expect("a connection");
+        worker::claim(&mut conn, "choosy", None, &["ok"], 1).await.expect("asked").pop()
+    })
+    .await;
+    world.succeed(&claim).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    assert_eq!(world.number("select count(*) from pgmq.q_worker_tests").await, 0);
     world.assert_complete().await;
     world.end().await;
 }
