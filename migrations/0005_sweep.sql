@@ -37,19 +37,23 @@ begin
   ), renewed as (
     insert into tasker.due (due_at, kind, worker, step_uuids)
     select min(c.looks_at), 'lease', c.worker, array_agg(c.step_uuid) from claim c where not c.expired group by c.due_id, c.worker
+  ), ended as (
+    -- One claim takes steps of many tasks. Each has a row of its own from here on: whoever settles
+    -- one task deletes its row, and must not delete that of another, which may be locked meanwhile.
+    insert into tasker.due (due_at, kind, worker, step_uuids)
+    select v_now + p_vt, 'lease', c.worker, array[c.step_uuid] from claim c where c.expired
+    returning due.due_id, due.step_uuids
   ), gone as (
     delete from tasker.due d using hint h
     -- The ids once more: a plan made while hardly anything was due would compare all that is with each.
-    where d.due_id = any(v_ids) and d.due_id = h.due_id
-      and h.kind = 'lease' and not exists (select from claim c where c.due_id = h.due_id and c.expired)
+    where d.due_id = any(v_ids) and d.due_id = h.due_id and h.kind = 'lease'
   ), later as (
-    update tasker.due d set due_at = v_now + p_vt,
-      step_uuids = case when h.kind = 'lease'
-        then array(select c.step_uuid from claim c where c.due_id = h.due_id and c.expired) else d.step_uuids end
+    update tasker.due d set due_at = v_now + p_vt
     from hint h
-    where d.due_id = any(v_ids) and d.due_id = h.due_id and (h.kind <> 'lease' or exists (select from claim c where c.due_id = h.due_id and c.expired))
+    where d.due_id = any(v_ids) and d.due_id = h.due_id and h.kind <> 'lease'
   )
-  select c.due_id, 'lease', c.task_uuid, c.step_uuid from claim c where c.expired
+  select o.due_id, 'lease', c.task_uuid, c.step_uuid
+  from ended o join claim c on c.expired and c.step_uuid = o.step_uuids[1]
   union all
   select h.due_id, h.kind, coalesce(h.task_uuid, s.task_uuid), u.step_uuid
   from hint h left join lateral unnest(h.step_uuids) u(step_uuid) on true
