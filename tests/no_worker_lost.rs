@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use sqlx::{Connection, PgConnection};
 use tasker_tests::worker::{self, HANDLERS};
 use tasker_trace_testing::assert_trace;
+use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually, trace};
 
@@ -71,6 +72,43 @@ async fn attempt_that_loses_its_worker_again_and_again_fails_its_step() {
     let noticed = world.number(noticed).await;
     assert!(noticed < 3000, "a lease of 1 s was noticed after {noticed} ms");
     assert_eq!(world.of_task(task, "error_type").await.as_deref(), Some("lease_expired"));
+    world.assert_complete().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_claimed_together_are_lost_each_for_itself() {
+    let world = World::start(Setup::by_hand()).await;
+    world.register("leased", "steps: [{name: a, handler: ok, timeouts: {heartbeat: 2s}}]").await;
+    let busy = world.submit("leased").await;
+    let free = world.submit("leased").await;
+    world.hello("hand", None, &HANDLERS, 100).await;
+    eventually("both steps wait in the queue", async || {
+        (world.number("select count(*) from pgmq.q_worker_tests").await == 2).then_some(())
+    })
+    .await;
+    // Whoever settles the lost claims finds one of the tasks in somebody else's hands.
+    let mut holder = world.pool.begin().await.expect("a transaction");
+    let claims = {
+        let mut conn = world.pool.acquire().await.expect("a connection");
+        worker::claim(&mut conn, "hand", None, &HANDLERS, 2).await.expect("claimed")
+    };
+    let of = |task: Uuid| claims.iter().find(|claim| claim.task == task).expect("a claim of this task").step;
+    sqlx::query("select from tasker.tasks where task_uuid = $1 for update")
+        .bind(busy)
+        .execute(&mut *holder)
+        .await
+        .expect("held");
+    world.until_step(of(free), &["enqueued"]).await;
+    world.until_step(of(busy), &["in_progress"]).await;
+    holder.rollback().await.expect("let go");
+    world.until_step(of(busy), &["enqueued"]).await;
+    for _ in 0..2 {
+        let again = world.claim().await;
+        assert_eq!(again.attempt, 2);
+        world.succeed(&again).await;
+    }
+    assert_eq!(world.finish(&[busy, free]).await, ["complete", "complete"]);
     world.assert_complete().await;
     world.end().await;
 }
