@@ -24,9 +24,9 @@ begin
 
   return query
   with hint as materialized (
-    select d.due_id, d.kind, d.task_uuid, d.step_uuids, d.worker from tasker.due d where d.due_id = any(v_ids)
+    select d.due_id, d.kind, d.task_uuid, d.step_uuids from tasker.due d where d.due_id = any(v_ids)
   ), claim as materialized (
-    select h.due_id, h.worker, s.step_uuid, s.task_uuid, s.lease_expires_at as looks_at,
+    select h.due_id, s.claimed_by as worker, s.step_uuid, s.task_uuid, s.lease_expires_at as looks_at,
       s.lease_expires_at <= v_now
         or coalesce(s.last_at + make_interval(secs => (ts.run_ms + ts.heartbeat_ms) / 1000.0) <= v_now, false) as expired
     from hint h cross join lateral unnest(h.step_uuids) u(step_uuid)
