@@ -15,8 +15,9 @@ use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
 
+use super::batch::{self, Tally};
 use super::turns::{self, Candidate, Left, Turns};
-use super::{Hint, Look, Shared, settle};
+use super::{Hint, Look, Shared};
 
 /// Steps admitted in one pass, at most.
 const PASS: usize = 1000;
@@ -125,9 +126,9 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         });
         // What could not be moved (its task is settled elsewhere, or a limit was full under its lock)
         // is no reason to look again at once.
-        let settled = settle::settle_each(shared, hints.collect()).await?;
-        more |= settled.moved > 0;
-        if !settled.deferred.is_empty() {
+        let Tally { moved, deferred } = batch::run_due(shared, hints.collect()).await?;
+        more |= moved > 0;
+        if deferred > 0 {
             next = Some(next.map_or(BUSY, |next: Duration| next.min(BUSY)));
         }
     }

@@ -9,8 +9,10 @@ use rand::RngExt;
 use serde_json::Value;
 use tasker_shared::message::{ResultHint, SendSignal};
 use tasker_shared::metrics::metrics;
-use tasker_shared::queue::{self, Message};
+use tasker_shared::queue::{self, Message, STEP_RESULTS};
 use tasker_shared::store::tx::in_tx;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
 use super::{Error, Hint, Look, Shared, initialize, settle};
@@ -20,7 +22,7 @@ const MAX_FAILURES: i32 = 3;
 /// A message read this often is dealt with by itself, so that it cannot take others down with it.
 const SUSPECT_READS: i32 = 5;
 
-/// A message, and what it asks for.
+/// What somebody asks for, and the message that brought it.
 #[derive(Debug)]
 pub(super) enum Item {
     /// A task to create: the request.
@@ -29,6 +31,9 @@ pub(super) enum Item {
     Signal(SendSignal, Message),
     /// A task to look at.
     Settle(Hint, Message),
+    /// A task to look at that no message names: something of it is due or held, and if this comes
+    /// to nothing it is found again. Whoever waits for it is told by the end of the token.
+    Due(Hint, #[expect(dead_code, reason = "its end is what it says")] TaskTrackerToken),
 }
 
 impl Item {
@@ -37,43 +42,68 @@ impl Item {
         match self {
             Self::Submit(..) => None,
             Self::Signal(signal, _) => Some(signal.task),
-            Self::Settle(hint, _) => Some(hint.task),
+            Self::Settle(hint, _) | Self::Due(hint, _) => Some(hint.task),
         }
     }
 
-    fn message(&self) -> &Message {
+    fn message(&self) -> Option<&Message> {
         match self {
-            Self::Submit(_, message) | Self::Signal(_, message) | Self::Settle(_, message) => message,
+            Self::Submit(_, message) | Self::Signal(_, message) | Self::Settle(_, message) => Some(message),
+            Self::Due(..) => None,
         }
     }
 }
 
-/// Deals with items of one kind, the suspicious ones each by itself.
-pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<(), Error> {
-    let (suspects, others): (Vec<_>, Vec<_>) =
-        items.into_iter().partition(|item| item.message().read_ct > SUSPECT_READS);
-    if !others.is_empty() {
-        bisect(shared, queue, &others).await?;
-    }
+/// What came of the items that name a task.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Tally {
+    /// Tasks that changed in any way.
+    pub moved: usize,
+    /// Hints of tasks that another process settles right now.
+    pub deferred: usize,
+}
+
+/// Deals with items of one kind, or such that name a task; the suspicious ones each by itself.
+pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<Tally, Error> {
+    let is_suspect = |item: &Item| item.message().is_some_and(|message| message.read_ct > SUSPECT_READS);
+    let (suspects, others): (Vec<_>, Vec<_>) = items.into_iter().partition(is_suspect);
+    let mut tally = Tally::default();
+    bisect(shared, queue, &others, &mut tally).await?;
     for suspect in &suspects {
-        bisect(shared, queue, std::slice::from_ref(suspect)).await?;
+        bisect(shared, queue, std::slice::from_ref(suspect), &mut tally).await?;
     }
-    Ok(())
+    Ok(tally)
 }
 
-async fn work(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+/// Settles hints that no message brought. What is of a task that a settler of this process holds is
+/// left with that one, which settles it next: beside a wide task under load its row is hardly ever
+/// free, and who only asked for it would wait until the load is over. Ends when all of it is done.
+pub(super) async fn run_due(shared: &Shared, hints: Vec<Hint>) -> Result<Tally, Error> {
+    let open = TaskTracker::new();
+    open.close();
+    let mut mine: Vec<Item> = hints.into_iter().map(|hint| Item::Due(hint, open.token())).collect();
+    let left = shared.busy.leave(&mut mine);
+    let mut tally = run(shared, STEP_RESULTS, mine).await?;
+    open.wait().await;
+    tally.moved += left;
+    Ok(tally)
+}
+
+async fn work(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<Tally, Error> {
     match items.first() {
-        Some(Item::Submit(..)) => initialize::create(shared, items).await,
-        Some(Item::Signal(..)) => initialize::keep_signals(shared, items).await,
-        _ => settle_items(shared, queue, items).await,
+        Some(Item::Submit(..)) => initialize::create(shared, items).await?,
+        Some(Item::Signal(..)) => initialize::keep_signals(shared, items).await?,
+        Some(Item::Settle(..) | Item::Due(..)) => return settle_items(shared, queue, items).await,
+        None => {}
     }
+    Ok(Tally::default())
 }
 
-async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<Tally, Error> {
     let hints = items
         .iter()
         .filter_map(|item| match item {
-            Item::Settle(hint, _) => Some(hint.clone()),
+            Item::Settle(hint, _) | Item::Due(hint, _) => Some(hint.clone()),
             Item::Submit(..) | Item::Signal(..) => None,
         })
         .collect();
@@ -81,7 +111,7 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
     let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
         let delay = rand::rng().random_range(5..20);
-        queue::put_back(&mut *shared.reads.acquire().await?, queue, &ids(&settled.deferred), delay).await?;
+        put_back(shared, queue, ids(&settled.deferred), delay).await?;
         if settled.deferred.len() * 2 > items.len() {
             // Most of what there is belongs to tasks that are settled elsewhere: reading the rest
             // of it now would only put that back too.
@@ -92,6 +122,14 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
         let bad =
             settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
         quarantine(shared, queue, bad).await?;
+    }
+    Ok(Tally { moved: settled.moved, deferred: settled.deferred.len() })
+}
+
+/// Lets messages be read again after so many milliseconds.
+async fn put_back(shared: &Shared, queue: &str, msg_ids: Vec<i64>, delay_ms: i32) -> Result<(), Error> {
+    if !msg_ids.is_empty() {
+        queue::put_back(&mut *shared.reads.acquire().await?, queue, &msg_ids, delay_ms).await?;
     }
     Ok(())
 }
@@ -108,23 +146,34 @@ pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.
 /// What still fails alone is noted, and quarantined when it has failed often enough.
-async fn bisect(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<(), Error> {
+async fn bisect(shared: &Shared, queue: &'static str, items: &[Item], tally: &mut Tally) -> Result<(), Error> {
     let mut open: Vec<&[Item]> = vec![items];
     while let Some(part) = open.pop() {
         match work(shared, queue, part).await {
-            Ok(()) => {}
+            Ok(Tally { moved, deferred }) => {
+                tally.moved += moved;
+                tally.deferred += deferred;
+            }
             Err(error) if error.is_transient() => {
                 // The messages come back by themselves when their reading times out; soon is better.
                 tracing::debug!(%error, "a batch will be tried again");
                 tokio::time::sleep(Duration::from_millis(50)).await;
-                let ids: Vec<i64> = part.iter().map(|item| item.message().msg_id).collect();
-                queue::put_back(&mut *shared.reads.acquire().await?, queue, &ids, 0).await?;
+                let ids = part.iter().filter_map(|item| Some(item.message()?.msg_id)).collect();
+                put_back(shared, queue, ids, 0).await?;
+                tally.deferred += part.len();
             }
             Err(_) if part.len() > 1 => {
                 let (left, right) = part.split_at(part.len() / 2);
                 open.extend([right, left]);
             }
-            Err(error) => failed_alone(shared, queue, part[0].message(), &error).await?,
+            Err(error) => {
+                if let Some(message) = part[0].message() {
+                    failed_alone(shared, queue, message, &error).await?;
+                } else {
+                    let task = part[0].task().unwrap_or_default();
+                    tracing::warn!(%error, task_uuid = %task, "what is due of a task cannot be settled; it is tried again");
+                }
+            }
         }
     }
     Ok(())
@@ -135,8 +184,7 @@ async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, e
     let failures = queue::note_failure(&mut *shared.pool.acquire().await?, queue, message.msg_id, &reason).await?;
     tracing::warn!(queue, msg_id = message.msg_id, failures, %error, "a message failed by itself");
     if failures < MAX_FAILURES {
-        queue::put_back(&mut *shared.reads.acquire().await?, queue, &[message.msg_id], 200).await?;
-        return Ok(());
+        return put_back(shared, queue, vec![message.msg_id], 200).await;
     }
     quarantine(shared, queue, vec![(message.msg_id, reason.clone())]).await?;
     // The attempt it told of ends as an error, so that its task does not wait for ever.

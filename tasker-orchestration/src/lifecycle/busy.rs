@@ -54,6 +54,19 @@ impl Busy {
         (entered, mine)
     }
 
+    /// Leaves the items of tasks that somebody holds with their holders; answers how many those were.
+    pub(super) fn leave(&self, items: &mut Vec<Item>) -> usize {
+        let before = items.len();
+        let mut tasks = self.tasks();
+        let held = |item: &mut Item| item.task().is_some_and(|task| tasks.contains_key(&task));
+        for item in items.extract_if(.., held).collect::<Vec<_>>() {
+            if let Some(waiting) = item.task().and_then(|task| tasks.get_mut(&task)) {
+                waiting.push(item);
+            }
+        }
+        before - items.len()
+    }
+
     /// Waits until somebody has left a task.
     pub(super) async fn left(&self) {
         self.left.notified().await;
@@ -89,5 +102,53 @@ impl Drop for Entered<'_> {
         }
         drop(tasks);
         self.busy.left.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::lifecycle::{Hint, Look};
+
+    fn due(task: Uuid, open: &TaskTracker) -> Item {
+        Item::Due(Hint { task, look: Look::Signal, msg_id: None, due_id: None }, open.token())
+    }
+
+    fn tasks(items: &[Item]) -> Vec<Option<Uuid>> {
+        items.iter().map(Item::task).collect()
+    }
+
+    #[test]
+    fn what_is_due_of_a_task_is_left_with_its_settler_and_waited_for() {
+        let (busy, held, free) = (Busy::default(), Uuid::from_u128(1), Uuid::from_u128(2));
+        let (settler, open) = (TaskTracker::new(), TaskTracker::new());
+        let (mut entered, first) = busy.enter(vec![due(held, &settler)]);
+        assert_eq!(tasks(&first), [Some(held)]);
+        open.close();
+        let mut mine = vec![due(held, &open), due(free, &open), due(held, &open)];
+        assert_eq!(busy.leave(&mut mine), 2);
+        assert_eq!(tasks(&mine), [Some(free)]);
+        drop(mine);
+        let next = entered.next();
+        assert_eq!(tasks(&next), [Some(held), Some(held)]);
+        assert!(open.wait().now_or_never().is_none(), "its settler has not done it yet");
+        drop(next);
+        assert!(open.wait().now_or_never().is_some());
+        assert!(entered.next().is_empty());
+        assert_eq!(busy.leave(&mut vec![due(held, &open)]), 0, "nobody holds it any more");
+    }
+
+    #[test]
+    fn who_waits_for_a_settler_that_gives_up_waits_no_longer() {
+        let (busy, task, open) = (Busy::default(), Uuid::from_u128(1), TaskTracker::new());
+        let (entered, _) = busy.enter(vec![due(task, &TaskTracker::new())]);
+        open.close();
+        assert_eq!(busy.leave(&mut vec![due(task, &open)]), 1);
+        assert!(open.wait().now_or_never().is_none());
+        drop(entered);
+        assert!(open.wait().now_or_never().is_some());
     }
 }

@@ -55,7 +55,8 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
     }
     batch::run(shared, TASK_REQUESTS, submits).await?;
     batch::run(shared, TASK_REQUESTS, signals).await?;
-    batch::run(shared, TASK_REQUESTS, settles).await
+    batch::run(shared, TASK_REQUESTS, settles).await?;
+    Ok(())
 }
 
 /// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
@@ -64,7 +65,7 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         .iter()
         .filter_map(|item| match item {
             Item::Submit(request, message) => Some((message, request)),
-            Item::Settle(..) | Item::Signal(..) => None,
+            Item::Settle(..) | Item::Due(..) | Item::Signal(..) => None,
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {

@@ -46,31 +46,6 @@ pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Se
     AssertUnwindSafe(transact(shared, queue, hints)).catch_unwind().await.unwrap_or(Err(Error::Panicked))
 }
 
-/// Settles hints that no message brought. Those that fail for a reason of their own are left out:
-/// what stays due comes back.
-pub async fn settle_each(shared: &Shared, hints: Vec<Hint>) -> Result<Settled, Error> {
-    let (mut open, mut all) = (vec![hints], Settled::default());
-    while let Some(mut part) = open.pop() {
-        match settle(shared, queue::STEP_RESULTS, part.clone()).await {
-            Ok(Settled { deferred, unknown, finished, moved }) => {
-                all.deferred.extend(deferred);
-                all.unknown.extend(unknown);
-                all.finished += finished;
-                all.moved += moved;
-            }
-            Err(error) if error.is_transient() => return Err(error),
-            Err(error) if part.len() == 1 => {
-                tracing::warn!(%error, task_uuid = %part[0].task, "what is due of a task cannot be settled; it is tried again");
-            }
-            Err(_) => {
-                let right = part.split_off(part.len() / 2);
-                open.extend([right, part]);
-            }
-        }
-    }
-    Ok(all)
-}
-
 async fn transact(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
     let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
     let (settled, done) = shared

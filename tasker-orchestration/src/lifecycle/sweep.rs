@@ -7,7 +7,7 @@ use tasker_shared::queue::{self, DueHint, LookedAt, Unlocked};
 use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
 
-use super::{Error, Hint, Look, Shared, schedules, settle};
+use super::{Error, Hint, Look, Shared, batch, schedules};
 
 /// Hints taken in one go.
 const TAKE: i32 = 500;
@@ -20,7 +20,7 @@ pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     let hints: Vec<Hint> = due.iter().filter_map(hint).collect();
     if !hints.is_empty() {
         // What is deferred stays put off and comes back.
-        settle::settle_each(shared, hints).await?;
+        batch::run_due(shared, hints).await?;
     }
     let schedules: Vec<i64> = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
     if !schedules.is_empty() {
