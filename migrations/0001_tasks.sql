@@ -110,7 +110,7 @@ create table tasker.tasks (
     (state in ('complete', 'error', 'cancelled', 'resolved_manually')) = (finished_at is not null)),
   constraint tasks_trace_ids_have_their_length check (
     length(trace_id) = 16 and length(root_span_id) = 8 and (remote_span_id is null or length(remote_span_id) = 8))
-) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
+) with (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
 create index tasks_by_correlation on tasker.tasks (correlation_id);
 
 create table tasker.idempotency_keys (
@@ -167,7 +167,7 @@ create table tasker.steps (
     state <> 'in_progress' or (claim_token is not null and lease_expires_at is not null)),
   constraint steps_held_is_due check (held_by is null or (state in ('pending', 'waiting_for_retry') and ready_at is not null)),
   constraint steps_retry_has_a_due_time check (state <> 'waiting_for_retry' or due_at is not null)
-) with (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.1);
 create unique index steps_by_task on tasker.steps (task_uuid, step_index, item);
 -- Its columns change only when a step is held, so an ordinary step's updates stay HOT.
 create index steps_held on tasker.steps (queue, priority desc, ready_at) where held_by is not null and lane is null;
@@ -219,9 +219,10 @@ create table tasker.attempts (
 
 -- Both are partitioned by the task's uuid, never by the row's own time: retention drops a
 -- partition when all its tasks are done, and never amputates a long-running one. The
--- default partition catches a clock far off; it is meant to stay empty.
+-- default partition catches a clock far off; it is meant to stay empty. An attempt grows once,
+-- when it is reported: its page keeps room for that, so that no index is written again.
 create table tasker.transitions_default partition of tasker.transitions default;
-create table tasker.attempts_default partition of tasker.attempts default with (fillfactor = 70);
+create table tasker.attempts_default partition of tasker.attempts default with (fillfactor = 45);
 
 create function tasker.ensure_partitions(weeks_ahead int default 4) returns int
 language plpgsql
@@ -239,7 +240,7 @@ begin
     if to_regclass('tasker.transitions' || v_name) is null then
       execute format('create table tasker.%I partition of tasker.transitions for values from (%L) to (%L)',
         'transitions' || v_name, tasker.uuid7_floor(v_from), tasker.uuid7_floor(v_from + interval '1 week'));
-      execute format('create table tasker.%I partition of tasker.attempts for values from (%L) to (%L) with (fillfactor = 70)',
+      execute format('create table tasker.%I partition of tasker.attempts for values from (%L) to (%L) with (fillfactor = 45)',
         'attempts' || v_name, tasker.uuid7_floor(v_from), tasker.uuid7_floor(v_from + interval '1 week'));
       v_made := v_made + 1;
     end if;
