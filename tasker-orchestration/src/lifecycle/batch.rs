@@ -1,4 +1,4 @@
-//! Batches that fail: bisection and quarantine.
+//! Batches: whose they are, and what becomes of those that fail, by bisection and quarantine.
 //!
 //! A message is quarantined only after repeated *deterministic* failures of its own; losing a
 //! connection, a deadlock or a killed process never counts against it.
@@ -118,9 +118,9 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
             tokio::time::sleep(Duration::from_millis(delay.unsigned_abs().into())).await;
         }
     }
-    if !settled.unknown.is_empty() {
-        let bad =
-            settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
+    let bad: Vec<_> =
+        settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
+    if !bad.is_empty() {
         quarantine(shared, queue, bad).await?;
     }
     Ok(Tally { moved: settled.moved, deferred: settled.deferred.len() })
