@@ -363,11 +363,27 @@ begin
 end
 $$;
 
+-- The steps of unfinished tasks that somebody must move; planned by itself, with the indexes of both tables.
+create function tasker.open_steps()
+returns table (task_uuid uuid, step_uuid uuid, attempt int, state text, due_at timestamptz, is_held boolean)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_nestloop = on
+as $$
+  select s.task_uuid, s.step_uuid, s.attempt, s.state, s.due_at, s.held_by is not null
+  from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
+  where t.finished_at is null
+    and (s.held_by is not null or s.state not in ('pending', 'complete', 'error', 'cancelled', 'skipped', 'resolved_manually'))
+$$;
+
 -- Promise 4: every non-terminal task holds a progress token: a message, a live claim, a due
--- time or a declared wait. This looks at everything and belongs in a check, not in a loop.
+-- time or a declared wait. This looks at everything that is unfinished and belongs in a check, not
+-- in a loop. What it compares are lists whose lengths nobody knows beforehand: as nested loops
+-- 100,000 timers would be compared with 100,000 steps.
 create function tasker.stuck_tasks() returns table (task_uuid uuid, state text, since timestamptz, why text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set enable_nestloop = off
 as $$
 #variable_conflict use_column
 declare
@@ -388,26 +404,31 @@ begin
   ), queued as (
     select unnest(v_queued) as step_uuid
   ), watched as (
-    select unnest(d.step_uuids) as step_uuid from tasker.due d
+    select distinct u.step_uuid from tasker.due d cross join lateral unnest(d.step_uuids) u(step_uuid)
     -- That a step may take only so long moves it to its end, but nothing before.
     where d.step_uuids is not null and d.kind <> 'step_timeout'
+  ), open as materialized (
+    select o.task_uuid, o.step_uuid, o.attempt, o.state, o.due_at, o.is_held from tasker.open_steps() o
   ), alive as (
-    select s.task_uuid from tasker.steps s
-    where (s.state = 'enqueued' and exists (select from queued q where q.step_uuid = s.step_uuid))
-       or (s.state = 'in_progress' and exists (select from watched w where w.step_uuid = s.step_uuid))
-       or (s.state in ('enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')
-           and exists (select from reported r where r.step_uuid = s.step_uuid))
-       or (s.state = 'waiting_for_retry' and exists (select from watched w where w.step_uuid = s.step_uuid))
-       or (s.state = 'waiting' and (s.due_at is null or exists (select from watched w where w.step_uuid = s.step_uuid))
-           -- A task that it started moves it when it ends, by a message in the same transaction.
-           and not exists (select from tasker.children c
-             where c.task_uuid = s.task_uuid and c.step_uuid = s.step_uuid and c.attempt = s.attempt
-               and not (c.awaited and exists (select from tasker.tasks k where k.task_uuid = c.child_uuid and k.finished_at is null))))
-       or s.held_by is not null
+    select o.task_uuid from open o where o.is_held
+    union all
+    select o.task_uuid from open o join queued q on q.step_uuid = o.step_uuid where o.state = 'enqueued'
+    union all
+    select o.task_uuid from open o join reported r on r.step_uuid = o.step_uuid
+    where o.state in ('enqueued_for_orchestration', 'enqueued_as_error_for_orchestration')
+    union all
+    select o.task_uuid from open o join watched w on w.step_uuid = o.step_uuid where o.state in ('in_progress', 'waiting_for_retry')
+    union all
+    select o.task_uuid from open o left join watched w on w.step_uuid = o.step_uuid
+    where o.state = 'waiting' and (o.due_at is null or w.step_uuid is not null)
+      -- A task that it started moves it when it ends, by a message in the same transaction.
+      and not exists (select from tasker.children c
+        where c.task_uuid = o.task_uuid and c.step_uuid = o.step_uuid and c.attempt = o.attempt
+          and not (c.awaited and exists (select from tasker.tasks k where k.task_uuid = c.child_uuid and k.finished_at is null)))
   )
   select t.task_uuid, t.state, t.last_at, 'no message, claim, due time or declared wait'
   from tasker.tasks t
-  where t.state not in ('complete', 'error', 'cancelled', 'resolved_manually', 'suspended', 'blocked_by_failures')
+  where t.finished_at is null and t.state not in ('suspended', 'blocked_by_failures')
     and not exists (select from alive a where a.task_uuid = t.task_uuid)
     and not exists (select from requested q where q.task_uuid = t.task_uuid)
     and not exists (select from tasker.due d where d.task_uuid = t.task_uuid and d.kind = 'start');
