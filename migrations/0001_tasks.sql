@@ -264,3 +264,24 @@ create table tasker.audit (
   constraint audit_is_about_something check (num_nonnulls(task_uuid, subject) > 0)
 );
 create index audit_by_task on tasker.audit (task_uuid);
+
+-- What a settle writes, a row each: `store/apply.sql` takes arrays of these.
+create type tasker.task_change as (
+  task_uuid uuid, state text, version int, version_before int, generation int, open_steps int, in_flight_steps int,
+  retrying_steps int, held_steps int, failed_steps int, error_type text, reason text, ended_by text
+);
+create type tasker.step_change as (
+  step_uuid uuid, state text, version int, version_before int, generation int, attempt int, failures int, losses int,
+  remaining_dependencies int, input jsonb, due_at timestamptz, ready_at timestamptz, held_by text, enqueued bool,
+  enqueued_version int, enqueued_task_version int, enqueued_event text
+);
+create type tasker.new_step as (
+  step_uuid uuid, task_uuid uuid, step_index int, item int, queue text, priority int, state text, version int,
+  generation int, attempt int, remaining_dependencies int, input jsonb, ready_at timestamptz, held_by text,
+  enqueued bool, enqueued_version int, enqueued_task_version int, enqueued_event text
+);
+create type tasker.log_row as (
+  task_uuid uuid, entity_uuid uuid, version int, task_version int, generation int, attempt int, from_state text,
+  to_state text, event text, actor text, claim_token uuid, detail jsonb
+);
+create type tasker.due_row as (due_at timestamptz, kind text, task_uuid uuid, step_uuid uuid);

@@ -275,10 +275,11 @@ begin
         case when coalesce(jsonb_typeof(r->'usage'), 'null') <> 'null' and tasker.payload_problem(r->'usage', 65536) is null then r->'usage' end as usage,
         case when coalesce(jsonb_typeof(r->'milestones'), 'null') <> 'null' and tasker.payload_problem(r->'milestones', 65536) is null then r->'milestones' end as milestones
       from unnest(v_accepted, v_places, v_ids) as sent(step_uuid, place, message_id)
-      cross join lateral (select p_results->(sent.place - 1) as r) reported
+      -- (`offset 0` keeps these from being worked out anew wherever they are named.)
+      cross join lateral (select p_results->(sent.place - 1) as r offset 0) reported
       -- What is short has no problem: 65 levels take 130 brackets.
       cross join lateral (select case when octet_length((r->'output')::text) > 130
-        then tasker.payload_problem(r->'output', v_limit) end as problem) checked
+        then tasker.payload_problem(r->'output', v_limit) end as problem offset 0) checked
     ), moved as (
       update tasker.steps s
       set state = case r.outcome when 'success' then 'enqueued_for_orchestration' else 'enqueued_as_error_for_orchestration' end,

@@ -14,10 +14,7 @@ with clock as materialized (
                           else tasker.span_id(t.trace_id, t.task_uuid, n.generation, 0, 1, 0) end,
       last_at = c.at,
       finished_at = case when n.state in ('complete', 'error', 'cancelled', 'resolved_manually') then c.at end
-  from clock c, unnest($3::uuid[], $4::text[], $5::int[], $6::int[], $7::int[], $8::int[], $9::int[], $10::int[],
-      $11::int[], $12::int[], $13::text[], $14::text[], $15::text[])
-    as n(task_uuid, state, version, version_before, generation, open_steps, in_flight_steps, retrying_steps,
-      held_steps, failed_steps, error_type, reason, ended_by)
+  from clock c, unnest($3::tasker.task_change[]) n
   where t.task_uuid = n.task_uuid and t.version = n.version_before
   returning t.task_uuid, t.finished_at
 ), step as (
@@ -35,10 +32,7 @@ with clock as materialized (
       enqueued_began_at = case when n.enqueued then $2 else s.enqueued_began_at end,
       enqueued_at = case when n.enqueued then c.at else s.enqueued_at end,
       last_at = case when n.version = n.version_before then s.last_at else c.at end
-  from clock c, unnest($16::uuid[], $17::text[], $18::int[], $19::int[], $20::int[], $21::int[], $22::int[], $23::int[],
-      $24::int[], $25::jsonb[], $26::timestamptz[], $27::timestamptz[], $28::text[], $29::bool[], $30::int[], $31::int[], $51::text[])
-    as n(step_uuid, state, version, version_before, generation, attempt, failures, losses,
-      remaining_dependencies, input, due_at, ready_at, held_by, enqueued, enqueued_version, enqueued_task_version, enqueued_event)
+  from clock c, unnest($4::tasker.step_change[]) n
   where s.step_uuid = n.step_uuid and s.version = n.version_before
   returning 1
 ), created as (
@@ -49,29 +43,23 @@ with clock as materialized (
   select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
     n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
     case when n.enqueued then $2 end, case when n.enqueued then c.at end, c.at
-  from clock c, unnest($52::uuid[], $53::uuid[], $54::int[], $55::text[], $56::int[], $57::text[], $58::int[], $59::int[], $60::int[],
-      $61::int[], $62::jsonb[], $63::timestamptz[], $64::text[], $65::int[], $66::int[], $67::text[], $68::bool[])
-    as n(step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-      remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event, enqueued)
+  from clock c, unnest($5::tasker.new_step[]) n
 ), logged as (
   insert into tasker.transitions (task_uuid, entity_uuid, version, task_version, generation, attempt,
     from_state, to_state, event, actor, claim_token, began_at, at, detail)
   select n.task_uuid, n.entity_uuid, n.version, n.task_version, n.generation, n.attempt,
     n.from_state, n.to_state, n.event, n.actor, n.claim_token, $2, c.at, n.detail
-  from clock c, unnest($32::uuid[], $33::uuid[], $34::int[], $35::int[], $36::int[], $37::int[], $38::text[], $39::text[],
-      $40::text[], $41::text[], $42::uuid[], $43::jsonb[])
-    as n(task_uuid, entity_uuid, version, task_version, generation, attempt, from_state, to_state, event, actor,
-      claim_token, detail)
+  from clock c, unnest($6::tasker.log_row[]) n
 ), due as (
   insert into tasker.due (due_at, kind, task_uuid, step_uuids)
   select n.due_at, n.kind, n.task_uuid, case when n.step_uuid is not null then array[n.step_uuid] end
-  from unnest($44::timestamptz[], $45::text[], $46::uuid[], $47::uuid[]) as n(due_at, kind, task_uuid, step_uuid)
+  from unnest($7::tasker.due_row[]) n
 ), batch as (
   insert into tasker.export_batches (batch_id, instance, task_uuids, at)
-  select $48, $49, $50::uuid[], c.at from clock c where cardinality($50::uuid[]) > 0
+  select $8, $9, $10::uuid[], c.at from clock c where cardinality($10::uuid[]) > 0
 )
 select c.at as "at!",
-  tasker.conclude($69, $70::bigint[], $71::bigint[], $72::text[], $73::jsonb[], $74::jsonb[])::text as concluded,
+  tasker.conclude($11, $12::bigint[], $13::bigint[], $14::text[], $15::jsonb[], $16::jsonb[])::text as concluded,
   (select count(*) from task) as "tasks!", (select count(*) from step) as "steps!",
   (select count(pg_notify('tasker_finished', f.task_uuid::text)) from task f
    where f.finished_at is not null
