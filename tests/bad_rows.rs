@@ -79,6 +79,12 @@ async fn the_retry_of_a_sound_task_is_sent_beside(bad: &'static str) {
     assert_eq!((again.task, again.attempt), (sound, 2));
     world.succeed(&again).await;
     assert_eq!(world.finish(&[sound]).await, ["complete"]);
+    eventually("the bad one is put off, and not for ever", async || {
+        let put_off = "select count(*) from tasker.due where kind = 'retry'
+                       and due_at between clock_timestamp() + interval '10 s' and clock_timestamp() + interval '1 min'";
+        (world.number(put_off).await == 1).then_some(())
+    })
+    .await;
     world.end().await;
 }
 

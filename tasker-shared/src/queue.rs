@@ -196,6 +196,15 @@ pub async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<DueHint>,
         .collect())
 }
 
+/// Puts off a due hint that cannot be settled: soon enough for whoever repairs its task, and
+/// seldom enough for everybody else.
+pub async fn put_off_due(conn: &mut PgConnection, due_id: i64) -> Result<(), Error> {
+    sqlx::query!("update tasker.due set due_at = clock_timestamp() + interval '1 min' where due_id = $1", due_id)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
 /// What the sweep may sleep on.
 #[derive(Debug, Clone, Copy)]
 pub struct Ahead {

@@ -166,14 +166,17 @@ async fn bisect(shared: &Shared, queue: &'static str, items: &[Item], tally: &mu
                 let (left, right) = part.split_at(part.len() / 2);
                 open.extend([right, left]);
             }
-            Err(error) => {
-                if let Some(message) = part[0].message() {
+            Err(error) => match &part[0] {
+                Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
                     failed_alone(shared, queue, message, &error).await?;
-                } else {
-                    let task = part[0].task().unwrap_or_default();
-                    tracing::warn!(%error, task_uuid = %task, "what is due of a task cannot be settled; it is tried again");
                 }
-            }
+                Item::Due(hint, _) => {
+                    tracing::warn!(%error, task_uuid = %hint.task, "what is due of a task cannot be settled; it is tried again");
+                    if let Some(due_id) = hint.due_id {
+                        queue::put_off_due(&mut *shared.reads.acquire().await?, due_id).await?;
+                    }
+                }
+            },
         }
     }
     Ok(())
