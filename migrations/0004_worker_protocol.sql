@@ -380,11 +380,14 @@ $$;
 -- Promise 4: every non-terminal task holds a progress token: a message, a live claim, a due
 -- time or a declared wait. This looks at everything that is unfinished and belongs in a check, not
 -- in a loop. What it compares are lists whose lengths nobody knows beforehand: as nested loops
--- 100,000 timers would be compared with 100,000 steps.
+-- 100,000 timers would be compared with 100,000 steps, and sessions of the hot path know no others.
 create function tasker.stuck_tasks() returns table (task_uuid uuid, state text, since timestamptz, why text)
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_nestloop = off
+set enable_hashjoin = on
+set enable_mergejoin = on
+set enable_seqscan = on
 as $$
 #variable_conflict use_column
 declare

@@ -154,3 +154,35 @@ pub async fn oldest_rows(conn: &mut PgConnection) -> Result<Vec<OldestRow>, Erro
     .fetch_all(conn)
     .await?)
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{AssertSqlSafe, Row as _};
+
+    use crate::postgres::testing::TestDatabase;
+    use crate::store::HOT_PATH_SETTINGS;
+    use crate::store::tx::{self, PoolOptions};
+
+    #[tokio::test]
+    async fn look_for_stuck_tasks_compares_nothing_one_by_one_in_a_session_of_the_hot_path() {
+        let database = TestDatabase::fresh().await;
+        let options = PoolOptions { settings: HOT_PATH_SETTINGS, ..PoolOptions::default() };
+        let pool = tx::pool(&database.url(), &options).await.expect("a pool");
+        let mut conn = pool.acquire().await.expect("a connection");
+        let function = "select proconfig, prosrc from pg_proc where oid = 'tasker.stuck_tasks'::regproc";
+        let row = sqlx::query(function).fetch_one(&mut *conn).await.expect("the function");
+        for setting in row.get::<Vec<String>, _>("proconfig") {
+            let (name, value) = setting.split_once('=').expect("a setting");
+            let set = "select set_config($1, $2, false)";
+            sqlx::query(set).bind(name).bind(value).execute(&mut *conn).await.expect("set");
+        }
+        let source: String = row.get("prosrc");
+        let statement =
+            &source[source.find("with requested").expect("its statement")..source.rfind(';').expect("its end")];
+        let statement = statement.split(';').next().unwrap_or_default().replace("v_queued", "'{}'::uuid[]");
+        let explain = AssertSqlSafe(format!("explain (costs off) {statement}"));
+        let plan: Vec<String> = sqlx::query_scalar(explain).fetch_all(&mut *conn).await.expect("a plan");
+        let plan = plan.join("\n");
+        assert!(plan.contains("Hash Cond") && !plan.contains("Join Filter"), "{plan}");
+    }
+}
