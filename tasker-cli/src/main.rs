@@ -135,6 +135,8 @@ enum Command {
     Db(commands::db::Db),
     /// Measure throughput, latency and cost, beside this machine's limits
     Bench(bench::BenchArgs),
+    /// Show the version, and the commit it was built from
+    Version(commands::version::Version),
 }
 
 fn main() -> std::process::ExitCode {
@@ -178,6 +180,7 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,
         Command::Bench(command) => bench::run(command, &global).await,
+        Command::Version(_) => commands::version::Version::run(&global),
     }
 }
 

@@ -17,4 +17,5 @@ pub mod task;
 pub mod template;
 pub mod trace;
 pub mod up;
+pub mod version;
 pub mod worker;

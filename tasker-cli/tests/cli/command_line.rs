@@ -13,6 +13,20 @@ fn help_names_every_noun_and_every_exit_code() {
 }
 
 #[test]
+fn version_names_the_commit_it_was_built_from() {
+    let version: serde_json::Value =
+        serde_json::from_str(&offline(&["version", "-o", "json"]).exits_with(0).stdout).expect("JSON");
+    assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+    let commit = version["commit"].as_str().expect("a commit");
+    // Our tests run in a git checkout, also in CI.
+    assert!(commit.len() == 40 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{commit}");
+    let date = version["commit_date"].as_str().expect("a date");
+    assert!(date.parse::<chrono::NaiveDate>().is_ok(), "{date}");
+    let text = offline(&["version"]).exits_with(0).stdout;
+    assert!(text.contains(commit) && text.contains(date), "{text}");
+}
+
+#[test]
 fn every_verb_has_help_with_examples() {
     for arguments in [
         "demo",
@@ -31,6 +45,7 @@ fn every_verb_has_help_with_examples() {
         "limit",
         "migrate",
         "db",
+        "version",
     ] {
         let words: Vec<&str> = arguments.split(' ').chain(["--help"]).collect();
         let help = offline(&words).exits_with(0).stdout;
