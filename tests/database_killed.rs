@@ -13,8 +13,9 @@ use crate::harness::{DEADLINE, Setup, World, eventually, storm};
 use crate::two_orchestrators_two_workers::{assert_outcomes, register_mix, submit_mix};
 
 /// A server of its own, stopped before its files go.
-struct Server {
-    options: Options,
+pub struct Server {
+    /// Where it lives.
+    pub options: Options,
     /// Dropped after the server was stopped.
     _dir: tempfile::TempDir,
 }
@@ -26,7 +27,8 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn new() -> Self {
+    /// Nothing runs yet.
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         // When we are root, the server's account has to pass through.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("chmod");
@@ -34,7 +36,8 @@ impl Server {
         Self { options, _dir: dir }
     }
 
-    async fn start(&self) -> Local {
+    /// Returns when it accepts connections.
+    pub async fn start(&self) -> Local {
         let options = self.options.clone();
         tokio::task::spawn_blocking(move || Local::start(&options)).await.expect("no panic").expect("a server")
     }

@@ -14,7 +14,8 @@ use crate::harness::{Setup, World, eventually};
 /// Every table with rows of tasks, and every row that must be gone with its task.
 const TABLES: [&str; 5] = ["tasks", "steps", "attempts", "transitions", "idempotency_keys"];
 
-async fn keep_a_week(world: &World, archive: bool) {
+/// The namespace of the tests keeps what has ended for a week.
+pub async fn keep_a_week(world: &World, archive: bool) {
     let client = Client::connect(&world.url).await.expect("a client");
     let week = Duration::from_hours(7 * 24);
     client.set_retention("tests", Some(week), Some(week), archive, Some("ada")).await.expect("set");

@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
@@ -14,6 +15,8 @@ use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{self, retention};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+
+use crate::lifecycle::Shared;
 
 /// Between passes, when there is nothing to remove: one statement.
 pub const IDLE: Duration = Duration::from_mins(1);
@@ -56,6 +59,8 @@ pub struct Removed {
     pub weeks: i32,
     /// Another process is removing right now, so this one left it.
     pub busy: bool,
+    /// Batches of tasks that were left for another pass, because somebody else holds a lock in them.
+    pub put_off: usize,
 }
 
 /// One pass over the tasks. With an archive each task is written to it, as one line of JSON,
@@ -90,10 +95,12 @@ pub async fn pass(
                 }
                 Ok::<_, Error>(Some(retention::remove(conn, &tasks, weeks).await?))
             })
-            .await?;
+            .await;
             match done {
-                Some(tasks) => removed.tasks += tasks,
-                None => return Ok(Removed { busy: true, ..removed }),
+                Ok(Some(tasks)) => removed.tasks += tasks,
+                Ok(None) => return Ok(Removed { busy: true, ..removed }),
+                Err(Error::Store(error)) if error.is_locked() => removed.put_off += 1,
+                Err(error) => return Err(error),
             }
         }
         let Some(next) = found.next_after else {
@@ -152,7 +159,8 @@ fn append(path: &Path, lines: &[String]) -> std::io::Result<()> {
 }
 
 /// The loop of an orchestrator. With a directory, each day's tasks go to a file of their own there.
-pub(crate) async fn run(pool: PgPool, archive: Option<PathBuf>, stop: CancellationToken) {
+pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: CancellationToken) {
+    let pool = &shared.pool;
     let mut rest = IDLE;
     let (mut tidied, mut looked) = (None::<Instant>, None::<Instant>);
     loop {
@@ -165,19 +173,25 @@ pub(crate) async fn run(pool: PgPool, archive: Option<PathBuf>, stop: Cancellati
             .as_ref()
             .map(|folder| folder.join(format!("tasks-{}.jsonl", chrono::Utc::now().format("%Y-%m-%d"))));
         let turn = async {
-            let mut removed = pass(&pool, file.as_deref(), PAUSE, &stop).await?;
+            let mut removed = pass(pool, file.as_deref(), PAUSE, &stop).await?;
             let is_due = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() > TIDY_EVERY);
             if is_due(looked) {
                 looked = Some(Instant::now());
-                look_for_stuck(&pool).await?;
+                look_for_stuck(pool).await?;
             }
             if removed.tasks > 0 || is_due(tidied) {
-                tidy(&pool, &mut removed).await?;
+                tidy(pool, &mut removed).await?;
                 tidied = Some(Instant::now());
             }
             Ok::<_, Error>(removed)
         };
-        match turn.await {
+        let turn = turn.await;
+        match &turn {
+            Ok(Removed { put_off: 1.., .. }) => shared.locks.met("retention", 1),
+            Err(Error::Store(error)) if error.is_locked() => shared.locks.met("retention", 1),
+            _ => {}
+        }
+        match turn {
             Ok(Removed { tasks: 0, messages: 0, weeks: 0, .. }) => {}
             Ok(Removed { tasks, messages, weeks, .. }) => {
                 tracing::info!(tasks, messages, weeks, "retention removed what was past its time");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rand::RngExt;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
-use sqlx::{PgPool, Postgres};
+use sqlx::{PgConnection, PgPool, Postgres};
 use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS};
@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::lifecycle::admission::Found;
+use crate::lifecycle::locks::{self, LOCK_TIMEOUT};
 use crate::lifecycle::{Shared, admission, initialize, results, sweep};
 use crate::retention;
 
@@ -81,6 +82,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const SPARE_PAUSE: Duration = Duration::from_secs(30);
 /// How often a loop says again that it reads its queue.
 const REGISTER_EVERY: Duration = Duration::from_hours(6);
+/// Between two looks at the weeks of the log: they are made four weeks ahead.
+const CHECK_PARTITIONS: Duration = Duration::from_hours(6);
+/// The same when a lock was in the way.
+const CHECK_PARTITIONS_AGAIN: Duration = Duration::from_mins(2);
 /// Between two looks at the locks of workers.
 const LOCK_LOOKS: Duration = Duration::from_millis(500);
 /// Until the second look at a lock that was free. A worker that has lost its session says so, or
@@ -102,10 +107,10 @@ impl Orchestrator {
     pub async fn start(url: &str, options: &Options) -> Result<Self, Error> {
         let settlers = options.settlers.max(1);
         let connections = u32::try_from(settlers).unwrap_or(1);
-        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, HOT_PATH_SETTINGS)).await?;
-        let read_settings: Vec<(&str, &str)> =
-            HOT_PATH_SETTINGS.iter().copied().chain([("synchronous_commit", "off")]).collect();
-        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 5, &read_settings)).await?;
+        let mut session: Vec<(&str, &str)> = HOT_PATH_SETTINGS.iter().copied().chain([LOCK_TIMEOUT]).collect();
+        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, &session)).await?;
+        session.push(("synchronous_commit", "off"));
+        let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 5, &session)).await?;
         let instance = Uuid::new_v4();
         let trace = trace_of(options, &reads).await?;
         let exporter = if trace.config.enabled {
@@ -146,7 +151,8 @@ impl Orchestrator {
         loops.spawn(run_sweep(shared.clone(), stop.clone()));
         loops.spawn(watch_workers(shared.clone(), stop.clone()));
         loops.spawn(run_admission(shared.clone(), stop.clone()));
-        loops.spawn(retention::run(shared.pool.clone(), options.archive_dir.clone(), stop.clone()));
+        loops.spawn(locks::watch(shared.clone(), stop.clone()));
+        loops.spawn(retention::run(shared.clone(), options.archive_dir.clone(), stop.clone()));
         Ok(Self { shared, stop, loops })
     }
 
@@ -451,18 +457,14 @@ async fn after_turn(
 
 /// Sleeps until the earliest due time, and is woken by whoever creates an earlier one.
 async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
-    let mut partitions_checked = None::<Instant>;
+    let mut partitions = Partitions { next: Instant::now(), missing: false };
     while !stop.is_cancelled() {
         let turn = async {
             if sweep::sweep(&shared).await? > 0 {
                 return Ok(Duration::ZERO);
             }
             let mut conn = shared.reads.acquire().await.map_err(store::Error::from)?;
-            if partitions_checked.is_none_or(|at| at.elapsed() > Duration::from_hours(6)) {
-                queue::ensure_partitions(&mut conn).await?;
-                partitions_checked = Some(Instant::now());
-                while store::flow::forget_limits(&mut conn).await? > 0 {}
-            }
+            partitions.look(&shared, &mut conn).await;
             let ahead = queue::ahead(&mut conn).await?;
             if ahead.claims {
                 shared.claims.notify_one();
@@ -483,6 +485,55 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 () = stop.cancelled() => {}
                 () = shared.due.notified() => {}
                 () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+/// When the sweep looks at the weeks of the log again, and whether it has said that one is missing.
+struct Partitions {
+    next: Instant,
+    missing: bool,
+}
+
+impl Partitions {
+    /// Makes the weeks that are missing, and forgets limits out of use, if it is time for it. What does
+    /// not succeed is no reason to let the sweep wait: the next look is soon, and weeks ahead of the need.
+    async fn look(&mut self, shared: &Shared, conn: &mut PgConnection) {
+        if Instant::now() < self.next {
+            return;
+        }
+        self.next = Instant::now() + CHECK_PARTITIONS_AGAIN;
+        match queue::ensure_partitions(conn).await {
+            Ok(true) => {
+                if std::mem::take(&mut self.missing) {
+                    tracing::info!("the coming weeks of the log have their tables now");
+                }
+                self.next = Instant::now() + CHECK_PARTITIONS;
+            }
+            Ok(false) => {
+                shared.locks.met_for_tables();
+                if !std::mem::replace(&mut self.missing, true) {
+                    tracing::warn!(
+                        "a coming week of the log has no table yet: somebody reads the default part of the log in a \
+                         transaction that stays open, as a dump does; trying again every two minutes"
+                    );
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.missing, true) {
+                    tracing::warn!(%error, "the coming weeks of the log could not get their tables; trying again every two minutes");
+                }
+            }
+        }
+        loop {
+            match store::flow::forget_limits(conn).await {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "limits out of use could not be forgotten; they are looked at again");
+                    break;
+                }
             }
         }
     }

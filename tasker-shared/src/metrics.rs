@@ -107,7 +107,7 @@ pub struct AttemptEnd {
     pub outcome: &'static str,
 }
 
-/// Where hints came from: a queue of the orchestrators, or `due`.
+/// Where hints came from: a queue of the orchestrators, or `due`; or what a loop does beside them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[expect(missing_docs, reason = "labels")]
 pub struct OfSource {
@@ -194,6 +194,7 @@ pub struct Metrics {
     pub settle_duration: Bounded<OfSource, Histogram>,
     pub settle_failures: Bounded<OfSource, Counter>,
     pub hints_ignored: Counter,
+    pub lock_put_offs: Bounded<OfSource, Counter>,
     pub messages_quarantined: Counter,
     pub tasks_stuck: Gauge,
     // Workers.
@@ -261,6 +262,13 @@ impl Metrics {
             "Duplicate, late or reordered events that changed nothing",
             Counter::default(),
         );
+        let lock_put_offs = family(
+            r,
+            "tasker_lock_put_offs",
+            "What was put off because a session of somebody else held a lock on it",
+            None,
+            Counter::default,
+        );
         let messages_quarantined =
             one(r, "tasker_messages_quarantined", "Messages that this process quarantined", Counter::default());
         let tasks_stuck = one(
@@ -322,6 +330,10 @@ impl Metrics {
         // A rate needs a zero to begin with.
         for source in ["task_requests", "step_results", "due"] {
             settle_failures.of(&OfSource { source });
+            lock_put_offs.of(&OfSource { source });
+        }
+        for source in ["schedules", "partitions", "retention"] {
+            lock_put_offs.of(&OfSource { source });
         }
         for result in ["accepted", "stale"] {
             worker_reports.of(&OfResult { result });
@@ -349,6 +361,7 @@ impl Metrics {
             settle_duration,
             settle_failures,
             hints_ignored,
+            lock_put_offs,
             messages_quarantined,
             tasks_stuck,
             worker_slots,

@@ -138,10 +138,17 @@ pub async fn put_back(conn: &mut PgConnection, queue: &str, msg_ids: &[i64], del
     Ok(())
 }
 
-/// Locks these requests until the transaction ends; answers those that are still there.
+/// Lets messages be read again later, because somebody else holds a lock: see `tasker.put_off`.
+pub async fn put_off(conn: &mut PgConnection, queue: &str, msg_ids: &[i64]) -> Result<(), Error> {
+    sqlx::query!("select tasker.put_off($1, $2)::text as done", queue, msg_ids).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// Locks these requests until the transaction ends; answers those that are still there. One that
+/// somebody else has locked counts as gone: it is read again when its reading times out.
 pub async fn lock_requests(conn: &mut PgConnection, msg_ids: &[i64]) -> Result<Vec<i64>, Error> {
     Ok(sqlx::query_scalar!(
-        "select msg_id from pgmq.q_task_requests where msg_id = any($1) order by msg_id for update",
+        "select msg_id from pgmq.q_task_requests where msg_id = any($1) order by msg_id for update skip locked",
         msg_ids
     )
     .fetch_all(conn)
@@ -339,10 +346,10 @@ pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Re
     Ok(())
 }
 
-/// Makes the partitions of the coming weeks.
-pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<(), Error> {
-    sqlx::query!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;
-    Ok(())
+/// Makes the partitions of the coming weeks; false if a lock was in the way.
+pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<bool, Error> {
+    let made = sqlx::query_scalar!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;
+    Ok(made >= 0)
 }
 
 #[cfg(test)]

@@ -103,7 +103,7 @@ impl Retention {
                 let stop = CancellationToken::new();
                 let mut removed = retention::pass(pool, archive.as_deref(), Duration::ZERO, &stop).await?;
                 retention::tidy(pool, &mut removed).await?;
-                let retention::Removed { tasks, messages, weeks, busy } = removed;
+                let retention::Removed { tasks, messages, weeks, busy, put_off: _ } = removed;
                 if global.output == Format::Json {
                     return output::json(&json!({"tasks": tasks, "messages": messages, "weeks": weeks, "busy": busy}));
                 }

@@ -3,9 +3,11 @@
 //! A message is quarantined only after repeated *deterministic* failures of its own; losing a
 //! connection, a deadlock or a killed process never counts against it.
 
-use std::time::Duration;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use rand::RngExt;
+use rand::seq::SliceRandom as _;
 use serde_json::Value;
 use tasker_shared::message::{ResultHint, SendSignal};
 use tasker_shared::metrics::metrics;
@@ -15,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
+use super::locks::{BUDGET, Subject, Wait};
 use super::{Error, Hint, Look, Shared, initialize, settle};
 
 /// Deterministic failures after which a message is quarantined.
@@ -46,6 +49,15 @@ impl Item {
         }
     }
 
+    /// What a lock is met for.
+    fn subject(&self) -> Subject {
+        match self {
+            Self::Submit(_, message) => Subject::Message(message.msg_id),
+            Self::Signal(signal, _) => Subject::Task(signal.task),
+            Self::Settle(hint, _) | Self::Due(hint, _) => Subject::Task(hint.task),
+        }
+    }
+
     fn message(&self) -> Option<&Message> {
         match self {
             Self::Submit(_, message) | Self::Signal(_, message) | Self::Settle(_, message) => Some(message),
@@ -63,16 +75,35 @@ pub(super) struct Tally {
     pub deferred: usize,
 }
 
-/// Deals with items of one kind, or such that name a task; the suspicious ones each by itself.
+/// Deals with items of one kind, or such that name a task; the suspicious ones each by itself. What
+/// was lately put off for a lock comes last, each task by itself, in another order each time: however
+/// much of it there is, some has its turn before the time for locks is up.
 pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<Tally, Error> {
+    let (locked, items): (Vec<Item>, Vec<Item>) =
+        items.into_iter().partition(|item| shared.locks.remembers(item.subject()));
     let is_suspect = |item: &Item| item.message().is_some_and(|message| message.read_ct > SUSPECT_READS);
     let (suspects, others): (Vec<_>, Vec<_>) = items.into_iter().partition(is_suspect);
     let mut tally = Tally::default();
-    bisect(shared, queue, &others, &mut tally).await?;
+    let began = Instant::now();
+    bisect(shared, queue, (others.iter().collect(), Wait::Once), began, &mut tally).await?;
     for suspect in &suspects {
-        bisect(shared, queue, std::slice::from_ref(suspect), &mut tally).await?;
+        let wait = if began.elapsed() > BUDGET { Wait::Briefly } else { Wait::Once };
+        bisect(shared, queue, (vec![suspect], wait), began, &mut tally).await?;
+    }
+    let mut locked = by_subject(&locked.iter().collect::<Vec<_>>());
+    locked.shuffle(&mut rand::rng());
+    for part in locked {
+        bisect(shared, queue, (part, Wait::InTurn), began, &mut tally).await?;
     }
     Ok(tally)
+}
+
+fn by_subject<'a>(items: &[&'a Item]) -> Vec<Vec<&'a Item>> {
+    let mut parts: HashMap<Subject, Vec<&Item>> = HashMap::new();
+    for item in items {
+        parts.entry(item.subject()).or_default().push(item);
+    }
+    parts.into_values().collect()
 }
 
 /// Settles hints that no message brought. What is of a task that a settler of this process holds is
@@ -89,17 +120,28 @@ pub(super) async fn run_due(shared: &Shared, hints: Vec<Hint>) -> Result<Tally, 
     Ok(tally)
 }
 
-async fn work(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<Tally, Error> {
+/// What came of a part of a batch, and the tasks in it of which somebody else holds a step.
+async fn work(
+    shared: &Shared,
+    queue: &'static str,
+    items: &[&Item],
+    wait: Wait,
+) -> Result<(Tally, HashSet<Uuid>), Error> {
     match items.first() {
-        Some(Item::Submit(..)) => initialize::create(shared, items).await?,
-        Some(Item::Signal(..)) => initialize::keep_signals(shared, items).await?,
-        Some(Item::Settle(..) | Item::Due(..)) => return settle_items(shared, queue, items).await,
+        Some(Item::Submit(..)) => initialize::create(shared, items, wait).await?,
+        Some(Item::Signal(..)) => initialize::keep_signals(shared, items, wait).await?,
+        Some(Item::Settle(..) | Item::Due(..)) => return settle_items(shared, queue, items, wait).await,
         None => {}
     }
-    Ok(Tally::default())
+    Ok(Default::default())
 }
 
-async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> Result<Tally, Error> {
+async fn settle_items(
+    shared: &Shared,
+    queue: &'static str,
+    items: &[&Item],
+    wait: Wait,
+) -> Result<(Tally, HashSet<Uuid>), Error> {
     let hints = items
         .iter()
         .filter_map(|item| match item {
@@ -107,7 +149,12 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
             Item::Submit(..) | Item::Signal(..) => None,
         })
         .collect();
-    let settled = settle::settle(shared, queue, hints).await?;
+    let mut settled = settle::settle_waiting(shared, queue, hints, wait).await?;
+    let (locked, deferred) = sort_deferred(shared, std::mem::take(&mut settled.deferred), items);
+    settled.deferred = deferred;
+    if !locked.is_empty() {
+        put_off(shared, queue, &locked).await?;
+    }
     let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
         let delay = rand::rng().random_range(5..20);
@@ -123,7 +170,31 @@ async fn settle_items(shared: &Shared, queue: &'static str, items: &[Item]) -> R
     if !bad.is_empty() {
         quarantine(shared, queue, bad).await?;
     }
-    Ok(Tally { moved: settled.moved, deferred: settled.deferred.len() })
+    Ok((Tally { moved: settled.moved, deferred: settled.deferred.len() }, settled.locked))
+}
+
+/// Of what is deferred, the items about tasks that have been settled by others for so long that somebody
+/// rather holds their locks; and the other hints.
+fn sort_deferred<'a>(shared: &Shared, deferred: Vec<Hint>, items: &[&'a Item]) -> (Vec<&'a Item>, Vec<Hint>) {
+    let tasks: HashSet<Uuid> = deferred.iter().map(|hint| hint.task).collect();
+    shared.locks.had(items.iter().filter_map(|item| item.task()).filter(|task| !tasks.contains(task)));
+    let locked: HashSet<Uuid> = tasks.into_iter().filter(|task| shared.locks.is_no_settle(*task)).collect();
+    let of_locked = |item: &&&Item| item.task().is_some_and(|task| locked.contains(&task));
+    let others = deferred.into_iter().filter(|hint| !locked.contains(&hint.task)).collect();
+    (items.iter().filter(of_locked).copied().collect(), others)
+}
+
+/// Leaves items for a later time, because somebody else holds a lock: messages are put off in their
+/// queue, and what is due was, when it was taken.
+async fn put_off(shared: &Shared, queue: &'static str, items: &[&Item]) -> Result<(), Error> {
+    let is_due = items.iter().all(|item| item.message().is_none());
+    shared.locks.remember(items.iter().map(|item| item.subject()));
+    shared.locks.met(if is_due { "due" } else { queue }, items.len());
+    let ids: Vec<i64> = items.iter().filter_map(|item| Some(item.message()?.msg_id)).collect();
+    if !ids.is_empty() {
+        queue::put_off(&mut *shared.reads.acquire().await?, queue, &ids).await?;
+    }
+    Ok(())
 }
 
 /// Lets messages be read again after so many milliseconds.
@@ -146,13 +217,39 @@ pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.
 /// What still fails alone is noted, and quarantined when it has failed often enough.
-async fn bisect(shared: &Shared, queue: &'static str, items: &[Item], tally: &mut Tally) -> Result<(), Error> {
-    let mut open: Vec<&[Item]> = vec![items];
-    while let Some(part) = open.pop() {
-        match work(shared, queue, part).await {
-            Ok(Tally { moved, deferred }) => {
+///
+/// A task that somebody else has locked is tried once more by itself, and then put off; so is, without
+/// a try, whatever meets a lock after the time for locks is up.
+async fn bisect(
+    shared: &Shared,
+    queue: &'static str,
+    first: (Vec<&Item>, Wait),
+    began: Instant,
+    tally: &mut Tally,
+) -> Result<(), Error> {
+    let mut open = vec![first];
+    while let Some((part, wait)) = open.pop() {
+        if wait == Wait::InTurn && began.elapsed() > BUDGET {
+            put_off(shared, queue, &part).await?;
+            continue;
+        }
+        match work(shared, queue, &part, wait).await {
+            Ok((Tally { moved, deferred }, locked)) => {
                 tally.moved += moved;
                 tally.deferred += deferred;
+                if !locked.is_empty() {
+                    let is_locked = |item: &&&Item| item.task().is_some_and(|task| locked.contains(&task));
+                    let items: Vec<&Item> = part.iter().filter(is_locked).copied().collect();
+                    open.extend(by_subject(&items).into_iter().map(|part| (part, Wait::InTurn)));
+                }
+            }
+            Err(error) if error.is_locked() => {
+                let is_one = part.iter().all(|item| item.subject() == part[0].subject());
+                if is_one || began.elapsed() > BUDGET {
+                    put_off(shared, queue, &part).await?;
+                } else {
+                    open.extend(halves(&part, Wait::Briefly));
+                }
             }
             Err(error) if error.is_transient() => {
                 // The messages come back by themselves when their reading times out; soon is better.
@@ -162,11 +259,8 @@ async fn bisect(shared: &Shared, queue: &'static str, items: &[Item], tally: &mu
                 put_back(shared, queue, ids, 0).await?;
                 tally.deferred += part.len();
             }
-            Err(_) if part.len() > 1 => {
-                let (left, right) = part.split_at(part.len() / 2);
-                open.extend([right, left]);
-            }
-            Err(error) => match &part[0] {
+            Err(_) if part.len() > 1 => open.extend(halves(&part, wait)),
+            Err(error) => match part[0] {
                 Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
                     failed_alone(shared, queue, message, &error).await?;
                 }
@@ -180,6 +274,12 @@ async fn bisect(shared: &Shared, queue: &'static str, items: &[Item], tally: &mu
         }
     }
     Ok(())
+}
+
+/// The right half of a part, and the left one, which is done first.
+fn halves<'a>(part: &[&'a Item], wait: Wait) -> [(Vec<&'a Item>, Wait); 2] {
+    let (left, right) = part.split_at(part.len() / 2);
+    [right, left].map(|half| (half.to_vec(), wait))
 }
 
 async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {

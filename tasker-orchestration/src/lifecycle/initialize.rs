@@ -4,6 +4,7 @@
 use serde_json::Value;
 use tasker_shared::message::{Request, SendSignal};
 use tasker_shared::queue::{self, Message, Outbox, TASK_REQUESTS, Traffic};
+use tasker_shared::store::locks;
 use tasker_shared::store::tasks;
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::waits;
@@ -11,6 +12,7 @@ use tracing::instrument;
 use uuid::Uuid;
 
 use super::batch::{self, Item};
+use super::locks::Wait;
 use super::{Act, Error, Hint, Look, Shared};
 
 /// Deals with one batch of requests.
@@ -60,7 +62,7 @@ pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), E
 }
 
 /// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
-pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error> {
+pub(super) async fn create(shared: &Shared, items: &[&Item], wait: Wait) -> Result<(), Error> {
     let submits: Vec<(&Message, &Value)> = items
         .iter()
         .filter_map(|item| match item {
@@ -69,6 +71,9 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
+        if wait != Wait::Once {
+            locks::wait_briefly(conn).await?;
+        }
         let requests: Vec<&Value> = submits.iter().map(|(_, request)| *request).collect();
         let answers = tasks::submit(conn, &requests).await?;
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
@@ -93,8 +98,11 @@ pub(super) async fn create(shared: &Shared, items: &[Item]) -> Result<(), Error>
 }
 
 /// Keeps signals that came as raw messages; one that is refused is quarantined with its reason.
-pub(super) async fn keep_signals(shared: &Shared, items: &[Item]) -> Result<(), Error> {
+pub(super) async fn keep_signals(shared: &Shared, items: &[&Item], wait: Wait) -> Result<(), Error> {
     in_tx(&shared.pool, async |conn| {
+        if wait != Wait::Once {
+            locks::wait_briefly(conn).await?;
+        }
         let (mut done, mut bad) = (Vec::new(), Vec::new());
         for item in items {
             let Item::Signal(signal, message) = item else {

@@ -18,6 +18,7 @@ use tasker_shared::store::tasks::TaskRow;
 use tasker_shared::store::templates::Loaded;
 use uuid::Uuid;
 
+use super::locks::Wait;
 use super::{Act, Error, Hint, Look, Shared, nested, waits};
 
 /// One task of the batch, as it was loaded.
@@ -100,13 +101,23 @@ impl Work {
     }
 }
 
+/// What was loaded.
+#[derive(Debug)]
+pub(super) struct Batch {
+    pub works: Vec<Work>,
+    pub now: DateTime<Utc>,
+    /// Tasks that were left out, because somebody else holds a step of theirs.
+    pub held: HashSet<Uuid>,
+}
+
 /// Loads what the decisions need, after the locks: a statement of its own sees what they protect.
 pub(super) async fn load(
     shared: &Shared,
     conn: &mut PgConnection,
-    rows: Vec<TaskRow>,
+    mut rows: Vec<TaskRow>,
     hints: &[Hint],
-) -> Result<(Vec<Work>, DateTime<Utc>), Error> {
+    wait: Wait,
+) -> Result<Batch, Error> {
     // Times of an entity never go back, even if the database's clock does.
     let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
     let late: Vec<Uuid> = hints
@@ -123,11 +134,11 @@ pub(super) async fn load(
         .chain(late)
         .chain(items.iter().copied())
         .collect();
-    if !claimable.is_empty() {
-        steps::lock_claimable(conn, &claimable).await?;
-    }
+    let unlocked = lock_claimable(conn, &claimable, wait).await?;
     let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).chain(items).collect();
     let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
+    let mut held = held(&loaded, &unlocked);
+    rows.retain(|row| !held.contains(&row.task.uuid));
     let whole: HashSet<Uuid> =
         hints.iter().filter(|hint| matches!(hint.look, Look::Operate(..))).map(|hint| hint.task).collect();
     if !whole.is_empty() {
@@ -179,12 +190,14 @@ pub(super) async fn load(
         Ok(())
     };
     put(&mut works, loaded)?;
+    let mut by_hand_held = HashSet::new();
     if !whole.is_empty() {
         let mut by_hand = by_hand(&works, hints);
         if !by_hand.is_empty() {
             by_hand.extend(maps::open_items(conn, &by_hand).await?);
-            steps::lock_claimable(conn, &by_hand).await?;
+            let unlocked = lock_claimable(conn, &by_hand, wait).await?;
             let rows = steps::load(conn, &by_hand).await?;
+            by_hand_held = self::held(&rows, &unlocked);
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
             put(&mut works, rows)?;
         }
@@ -202,7 +215,37 @@ pub(super) async fn load(
         put(&mut works, steps::load_behind(conn, &behind).await?)?;
     }
     load_maps(conn, &mut works).await?;
-    Ok((works, now))
+    if !by_hand_held.is_empty() {
+        works.retain(|work| !by_hand_held.contains(&work.row.task.uuid));
+        held.extend(by_hand_held);
+    }
+    Ok(Batch { works, now, held })
+}
+
+/// Locks the steps that a worker may move at this moment; answers those that it did not lock. Who waits
+/// for them in turn has all of them.
+async fn lock_claimable(conn: &mut PgConnection, steps: &[Uuid], wait: Wait) -> Result<HashSet<Uuid>, Error> {
+    if steps.is_empty() {
+        return Ok(HashSet::new());
+    }
+    if wait == Wait::InTurn {
+        steps::lock_claimable(conn, steps).await?;
+        return Ok(HashSet::new());
+    }
+    let locked = steps::try_lock_claimable(conn, steps).await?;
+    let mut unlocked: HashSet<Uuid> = steps.iter().copied().collect();
+    for step in locked {
+        unlocked.remove(&step);
+    }
+    Ok(unlocked)
+}
+
+/// The tasks of those of these steps that a worker may move, and that are not ours: somebody else holds
+/// them. (What was moved meanwhile is guarded by the lock of its task again.)
+fn held(loaded: &[StepRow], unlocked: &HashSet<Uuid>) -> HashSet<Uuid> {
+    let is_claimable = |row: &&StepRow| matches!(row.step.state, StepState::Enqueued | StepState::InProgress);
+    let is_held = |row: &&StepRow| unlocked.contains(&row.step.uuid) && is_claimable(row);
+    loaded.iter().filter(is_held).map(|row| row.task_uuid).collect()
 }
 
 /// The steps that operators settle by hand: their attempts may be open.

@@ -7,6 +7,7 @@ mod busy;
 mod decisions;
 pub mod initialize;
 mod load;
+pub(crate) mod locks;
 mod measure;
 mod nested;
 mod outbox;
@@ -32,6 +33,7 @@ use uuid::Uuid;
 
 pub use self::admission::Admission;
 use self::busy::Busy;
+use self::locks::Locks;
 
 /// Connections kept for settles: as many as usually settle at once.
 const SETTLE_LINES: usize = 3;
@@ -53,6 +55,8 @@ pub struct Shared {
     pub admission: Admission,
     /// Who settles what in this process.
     busy: Busy,
+    /// What was put off because somebody else holds a lock.
+    pub locks: Locks,
     /// Wakes the sweep: something is due earlier than it thought.
     pub due: Notify,
     /// Wakes who follows the settings of traces.
@@ -73,6 +77,7 @@ impl Shared {
             exporter: RwLock::new(exporter),
             admission: Admission::default(),
             busy: Busy::default(),
+            locks: Locks::default(),
             due: Notify::new(),
             claims: Notify::new(),
             trace_settings: Arc::default(),
@@ -254,6 +259,14 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
+            Self::Template(_) | Self::Panicked => false,
+        }
+    }
+
+    /// Whether somebody else holds a lock that it needs.
+    pub fn is_locked(&self) -> bool {
+        match self {
+            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_locked(),
             Self::Template(_) | Self::Panicked => false,
         }
     }

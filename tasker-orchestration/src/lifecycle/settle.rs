@@ -16,12 +16,14 @@ use tasker_shared::state_machine::TaskState;
 use tasker_shared::state_machine::plan::Plan;
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::tasks::{self, TaskRow};
+use tasker_shared::store::{locks, steps};
 use tasker_shared::template::Keep;
 use tracing::instrument;
 use uuid::Uuid;
 
 use super::decisions::{decide_with_all_it_needs, lock_limits, record_flow};
-use super::load::{Work, load, load_outputs};
+use super::load::{self, Work, load_outputs};
+use super::locks::Wait;
 use super::outbox::outbox;
 use super::{Error, Hint, Look, Shared, actions, measure, nested, waits};
 
@@ -30,6 +32,8 @@ use super::{Error, Hint, Look, Shared, actions, measure, nested, waits};
 pub struct Settled {
     /// Hints of tasks that somebody else settles right now: to be put back for a moment.
     pub deferred: Vec<Hint>,
+    /// Tasks of which somebody else holds a step right now: nothing of them was settled.
+    pub locked: HashSet<Uuid>,
     /// Messages about tasks or steps that do not exist, and what is wrong with them.
     pub unknown: Vec<(Hint, &'static str)>,
     /// Tasks that ended.
@@ -43,23 +47,44 @@ pub struct Settled {
 /// that all other tasks wait for.
 #[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
 pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
-    AssertUnwindSafe(transact(shared, queue, hints)).catch_unwind().await.unwrap_or(Err(Error::Panicked))
+    settle_waiting(shared, queue, hints, Wait::Once).await
 }
 
-async fn transact(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
+/// As [`settle`], which leaves out what is locked elsewhere at this moment.
+pub(super) async fn settle_waiting(
+    shared: &Shared,
+    queue: &str,
+    hints: Vec<Hint>,
+    wait: Wait,
+) -> Result<Settled, Error> {
+    AssertUnwindSafe(transact(shared, queue, hints, wait)).catch_unwind().await.unwrap_or(Err(Error::Panicked))
+}
+
+async fn transact(shared: &Shared, queue: &str, hints: Vec<Hint>, wait: Wait) -> Result<Settled, Error> {
     let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
     let (settled, done) = shared
         .lines
         .in_tx(async |conn| {
+            if wait != Wait::Once {
+                locks::wait_briefly(conn).await?;
+            }
             let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
             let rows = tasks::lock(conn, &uuids).await?;
             let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
             let hints = without_granted(conn, hints).await?;
-            let (mut works, now) = load(shared, conn, rows, &hints).await?;
-            let hints = without_strangers(hints, &works, &mut settled);
+            let load::Batch { mut works, now, held } = load::load(shared, conn, rows, &hints, wait).await?;
+            let hints = without_locked(hints, held, &mut settled);
+            let mut hints = without_strangers(hints, &works, &mut settled);
             load_outputs(conn, &mut works, &hints).await?;
             let places = lock_limits(shared, conn, &works, &hints).await?;
-            let (plans, places) = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
+            let mut decided = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
+            let held = hold_open_steps(conn, &decided.0, wait).await?;
+            if !held.is_empty() {
+                works.retain(|work| !held.contains(&work.row.task.uuid));
+                hints = without_locked(hints, held, &mut settled);
+                decided = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
+            }
+            let (plans, places) = decided;
 
             let moved: Vec<(&TaskRow, &Plan)> =
                 works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
@@ -127,6 +152,26 @@ async fn without_granted(conn: &mut PgConnection, hints: Vec<Hint>) -> Result<Ve
     let there: HashSet<i64> = queue::lock_requests(conn, &wishes).await?.into_iter().collect();
     let is_open = |hint: &Hint| !hint.look.is_wish() || hint.msg_id.is_none_or(|id| there.contains(&id));
     Ok(hints.into_iter().filter(is_open).collect())
+}
+
+/// Takes out the hints about tasks of which somebody else holds a step.
+fn without_locked(hints: Vec<Hint>, held: HashSet<Uuid>, settled: &mut Settled) -> Vec<Hint> {
+    if held.is_empty() {
+        return hints;
+    }
+    let hints = hints.into_iter().filter(|hint| !held.contains(&hint.task)).collect();
+    settled.locked.extend(held);
+    hints
+}
+
+/// Locks the steps that the ends of their tasks cancel; answers the tasks of which somebody else holds
+/// one. Who waits for them in turn does so when they are cancelled.
+async fn hold_open_steps(conn: &mut PgConnection, plans: &[Plan], wait: Wait) -> Result<HashSet<Uuid>, Error> {
+    let ending: Vec<Uuid> = plans.iter().filter(|plan| plan.cancel_open_steps).map(|plan| plan.task.uuid).collect();
+    if ending.is_empty() || wait == Wait::InTurn {
+        return Ok(HashSet::new());
+    }
+    Ok(steps::try_lock_open(conn, &ending).await?.into_iter().collect())
 }
 
 /// Takes out the messages that name a step which their task does not have.

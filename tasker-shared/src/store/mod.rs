@@ -6,6 +6,7 @@ pub mod exports;
 pub mod flow;
 pub mod keys;
 pub mod listing;
+pub mod locks;
 pub mod maps;
 pub mod nested;
 pub mod operators;
@@ -77,6 +78,11 @@ impl Error {
             | Self::Conflict { .. } => true,
             Self::Database(_) | Self::BadRow { .. } => false,
         }
+    }
+
+    /// Whether it gave up waiting for a lock that somebody else held for too long.
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03"))
     }
 
     fn bad_row(

@@ -21,6 +21,8 @@ pub struct Fired {
     pub tasks: Vec<Uuid>,
     /// Ticks that brought no task, and why.
     pub problems: Vec<String>,
+    /// Some are due still: somebody else holds them.
+    pub left: bool,
 }
 
 impl Fired {
@@ -31,15 +33,16 @@ impl Fired {
 }
 
 /// Submits the tasks of every tick that is due by the database's clock, and plans the next ones,
-/// all in the caller's transaction. Waits for whoever holds a due schedule, so that a hint which
-/// found nothing to do may be forgotten.
-pub async fn fire_due(conn: &mut PgConnection) -> Result<Fired, Error> {
+/// all in the caller's transaction: of all schedules, or of one alone. One that somebody else holds is
+/// left, and the hint that found it must not be forgotten.
+pub async fn fire_due(conn: &mut PgConnection, only: Option<Uuid>) -> Result<Fired, Error> {
     let rows = sqlx::query!(
         r#"select schedule_uuid, cron, time_zone, every_ms, once_at, anchor_at, missed, planned, next_at as "next_at!",
              clock_timestamp() as "now!"
-           from tasker.schedules where not paused and next_at <= clock_timestamp()
-           order by schedule_uuid limit $1 for no key update"#,
-        MANY
+           from tasker.schedules where not paused and next_at <= clock_timestamp() and ($2::uuid is null or schedule_uuid = $2)
+           order by schedule_uuid limit $1 for no key update skip locked"#,
+        MANY,
+        only
     )
     .fetch_all(&mut *conn)
     .await?;
@@ -60,6 +63,7 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Fired, Error> {
         nexts.push(found.next);
         problems.push(problem);
     }
+    fired.left = self::due(conn).await?.iter().any(|schedule| !ids.contains(schedule));
     if ids.is_empty() {
         return Ok(fired);
     }
@@ -92,6 +96,16 @@ pub async fn fire_due(conn: &mut PgConnection) -> Result<Fired, Error> {
     .execute(conn)
     .await?;
     Ok(fired)
+}
+
+/// The schedules that are due, as far as they fit in one transaction.
+pub async fn due(conn: &mut PgConnection) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select schedule_uuid from tasker.schedules where not paused and next_at <= clock_timestamp() order by schedule_uuid limit $1",
+        MANY
+    )
+    .fetch_all(conn)
+    .await?)
 }
 
 /// The first tick of a schedule that was just set or resumed.

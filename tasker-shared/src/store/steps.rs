@@ -181,6 +181,42 @@ pub async fn lock_claimable(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Res
     Ok(())
 }
 
+/// As [`lock_claimable`], but waits for nobody: answers those of the steps that were locked. The others
+/// are in another state, or somebody else holds them.
+pub async fn try_lock_claimable(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    Ok(sqlx::query_scalar!(
+        "select step_uuid from tasker.steps where step_uuid = any($1) and state in ('enqueued', 'in_progress')
+         order by step_uuid for no key update skip locked",
+        step_uuids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
+/// Locks the open steps of these tasks that nobody else holds, and answers the tasks of which
+/// somebody holds one.
+pub async fn try_lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Uuid>, Error> {
+    // Counts, and not the rows: each step of a wide task would be compared with each.
+    Ok(sqlx::query_scalar!(
+        r#"with open as materialized (
+             select task_uuid, count(*) as steps from tasker.steps where task_uuid = any($1)
+               and state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')
+             group by task_uuid
+           ), mine as materialized (
+             select task_uuid from tasker.steps where task_uuid = any($1)
+               and state not in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')
+             order by step_uuid for no key update skip locked
+           ), counted as materialized (
+             select task_uuid, count(*) as steps from mine group by task_uuid
+           )
+           select o.task_uuid as "task_uuid!" from open o left join counted c on c.task_uuid = o.task_uuid
+           where c.steps is distinct from o.steps"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// Locks every open step of these tasks and answers the latest time any of them bears.
 pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Option<DateTime<Utc>>, Error> {
     let rows = sqlx::query_scalar!(
