@@ -37,3 +37,7 @@ fuzz-api *ARGS:
 # Jaeger's query API where JAEGER_QUERY_URL and JAEGER_OTLP_URL name one. Takes minutes.
 trace-proof:
     cargo test --release -p tasker-tests --test promises -- --ignored --nocapture --test-threads 1 trace_proof
+
+# What a flood of one namespace, at its limit on open tasks, costs another. Takes a minute.
+flood-proof:
+    cargo test --release -p tasker-tests --test promises -- --ignored --nocapture a_flood_at_its_limit

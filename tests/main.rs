@@ -31,6 +31,7 @@ mod malformed_messages;
 mod map;
 mod metrics;
 mod mix;
+mod namespaces;
 mod nested;
 mod no_worker_lost;
 mod operator_retry;

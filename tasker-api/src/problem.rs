@@ -68,6 +68,8 @@ codes! {
     UNKNOWN_HOST = 421, "unknown_host", "This server does not answer to that host name";
     /// Too many requests of this principal.
     RATE_LIMITED = 429, "rate_limited", "Too many requests";
+    /// The namespace has as many open tasks as it may.
+    TOO_MANY_OPEN_TASKS = 429, "too_many_open_tasks", "The namespace has as many open tasks as it may";
     /// Ours.
     INTERNAL = 500, "internal", "The server made a mistake";
     /// The database does not answer; trying again may help.
@@ -157,6 +159,7 @@ impl Problem {
         let field = text.split_once(": ").map(|(field, _)| field).filter(|field| is_field(field));
         let code = match field {
             Some("idempotency_key") if text.contains("was used for task") => IDEMPOTENCY_CONFLICT,
+            Some("namespace") if text.contains(" open tasks, its limit; ") => TOO_MANY_OPEN_TASKS,
             Some(_) => INVALID_REQUEST,
             None => CONFLICT,
         };

@@ -419,6 +419,22 @@ impl Client {
         granted(flow::remove_limit(&mut conn, (namespace, handler), actor, reason).await?)
     }
 
+    /// Says how many open tasks a namespace may have; submits beyond it are refused. `None` removes the
+    /// limit. Only the owner of the schema may.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not.
+    pub async fn set_open_tasks_limit(
+        &self,
+        namespace: &str,
+        open_tasks: Option<i32>,
+        actor: Option<&str>,
+        reason: Option<&str>,
+    ) -> Result<(), ClientError> {
+        let mut conn = self.pool.acquire().await?;
+        granted(flow::set_open_tasks(&mut conn, namespace, open_tasks, actor, reason).await?)
+    }
+
     /// The limits, those of templates among them, and what of each is used.
     pub async fn limits(&self, namespace: Option<&str>) -> Result<Vec<LimitUse>, ClientError> {
         Ok(flow::limits(&mut *self.pool.acquire().await?, namespace).await?)

@@ -377,6 +377,12 @@ impl Template {
         parsed.map_err(|error| Error::ReadStoredKey { of: "the template".into(), error })
     }
 
+    /// The other namespaces in which its steps start tasks.
+    pub fn crossings(&self) -> impl Iterator<Item = &str> {
+        let named = self.steps.iter().filter_map(|step| step.task.as_ref()?.namespace.as_deref());
+        named.filter(|namespace| *namespace != self.namespace)
+    }
+
     /// The steps as a DAG.
     pub fn graph(&self) -> Result<Graph, Error> {
         let steps = self.steps.iter().map(|step| (step.name.as_str(), step.depends_on.as_slice()));

@@ -166,6 +166,11 @@ impl Principal {
         self.namespaces.as_ref().is_none_or(|own| own.iter().any(|name| name == namespace))
     }
 
+    /// Whether it may see the payloads of a namespace; `None` if it may not know of its tasks.
+    pub fn payloads_of(&self, namespace: &str) -> Option<bool> {
+        self.reaches(namespace).then(|| self.has(Scope::PayloadsRead))
+    }
+
     /// Its namespaces, or `None` if it has all of them.
     pub fn namespaces(&self) -> Option<&[String]> {
         self.namespaces.as_deref()

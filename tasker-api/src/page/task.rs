@@ -151,29 +151,24 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 div { dt { "Namespace" } dd { a href=(page.link(format!("/?namespace={}", encoded(&task.namespace)))) { (task.namespace) } " · priority " (task.priority) } }
                 @if let Some(key) = &task.idempotency_key { div { dt { "Idempotency key" } dd { (copyable(key, "idempotency key")) } } }
                 @if let Some(parent) = seen.around.parent_task_uuid {
-                    div { dt { "Started by" } dd { a href=(page.link(format!("/tasks/{parent}"))) { "task " (super::tasks::short(parent)) }
-                        @if let Some(step) = &seen.around.parent_step { ", step " (step) } @if let Some(attempt) = seen.around.parent_attempt { ", attempt " (attempt) } } }
+                    div { dt { "Started by" } dd {
+                        @if seen.around.parent_namespace.as_ref().is_some_and(|namespace| page.who.reaches(namespace)) {
+                            a href=(page.link(format!("/tasks/{parent}"))) { "task " (super::tasks::short(parent)) }
+                            @if let Some(step) = &seen.around.parent_step { ", step " (step) } @if let Some(attempt) = seen.around.parent_attempt { ", attempt " (attempt) }
+                        } @else { "task " (super::tasks::short(parent)) " of another namespace" }
+                    } }
                 }
-                @if !seen.children.is_empty() {
-                    div { dt { "Started" } dd { @for child in &seen.children { a href=(page.link(format!("/tasks/{}", child.task_uuid))) { (child.template) } " " (pill(words::status(child.status))) " " } } }
+                @if seen.children.iter().any(|child| page.who.reaches(&child.namespace)) {
+                    div { dt { "Started" } dd { @for child in seen.children.iter().filter(|child| page.who.reaches(&child.namespace)) { a href=(page.link(format!("/tasks/{}", child.task_uuid))) { (child.template) } " " (pill(words::status(child.status))) " " } } }
                 }
             }
         }
     }
 }
 
-/// The sentence, without what errors say if payloads are not the caller's to see: only their types.
+/// The sentence, without what the caller may not see.
 fn sentence(page: &Page, situation: &Situation) -> String {
-    if page.who.may(Scope::PayloadsRead, &situation.task.namespace) {
-        return situation.sentence();
-    }
-    let mut situation = situation.clone();
-    for group in &mut situation.open {
-        if let Some(error) = &mut group.error {
-            error.truncate(error.find(": ").unwrap_or(error.len()));
-        }
-    }
-    situation.sentence()
+    situation.clone().seen_by(&|namespace| page.who.payloads_of(namespace)).sentence()
 }
 
 /// A value for a query string.

@@ -70,14 +70,27 @@ pub(crate) struct NewLimit {
     /// Goes with `rate`.
     #[schemars(range(min = 1, max = 31_536_000_000_u64))]
     per_ms: Option<u64>,
+    /// How many tasks of the namespace may be open; submits beyond it are refused. It protects the
+    /// others, so a key that has only some namespaces may not set it.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    open_tasks: Option<i32>,
     /// Why, for the audit.
     #[schemars(length(max = 1000))]
     reason: Option<String>,
 }
 
 async fn set_limit(call: Call<Nothing, Nothing, NewLimit>) -> Answer<Accepted> {
-    let NewLimit { namespace, handler, concurrency, rate, per_ms, reason } = call.body;
+    let NewLimit { namespace, handler, concurrency, rate, per_ms, open_tasks, reason } = call.body;
     call.who.require(Scope::LimitsWrite, &namespace)?;
+    if open_tasks.is_some() {
+        call.who.require_everywhere(Scope::LimitsWrite)?;
+        if handler.is_some() || concurrency.is_some() || rate.is_some() || per_ms.is_some() {
+            return Err(Problem::invalid("open_tasks", "stands alone, of the whole namespace; set other limits apart"));
+        }
+        let (client, actor) = (call.state.client(), Some(call.who.name.as_str()));
+        client.set_open_tasks_limit(&namespace, open_tasks, actor, reason.as_deref()).await?;
+        return Ok(Accepted::YES.into());
+    }
     if rate.is_some() != per_ms.is_some() {
         return Err(Problem::invalid("per_ms", "goes with rate: give both or neither"));
     }
@@ -98,15 +111,26 @@ pub(crate) struct LimitQuery {
     namespace: String,
     /// The handler, if it is of one.
     handler: Option<String>,
+    /// True: the one on open tasks.
+    #[serde(default)]
+    open_tasks: bool,
     /// Why, for the audit.
     reason: Option<String>,
 }
 
 async fn remove_limit(call: Call<Nothing, LimitQuery, Nothing>) -> Answer<Accepted> {
-    let LimitQuery { namespace, handler, reason } = &call.query;
+    let LimitQuery { namespace, handler, open_tasks, reason } = &call.query;
     call.who.require(Scope::LimitsWrite, namespace)?;
-    let limit = (namespace.as_str(), handler.as_deref());
-    let done = call.state.client().remove_limit(limit, Some(&call.who.name), reason.as_deref()).await;
+    let (client, actor, reason) = (call.state.client(), Some(call.who.name.as_str()), reason.as_deref());
+    let done = if *open_tasks {
+        call.who.require_everywhere(Scope::LimitsWrite)?;
+        if handler.is_some() {
+            return Err(Problem::invalid("open_tasks", "is of the whole namespace; leave out handler"));
+        }
+        client.set_open_tasks_limit(namespace, None, actor, reason).await
+    } else {
+        client.remove_limit((namespace.as_str(), handler.as_deref()), actor, reason).await
+    };
     done.map_err(|error| match error {
         ClientError::Refused(text) if text.starts_with("there is no such limit") => Problem::not_found("such limit"),
         other => other.into(),

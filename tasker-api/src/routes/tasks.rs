@@ -315,16 +315,9 @@ async fn counts(call: Call<Nothing, CountQuery, Nothing>) -> Answer<Counts> {
 }
 
 async fn why(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Why> {
-    let (_, payloads) = seen(&call, call.path.task).await?;
-    let mut situation = call.state.client().why(call.path.task).await?;
-    if !payloads {
-        // The type of an error may be known; what it says may hold anything.
-        for group in &mut situation.open {
-            if let Some(error) = &mut group.error {
-                error.truncate(error.find(": ").unwrap_or(error.len()));
-            }
-        }
-    }
+    visible(&call, call.path.task).await?;
+    let situation = call.state.client().why(call.path.task).await?;
+    let situation = situation.seen_by(&|namespace| call.who.payloads_of(namespace));
     Ok(Why { sentence: situation.sentence(), situation }.into())
 }
 

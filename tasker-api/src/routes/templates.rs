@@ -212,8 +212,9 @@ async fn apply(call: Call<Nothing, Nothing, TemplateFile>) -> Answer<Applied> {
         }
     };
     call.who.require(Scope::TemplatesWrite, &template.namespace)?;
-    let actor = Some(call.who.name.as_str());
-    let registered = tx::in_tx(call.state.pool(), async |conn| templates::apply(conn, &template, actor).await).await?;
+    let key = Some(call.who.name.as_str());
+    let registered =
+        tx::in_tx(call.state.pool(), async |conn| templates::apply(conn, &template, key, key).await).await?;
     let Template { namespace, name, version, .. } = template;
     Ok(Applied { namespace, name, version, is_new: registered.is_new }.into())
 }

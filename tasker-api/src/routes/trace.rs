@@ -13,7 +13,7 @@ use tasker_shared::store::{trace_settings, transitions, views};
 use tasker_shared::trace::backend::Backend;
 use tasker_shared::trace::config::{Sources as Configured, Stored, TraceConfig};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::read::{self, Flat, Include, MOST_SPANS, Sources, TraceView};
+use tasker_shared::trace::read::{self, Include, MOST_SPANS, Sources, TraceView};
 use tasker_shared::trace::settings::EVERYWHERE;
 use tasker_shared::trace::span::TraceId;
 use tasker_shared::trace::{names, otlp, tree};
@@ -200,12 +200,10 @@ async fn whole(
     if let (Some(id), Some(backend)) = (id, backend(&config)) {
         match backend.trace(id, &redact::policy()).await {
             Ok(theirs) => {
-                let reaches = |span: &Flat| {
-                    span.attributes
-                        .text(names::NAMESPACE)
-                        .map_or(who.namespaces().is_none() || only.is_some(), |namespace| who.reaches(namespace))
+                let theirs = match who.namespaces() {
+                    None => theirs,
+                    Some(_) => read::within_reach(theirs, &spans, &|namespace| who.reaches(namespace)),
                 };
-                let theirs = theirs.into_iter().filter(|span| reaches(span)).collect();
                 (spans, sources.backend) = read::merge(spans, theirs);
                 sources.backend_state = "read".into();
             }

@@ -4,6 +4,7 @@ mod harness;
 
 mod client;
 mod contract;
+mod namespaces;
 mod sign_in;
 mod starting;
 mod submitting;

@@ -20,6 +20,7 @@ use crate::run;
 Examples:
   tasker limit set shop --concurrency 50
   tasker limit set shop --handler payments.charge --concurrency 5 --rate 100 --per 1s
+  tasker limit set shop --open-tasks 10000
   tasker limit list
   tasker limit remove shop --handler payments.charge")]
 pub enum Limit {
@@ -36,6 +37,9 @@ pub enum Limit {
         /// In which time, such as 1s
         #[arg(long, value_parser = parse_duration, value_name = "DURATION", requires = "rate")]
         per: Option<Duration>,
+        /// At most so many open tasks in the namespace; submits beyond it are refused
+        #[arg(long, value_name = "N", conflicts_with_all = ["handler", "concurrency", "rate"])]
+        open_tasks: Option<i32>,
         /// Why, for the audit
         #[arg(long)]
         reason: Option<String>,
@@ -50,6 +54,9 @@ pub enum Limit {
     Remove {
         #[command(flatten)]
         of: Of,
+        /// The one on open tasks
+        #[arg(long, conflicts_with = "handler")]
+        open_tasks: bool,
         /// Why, for the audit
         #[arg(long)]
         reason: Option<String>,
@@ -69,24 +76,32 @@ pub struct Of {
 impl Limit {
     /// Runs it.
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
-        if matches!(&self, Self::Set { concurrency: None, rate: None, .. }) {
+        if matches!(&self, Self::Set { concurrency: None, rate: None, open_tasks: None, .. }) {
             return Err(failure(
                 WRONG,
-                "say what the limit is: --concurrency N, or --rate N --per DURATION, or all of them; \
+                "say what the limit is: --concurrency N, or --rate N --per DURATION, or all of them, or --open-tasks N; \
                 --handler HANDLER limits one handler instead of the whole namespace",
             ));
         }
         let connected = run::connect(global).await?;
         let client = &connected.client;
         match self {
-            Self::Set { of, concurrency, rate, per, reason } => {
+            Self::Set { of, open_tasks: Some(most), reason, .. } => {
+                client.set_open_tasks_limit(&of.namespace, Some(most), actor().as_deref(), reason.as_deref()).await?;
+                accepted(global, "what is open stays; submits beyond it are refused")
+            }
+            Self::Set { of, concurrency, rate, per, reason, .. } => {
                 let rate = rate.zip(per);
                 let limit = SetLimit { namespace: of.namespace, handler: of.handler, concurrency, rate };
                 client.set_limit(&limit, actor().as_deref(), reason.as_deref()).await?;
                 accepted(global, "it takes effect for what is not yet sent")
             }
             Self::List { namespace } => list(global, &client.limits(namespace.as_deref()).await?),
-            Self::Remove { of, reason } => {
+            Self::Remove { of, open_tasks: true, reason } => {
+                client.set_open_tasks_limit(&of.namespace, None, actor().as_deref(), reason.as_deref()).await?;
+                accepted(global, "nothing more is refused for it")
+            }
+            Self::Remove { of, reason, .. } => {
                 let limit = (of.namespace.as_str(), of.handler.as_deref());
                 client.remove_limit(limit, actor().as_deref(), reason.as_deref()).await?;
                 accepted(global, "what it held back goes on")

@@ -160,13 +160,14 @@ async fn apply(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
     let mut answers = Vec::new();
     let who = actor();
     for Checked { template, .. } in &checked {
-        let registered =
-            tx::in_tx(connected.client.pool(), async |conn| templates::apply(conn, template, who.as_deref()).await)
-                .await
-                .map_err(|error| match error {
-                    refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
-                    other => other.into(),
-                })?;
+        let registered = tx::in_tx(connected.client.pool(), async |conn| {
+            templates::apply(conn, template, who.as_deref(), None).await
+        })
+        .await
+        .map_err(|error| match error {
+            refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
+            other => other.into(),
+        })?;
         let Definition { namespace, name, version, .. } = template;
         if global.output == Format::Table {
             let what = if registered.is_new { "registered" } else { "was registered already, unchanged" };

@@ -73,7 +73,7 @@ fn a_wrong_command_line_exits_with_2() {
 #[test]
 fn what_says_nothing_is_told_every_flag_that_would() {
     for (arguments, flags) in [
-        (&["limit", "set", "shop"][..], &["--concurrency", "--rate", "--per", "--handler"][..]),
+        (&["limit", "set", "shop"][..], &["--concurrency", "--rate", "--per", "--open-tasks", "--handler"][..]),
         (&["retention", "set", "--namespace", "shop"], &["--keep", "--quarantine", "retention unset"]),
         (&["task", "cancel", "--dry-run"], &["--namespace", "--template", "--status"]),
         (&["schedule", "set", "shop/x", "--template", "t"], &["--cron", "--every", "--at"]),

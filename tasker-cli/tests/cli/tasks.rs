@@ -231,6 +231,12 @@ async fn limits_and_pauses_are_set_shown_and_taken_back() {
     assert_eq!(names.len(), 2, "{limits}");
     shop.tasker(&["limit", "remove", "shop", "--handler", "echo"]).exits_with(0);
     assert_eq!(shop.json(&["limit", "list"]).as_array().unwrap().len(), 1);
+    shop.tasker(&["limit", "set", "shop", "--open-tasks", "1", "--reason", "it floods"]).exits_with(0);
+    shop.tasker(&["limit", "set", "shop", "--open-tasks", "1", "--concurrency", "1"]).exits_with(2);
+    let open = &shop.json(&["limit", "list"])[1];
+    assert_eq!((&open["kind"], &open["concurrency"]), (&json!("open_tasks"), &json!(1)));
+    shop.tasker(&["limit", "remove", "shop", "--open-tasks"]).exits_with(0);
+    shop.tasker(&["limit", "remove", "shop", "--open-tasks"]).exits_with(3);
 
     let row = |queues: &Value| {
         let all = queues.as_array().unwrap().iter();

@@ -203,7 +203,7 @@ pub struct LimitUse {
     #[serde(skip)]
     pub limit_id: i64,
     pub namespace: String,
-    /// namespace, handler or template.
+    /// namespace, handler or template; or open_tasks, of which `concurrency` is how many tasks may be open.
     pub kind: String,
     pub name: String,
     pub concurrency: Option<i32>,
@@ -254,7 +254,8 @@ pub async fn limit_use(conn: &mut PgConnection, names: &[String]) -> Result<Vec<
     Ok(limits.fetch_all(conn).await?)
 }
 
-/// The limits of namespaces and handlers, and the first thousand of templates that are in use.
+/// The limits of namespaces and handlers, the first thousand of templates that are in use, and those on
+/// open tasks.
 pub async fn limits(conn: &mut PgConnection, namespace: Option<&str>) -> Result<Vec<LimitUse>, Error> {
     let names = sqlx::query_scalar!(
         "select name from tasker.limits l where ($1::text is null or namespace = $1)
@@ -264,7 +265,44 @@ pub async fn limits(conn: &mut PgConnection, namespace: Option<&str>) -> Result<
     )
     .fetch_all(&mut *conn)
     .await?;
-    limit_use(conn, &names).await
+    let mut limits = limit_use(conn, &names).await?;
+    let open = sqlx::query!(
+        r#"select namespace, open_tasks, tasker.open_tasks(namespace, open_tasks)::bigint as "open!"
+           from tasker.open_tasks_limits where $1::text is null or namespace = $1 order by namespace limit 1000"#,
+        namespace
+    );
+    limits.extend(open.fetch_all(conn).await?.into_iter().map(|row| LimitUse {
+        limit_id: 0,
+        name: format!("open tasks of {}", row.namespace),
+        namespace: row.namespace,
+        kind: "open_tasks".into(),
+        concurrency: Some(row.open_tasks),
+        in_use: row.open,
+        rate: None,
+        per_ms: None,
+        tokens: None,
+        next_ms: None,
+    }));
+    Ok(limits)
+}
+
+/// Sets how many open tasks a namespace may have, or removes that limit; `accepted`, or why not. Audited.
+pub async fn set_open_tasks(
+    conn: &mut PgConnection,
+    namespace: &str,
+    open_tasks: Option<i32>,
+    actor: Option<&str>,
+    reason: Option<&str>,
+) -> Result<String, Error> {
+    Ok(sqlx::query_scalar!(
+        r#"select tasker.set_open_tasks_limit($1, $2, $3, coalesce($4, session_user::text)) as "answer!""#,
+        namespace,
+        open_tasks,
+        reason,
+        actor
+    )
+    .fetch_one(conn)
+    .await?)
 }
 
 /// The limit of a namespace, or of one handler in it, as an operator sets it.

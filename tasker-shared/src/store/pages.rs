@@ -185,6 +185,7 @@ pub async fn search(conn: &mut PgConnection, namespaces: Option<&[String]>, word
 pub struct Around {
     pub template_id: i32,
     pub parent_task_uuid: Option<Uuid>,
+    pub parent_namespace: Option<String>,
     pub parent_step: Option<String>,
     pub parent_attempt: Option<i32>,
     pub parent_correlation_id: Option<String>,
@@ -203,6 +204,7 @@ pub async fn around(conn: &mut PgConnection, task: Uuid) -> Result<Option<Around
         Around,
         r#"select t.template_id, t.parent_task_uuid, t.parent_attempt, t.parent_correlation_id, t.root_span_id, t.ended_by,
              t.suspended_from, t.version, t.input, p.definition,
+             (select pt.namespace from tasker.tasks pt where pt.task_uuid = t.parent_task_uuid) as parent_namespace,
              (select d.name from tasker.steps s join tasker.tasks pt on pt.task_uuid = s.task_uuid
               join tasker.template_steps d on d.template_id = pt.template_id and d.step_index = s.step_index
               where s.step_uuid = t.parent_step_uuid) as parent_step

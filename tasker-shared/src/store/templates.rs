@@ -53,15 +53,30 @@ pub struct Registration {
 }
 
 /// Registers a template and creates its queues. The same content again changes nothing.
+///
+/// # Errors
+/// If the version exists with another content, or a step starts tasks in a namespace that the role of
+/// this connection may not use.
 pub async fn register(conn: &mut PgConnection, template: &Template) -> Result<Registration, TemplateError> {
+    register_by(conn, template, None).await
+}
+
+/// The database asks whether who registers it may use every namespace that its steps name, now and
+/// whenever one of them starts a task there: the role, and the key if there is one.
+async fn register_by(
+    conn: &mut PgConnection,
+    template: &Template,
+    key: Option<&str>,
+) -> Result<Registration, TemplateError> {
     let definition = template::to_json(template);
     let made = sqlx::query_scalar!(
-        "insert into tasker.templates (namespace, name, version, definition) values ($1, $2, $3, $4)
+        "insert into tasker.templates (namespace, name, version, definition, registered_key) values ($1, $2, $3, $4, $5)
          on conflict do nothing returning template_id",
         template.namespace,
         template.name,
         template.version,
-        definition
+        definition,
+        key
     )
     .fetch_optional(&mut *conn)
     .await?;
@@ -88,13 +103,28 @@ pub async fn register(conn: &mut PgConnection, template: &Template) -> Result<Re
 }
 
 /// As [`register`], asked for by a person: what is new is in the audit, in the caller's transaction.
+/// `key` is the API key that asks, by its name, which is the actor then. Whoever applies again what
+/// nobody may answer for any more answers for it.
+///
+/// # Errors
+/// As [`register`], and if that key may not use a namespace that a step names.
 pub async fn apply(
     conn: &mut PgConnection,
     template: &Template,
     actor: Option<&str>,
+    key: Option<&str>,
 ) -> Result<Registration, TemplateError> {
-    let registered = register(&mut *conn, template).await?;
-    if registered.is_new {
+    let registered = register_by(&mut *conn, template, key).await?;
+    if !registered.is_new && template.crossings().next().is_some() {
+        sqlx::query!(
+            "select tasker.adopt_template($1, $2, coalesce($3, session_user::text)) as adopted",
+            registered.template_id,
+            key,
+            actor
+        )
+        .fetch_one(conn)
+        .await?;
+    } else if registered.is_new {
         sqlx::query!(
             "insert into tasker.audit (subject, action, actor)
              values ($1, 'template.apply', left(coalesce($2, session_user::text), 100))",
@@ -251,4 +281,51 @@ pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> 
     let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
     let starts_tasks = definition.steps.iter().any(|step| matches!(step.work, Work::Task(_)));
     Ok(Loaded { definition, signals, starts_tasks, schema, keep: template.trace.keep.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::testing::TestDatabase;
+
+    #[tokio::test]
+    async fn templates_of_before_are_the_owners_but_for_those_that_a_key_had_no_right_to() {
+        let files = sqlx::migrate!("../migrations");
+        let database = TestDatabase::empty().await;
+        let pool = database.pool().await;
+        pgmq::install::install_sql_from_embedded(&pool).await.expect("PGMQ");
+        let of_before = "
+            insert into tasker.api_keys (key_id, name, secret_hash, role, namespaces, created_by, created_at, revoked_at) values
+              ('1', 'shop', sha256('1'), 'admin', null, 'test', '2026-01-01', '2026-02-01'),
+              ('2', 'shop', sha256('2'), 'admin', '{shop}', 'test', '2026-02-01', null),
+              ('3', 'both', sha256('3'), 'admin', '{shop,billing}', 'test', '2026-01-01', null);
+            insert into tasker.templates (namespace, name, version, definition, created_at)
+            select 'shop', t.name, '1', jsonb_build_object('steps', jsonb_build_array(jsonb_build_object('name', 'a', 'task', jsonb_build_object('template', 'x', 'namespace', t.namespace)))), t.at::timestamptz
+            from (values ('by_owner', 'billing', '2026-03-01'), ('by_all', 'billing', '2026-01-15'), ('by_shop', 'billing', '2026-03-01'),
+                         ('within', 'shop', '2026-03-01'), ('by_both', 'billing', '2026-03-01')) t(name, namespace, at);
+            insert into tasker.audit (subject, action, actor)
+            select format('template shop/%s 1', a.name), 'template.apply', a.actor
+            from (values ('by_owner', 'ada'), ('by_all', 'shop'), ('by_shop', 'shop'), ('within', 'shop'), ('by_both', 'both')) a(name, actor)";
+        for file in files.iter() {
+            if file.version == 19 {
+                sqlx::raw_sql(of_before).execute(&pool).await.expect("rows of before");
+            }
+            sqlx::raw_sql(file.sql.clone()).execute(&pool).await.expect("migrated");
+        }
+        let found: Vec<(String, Option<String>, bool)> = sqlx::query_as(
+            "select name, registered_key, tasker.crossing_problem(template_id, 'billing') is null from tasker.templates
+             where registered_role is null order by name",
+        )
+        .fetch_all(&pool)
+        .await
+        .expect("templates");
+        let wanted = [
+            ("by_all", None, true),
+            ("by_both", None, true),
+            ("by_owner", None, true),
+            ("by_shop", Some("shop"), false),
+            ("within", None, true),
+        ];
+        assert_eq!(found, wanted.map(|(name, key, may)| (name.to_owned(), key.map(str::to_owned), may)));
+    }
 }

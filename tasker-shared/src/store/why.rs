@@ -191,6 +191,23 @@ async fn full_limit(conn: &mut PgConnection, namespace: &str, group: &OpenSteps)
 }
 
 impl Situation {
+    /// As somebody may see it who does not reach every namespace or sees no payloads: `payloads` answers
+    /// of a namespace whether its payloads may be seen, or nothing if it is out of reach. Of a task out
+    /// of reach only its uuid is left; of an error whose words are hidden, its type.
+    #[must_use]
+    pub fn seen_by(mut self, payloads: &dyn Fn(&str) -> Option<bool>) -> Self {
+        if payloads(&self.task.namespace) != Some(true) {
+            for group in &mut self.open {
+                if let Some(error) = &mut group.error {
+                    error.truncate(error.find(": ").unwrap_or(error.len()));
+                }
+            }
+        }
+        let awaited = self.awaited.take().filter(|awaited| payloads(&awaited.task.namespace).is_some());
+        self.awaited = awaited.map(|awaited| Box::new(awaited.seen_by(payloads)));
+        self
+    }
+
     /// The public status, a colon, and the reason.
     pub fn sentence(&self) -> String {
         format!("{}: {}", self.task.status, self.reason())

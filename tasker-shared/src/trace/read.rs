@@ -244,6 +244,29 @@ pub fn merge(mut log: Vec<Flat>, backend: Vec<Flat>) -> (Vec<Flat>, usize) {
     (log, added)
 }
 
+/// Those of a backend's spans that belong to a namespace within reach. A span that names none, such as
+/// one of a user's own, belongs where the nearest span above it does; one that hangs nowhere is left out.
+pub fn within_reach(backend: Vec<Flat>, log: &[Flat], reaches: &dyn Fn(&str) -> bool) -> Vec<Flat> {
+    let keep: Vec<bool> = {
+        let by_id: HashMap<&str, &Flat> =
+            log.iter().chain(&backend).map(|span| (span.span_id.as_str(), span)).collect();
+        let is_within = |span: &Flat| {
+            let mut at = Some(span);
+            // A chain longer than the tree is a cycle.
+            for _ in 0..=by_id.len() {
+                let Some(span) = at else { break };
+                if let Some(namespace) = span.attributes.text(names::NAMESPACE) {
+                    return reaches(namespace);
+                }
+                at = span.parent_span_id.as_deref().and_then(|parent| by_id.get(parent).copied());
+            }
+            false
+        };
+        backend.iter().map(is_within).collect()
+    };
+    backend.into_iter().zip(keep).filter_map(|(span, keep)| keep.then_some(span)).collect()
+}
+
 /// The spans of a task and those below them.
 pub fn below_task(spans: Vec<Flat>, task_uuid: &str) -> Vec<Flat> {
     let parents: HashMap<&str, &str> =

@@ -110,3 +110,24 @@ fn waits_and_summary_add_up() {
     assert_eq!((view.summary[0].name.as_str(), view.summary[0].count), (names::TASK_ORCHESTRATION, 1));
     assert!(view.summary.iter().any(|line| line.name == names::STEP_WAIT && line.count == 3));
 }
+
+#[test]
+fn a_span_of_a_backend_belongs_where_the_nearest_above_it_does() {
+    let of = |id: &str, parent: Option<&str>, namespace: Option<&str>| {
+        let mut span = span(id, parent, "x", 0, 1);
+        let named = namespace.map(|namespace| (names::NAMESPACE.to_owned(), json!(namespace)));
+        span.attributes = Attributes::Backend(named.into_iter().collect());
+        span
+    };
+    let log = vec![of("root", None, Some("shop")), of("pay", Some("root"), None)];
+    let backend = vec![
+        of("own", Some("pay"), None),
+        of("child", Some("pay"), Some("billing")),
+        of("theirs", Some("child"), None),
+        of("query", Some("theirs"), None),
+        of("nowhere", Some("not exported yet"), None),
+        of("around", Some("around"), None),
+    ];
+    let kept = within_reach(backend, &log, &|namespace| namespace == "shop");
+    assert_eq!(kept.iter().map(|span| span.span_id.as_str()).collect::<Vec<_>>(), ["own"]);
+}
