@@ -23,6 +23,7 @@ mod flow;
 mod harmless;
 mod held_steps;
 mod hierarchy;
+mod hostile_arguments;
 mod idempotency;
 mod input_schema;
 mod large_payloads;

@@ -18,6 +18,7 @@ use sqlx::postgres::PgListener;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::payload;
 use crate::schedule::{Schedule, Timing};
 use crate::state_machine::decide::ByHand;
 use crate::state_machine::retry::LONGEST;
@@ -80,6 +81,24 @@ impl Submit {
     /// A task of the template's latest version with this input.
     pub fn new(namespace: impl Into<String>, template: impl Into<String>, input: Value) -> Self {
         Self { namespace: namespace.into(), template: template.into(), input, ..Self::default() }
+    }
+
+    /// What would fail the statement that this is a part of, by its field.
+    fn problem(&self) -> Option<String> {
+        let texts = [
+            ("namespace", Some(&self.namespace)),
+            ("template", Some(&self.template)),
+            ("version", self.version.as_ref()),
+            ("correlation_id", self.correlation_id.as_ref()),
+            ("idempotency_key", self.idempotency_key.as_ref()),
+            ("traceparent", self.traceparent.as_ref()),
+            ("tracestate", self.tracestate.as_ref()),
+            ("baggage", self.baggage.as_ref()),
+        ];
+        let of_text = |(field, text): (_, Option<&String>)| Some((field, payload::text_problem(text?)?));
+        let found = texts.into_iter().find_map(of_text);
+        let found = found.or_else(|| payload::problem(&self.input).map(|why| ("input", why)));
+        found.map(|(field, why)| format!("{field}: {why}"))
     }
 
     fn add_current_context(&mut self) {
@@ -181,6 +200,10 @@ impl Client {
         let (mut checked, mut places) = (Vec::new(), Vec::new());
         let mut known = HashMap::new();
         for (place, mut request) in batch.into_iter().enumerate() {
+            if let Some(problem) = request.problem() {
+                answers.push(Err(problem));
+                continue;
+            }
             let key = (request.namespace.clone(), request.template.clone(), request.version.clone());
             let schema = match known.get(&key) {
                 Some(schema) => Option::clone(schema),
@@ -302,7 +325,7 @@ impl Client {
         reason: Option<&str>,
     ) -> Result<Value, ClientError> {
         let mut conn = self.pool.acquire().await?;
-        Ok(requests::act_on_tasks(&mut conn, filter, action, dry_run, actor, reason).await?)
+        requests::act_on_tasks(&mut conn, filter, action, dry_run, actor, reason).await.map_err(refused)
     }
 
     /// What operators did, newest first; to one task if it is named.
@@ -667,6 +690,9 @@ steps: [{name: only, handler: noop}]
             Submit::new("shop", "order", json!({})),
             Submit::new("shop", "nothing", json!({})),
             order("2"),
+            order("a\0b"),
+            Submit { correlation_id: Some("\0".into()), ..order("3") },
+            Submit::new("sh\0p", "order", json!({})),
         ];
         let answers = client.submit_many(requests).await.unwrap();
         assert!(answers[0].as_ref().is_ok_and(|submitted| submitted.is_new), "{answers:?}");
@@ -676,6 +702,10 @@ steps: [{name: only, handler: noop}]
             "{answers:?}"
         );
         assert_ne!(answers[0], answers[3]);
+        for (answer, field) in answers[4..].iter().zip(["input", "correlation_id", "namespace"]) {
+            let expected = format!("{field}: holds the character U+0000");
+            assert!(answer.as_ref().is_err_and(|problem| problem.starts_with(&expected)), "{answers:?}");
+        }
         assert_eq!(client.list(&TaskFilter::default()).await.unwrap().len(), 2);
     }
 

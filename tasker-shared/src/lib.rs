@@ -8,6 +8,7 @@ pub mod client;
 pub mod message;
 pub mod metrics;
 pub mod migrate;
+pub mod payload;
 pub mod postgres;
 pub mod queue;
 pub mod redact;

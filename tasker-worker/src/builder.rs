@@ -22,7 +22,6 @@ pub struct Builder {
     builtins: bool,
     http_hosts: Vec<String>,
     slots: usize,
-    lease: Duration,
     drain_timeout: Duration,
     cancel_grace: Duration,
     name: Option<String>,
@@ -43,7 +42,6 @@ impl Builder {
             builtins: false,
             http_hosts: Vec::new(),
             slots: 50,
-            lease: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
             cancel_grace: Duration::from_secs(10),
             name: None,
@@ -107,13 +105,6 @@ impl Builder {
     #[must_use]
     pub fn slots(mut self, slots: usize) -> Self {
         self.slots = slots;
-        self
-    }
-
-    /// The lease of steps whose template gives none; 10 s if not given.
-    #[must_use]
-    pub fn lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
         self
     }
 
@@ -195,16 +186,24 @@ impl Builder {
         if self.registry.names().is_empty() {
             return Err(Error::NoHandlers);
         }
+        if let Some(name) = self.registry.names().into_iter().find(|name| !is_handler(name)) {
+            return Err(Error::Handler(name));
+        }
+        let name = self.name.unwrap_or_else(default_name);
+        for (what, text, shortest) in [("name", &name, 1), ("version", &self.version, 0)] {
+            if !(shortest..=200).contains(&text.len()) || text.chars().any(char::is_control) {
+                return Err(Error::Label(what, shortest));
+            }
+        }
         Ok(Worker {
             url: self.url,
             namespace: self.namespace,
             queues: self.queues,
             registry: self.registry,
             slots: self.slots,
-            lease: self.lease,
             drain_timeout: self.drain_timeout,
             cancel_grace: self.cancel_grace,
-            name: self.name.unwrap_or_else(default_name),
+            name,
             version: self.version,
             metrics: self.metrics,
             capture: self.capture,
@@ -219,6 +218,14 @@ fn check_name(what: &'static str, name: &str) -> Result<(), Error> {
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.split('_').all(|word| !word.is_empty() && word.chars().all(words));
     if good { Ok(()) } else { Err(Error::Name { what, name: name.to_owned() }) }
+}
+
+/// As templates have it: another would never be asked for.
+fn is_handler(name: &str) -> bool {
+    let words = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    name.len() <= 100
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.split('.').all(|part| !part.is_empty() && part.chars().all(words))
 }
 
 fn default_name() -> String {
@@ -240,6 +247,14 @@ mod tests {
         assert!(matches!(build(|b| b.queue(Some("Slow"))), Err(Error::Name { what: "queue", .. })));
         assert!(matches!(build(|b| b.queue(Some("slow_"))), Err(Error::Name { .. })));
         assert!(matches!(build(|b| b.slots(0)), Err(Error::Slots)));
+        assert!(build(|b| b.handler("orders.ship_2.1st", handlers::echo).version("")).is_ok());
+        for name in ["", "Ship", "a\0b", "a..b", "1st", "a b"] {
+            let built = Worker::builder("postgresql:///x").handler(name, handlers::echo).build();
+            assert!(matches!(built, Err(Error::Handler(refused)) if refused == name), "{name:?}");
+        }
+        assert!(matches!(build(|b| b.name("a\0b")), Err(Error::Label("name", 1))));
+        assert!(matches!(build(|b| b.name("")), Err(Error::Label("name", 1))));
+        assert!(matches!(build(|b| b.version("v".repeat(201))), Err(Error::Label("version", 0))));
         assert!(
             matches!(build(|b| b.handler("echo", handlers::echo)), Err(Error::DuplicateHandler(name)) if name == "echo")
         );

@@ -32,7 +32,6 @@ pub(crate) struct Claimer {
     pub(crate) worker: String,
     pub(crate) queue: Option<String>,
     pub(crate) handlers: Vec<String>,
-    pub(crate) lease: Duration,
     pub(crate) slots: Arc<Semaphore>,
     pub(crate) slot_count: usize,
     pub(crate) attempts: TaskTracker,
@@ -102,8 +101,7 @@ impl Claimer {
         let (namespace, queue) = (&*self.executor.namespace, self.queue.as_deref());
         let began = SystemTime::now();
         let claims =
-            protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max, self.lease)
-                .await?;
+            protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max).await?;
         if live::is_on(Area::Messaging, Some(namespace)) {
             let queue =
                 queue.map_or_else(|| format!("worker_{namespace}"), |name| format!("worker_{namespace}__{name}"));

@@ -111,9 +111,12 @@ impl StepContext {
 
     /// Notes how far the handler is, for people who watch. It travels with the
     /// next heartbeat, which the worker sends by itself; the last value counts.
-    /// Values of more than 4 KiB are not kept.
+    /// Values of more than 4 KiB, or deeper than 64 levels, are not kept, and a line
+    /// of the log says so; U+0000 becomes U+FFFD.
     pub fn heartbeat(&self, progress: Value) {
-        self.0.held.note_progress(self.0.claim.token, progress);
+        if let Err(why) = self.0.held.note_progress(self.0.claim.token, progress) {
+            tracing::warn!(step_uuid = %self.0.claim.step, "the progress is not kept: it {why}");
+        }
     }
 
     /// The same for every attempt of this step: what an outside system needs

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use sqlx::PgPool;
+use tasker_shared::payload;
 use tasker_shared::store::protocol::{self, Beat, Beaten, Claim};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -17,9 +18,12 @@ use uuid::Uuid;
 
 use crate::line::{Line, backoff};
 use crate::measure;
+use crate::report::is_of_the_content;
 
 /// A template with a lease of nothing must not make the loop spin.
 const SHORTEST: Duration = Duration::from_millis(20);
+/// Of a progress; the database takes no more either.
+const MAX_PROGRESS_BYTES: usize = 4096;
 
 /// How a running handler is told to end.
 #[derive(Debug, Clone, Default)]
@@ -84,10 +88,20 @@ impl Held {
         }
     }
 
-    pub(crate) fn note_progress(&self, token: Uuid, progress: Value) {
+    /// Keeps it for the next heartbeat. What the database would not take is never sent: it would fail
+    /// the call that keeps all other leases.
+    pub(crate) fn note_progress(&self, token: Uuid, mut progress: Value) -> Result<(), &'static str> {
+        if let Some(why) = payload::problem(&progress).filter(|why| why.starts_with("nests")) {
+            return Err(why);
+        }
+        payload::clean(&mut progress);
+        if progress.to_string().len() > MAX_PROGRESS_BYTES {
+            return Err("has more than 4096 bytes");
+        }
         if let Some(claim) = self.lock().by_token.get_mut(&token) {
             claim.progress = Some(progress);
         }
+        Ok(())
     }
 
     /// Asks for all claims at once: one of them was cancelled, or we may have missed that.
@@ -146,7 +160,7 @@ impl Held {
 }
 
 /// Renews leases until `stop` fires.
-pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: CancellationToken) {
+pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken) {
     let mut line = Line::new(pool);
     let mut failures = 0;
     loop {
@@ -167,7 +181,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: C
         if beats.is_empty() {
             continue;
         }
-        match send(&mut line, &beats, lease).await {
+        match send(&mut line, &beats).await {
             Ok(answers) => {
                 failures = 0;
                 held.settle(&beats, &answers, sent);
@@ -178,7 +192,10 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: C
                 if failures == 0 {
                     tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
                 }
-                held.take_back(beats);
+                // What the database objects to can only be what handlers said: without it the call is good.
+                if !is_of_the_content(&error) {
+                    held.take_back(beats);
+                }
                 if all {
                     held.beat_now();
                 }
@@ -192,7 +209,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, lease: Duration, stop: C
 }
 
 #[tracing::instrument(skip_all, fields(claims = beats.len()))]
-async fn send(line: &mut Line, beats: &[Beat], lease: Duration) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
+async fn send(line: &mut Line, beats: &[Beat]) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
     let conn = line.get().await?;
-    protocol::heartbeat(conn, beats, lease).await
+    protocol::heartbeat(conn, beats).await
 }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
-use tasker_shared::redact;
+use tasker_shared::{payload, redact};
 
 /// Events of one attempt, their attributes, and the bytes of all of them; the database takes 64 KiB.
 const MOST_EVENTS: usize = 128;
@@ -48,13 +48,13 @@ impl Recorder {
         let policy = redact::policy();
         let mut kept = Map::new();
         for (key, value) in attributes.into_iter().take(MOST_ATTRIBUTES) {
-            let key = redact::clipped(key.as_ref(), MAX_NAME_BYTES);
+            let key = name_of(key.as_ref());
             if let Some(value) = attribute(&policy, &key, value, longest) {
                 kept.insert(key, value);
             }
         }
         let at_ms = (self.received.elapsed().as_secs_f64() * 1e6).round() / 1e3;
-        let event = json!({"name": redact::clipped(name, MAX_NAME_BYTES), "at_ms": at_ms, "attributes": kept});
+        let event = json!({"name": name_of(name), "at_ms": at_ms, "attributes": kept});
         let bytes = event.to_string().len();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.events.len() < MOST_EVENTS && told.bytes + bytes <= MOST_BYTES {
@@ -71,7 +71,7 @@ impl Recorder {
             return;
         }
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = redact::clipped(name, MAX_NAME_BYTES);
+        let name = name_of(name);
         if told.usage.len() < MOST_COUNTERS || told.usage.contains_key(&name) {
             *told.usage.entry(name).or_default() += amount;
         }
@@ -87,6 +87,13 @@ impl Recorder {
         let usage = told.usage.into_iter().map(|(name, amount)| (name, number(amount))).collect::<Map<_, _>>();
         ((!events.is_empty()).then_some(Value::Array(events)), (!usage.is_empty()).then_some(Value::Object(usage)))
     }
+}
+
+/// At most [`MAX_NAME_BYTES`], no secrets, and nothing that the database cannot store.
+fn name_of(text: &str) -> String {
+    let mut name = redact::clipped(text, MAX_NAME_BYTES);
+    payload::clean_text(&mut name);
+    name
 }
 
 /// Whole numbers are written as such.

@@ -150,9 +150,9 @@ impl Reporter {
                     if part.len() > 1 {
                         let rest = part.split_off(part.len() / 2);
                         parts.extend([rest, part]);
-                    } else if let Some(refused) = refused(&part[0], &error) {
-                        tracing::warn!(step_uuid = %part[0].step, %error, "the database refuses an output; the attempt is reported as failed");
-                        self.executor.results.push(refused);
+                    } else if let Some((less, what)) = less(&part[0], &error) {
+                        tracing::warn!(step_uuid = %part[0].step, %error, "the database refuses {what}");
+                        self.executor.results.push(less);
                         self.executor.results.answered(&part);
                     } else {
                         tracing::error!(step_uuid = %part[0].step, %error, "the database refuses a report; its lease will expire");
@@ -191,7 +191,7 @@ async fn send(line: &mut Line, reports: &[Report]) -> Result<Vec<bool>, Error> {
 
 /// Whether the database objects to what was sent, so that sending it again is no use: data
 /// exceptions (such as JSON that `jsonb` cannot hold) and exceeded limits.
-fn is_of_the_content(error: &Error) -> bool {
+pub(crate) fn is_of_the_content(error: &Error) -> bool {
     match error {
         Error::Database(sqlx::Error::Database(error)) => {
             error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
@@ -201,8 +201,13 @@ fn is_of_the_content(error: &Error) -> bool {
     }
 }
 
-/// The attempt of a refused output as a failed one; `None` if it carried no output.
-fn refused(report: &Report, error: &Error) -> Option<Report> {
+/// A refused report with less in it, and what was left out: first what the handler told of itself, then
+/// its output, for which the attempt counts as failed. `None` if there is nothing left to leave out.
+fn less(report: &Report, error: &Error) -> Option<(Report, &'static str)> {
+    if report.milestones.is_some() || report.usage.is_some() {
+        let less = Report { milestones: None, usage: None, ..report.clone() };
+        return Some((less, "milestones or usage; the attempt is reported without them"));
+    }
     let Outcome::Success { .. } = report.outcome else {
         return None;
     };
@@ -216,5 +221,6 @@ fn refused(report: &Report, error: &Error) -> Option<Report> {
         retryable: false,
         retry_after_ms: None,
     };
-    Some(Report { outcome: Outcome::Error { error }, ..report.clone() })
+    let failed = Report { outcome: Outcome::Error { error }, ..report.clone() };
+    Some((failed, "an output; the attempt is reported as failed"))
 }

@@ -54,6 +54,14 @@ pub enum Error {
     /// One name, two functions.
     #[error("handlers: {0:?} is there twice; give each handler a name of its own")]
     DuplicateHandler(String),
+    /// A handler that no template can name.
+    #[error(
+        "handlers: {0:?} is no name of a handler; use lower-case letters, digits and underscores, in parts separated by dots, beginning with a letter, 100 bytes at most"
+    )]
+    Handler(String),
+    /// What the worker calls itself, or its version.
+    #[error("{0}: must have {1} to 200 bytes and no control characters")]
+    Label(&'static str, usize),
     /// No room to run anything.
     #[error("slots: must be from 1 to 100000")]
     Slots,
@@ -78,7 +86,6 @@ pub struct Worker {
     pub(crate) queues: Vec<Option<String>>,
     pub(crate) registry: Registry,
     pub(crate) slots: usize,
-    pub(crate) lease: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) cancel_grace: Duration,
     pub(crate) name: String,
@@ -178,7 +185,6 @@ impl Worker {
                 worker: self.name.clone(),
                 queue,
                 handlers: handlers.clone(),
-                lease: self.lease,
                 slots: Arc::clone(&slots),
                 slot_count: self.slots,
                 attempts: attempts.clone(),
@@ -197,7 +203,7 @@ impl Worker {
         if let Some(follower) = follower {
             upkeep.spawn(follow_settings(follower, all_reported.clone()));
         }
-        upkeep.spawn(held::beat(held, pools.claims.clone(), self.lease, all_reported.clone()));
+        upkeep.spawn(held::beat(held, pools.claims.clone(), all_reported.clone()));
         let mut reporters = JoinSet::new();
         for _ in 0..REPORTERS {
             let reporter = Reporter {

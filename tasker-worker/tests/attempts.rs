@@ -236,6 +236,69 @@ async fn heartbeats_keep_a_claim_beyond_its_lease_and_carry_the_progress() {
 }
 
 #[tokio::test]
+async fn progress_that_the_database_cannot_keep_costs_no_lease() {
+    let bench = Bench::new().await;
+    let (tell, mut heard) = mpsc::unbounded_channel();
+    let short = crate::bench::Step { lease_ms: 600, ..step("long", json!(null)) };
+    let (_, steps) = bench.enqueue(&[short.clone(), short.clone(), short]).await;
+    let worker = start(bench.worker().handler("long", move |ctx: StepContext, _: Value| {
+        let tell = tell.clone();
+        async move {
+            match ctx.step_name() {
+                "s0" => ctx.heartbeat(json!({"a\0b": ["c\0d"]})),
+                "s1" => {
+                    ctx.heartbeat(json!("first"));
+                    ctx.heartbeat(json!("x".repeat(5000)));
+                    ctx.heartbeat((0..100).fold(json!(1), |value, _| json!([value])));
+                }
+                _ => ctx.heartbeat(json!("fine")),
+            }
+            tell.send(ctx.clone()).expect("a listener");
+            ctx.cancellation_token().cancelled().await;
+            Ok::<_, StepError>(())
+        }
+    }));
+    let contexts = [told(&mut heard).await, told(&mut heard).await, told(&mut heard).await];
+    bench
+        .until(
+            "select bool_and(coalesce(last_heartbeat_at > last_at + interval '1.2 s' and lease_expires_at > clock_timestamp(), false))
+             from tasker.steps",
+        )
+        .await;
+    let progress: Vec<Value> = sqlx::query_scalar("select progress from tasker.steps order by step_index")
+        .fetch_all(&bench.pool)
+        .await
+        .expect("what is kept");
+    assert_eq!(progress, [json!({"a\u{fffd}b": ["c\u{fffd}d"]}), json!("first"), json!("fine")]);
+    contexts.iter().for_each(|ctx| ctx.cancellation_token().cancel());
+    for step in steps {
+        assert_eq!(bench.reported(step).await.outcome.as_deref(), Some("success"));
+    }
+    worker.drained().await;
+}
+
+#[tokio::test]
+async fn what_a_handler_tells_of_itself_costs_no_result() {
+    let bench = Bench::new().await;
+    let (_, steps) = bench.enqueue(&[step("teller", json!(true)), step("teller", json!(false))]).await;
+    let worker = start(bench.worker().handler("teller", async |ctx: StepContext, good: bool| {
+        ctx.milestone("a\0b", [("c\0d", json!("e\0f")), ("list", json!(["g\0h"]))]);
+        ctx.add_usage("i\0j", 1.0);
+        if good { Ok("done") } else { Err(StepError::fail("Bad", "no")) }
+    }));
+    assert_eq!(bench.reported(steps[0]).await.output, Some(json!("done")));
+    assert_eq!(bench.reported(steps[1]).await.error.expect("an error")["type"], "Bad");
+    let told: Vec<(Value, Value)> = sqlx::query_as(
+        "select milestones->0->'name', usage->(select k from jsonb_object_keys(usage) k limit 1) from tasker.attempts",
+    )
+    .fetch_all(&bench.pool)
+    .await
+    .expect("what was told");
+    assert_eq!(told, [(json!("a\u{fffd}b"), json!(1)), (json!("a\u{fffd}b"), json!(1))]);
+    worker.drained().await;
+}
+
+#[tokio::test]
 async fn a_result_of_a_lost_claim_changes_nothing_and_is_counted() {
     let bench = Bench::new().await;
     let (tell, mut heard) = mpsc::unbounded_channel();

@@ -4,8 +4,6 @@
 //! Rust workers use exactly what a worker in any other language uses. Nothing
 //! here looks at a table.
 
-use std::time::Duration;
-
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
@@ -161,8 +159,7 @@ pub async fn take_lock(session: impl PgExecutor<'_>, lock_key: i64) -> Result<bo
     Ok(sqlx::query_scalar!(r#"select pg_try_advisory_lock($1) as "taken!""#, lock_key).fetch_one(session).await?)
 }
 
-/// Leases up to `max` steps of the namespace's queue to the worker; `lease` applies where the
-/// template gives none. May run on a connection that commits asynchronously.
+/// Leases up to `max` steps of the namespace's queue to the worker. May run on a connection that commits asynchronously.
 pub async fn claim_steps(
     conn: &mut PgConnection,
     namespace: &str,
@@ -170,7 +167,6 @@ pub async fn claim_steps(
     worker: &str,
     handlers: &[String],
     max: i32,
-    lease: Duration,
 ) -> Result<Vec<Claim>, Error> {
     Ok(sqlx::query_as!(
         Claim,
@@ -178,13 +174,12 @@ pub async fn claim_steps(
              attempt as "attempt!", token as "token!", handler as "handler!", input,
              correlation_id as "correlation_id!", traceparent, tracestate, baggage,
              claimed_at as "claimed_at!", deadline, lease_ms as "lease_ms!", max_attempts as "max_attempts!"
-           from tasker.claim_steps($1, $2, $3, $4, $5, make_interval(secs => $6))"#,
+           from tasker.claim_steps($1, $2, $3, $4, $5)"#,
         namespace,
         queue,
         worker,
         handlers,
-        max,
-        lease.as_secs_f64()
+        max
     )
     .fetch_all(conn)
     .await?)
@@ -192,13 +187,12 @@ pub async fn claim_steps(
 
 /// Renews leases; the answers are in the order of the claims. May run on a connection that
 /// commits asynchronously.
-pub async fn heartbeat(conn: &mut PgConnection, claims: &[Beat], lease: Duration) -> Result<Vec<Beaten>, Error> {
+pub async fn heartbeat(conn: &mut PgConnection, claims: &[Beat]) -> Result<Vec<Beaten>, Error> {
     let rows = sqlx::query_as!(
         Beaten,
         r#"select still_yours as "still_yours!", cancel_requested as "cancel_requested!"
-           from tasker.heartbeat($1, make_interval(secs => $2))"#,
-        Json(claims) as _,
-        lease.as_secs_f64()
+           from tasker.heartbeat($1)"#,
+        Json(claims) as _
     )
     .fetch_all(conn)
     .await?;

@@ -324,7 +324,9 @@ pub struct UsageView {
 /// Adds up what the attempts of a task used; empty if none told.
 pub async fn usage(conn: &mut PgConnection, task_uuid: Uuid) -> Result<UsageView, Error> {
     let rows = sqlx::query!(
-        r#"select d.name, u.key as "key!", sum(u.value::numeric)::float8 as "amount!"
+        // A sum may be larger, and a share smaller, than any double.
+        r#"select d.name, u.key as "key!",
+             round(least(greatest(sum(u.value::numeric), -1e300), 1e300), 300)::float8 as "amount!"
            from tasker.attempts a
            join tasker.steps s on s.step_uuid = a.step_uuid
            join tasker.tasks t on t.task_uuid = s.task_uuid
