@@ -121,3 +121,47 @@ async fn export_that_outlives_its_deadline_is_left_to_the_next() {
     world.assert_complete().await;
     world.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_large_logs_is_read_in_pages_and_is_the_same() {
+    const PAGE: u64 = 2000;
+    let mut world = World::start(Setup { orchestrators: 0, workers: 2, ..Setup::default() }).await;
+    let items: Vec<usize> = (0..600).collect();
+    let map = "steps:\n  - {name: each, handler: ok, for_each: '${input.items}'}";
+    world.register("map", map).await;
+    let wide: String = (0..20).map(|n| format!("s{n}: ok\n")).collect();
+    world.register_steps("wide", &wide).await;
+    world.receiver.behave(Behaviour::Hang);
+    let first = world.orchestrator_process().await;
+    let request = |items: &[usize]| serde_json::json!({"template": "map", "input": {"items": items}});
+    let mut tasks = vec![world.submit_with(request(&items)).await.expect("submitted")];
+    for _ in 0..40 {
+        tasks.push(world.submit("wide").await);
+    }
+    assert_eq!(world.finish_within(&tasks, crate::harness::DEADLINE * 3).await, vec!["complete"; tasks.len()]);
+    // A second generation ends with another root.
+    for task in &tasks[..2] {
+        let step = if *task == tasks[0] { "each" } else { "s0" };
+        let asked: String = sqlx::query_scalar("select tasker.rerun_task($1, array[$2], 'again')")
+            .bind(task)
+            .bind(step)
+            .fetch_one(&world.pool)
+            .await
+            .expect("asked");
+        assert_eq!(asked, "accepted");
+    }
+    eventually("they have ended again", async || {
+        let again = "select count(*) from tasker.tasks where generation = 2 and state = 'complete'";
+        (world.number(again).await == 2).then_some(())
+    })
+    .await;
+    first.kill().await;
+    let rows = world.number("select count(*) from tasker.transitions").await;
+    assert!(u64::try_from(rows).is_ok_and(|rows| rows > 3 * PAGE), "{rows} rows do not fill three pages");
+    world.receiver.behave(Behaviour::Accept);
+    world.add_orchestrator().await;
+    world.assert_complete().await;
+    let most = world.orchestrators[0].export_stats().expect("traced").summary()["most_rows_read"].as_u64();
+    assert!(most.is_some_and(|most| most > 0 && most <= PAGE), "{most:?} of {rows} rows were in memory at once");
+    world.end().await;
+}

@@ -26,7 +26,7 @@ async fn whatever_a_collector_answers_work_goes_on_and_every_span_arrives_in_the
             Behaviour::GarbageBytes,
             Behaviour::CloseMidStream,
             Behaviour::Hang,
-            Behaviour::Refuse(Code::InvalidArgument, StatusCode::BAD_REQUEST),
+            Behaviour::Refuse(Code::Unauthenticated, StatusCode::UNAUTHORIZED),
         ] {
             world.receiver.behave(behaviour.clone());
             let stats = world.orchestrators[0].export_stats().expect("traced").clone();

@@ -420,6 +420,11 @@ impl World {
             (self.number("select count(*) from tasker.export_batches").await == 0).then_some(())
         })
         .await;
+        self.assert_all_spans_there().await;
+    }
+
+    /// The same, without waiting for it.
+    pub async fn assert_all_spans_there(&self) {
         let expected = self.expected_spans().await;
         let mut arrived: BTreeMap<SpanKey, Received> = BTreeMap::new();
         for received in self.receiver.spans() {

@@ -48,6 +48,12 @@ pub enum Behaviour {
     Hang,
     /// Answers this gRPC code, or the HTTP status with `Retry-After: 7`.
     Refuse(Code, StatusCode),
+    /// Takes no request of more bytes: 413, or what gRPC servers say of such.
+    TooLarge(usize),
+    /// Refuses a request for good, 400 or INVALID_ARGUMENT, if any of its spans has this correlation id.
+    RefuseSpans(&'static str),
+    /// Answers 500 or INTERNAL if any span of the request has this correlation id.
+    BreakAt(&'static str),
     /// Answers success with a body that is no protobuf.
     Garbage,
     /// Answers success with a web page, like a proxy that routes elsewhere.
@@ -323,7 +329,13 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>, closed: Cancell
             response.headers_mut().insert(RETRY_AFTER, http::HeaderValue::from_static("7"));
             response
         }
-        Behaviour::Accept | Behaviour::Partial(_) if grpc => {
+        Behaviour::Accept
+        | Behaviour::Partial(_)
+        | Behaviour::TooLarge(_)
+        | Behaviour::RefuseSpans(_)
+        | Behaviour::BreakAt(_)
+            if grpc =>
+        {
             let mut service = TraceServiceServer::new(Collector { shared, behaviour })
                 .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(usize::MAX);
@@ -344,17 +356,26 @@ fn response(status: StatusCode, content_type: &'static str, body: Body) -> Respo
 }
 
 async fn over_http(request: Request<Incoming>, collector: Collector) -> Response<Body> {
-    match read_http(request).await.and_then(|request| collector.take(request)) {
+    let request = match read_http(request).await {
+        Ok(request) => request,
+        Err(problem) => return invalid(&collector, problem),
+    };
+    if let Some((status, _, problem)) = collector.refusal(&request) {
+        return response(status, "text/plain", Body::new(Full::<Bytes>::from(problem)));
+    }
+    match collector.take(request) {
         Ok(answer) => {
             let body = Full::<Bytes>::from(answer.encode_to_vec());
             response(StatusCode::OK, "application/x-protobuf", Body::new(body))
         }
-        Err(problem) => {
-            let body = Full::<Bytes>::from(problem.clone());
-            collector.shared.with(|state| state.violations.push(problem));
-            response(StatusCode::BAD_REQUEST, "text/plain", Body::new(body))
-        }
+        Err(problem) => invalid(&collector, problem),
     }
+}
+
+fn invalid(collector: &Collector, problem: String) -> Response<Body> {
+    let body = Full::<Bytes>::from(problem.clone());
+    collector.shared.with(|state| state.violations.push(problem));
+    response(StatusCode::BAD_REQUEST, "text/plain", Body::new(body))
 }
 
 async fn read_http(request: Request<Incoming>) -> Result<ExportTraceServiceRequest, String> {
@@ -393,7 +414,11 @@ impl TraceService for Collector {
         &self,
         request: tonic::Request<ExportTraceServiceRequest>,
     ) -> Result<tonic::Response<ExportTraceServiceResponse>, Status> {
-        self.take(request.into_inner()).map(tonic::Response::new).map_err(|problem| {
+        let request = request.into_inner();
+        if let Some((_, code, problem)) = self.refusal(&request) {
+            return Err(Status::new(code, problem));
+        }
+        self.take(request).map(tonic::Response::new).map_err(|problem| {
             self.shared.with(|state| state.violations.push(problem.clone()));
             Status::invalid_argument(problem)
         })
@@ -401,6 +426,30 @@ impl TraceService for Collector {
 }
 
 impl Collector {
+    /// How it was told to refuse this valid request, if it was.
+    fn refusal(&self, request: &ExportTraceServiceRequest) -> Option<(StatusCode, Code, String)> {
+        let has = |id: &str| {
+            let scopes = request.resource_spans.iter().flat_map(|resource| &resource.scope_spans);
+            scopes.flat_map(|scope| &scope.spans).flat_map(|span| &span.attributes).any(|kv| {
+                let value = kv.value.as_ref().and_then(|value| value.value.as_ref());
+                kv.key == "correlation_id" && value == Some(&any_value::Value::StringValue(id.to_owned()))
+            })
+        };
+        match self.behaviour {
+            Behaviour::TooLarge(most) if request.encoded_len() > most => {
+                let problem = format!("received message larger than max ({} vs. {most})", request.encoded_len());
+                Some((StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted, problem))
+            }
+            Behaviour::RefuseSpans(id) if has(id) => {
+                Some((StatusCode::BAD_REQUEST, Code::InvalidArgument, "told to refuse".into()))
+            }
+            Behaviour::BreakAt(id) if has(id) => {
+                Some((StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "told to break".into()))
+            }
+            _ => None,
+        }
+    }
+
     /// Keeps the spans of a valid request; of an invalid one it keeps nothing.
     fn take(&self, request: ExportTraceServiceRequest) -> Result<ExportTraceServiceResponse, String> {
         let mut received = Vec::new();

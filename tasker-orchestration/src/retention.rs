@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgPool;
 use tasker_shared::metrics::metrics;
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::store::{self, retention};
+use tasker_shared::store::{self, Fault, retention};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -99,7 +99,7 @@ pub async fn pass(
             match done {
                 Ok(Some(tasks)) => removed.tasks += tasks,
                 Ok(None) => return Ok(Removed { busy: true, ..removed }),
-                Err(Error::Store(error)) if error.is_locked() => removed.put_off += 1,
+                Err(Error::Store(error)) if error.fault() == Fault::Locked => removed.put_off += 1,
                 Err(error) => return Err(error),
             }
         }
@@ -188,7 +188,7 @@ pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: Can
         let turn = turn.await;
         match &turn {
             Ok(Removed { put_off: 1.., .. }) => shared.locks.met("retention", 1),
-            Err(Error::Store(error)) if error.is_locked() => shared.locks.met("retention", 1),
+            Err(Error::Store(error)) if error.fault() == Fault::Locked => shared.locks.met("retention", 1),
             _ => {}
         }
         match turn {

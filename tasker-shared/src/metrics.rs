@@ -196,6 +196,8 @@ pub struct Metrics {
     pub hints_ignored: Counter,
     pub lock_put_offs: Bounded<OfSource, Counter>,
     pub messages_quarantined: Counter,
+    pub messages_put_off: Counter,
+    pub settling_paused: Gauge,
     pub tasks_stuck: Gauge,
     // Workers.
     pub worker_slots: Bounded<OfNamespace, Gauge>,
@@ -271,6 +273,18 @@ impl Metrics {
         );
         let messages_quarantined =
             one(r, "tasker_messages_quarantined", "Messages that this process quarantined", Counter::default());
+        let messages_put_off = one(
+            r,
+            "tasker_messages_put_off",
+            "Times that a message failed while others did not, for a reason that blames nobody, and was put off",
+            Counter::default(),
+        );
+        let settling_paused = one(
+            r,
+            "tasker_settling_paused",
+            "Orchestrators of this process for which everything fails alike, so that messages wait",
+            Gauge::default(),
+        );
         let tasks_stuck = one(
             r,
             "tasker_tasks_stuck",
@@ -363,6 +377,8 @@ impl Metrics {
             hints_ignored,
             lock_put_offs,
             messages_quarantined,
+            messages_put_off,
+            settling_paused,
             tasks_stuck,
             worker_slots,
             worker_slots_busy,
@@ -437,6 +453,9 @@ impl Collector for Exports {
         })?;
         counter("tasker_otlp_spans_rejected", "Spans that a receiver took and said it dropped", |s| {
             s.rejected.load(Relaxed)
+        })?;
+        counter("tasker_otlp_spans_set_aside", "Spans that a receiver refused for good", |s| {
+            s.set_aside.load(Relaxed)
         })?;
         counter("tasker_otlp_export_failures", "Requests that failed and were tried again", |s| {
             s.failed_requests.load(Relaxed)

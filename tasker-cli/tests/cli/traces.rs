@@ -176,3 +176,28 @@ async fn trace_settings_are_stored_shown_refused_and_checked() {
     shop.tasker(&["trace", "enable"]).exits_with(0);
     assert_eq!(shop.json(&["trace", "status"])["here"]["to"], json!(endpoint), "where was not forgotten");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_receiver_refused_is_shown_and_given_back() {
+    let mut shop = Shop::new().await;
+    assert_eq!(shop.json(&["trace", "status"])["set_aside"]["batches"], json!(0));
+    for n in 1..3 {
+        let row = format!(
+            "insert into tasker.refused_exports (batch_id, task_uuids, at, refused_at, spans, reason)
+             values (gen_random_uuid(), '{{}}', clock_timestamp(), clock_timestamp() + interval '{n} s', {n}, '400 reason {n}')"
+        );
+        shop.sql(&row).await;
+    }
+    let aside = &shop.json(&["trace", "status"])["set_aside"];
+    assert_eq!((&aside["batches"], &aside["spans"]), (&json!(2), &json!(3)), "{aside}");
+    assert_eq!(aside["newest_reason"], json!("400 reason 2"));
+    let shown = shop.tasker(&["trace", "status"]).exits_with(0).stdout;
+    assert!(shown.contains("set aside: 3 spans of 2 transactions"), "{shown}");
+    assert!(shown.contains("the last because: 400 reason 2"), "{shown}");
+    assert!(shop.tasker(&["trace", "doctor"]).exits_with(1).stdout.contains("BAD  spans that were refused"));
+    shop.tasker(&["trace", "replay", "--refused", "--since", "1h"]).exits_with(2);
+    let given = shop.tasker(&["trace", "replay", "--refused"]).exits_with(0).stdout;
+    assert!(given.starts_with("2 transactions were given back"), "{given}");
+    assert_eq!(shop.json(&["trace", "status"])["set_aside"]["batches"], json!(0));
+    assert!(shop.tasker(&["trace", "doctor"]).exits_with(1).stdout.contains("2 batches"));
+}

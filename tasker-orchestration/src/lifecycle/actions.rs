@@ -93,7 +93,7 @@ fn export(shared: &Shared, done: Committed) {
             slices.push(slice(work, plan, done.began_at, at));
         }
     }
-    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read, derived: Vec::new() });
+    exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read });
 }
 
 /// The slice of the log that this settle made final: its moves, and those of the attempts it closed.

@@ -1,7 +1,8 @@
 //! Batches: whose they are, and what becomes of those that fail, by bisection and quarantine.
 //!
-//! A message is quarantined only after repeated *deterministic* failures of its own; losing a
-//! connection, a deadlock or a killed process never counts against it.
+//! A message is quarantined only after repeated failures that are its own fault (`Fault::Message`).
+//! What the system is to blame for costs a delay: of everything while everything fails alike, of one
+//! message while others succeed.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -12,15 +13,17 @@ use serde_json::Value;
 use tasker_shared::message::{ResultHint, SendSignal};
 use tasker_shared::metrics::metrics;
 use tasker_shared::queue::{self, Message, STEP_RESULTS};
+use tasker_shared::store::Fault;
 use tasker_shared::store::tx::in_tx;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
+use super::breaker::Alone;
 use super::locks::{BUDGET, Subject, Wait};
 use super::{Error, Hint, Look, Shared, initialize, settle};
 
-/// Deterministic failures after which a message is quarantined.
+/// Failures of its own after which a message is quarantined.
 const MAX_FAILURES: i32 = 3;
 /// A message read this often is dealt with by itself, so that it cannot take others down with it.
 const SUSPECT_READS: i32 = 5;
@@ -153,7 +156,7 @@ async fn settle_items(
     let (locked, deferred) = sort_deferred(shared, std::mem::take(&mut settled.deferred), items);
     settled.deferred = deferred;
     if !locked.is_empty() {
-        put_off(shared, queue, &locked).await?;
+        leave_locked(shared, queue, &locked).await?;
     }
     let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
@@ -186,11 +189,11 @@ fn sort_deferred<'a>(shared: &Shared, deferred: Vec<Hint>, items: &[&'a Item]) -
 
 /// Leaves items for a later time, because somebody else holds a lock: messages are put off in their
 /// queue, and what is due was, when it was taken.
-async fn put_off(shared: &Shared, queue: &'static str, items: &[&Item]) -> Result<(), Error> {
+async fn leave_locked(shared: &Shared, queue: &'static str, items: &[&Item]) -> Result<(), Error> {
     let is_due = items.iter().all(|item| item.message().is_none());
     shared.locks.remember(items.iter().map(|item| item.subject()));
     shared.locks.met(if is_due { "due" } else { queue }, items.len());
-    let ids: Vec<i64> = items.iter().filter_map(|item| Some(item.message()?.msg_id)).collect();
+    let ids: Vec<i64> = messages(items).collect();
     if !ids.is_empty() {
         queue::put_off(&mut *shared.reads.acquire().await?, queue, &ids).await?;
     }
@@ -216,7 +219,8 @@ pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i
 }
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.
-/// What still fails alone is noted, and quarantined when it has failed often enough.
+/// What still fails alone is noted, and quarantined when it has failed often enough. If the system
+/// is to blame and everything fails alike, all that is left is put back until later.
 ///
 /// A task that somebody else has locked is tried once more by itself, and then put off; so is, without
 /// a try, whatever meets a lock after the time for locks is up.
@@ -227,49 +231,64 @@ async fn bisect(
     began: Instant,
     tally: &mut Tally,
 ) -> Result<(), Error> {
-    let mut open = vec![first];
+    // Nothing to do is no success.
+    let mut open = if first.0.is_empty() { Vec::new() } else { vec![first] };
     while let Some((part, wait)) = open.pop() {
         if wait == Wait::InTurn && began.elapsed() > BUDGET {
-            put_off(shared, queue, &part).await?;
+            leave_locked(shared, queue, &part).await?;
             continue;
         }
-        match work(shared, queue, &part, wait).await {
+        let error = match work(shared, queue, &part, wait).await {
             Ok((Tally { moved, deferred }, locked)) => {
                 tally.moved += moved;
                 tally.deferred += deferred;
+                shared.breaker.succeeded();
                 if !locked.is_empty() {
                     let is_locked = |item: &&&Item| item.task().is_some_and(|task| locked.contains(&task));
                     let items: Vec<&Item> = part.iter().filter(is_locked).copied().collect();
                     open.extend(by_subject(&items).into_iter().map(|part| (part, Wait::InTurn)));
                 }
+                continue;
             }
-            Err(error) if error.is_locked() => {
+            Err(error) => error,
+        };
+        match error.fault() {
+            Fault::Locked => {
                 let is_one = part.iter().all(|item| item.subject() == part[0].subject());
                 if is_one || began.elapsed() > BUDGET {
-                    put_off(shared, queue, &part).await?;
+                    leave_locked(shared, queue, &part).await?;
                 } else {
                     open.extend(halves(&part, Wait::Briefly));
                 }
             }
-            Err(error) if error.is_transient() => {
+            Fault::Collision => {
                 // The messages come back by themselves when their reading times out; soon is better.
                 tracing::debug!(%error, "a batch will be tried again");
                 tokio::time::sleep(Duration::from_millis(50)).await;
-                let ids = part.iter().filter_map(|item| Some(item.message()?.msg_id)).collect();
-                put_back(shared, queue, ids, 0).await?;
+                put_back(shared, queue, messages(&part).collect(), 0).await?;
                 tally.deferred += part.len();
             }
-            Err(_) if part.len() > 1 => open.extend(halves(&part, wait)),
-            Err(error) => match part[0] {
-                Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
-                    failed_alone(shared, queue, message, &error).await?;
+            Fault::System => {
+                if let Some(pause) = shared.breaker.failed(&error) {
+                    let rest = open.iter().flat_map(|(part, _)| messages(part)).chain(messages(&part)).collect();
+                    // If that fails too, they come back when their reading times out.
+                    let delay = i32::try_from(pause.as_millis()).unwrap_or(i32::MAX);
+                    let _ = tokio::time::timeout(pause, put_back(shared, queue, rest, delay)).await;
+                    tokio::time::sleep(pause).await;
+                    tally.deferred += part.len();
+                    return Ok(());
                 }
-                Item::Due(hint, _) => {
-                    tracing::warn!(%error, task_uuid = %hint.task, "what is due of a task cannot be settled; it is tried again");
-                    if let Some(due_id) = hint.due_id {
-                        queue::put_off_due(&mut *shared.reads.acquire().await?, due_id).await?;
-                    }
+                match part[..] {
+                    [lone] => put_off(shared, queue, lone, &error).await?,
+                    _ => open.extend(halves(&part, wait)),
                 }
+            }
+            Fault::Message => match part[..] {
+                [lone] => match lone.message() {
+                    Some(message) => failed_alone(shared, queue, message, &error).await?,
+                    None => put_off(shared, queue, lone, &error).await?,
+                },
+                _ => open.extend(halves(&part, wait)),
             },
         }
     }
@@ -282,6 +301,34 @@ fn halves<'a>(part: &[&'a Item], wait: Wait) -> [(Vec<&'a Item>, Wait); 2] {
     [right, left].map(|half| (half.to_vec(), wait))
 }
 
+fn messages(part: &[&Item]) -> impl Iterator<Item = i64> {
+    part.iter().filter_map(|item| Some(item.message()?.msg_id))
+}
+
+/// Lets one that fails while others do not come back later, each time later than before.
+async fn put_off(shared: &Shared, queue: &'static str, lone: &Item, error: &Error) -> Result<(), Error> {
+    match lone {
+        Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
+            let delay = match shared.breaker.failed_alone(queue, message.msg_id, error) {
+                Alone::Again(delay) => delay,
+                Alone::GiveUp => return give_up(shared, queue, message, error).await,
+            };
+            tracing::warn!(queue, msg_id = message.msg_id, %error, ?delay, "a message fails while others do not; it is put off");
+            metrics().messages_put_off.inc();
+            let delay = i32::try_from(delay.as_millis()).unwrap_or(i32::MAX);
+            put_back(shared, queue, vec![message.msg_id], delay).await
+        }
+        Item::Due(hint, _) => {
+            tracing::warn!(%error, task_uuid = %hint.task, "what is due of a task cannot be settled; it is tried again");
+            // For a moment it was put off when it was taken, which is enough if nothing is wrong with it.
+            if let Some(due_id) = hint.due_id.filter(|_| error.fault() == Fault::Message) {
+                queue::put_off_due(&mut *shared.reads.acquire().await?, due_id).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
 async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
     let reason: String = error.to_string().chars().take(300).collect();
     let failures = queue::note_failure(&mut *shared.pool.acquire().await?, queue, message.msg_id, &reason).await?;
@@ -289,6 +336,12 @@ async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, e
     if failures < MAX_FAILURES {
         return put_back(shared, queue, vec![message.msg_id], 200).await;
     }
+    give_up(shared, queue, message, error).await
+}
+
+/// Quarantines a message for its failures.
+async fn give_up(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
+    let reason: String = error.to_string().chars().take(300).collect();
     quarantine(shared, queue, vec![(message.msg_id, reason.clone())]).await?;
     // The attempt it told of ends as an error, so that its task does not wait for ever.
     if let Ok(Ok(result)) = message.body.as_ref().map(ResultHint::parse) {

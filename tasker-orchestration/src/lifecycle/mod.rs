@@ -3,6 +3,7 @@
 pub mod actions;
 pub mod admission;
 mod batch;
+mod breaker;
 mod busy;
 mod decisions;
 pub mod initialize;
@@ -24,14 +25,15 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::decide::{ByHand, Operator};
-use tasker_shared::store;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
 use tasker_shared::store::tx::Lines;
+use tasker_shared::store::{self, Fault};
 use tasker_shared::trace::export::Exporter;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
 pub use self::admission::Admission;
+use self::breaker::Breaker;
 use self::busy::Busy;
 use self::locks::Locks;
 
@@ -57,6 +59,8 @@ pub struct Shared {
     busy: Busy,
     /// What was put off because somebody else holds a lock.
     pub locks: Locks,
+    /// Whether everything fails alike.
+    breaker: Breaker,
     /// Wakes the sweep: something is due earlier than it thought.
     pub due: Notify,
     /// Wakes who follows the settings of traces.
@@ -78,6 +82,7 @@ impl Shared {
             admission: Admission::default(),
             busy: Busy::default(),
             locks: Locks::default(),
+            breaker: Breaker::default(),
             due: Notify::new(),
             claims: Notify::new(),
             trace_settings: Arc::default(),
@@ -255,18 +260,18 @@ impl From<sqlx::Error> for Error {
 }
 
 impl Error {
+    /// Whose fault it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.fault(),
+            Self::Template(_) | Self::Panicked => Fault::Message,
+        }
+    }
+
     /// Whether doing the same again may succeed; such an error never counts against a message.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_transient(),
-            Self::Template(_) | Self::Panicked => false,
-        }
-    }
-
-    /// Whether somebody else holds a lock that it needs.
-    pub fn is_locked(&self) -> bool {
-        match self {
-            Self::Store(error) | Self::Template(TemplateError::Store(error)) => error.is_locked(),
             Self::Template(_) | Self::Panicked => false,
         }
     }

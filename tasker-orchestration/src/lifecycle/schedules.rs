@@ -4,7 +4,7 @@
 //! because submitting it and moving `next_at` on are one transaction under the row's lock.
 
 use tasker_shared::queue::{self, Traffic};
-use tasker_shared::store::locks;
+use tasker_shared::store::{Fault, locks};
 use tasker_shared::store::schedules::{self, Fired};
 use tasker_shared::store::tx::in_tx;
 use tracing::instrument;
@@ -26,13 +26,13 @@ pub async fn run(shared: &Shared, hints: &[i64]) -> Result<(), Error> {
                 }
             }
             // A key of one of them is somebody else's for now, and nothing says of which.
-            Err(error) if error.is_locked() => {
+            Err(error) if error.fault() == Fault::Locked => {
                 left = true;
                 let due = schedules::due(&mut *shared.reads.acquire().await?).await?;
                 for schedule in due {
                     match fire(shared, Some(schedule)).await {
                         Ok(_) => {}
-                        Err(error) if error.is_locked() => shared.locks.met("schedules", 1),
+                        Err(error) if error.fault() == Fault::Locked => shared.locks.met("schedules", 1),
                         Err(error) => return Err(error),
                     }
                 }

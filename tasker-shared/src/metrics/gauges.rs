@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use tokio::sync::Mutex;
 
 use super::metrics;
-use crate::store::{self, retention, views};
+use crate::store::{self, exports, retention, views};
 
 /// What was read is shown again for this long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -104,6 +104,7 @@ struct Gauges {
     live_slots: Family<OfNamespace, Gauge>,
     ages: Family<OfTable, Gauge<f64, std::sync::atomic::AtomicU64>>,
     lag: Gauge<f64, std::sync::atomic::AtomicU64>,
+    set_aside: Gauge,
     counted: Family<OfTable, Gauge>,
 }
 
@@ -124,7 +125,7 @@ impl Gauges {
         let workers = by_queue("tasker_queue_workers", "Live workers that read a queue", None);
         let quarantined = by_queue("tasker_quarantined_messages", "Messages of a queue in quarantine", None);
         let paused = by_queue("tasker_queue_paused", "Whether an operator paused a queue", None);
-        let (up, lag) = (Gauge::default(), Gauge::default());
+        let (up, lag, set_aside) = (Gauge::default(), Gauge::default(), Gauge::default());
         let (live_workers, live_slots, ages) = (Family::default(), Family::default(), Family::default());
         registry.register("tasker_workers", "Workers seen within 30 s", live_workers.clone());
         registry.register("tasker_workers_slots", "Attempts that live workers may run at once", live_slots.clone());
@@ -139,6 +140,11 @@ impl Gauges {
             "Age of the oldest spans that no receiver has acknowledged",
             Unit::Seconds,
             lag.clone(),
+        );
+        registry.register(
+            "tasker_otlp_batches_set_aside",
+            "Batches with spans that a receiver refused for good, 10,000 at most",
+            set_aside.clone(),
         );
         let counted = Family::default();
         registry.register(
@@ -160,6 +166,7 @@ impl Gauges {
             live_slots,
             ages,
             lag,
+            set_aside,
             counted,
         }
     }
@@ -182,6 +189,7 @@ impl Gauges {
         let queues = views::queues(&mut conn).await?;
         let workers = views::live_workers(&mut conn).await?;
         let oldest = retention::oldest_rows(&mut conn).await?;
+        self.set_aside.set(exports::count_set_aside(&mut conn).await?);
         for (what, n) in views::counters(&mut conn).await? {
             self.counted.get_or_create(&OfTable { what }).set(n);
         }

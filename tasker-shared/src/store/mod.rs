@@ -32,7 +32,7 @@ pub mod why;
 pub enum Error {
     /// The database refused or was not reached.
     #[error("the database: {0}")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
     /// A row that no code of ours writes.
     #[error("row {id} of tasker.{table}, column {column}: {problem}")]
     BadRow {
@@ -57,7 +57,80 @@ pub enum Error {
     },
 }
 
+/// Whose fault an error is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nobody's: two met at the same rows. Doing it again helps.
+    Collision,
+    /// Of whoever holds a lock.
+    Locked,
+    /// Of what was asked for: the same data are refused for ever.
+    Message,
+    /// Of the database, of the schema, of a right or of a connection: whatever is asked for may fail
+    /// alike, and will succeed once somebody has put it right.
+    System,
+}
+
+impl From<sqlx::Error> for Error {
+    /// Every error of a statement comes this way, so this is where a connection is seen to be stale:
+    /// connections that are as old are not used again.
+    fn from(error: sqlx::Error) -> Self {
+        if is_stale(&error) {
+            tx::retire();
+        }
+        Self::Database(error)
+    }
+}
+
+/// Whether the error is about what the session knows and no longer holds: prepared statements whose
+/// result has changed or that are not there (a change of the schema, a pooler), a transaction that
+/// it is not in, a server that has become read-only. A new session knows better.
+fn is_stale(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(answer) => {
+            let code = answer.code().unwrap_or_default();
+            matches!(&*code, "0A000" | "26000" | "42P05") || code.starts_with("25")
+        }
+        sqlx::Error::ColumnDecode { .. } => is_of_another_type(error),
+        _ => false,
+    }
+}
+
+/// Whether a column has another type than it had when this program was built. (A value that cannot be
+/// read is another matter: that is the row's fault.)
+fn is_of_another_type(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::ColumnDecode { source, .. } if source.to_string().starts_with("mismatched types"))
+}
+
 impl Error {
+    /// Whose fault it is. Only what is listed here blames the message: data that are refused, rules of
+    /// ours that say so, rows that no code of ours writes. Everything else is the system's, so that an
+    /// answer nobody has thought of costs a delay and never somebody's task.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Conflict { .. } => Fault::Collision,
+            Self::BadRow { .. } => Fault::Message,
+            Self::Database(sqlx::Error::Database(answer)) => match answer.code().unwrap_or_default() {
+                code if code.starts_with("40") => Fault::Collision,
+                code if code == "55P03" => Fault::Locked,
+                // Data, constraints (of those that refuse), and what is too large or too deep to be kept.
+                code if ["22", "23", "54"].iter().any(|class| code.starts_with(class)) => Fault::Message,
+                _ => Fault::System,
+            },
+            // A value that this program cannot read, or cannot write.
+            Self::Database(
+                error @ (sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::Encode(_)),
+            ) => {
+                if is_of_another_type(error) {
+                    Fault::System
+                } else {
+                    Fault::Message
+                }
+            }
+            Self::Database(_) => Fault::System,
+        }
+    }
+
     /// Whether the same work may succeed if it is simply done again: serialization, deadlock,
     /// connection. Such an error never counts against a message.
     pub fn is_transient(&self) -> bool {
@@ -78,11 +151,6 @@ impl Error {
             | Self::Conflict { .. } => true,
             Self::Database(_) | Self::BadRow { .. } => false,
         }
-    }
-
-    /// Whether it gave up waiting for a lock that somebody else held for too long.
-    pub fn is_locked(&self) -> bool {
-        matches!(self, Self::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03"))
     }
 
     fn bad_row(

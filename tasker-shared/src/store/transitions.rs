@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -17,6 +18,137 @@ use crate::trace::sampling::{Kept, is_sampled, is_within};
 
 /// The whole log of each of these tasks; tasks that do not exist are not in the answer.
 pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskLog>, Error> {
+    let mut logs = heads(conn, task_uuids).await?;
+    read_steps(conn, task_uuids, &mut logs).await?;
+    read_transitions(conn, task_uuids, &mut logs).await?;
+    read_attempts(conn, task_uuids, &mut logs).await?;
+    Ok(logs.into_values().collect())
+}
+
+/// How much there is to read of a task.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// The task.
+    pub task: Uuid,
+    /// Whether its trace was chosen when it began.
+    pub is_sampled: bool,
+    /// Rows of its log: the versions of a task and of its steps count them.
+    pub rows: usize,
+}
+
+/// How long the logs of these tasks are, without reading them.
+pub async fn sizes(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Size>, Error> {
+    let rows = sqlx::query!(
+        r#"select t.task_uuid, t.trace_flags & 1 = 1 as "is_sampled!",
+             t.version + (select coalesce(sum(s.version), 0) from tasker.steps s where s.task_uuid = t.task_uuid) as "rows!"
+           from tasker.tasks t where t.task_uuid = any($1)"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    let size = |n: i64| usize::try_from(n).unwrap_or(0);
+    Ok(rows
+        .into_iter()
+        .map(|row| Size { task: row.task_uuid, is_sampled: row.is_sampled, rows: size(row.rows) })
+        .collect())
+}
+
+/// How many moves a task made at each of these times, in order.
+pub async fn moves_at(
+    conn: &mut PgConnection,
+    task: Uuid,
+    times: &[DateTime<Utc>],
+) -> Result<Vec<(DateTime<Utc>, usize)>, Error> {
+    let rows = sqlx::query!(
+        r#"select at, count(*) as "moves!" from tasker.transitions where task_uuid = $1 and at = any($2) group by at order by at"#,
+        task,
+        times
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.at, usize::try_from(row.moves).unwrap_or(0))).collect())
+}
+
+/// Slices of the logs of these tasks: what they moved at these times, and with it the attempts that
+/// were open then. The spans that were settled at these times are the same as from the whole logs.
+pub async fn slices(
+    conn: &mut PgConnection,
+    task_uuids: &[Uuid],
+    times: &[DateTime<Utc>],
+) -> Result<Vec<TaskLog>, Error> {
+    let mut logs = heads(conn, task_uuids).await?;
+    let rows = sqlx::query_as!(
+        LogRow,
+        r#"with moved as materialized (
+             select * from tasker.transitions where task_uuid = any($1) and at = any($2)
+           ), touched as (
+             -- The Enqueue of an attempt after a lost one is a move of the lost one.
+             select m.task_uuid, m.entity_uuid, min(m.attempt) - 1 as attempt, max(m.version) as version
+             from moved m where m.entity_uuid <> m.task_uuid and m.attempt is not null group by 1, 2
+           )
+           select task_uuid as "task_uuid!", entity_uuid as "entity_uuid!", version as "version!", task_version,
+             generation as "generation!", attempt, from_state as "from_state!", to_state as "to_state!", event as "event!",
+             actor, began_at as "began_at!", at as "at!", detail
+           from moved
+           union all
+           select r.task_uuid, r.entity_uuid, r.version, r.task_version, r.generation, r.attempt, r.from_state, r.to_state,
+             r.event, r.actor, r.began_at, r.at, r.detail
+           from touched t join tasker.transitions r on r.task_uuid = t.task_uuid and r.entity_uuid = t.entity_uuid
+           where r.version < t.version and r.attempt >= t.attempt and r.at <> all($2)
+           union all
+           -- When a generation began, its end has to say.
+           select r.task_uuid, r.entity_uuid, r.version, r.task_version, r.generation, r.attempt, r.from_state, r.to_state,
+             r.event, r.actor, r.began_at, r.at, r.detail
+           from unnest($1::uuid[]) t(task) join tasker.transitions r on r.task_uuid = t.task and r.entity_uuid = t.task
+           where r.event in ('OperatorRetry', 'Rerun') and r.at <> all($2)"#,
+        task_uuids,
+        times
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let (mut tasks, mut steps, mut numbers) = (Vec::new(), Vec::new(), Vec::new());
+    let attempts: HashSet<(Uuid, Uuid, i32)> = rows
+        .iter()
+        .filter(|row| row.entity_uuid != row.task_uuid)
+        .map(|row| (row.task_uuid, row.entity_uuid, row.attempt.unwrap_or(0)))
+        .collect();
+    for (task, step, attempt) in attempts {
+        tasks.push(task);
+        steps.push(step);
+        numbers.push(attempt);
+    }
+    for row in rows {
+        row.enter(&mut logs)?;
+    }
+    let rows = sqlx::query_as!(
+        InfoRow,
+        "select s.task_uuid, s.step_uuid, s.step_index, s.item, d.name, d.handler, d.queue, d.max_attempts
+         from tasker.steps s join tasker.tasks t on t.task_uuid = s.task_uuid
+         join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
+         where s.step_uuid = any($1)",
+        &steps
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    rows.into_iter().for_each(|row| row.enter(&mut logs));
+    let rows = sqlx::query_as!(
+        AttemptRow,
+        "select a.task_uuid, a.step_uuid, a.attempt, a.worker, a.worker_version, a.message_id, a.result_message_id,
+           a.claim_began_at, a.claimed_at, a.report_began_at, a.reported_at, a.start_offset_ms, a.run_ms, a.error, a.usage,
+           a.milestones
+         from unnest($1::uuid[], $2::uuid[], $3::int[]) w(task, step, attempt)
+         join tasker.attempts a on a.task_uuid = w.task and a.step_uuid = w.step and a.attempt = w.attempt",
+        &tasks,
+        &steps,
+        &numbers
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter().for_each(|row| row.enter(&mut logs));
+    Ok(logs.into_values().collect())
+}
+
+async fn heads(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<Uuid, TaskLog>, Error> {
     let heads = sqlx::query!(
         r#"select t.task_uuid, t.namespace, t.correlation_id, t.parent_correlation_id, t.parent_task_uuid, t.priority,
              t.generation, t.generation_began_at, t.created_at, t.trace_id, t.remote_span_id, t.root_link, t.trace_flags, t.tracestate,
@@ -25,7 +157,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
            where t.task_uuid = any($1)"#,
         task_uuids
     )
-    .fetch_all(&mut *conn)
+    .fetch_all(conn)
     .await?;
     let mut logs: HashMap<Uuid, TaskLog> = HashMap::new();
     for row in heads {
@@ -50,10 +182,7 @@ pub async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
         };
         logs.insert(id, TaskLog { head, transitions: Vec::new(), attempts: Vec::new(), steps: HashMap::new() });
     }
-    read_steps(conn, task_uuids, &mut logs).await?;
-    read_transitions(conn, task_uuids, &mut logs).await?;
-    read_attempts(conn, task_uuids, &mut logs).await?;
-    Ok(logs.into_values().collect())
+    Ok(logs)
 }
 
 /// A task and the tasks that it awaits, and those that these await, at most `limit`: they are one
@@ -174,8 +303,37 @@ async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<U
     Ok(rows.into_iter().map(|row| (row.task_uuid, read(row.keep))).collect())
 }
 
+struct InfoRow {
+    task_uuid: Uuid,
+    step_uuid: Uuid,
+    step_index: i32,
+    item: i32,
+    name: String,
+    handler: String,
+    queue: String,
+    max_attempts: i32,
+}
+
+impl InfoRow {
+    fn enter(self, logs: &mut HashMap<Uuid, TaskLog>) {
+        let Some(log) = logs.get_mut(&self.task_uuid) else {
+            return;
+        };
+        let info = StepInfo {
+            index: u32::try_from(self.step_index).unwrap_or_default(),
+            item: u32::try_from(self.item).ok(),
+            name: self.name.into(),
+            handler: self.handler.into(),
+            queue: Arc::from(self.queue),
+            max_attempts: u32::try_from(self.max_attempts).unwrap_or_default(),
+        };
+        log.steps.insert(self.step_uuid, info);
+    }
+}
+
 async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
-    let rows = sqlx::query!(
+    let rows = sqlx::query_as!(
+        InfoRow,
         "select s.task_uuid, s.step_uuid, s.step_index, s.item, d.name, d.handler, d.queue, d.max_attempts
          from tasker.tasks t join tasker.steps s on s.task_uuid = t.task_uuid
          join tasker.template_steps d on d.template_id = t.template_id and d.step_index = s.step_index
@@ -184,39 +342,31 @@ async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uu
     )
     .fetch_all(conn)
     .await?;
-    for row in rows {
-        let Some(log) = logs.get_mut(&row.task_uuid) else {
-            continue;
-        };
-        let info = StepInfo {
-            index: u32::try_from(row.step_index).unwrap_or_default(),
-            item: u32::try_from(row.item).ok(),
-            name: row.name.into(),
-            handler: row.handler.into(),
-            queue: Arc::from(row.queue),
-            max_attempts: u32::try_from(row.max_attempts).unwrap_or_default(),
-        };
-        log.steps.insert(row.step_uuid, info);
-    }
+    rows.into_iter().for_each(|row| row.enter(logs));
     Ok(())
 }
 
-async fn read_transitions(
-    conn: &mut PgConnection,
-    ids: &[Uuid],
-    logs: &mut HashMap<Uuid, TaskLog>,
-) -> Result<(), Error> {
-    let rows = sqlx::query!(
-        "select task_uuid, entity_uuid, version, task_version, generation, attempt, from_state, to_state, event, actor,
-           began_at, at, detail
-         from tasker.transitions where task_uuid = any($1)",
-        ids
-    )
-    .fetch_all(conn)
-    .await?;
-    for row in rows {
+struct LogRow {
+    task_uuid: Uuid,
+    entity_uuid: Uuid,
+    version: i32,
+    task_version: Option<i32>,
+    generation: i32,
+    attempt: Option<i32>,
+    from_state: String,
+    to_state: String,
+    event: String,
+    actor: Option<String>,
+    began_at: DateTime<Utc>,
+    at: DateTime<Utc>,
+    detail: Option<Value>,
+}
+
+impl LogRow {
+    fn enter(self, logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
+        let row = self;
         let Some(log) = logs.get_mut(&row.task_uuid) else {
-            continue;
+            return Ok(());
         };
         let id = format!("{}/{}", row.entity_uuid, row.version);
         let is_task = row.entity_uuid == row.task_uuid;
@@ -250,22 +400,51 @@ async fn read_transitions(
             at: row.at,
             detail: row.detail.and_then(|detail| serde_json::from_value::<Detail>(detail).ok()),
         });
+        Ok(())
     }
-    Ok(())
 }
 
-async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
-    let rows = sqlx::query!(
-        "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claim_began_at, claimed_at,
-           report_began_at, reported_at, start_offset_ms, run_ms, error, usage, milestones
-         from tasker.attempts where task_uuid = any($1)",
+async fn read_transitions(
+    conn: &mut PgConnection,
+    ids: &[Uuid],
+    logs: &mut HashMap<Uuid, TaskLog>,
+) -> Result<(), Error> {
+    let rows = sqlx::query_as!(
+        LogRow,
+        "select task_uuid, entity_uuid, version, task_version, generation, attempt, from_state, to_state, event, actor,
+           began_at, at, detail
+         from tasker.transitions where task_uuid = any($1)",
         ids
     )
     .fetch_all(conn)
     .await?;
-    for row in rows {
+    rows.into_iter().try_for_each(|row| row.enter(logs))
+}
+
+struct AttemptRow {
+    task_uuid: Uuid,
+    step_uuid: Uuid,
+    attempt: i32,
+    worker: String,
+    worker_version: Option<String>,
+    message_id: Option<i64>,
+    result_message_id: Option<i64>,
+    claim_began_at: DateTime<Utc>,
+    claimed_at: DateTime<Utc>,
+    report_began_at: Option<DateTime<Utc>>,
+    reported_at: Option<DateTime<Utc>>,
+    start_offset_ms: Option<f64>,
+    run_ms: Option<f64>,
+    error: Option<Value>,
+    usage: Option<Value>,
+    milestones: Option<Value>,
+}
+
+impl AttemptRow {
+    fn enter(self, logs: &mut HashMap<Uuid, TaskLog>) {
+        let row = self;
         let Some(log) = logs.get_mut(&row.task_uuid) else {
-            continue;
+            return;
         };
         log.attempts.push(Attempt {
             step: row.step_uuid,
@@ -285,5 +464,18 @@ async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap
             milestones: row.milestones.map(steps::milestones),
         });
     }
+}
+
+async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uuid, TaskLog>) -> Result<(), Error> {
+    let rows = sqlx::query_as!(
+        AttemptRow,
+        "select task_uuid, step_uuid, attempt, worker, worker_version, message_id, result_message_id, claim_began_at, claimed_at,
+           report_began_at, reported_at, start_offset_ms, run_ms, error, usage, milestones
+         from tasker.attempts where task_uuid = any($1)",
+        ids
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter().for_each(|row| row.enter(logs));
     Ok(())
 }

@@ -14,8 +14,21 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres};
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// Connections that were made before this are not used again: one of that age knew a schema that has
+/// changed since. Of the process, since all its pools speak of the same schema.
+static RETIRED: RwLock<Option<Instant>> = RwLock::new(None);
+
+/// Lets every connection of this process be replaced before it is used again.
+pub(crate) fn retire() {
+    *RETIRED.write().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+}
+
+fn is_retired(since: Instant) -> bool {
+    RETIRED.read().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| since < at)
+}
 
 /// What a pool is made with. `Default` suits a small process.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +74,11 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
         // every acquire would be a third round trip per transaction. `in_tx`
         // copes with a connection that died in between.
         .test_before_acquire(false)
+        // Whether a connection is too old is known without asking the server.
+        .before_acquire(|_, known| {
+            let made_at = Instant::now().checked_sub(known.age);
+            Box::pin(async move { Ok(!made_at.is_some_and(is_retired)) })
+        })
         .after_release(|conn, _| Box::pin(async { Ok(!in_transaction(conn).await?) }))
         .connect_with(connect)
         .await
@@ -125,7 +143,8 @@ where
 pub struct Lines {
     pool: PgPool,
     most: usize,
-    kept: Mutex<Vec<PoolConnection<Postgres>>>,
+    /// Each since it was taken from the pool.
+    kept: Mutex<Vec<(PoolConnection<Postgres>, Instant)>>,
 }
 
 impl Lines {
@@ -147,18 +166,19 @@ impl Lines {
         self.kept().clear();
     }
 
-    fn take(&self) -> Option<PoolConnection<Postgres>> {
+    fn take(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
         self.kept().pop()
     }
 
-    fn keep(&self, conn: PoolConnection<Postgres>) {
+    /// One that is too old goes back to the pool, which closes it.
+    fn keep(&self, conn: PoolConnection<Postgres>, since: Instant) {
         let mut kept = self.kept();
-        if kept.len() < self.most {
-            kept.push(conn);
+        if kept.len() < self.most && !is_retired(since) {
+            kept.push((conn, since));
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Vec<PoolConnection<Postgres>>> {
+    fn kept(&self) -> MutexGuard<'_, Vec<(PoolConnection<Postgres>, Instant)>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -173,9 +193,10 @@ where
 {
     let mut dead = 0;
     loop {
-        let conn = match lines.and_then(Lines::take) {
-            Some(conn) => conn,
-            None => pool.acquire().await?,
+        let (conn, since) = match lines.and_then(Lines::take) {
+            Some((_, since)) if is_retired(since) => continue,
+            Some(kept) => kept,
+            None => (pool.acquire().await?, Instant::now()),
         };
         let mut held = Held(Some(conn));
         let mut tx = match held.conn().begin().await {
@@ -201,7 +222,7 @@ where
             }
         }
         if let (Some(lines), Some(conn)) = (lines, held.give_back()) {
-            lines.keep(conn);
+            lines.keep(conn, since);
         }
         return result;
     }

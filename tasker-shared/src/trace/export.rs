@@ -2,50 +2,57 @@
 //!
 //! Export never blocks work: the queue is bounded, and what does not fit is released in the
 //! database for a later recovery. A row of `export_batches` is deleted only after a receiver
-//! took its spans; the rows of a dead orchestrator are adopted and derived again from the log.
+//! took its spans, or set aside once a receiver refused them for good; the rows of a dead
+//! orchestrator are adopted and derived again from the log, a page of it at a time.
 
-use std::collections::{HashMap, HashSet};
+mod parcel;
+mod reading;
+
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgPool;
 use tokio::sync::{Semaphore, mpsc};
-use tokio_util::bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+pub use self::parcel::split;
+use self::parcel::{Owners, Parcel};
+use self::reading::Wanted;
 use super::config::TraceConfig;
 use super::log::TaskLog;
 use super::otlp::{Encoder, ServiceNames};
-use super::sampling::{Kept, exported, is_sampled, is_within};
-use super::span::TaskSpans;
-use super::transport::{self, Error as TransportError, SendError, Transport};
+use super::span::{Service, TaskSpans};
+use super::transport::{self, Accepted, Error as TransportError, SendError, Transport};
 use super::tree;
 use crate::metrics::metrics;
+use crate::redact;
 use crate::state_machine::retry::LONGEST;
 use crate::store::exports::Orphan;
-use crate::store::{self, exports, transitions};
+use crate::store::{self, exports};
 
 /// Log rows held in memory at most; about 100 MB when full.
 const MAX_QUEUED_ROWS: usize = 200_000;
 /// A request is closed at this many spans or bytes: collectors refuse more than 4 MiB.
 const MAX_REQUEST_SPANS: usize = 4096;
 const MAX_REQUEST_BYTES: usize = 2 * 1024 * 1024;
+/// Requests are not made smaller than this beforehand, whatever a receiver refused.
+const LEAST_REQUEST_BYTES: usize = 16 * 1024;
 /// Requests on their way at one time.
 const MAX_IN_FLIGHT: usize = 4;
-/// Logs that are read together.
-const READ_AT_ONCE: usize = 50;
 /// Batches adopted in one go, and how often dead owners are looked for.
 const ADOPT: i64 = 200;
-/// A task with more log rows than this has all its batches adopted at once, so many at most.
-const LARGE_TASK_ROWS: usize = 1000;
-const ADOPT_OF_LARGE: i64 = 20_000;
 const ADOPT_EVERY: Duration = Duration::from_secs(10);
 const ALIVE_EVERY: Duration = Duration::from_secs(5);
+/// How often what was set aside is looked through for tasks that retention has removed.
+const FORGET_EVERY: Duration = Duration::from_hours(1);
 /// After this time whatever was in doubt stands in the database, or never will.
 const DOUBT_SETTLES: Duration = Duration::from_secs(16);
+/// Between two lines of the log about the same matter.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// What one transaction moved.
 #[derive(Debug)]
@@ -59,8 +66,15 @@ pub struct Batch {
     /// Tasks whose log must be read: the slice was not in memory, or was not sampled and may be
     /// worth keeping.
     pub read: Vec<Uuid>,
-    /// Spans that are derived already.
-    pub derived: Vec<TaskSpans>,
+}
+
+/// What waits for the worker.
+#[derive(Debug)]
+enum Given {
+    /// From a settle of this process.
+    Batch(Batch),
+    /// Rows that nobody held: their logs are read again.
+    Orphans(Vec<Orphan>),
 }
 
 /// What was delivered, and what waits.
@@ -72,14 +86,22 @@ pub struct Stats {
     pub re_exported: AtomicU64,
     /// Batches given up to the database because memory was full.
     pub released: AtomicU64,
-    /// Logs that were read again for batches of dead orchestrators.
-    pub recovered_logs: AtomicU64,
+    /// Log rows that were in memory at once because a log was read, at most: see `reading`.
+    pub most_rows_read: AtomicUsize,
     /// Spans given up because no receiver took them within `max_export_lag`.
     pub abandoned: AtomicU64,
     /// Requests that failed and were tried again.
     pub failed_requests: AtomicU64,
     /// Spans that a receiver took and then said it dropped.
     pub rejected: AtomicU64,
+    /// Spans that a receiver refused for good; their batches are kept in `refused_exports`.
+    pub set_aside: AtomicU64,
+    /// Why the last request was not taken; nothing once one is.
+    problem: Newest,
+    /// What a receiver last said of spans that it dropped, or warned of.
+    rejected_because: Newest,
+    /// Why spans were last set aside.
+    set_aside_because: Newest,
     /// Texts in spans that were cut, or cleaned of control characters.
     pub cleaned: AtomicU64,
     /// Whether the last request failed.
@@ -107,12 +129,55 @@ impl Stats {
             "exported": load(&self.exported),
             "re_exported": load(&self.re_exported),
             "failed_requests": load(&self.failed_requests),
+            "problem": self.problem.text(),
             "rejected": load(&self.rejected),
+            "rejected_because": self.rejected_because.text(),
+            "set_aside": load(&self.set_aside),
+            "set_aside_because": self.set_aside_because.text(),
             "abandoned": load(&self.abandoned),
             "released_batches": load(&self.released),
             "waiting_rows": waiting,
             "waiting_batches": self.open_batches.load(Ordering::Relaxed),
+            "most_rows_read": self.most_rows_read.load(Ordering::Relaxed),
         })
+    }
+}
+
+/// The newest words of somebody outside, redacted and cut, and when the log last had them.
+#[derive(Debug, Default)]
+struct Newest(Mutex<Heard>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    text: Option<String>,
+    /// What was last said, by its kind, and when.
+    said: Option<(String, Instant)>,
+}
+
+impl Newest {
+    /// Keeps it, and answers whether it is worth a line: it is of another kind than what was last
+    /// said, and that was not a moment ago. A reason that others displace is said when it stays.
+    fn hear(&self, kind: &str, text: &str) -> bool {
+        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.text = Some(redact::clipped(text, 400));
+        let is_new = heard.said.as_ref().is_none_or(|(said, at)| said != kind && at.elapsed() >= SAY_EVERY);
+        if is_new {
+            heard.said = Some((kind.to_owned(), Instant::now()));
+        }
+        is_new
+    }
+
+    /// It no longer holds. Answers whether the log still has it.
+    fn forget(&self) -> bool {
+        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.text = None;
+        // When it was said counts on: what comes and goes is not said each time.
+        let kind = heard.said.as_mut().map(|(kind, _)| std::mem::take(kind));
+        kind.is_some_and(|kind| !kind.is_empty())
+    }
+
+    fn text(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).text.clone()
     }
 }
 
@@ -139,12 +204,14 @@ impl Target {
 pub struct Exporter {
     /// Names this process in `export_batches` and `instances`.
     pub instance: Uuid,
-    sender: mpsc::UnboundedSender<Batch>,
+    sender: mpsc::UnboundedSender<Given>,
     /// Batches handed over and not yet settled.
     held: Arc<Mutex<HashSet<Uuid>>>,
     /// When rows of ours may last have been left in the database without our knowledge.
     doubted_at: Arc<Mutex<Option<Instant>>>,
     stats: Arc<Stats>,
+    /// A request is closed at this many bytes: fewer once a receiver has refused one as too large.
+    request_bytes: Arc<AtomicUsize>,
     target: Arc<RwLock<Arc<Target>>>,
     pool: PgPool,
     stop: CancellationToken,
@@ -166,6 +233,7 @@ impl Exporter {
             held: Arc::default(),
             doubted_at: Arc::default(),
             stats: Arc::default(),
+            request_bytes: Arc::new(AtomicUsize::new(MAX_REQUEST_BYTES)),
             target: Arc::new(RwLock::new(target.clone())),
             pool,
             stop: CancellationToken::new(),
@@ -176,6 +244,8 @@ impl Exporter {
             cleaned: 0,
             names: target.names.clone(),
             open: Vec::new(),
+            owners: Default::default(),
+            request: 1,
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             exporter: exporter.clone(),
         };
@@ -190,6 +260,8 @@ impl Exporter {
     pub fn reconfigure(&self, config: &TraceConfig) -> Result<(), TransportError> {
         let target = Arc::new(Target::of(config)?);
         *self.target.write().unwrap_or_else(PoisonError::into_inner) = target;
+        // Another receiver may take larger ones.
+        self.request_bytes.store(MAX_REQUEST_BYTES, Ordering::Relaxed);
         tokio::spawn(self.clone().probe(config.clone()));
         Ok(())
     }
@@ -205,17 +277,42 @@ impl Exporter {
         }
     }
 
-    fn answers(&self) {
-        if self.stats.failing.swap(false, Ordering::Relaxed) {
+    /// A request was taken.
+    fn took(&self, spans: usize, accepted: &Accepted) {
+        self.stats.exported.fetch_add(spans as u64, Ordering::Relaxed);
+        self.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
+        if accepted.rejected_spans > 0 || accepted.message.is_some() {
+            let said = accepted.message.as_deref().unwrap_or("it did not say why");
+            if self.stats.rejected_because.hear(said, said) {
+                let reason = redact::clipped(said, 400);
+                tracing::warn!(
+                    spans = accepted.rejected_spans,
+                    reason,
+                    "the receiver of traces dropped spans that it took, or warns"
+                );
+            }
+        }
+        self.stats.failing.store(false, Ordering::Relaxed);
+        if self.stats.problem.forget() {
             tracing::info!("the receiver of traces answers again");
         }
     }
 
-    /// Said once, until it answers again.
+    /// Said again only when the reason becomes another.
     fn is_away(&self, error: &SendError) {
-        if !self.stats.failing.swap(true, Ordering::Relaxed) {
+        self.stats.failing.store(true, Ordering::Relaxed);
+        if self.stats.problem.hear(&error.sort(), &error.to_string()) {
             tracing::warn!(%error, "spans wait: the receiver of traces did not take them; work goes on");
         }
+    }
+
+    /// These spans will never be taken.
+    fn refused(&self, part: &Parcel, error: &SendError) {
+        self.stats.set_aside.fetch_add(part.spans() as u64, Ordering::Relaxed);
+        if self.stats.set_aside_because.hear(&error.sort(), &error.to_string()) {
+            tracing::warn!(%error, "spans are set aside: the receiver of traces refused them for good; `tasker trace replay --refused` sends them again");
+        }
+        part.refuse(&redact::clipped(&error.to_string(), 400));
     }
 
     /// Hands a batch over; never waits. A transition action, called after commit.
@@ -229,7 +326,17 @@ impl Exporter {
         self.stats.open_batches.fetch_add(1, Ordering::Relaxed);
         self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(batch.batch_id);
         // The worker lives until shutdown; what comes later is adopted by another instance.
-        let _ = self.sender.send(batch);
+        let _ = self.sender.send(Given::Batch(batch));
+    }
+
+    /// Hands over rows of the database that nobody held in memory. Whoever calls has looked for room.
+    fn take_over(&self, orphans: Vec<Orphan>) {
+        let rows = orphans.iter().map(|orphan| orphan.task_uuids.len()).sum();
+        self.stats.queued_rows.fetch_add(rows, Ordering::Relaxed);
+        self.stats.open_batches.fetch_add(orphans.len(), Ordering::Relaxed);
+        let ids = orphans.iter().map(|orphan| orphan.batch_id);
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).extend(ids);
+        let _ = self.sender.send(Given::Orphans(orphans));
     }
 
     /// A transaction failed without saying whether it committed: its batch may stand in the
@@ -290,9 +397,7 @@ pub enum StartError {
 }
 
 fn rows(batch: &Batch) -> usize {
-    batch.slices.iter().map(|slice| slice.transitions.len() + told(slice)).sum::<usize>()
-        + batch.read.len()
-        + batch.derived.iter().map(|task| task.spans.len()).sum::<usize>()
+    batch.slices.iter().map(|slice| slice.transitions.len() + told(slice)).sum::<usize>() + batch.read.len()
 }
 
 /// What handlers told of themselves, as rows of its size.
@@ -304,13 +409,25 @@ fn told(slice: &TaskLog) -> usize {
     slice.attempts.iter().map(events).sum::<usize>() * EVENTS_A_ROW
 }
 
-/// A batch that is encoded but not yet acknowledged: it may span several requests.
+/// A batch that is not yet acknowledged: it may span several requests, or be one of many in one.
 #[derive(Debug)]
 struct Open {
     batch_id: Uuid,
     at: DateTime<Utc>,
     rows: usize,
+    /// Requests that hold spans of it, and one for as long as it is being encoded.
     requests: AtomicUsize,
+    /// The number of the request that it was last put into.
+    last: AtomicU64,
+    /// How many of its spans were refused for good, and why the last of them.
+    refused: Mutex<Option<(usize, String)>>,
+}
+
+impl Open {
+    fn new(batch_id: Uuid, at: DateTime<Utc>, rows: usize) -> Arc<Self> {
+        let refused = Mutex::default();
+        Arc::new(Self { batch_id, at, rows, requests: AtomicUsize::new(1), last: AtomicU64::new(0), refused })
+    }
 }
 
 struct Worker {
@@ -319,25 +436,29 @@ struct Worker {
     cleaned: u64,
     /// Those that the encoder writes.
     names: ServiceNames,
-    /// Batches with spans in the request that is being filled.
+    /// Batches of the request that is being filled.
     open: Vec<Arc<Open>>,
+    /// Whose its spans are, for each service in the order in which they were written.
+    owners: [Owners; 2],
+    /// Its number.
+    request: u64,
     slots: Arc<Semaphore>,
     exporter: Exporter,
 }
 
 impl Worker {
-    async fn run(mut self, mut receiver: mpsc::UnboundedReceiver<Batch>) {
+    async fn run(mut self, mut receiver: mpsc::UnboundedReceiver<Given>) {
         loop {
-            let batch = tokio::select! {
+            let given = tokio::select! {
                 () = self.exporter.stop.cancelled() => return,
-                batch = receiver.recv() => batch,
+                given = receiver.recv() => given,
             };
-            let Some(batch) = batch else { return };
-            if !self.encode(batch).await {
+            let Some(given) = given else { return };
+            if !self.encode(given).await {
                 return;
             }
-            while let Ok(batch) = receiver.try_recv() {
-                if !self.encode(batch).await {
+            while let Ok(given) = receiver.try_recv() {
+                if !self.encode(given).await {
                     return;
                 }
             }
@@ -345,64 +466,74 @@ impl Worker {
         }
     }
 
-    /// Answers `false` if the process stopped first: then its row stays for whoever recovers.
-    async fn encode(&mut self, batch: Batch) -> bool {
-        let (batch_id, at) = (batch.batch_id, batch.at);
-        let open = Arc::new(Open { batch_id, at, rows: rows(&batch), requests: AtomicUsize::new(1) });
-        self.open.push(open.clone());
-        let settled = |log: &TaskLog| {
-            let mut task = tree::spans(log);
-            task.spans.retain(|span| span.settled_at == at);
-            task
-        };
-        // One after another: a batch may hold the logs of hundreds of tasks.
-        for spans in batch.slices.iter().map(settled).chain(batch.derived) {
-            self.push(&open, &spans).await;
-        }
-        let (mut awaited, mut written) = (Vec::new(), HashSet::new());
-        for page in batch.read.chunks(READ_AT_ONCE) {
-            let Some(read) = read_logs(&self.exporter, page).await else { return false };
-            for Read { log, kept, with } in read {
-                let spans = match with {
-                    _ if is_sampled(&log.head) => Some(settled(&log)),
-                    With::Topmost => None,
-                    With::Itself(others) => {
-                        awaited.extend(others);
-                        exported(&log, kept.as_ref())
-                    }
-                };
-                if let Some(spans) = spans {
-                    written.insert(log.head.task_uuid);
-                    self.push(&open, &spans).await;
+    /// Answers `false` if the process stopped first: then the rows stay for whoever recovers.
+    async fn encode(&mut self, given: Given) -> bool {
+        let (mut opened, mut wanted) = (Vec::new(), Vec::new());
+        let again = matches!(given, Given::Orphans(_));
+        match given {
+            Given::Batch(batch) => {
+                let at = batch.at;
+                let open = Open::new(batch.batch_id, at, rows(&batch));
+                // One after another: a batch may hold the logs of hundreds of tasks.
+                for slice in &batch.slices {
+                    let mut task = tree::spans(slice);
+                    task.spans.retain(|span| span.settled_at == at);
+                    self.push(&open, &task).await;
+                }
+                wanted.extend(batch.read.into_iter().map(|task| Wanted { task, at, open: open.clone() }));
+                opened.push(open);
+            }
+            Given::Orphans(orphans) => {
+                for Orphan { batch_id, task_uuids, at } in orphans {
+                    let open = Open::new(batch_id, at, task_uuids.len());
+                    wanted.extend(task_uuids.into_iter().map(|task| Wanted { task, at, open: open.clone() }));
+                    opened.push(open);
                 }
             }
         }
-        awaited.retain(|task| written.insert(*task));
-        for page in awaited.chunks(READ_AT_ONCE) {
-            let Some(read) = read_logs(&self.exporter, page).await else { return false };
-            for spans in read.iter().filter_map(|read| exported(&read.log, read.kept.as_ref())) {
-                self.push(&open, &spans).await;
-            }
+        if !wanted.is_empty() && !self.read(wanted, again).await {
+            return false;
+        }
+        for open in opened {
+            // One without spans goes with the request that is open, which costs no statement of its own.
+            self.enter(&open);
+            open.requests.fetch_sub(1, Ordering::AcqRel);
         }
         if self.encoder.spans() == 0 {
-            // Nothing of it is in the open request: it counts as sent.
-            for open in std::mem::take(&mut self.open) {
-                settle(&self.exporter, vec![open]).await;
-            }
+            // Nothing of them is in the open request: they count as sent.
+            let open = std::mem::take(&mut self.open);
+            self.request += 1;
+            settle(&self.exporter, open).await;
         }
         true
+    }
+
+    /// Puts a batch into the open request, if it is not there already.
+    fn enter(&mut self, open: &Arc<Open>) {
+        if open.last.swap(self.request, Ordering::Relaxed) != self.request {
+            open.requests.fetch_add(1, Ordering::AcqRel);
+            self.open.push(open.clone());
+        }
     }
 
     /// Writes spans into the open request, and into others after it if they do not fit.
     async fn push(&mut self, open: &Arc<Open>, spans: &TaskSpans) {
         let mut next = 0;
         while next < spans.spans.len() {
-            next = self.encoder.push_from(spans, next, MAX_REQUEST_BYTES);
-            if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= MAX_REQUEST_BYTES {
-                // The batch goes on in the next request: it is done when both are acknowledged.
-                open.requests.fetch_add(1, Ordering::Relaxed);
+            let most = self.exporter.request_bytes.load(Ordering::Relaxed);
+            self.enter(open);
+            let first = next;
+            next = self.encoder.push_from(spans, first, most);
+            for span in &spans.spans[first..next] {
+                let owners = &mut self.owners[usize::from(span.service == Service::Worker)];
+                match owners.last_mut() {
+                    Some((last, n)) if Arc::ptr_eq(last, open) => *n += 1,
+                    _ => owners.push((open.clone(), 1)),
+                }
+            }
+            if self.encoder.spans() >= MAX_REQUEST_SPANS || self.encoder.bytes_len() >= most {
+                // What is left goes on in the next request: the batch is done when both are acknowledged.
                 self.send().await;
-                self.open.push(open.clone());
             }
         }
     }
@@ -412,11 +543,12 @@ impl Worker {
         if self.encoder.spans() == 0 {
             return;
         }
-        let spans = self.encoder.spans() as u64;
         let cleaned = self.encoder.cleaned();
         self.exporter.stats.cleaned.fetch_add(cleaned - self.cleaned, Ordering::Relaxed);
         self.cleaned = cleaned;
-        let request = self.encoder.finish();
+        let [mut owners, of_workers] = std::mem::take(&mut self.owners);
+        owners.extend(of_workers);
+        let parcel = Parcel::new(self.encoder.finish(), owners);
         let target = self.exporter.target();
         if target.names != self.names {
             self.names = target.names.clone();
@@ -424,87 +556,51 @@ impl Worker {
             self.cleaned = 0;
         }
         let open = std::mem::take(&mut self.open);
+        self.request += 1;
         let Ok(slot) = self.slots.clone().acquire_owned().await else {
             return;
         };
         let exporter = self.exporter.clone();
         tokio::spawn(async move {
             let newest = open.iter().map(|open| open.at).max().unwrap_or_default();
-            match deliver(&exporter, request, newest).await {
-                Delivery::Acknowledged => {
-                    exporter.stats.exported.fetch_add(spans, Ordering::Relaxed);
-                    settle(&exporter, open).await;
-                }
-                Delivery::Abandoned => {
-                    exporter.stats.abandoned.fetch_add(spans, Ordering::Relaxed);
-                    settle(&exporter, open).await;
-                }
-                Delivery::Stopped => {}
+            if parcel::deliver(&exporter, parcel, newest).await {
+                settle(&exporter, open).await;
             }
             drop(slot);
         });
     }
 }
 
-/// What became of a request.
-enum Delivery {
-    Acknowledged,
-    /// No receiver took it in the time that was allowed.
-    Abandoned,
-    /// The process stopped first.
-    Stopped,
-}
-
-/// Sends until a receiver takes it, or until everything in it, the newest batch too, is older
-/// than `max_export_lag`.
-async fn deliver(exporter: &Exporter, request: Bytes, newest: DateTime<Utc>) -> Delivery {
-    let mut wait = Duration::from_millis(100);
-    loop {
-        let target = exporter.target();
-        match target.transport.send(request.clone()).await {
-            Ok(accepted) => {
-                exporter.stats.rejected.fetch_add(accepted.rejected_spans, Ordering::Relaxed);
-                if accepted.rejected_spans > 0 {
-                    tracing::warn!(spans = accepted.rejected_spans, "the receiver refused some spans");
-                }
-                exporter.answers();
-                return Delivery::Acknowledged;
-            }
-            Err(error) => {
-                exporter.stats.failed_requests.fetch_add(1, Ordering::Relaxed);
-                exporter.is_away(&error);
-                if target.max_lag.is_some_and(|lag| (Utc::now() - newest).to_std().is_ok_and(|age| age > lag)) {
-                    tracing::error!(%error, "spans are given up: no receiver took them within max_export_lag");
-                    return Delivery::Abandoned;
-                }
-                let pause = error.retry_after.unwrap_or(wait).min(Duration::from_secs(30));
-                wait = (wait * 2).min(Duration::from_secs(5));
-                tokio::select! {
-                    () = exporter.done.cancelled() => return Delivery::Stopped,
-                    () = tokio::time::sleep(pause) => {}
-                }
-            }
-        }
-    }
-}
-
-/// One request of each of these batches is acknowledged; those with none left are forgotten.
+/// One request of each of these batches is dealt with; those with none left are forgotten, or set
+/// aside if anything of them was refused.
 async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     let done: Vec<Arc<Open>> =
         open.into_iter().filter(|open| open.requests.fetch_sub(1, Ordering::AcqRel) == 1).collect();
     if done.is_empty() {
         return;
     }
-    let ids: Vec<Uuid> = done.iter().map(|open| open.batch_id).collect();
-    let deleted = async { exports::delete(&mut *exporter.pool.acquire().await?, &ids).await }.await;
-    if let Err(error) = deleted {
+    let (mut delivered, mut refused) = (Vec::with_capacity(done.len()), Vec::new());
+    for open in &done {
+        match open.refused.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            None => delivered.push(open.batch_id),
+            Some((spans, reason)) => refused.push((open.batch_id, i32::try_from(spans).unwrap_or(i32::MAX), reason)),
+        }
+    }
+    let kept = async {
+        let mut conn = exporter.pool.acquire().await?;
+        if !refused.is_empty() {
+            exports::refuse(&mut conn, &refused).await?;
+        }
+        if delivered.is_empty() { Ok(()) } else { exports::delete(&mut conn, &delivered).await }
+    };
+    if let Err(error) = kept.await {
         tracing::warn!(%error, "acknowledged export batches stay in the database; their spans are sent once more");
         exporter.doubt();
     }
     {
         let mut held = exporter.held.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in &ids {
-            held.remove(id);
+        for open in &done {
+            held.remove(&open.batch_id);
         }
     }
     let rows = done.iter().map(|open| open.rows).sum();
@@ -512,63 +608,10 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     exporter.stats.open_batches.fetch_sub(done.len(), Ordering::Relaxed);
 }
 
-/// A whole log.
-struct Read {
-    log: TaskLog,
-    /// Why its trace is exported, though it was not sampled.
-    kept: Option<Kept>,
-    with: With,
-}
-
-/// With whose end a task goes out, whose trace is kept.
-enum With {
-    /// Its own, and with it these, which it awaited.
-    Itself(Vec<Uuid>),
-    /// That of the topmost task, which came after its own.
-    Topmost,
-}
-
-/// Whole logs; `None` if the process stopped before they could be read.
-async fn read_logs(exporter: &Exporter, task_uuids: &[Uuid]) -> Option<Vec<Read>> {
-    if task_uuids.is_empty() {
-        return Some(Vec::new());
-    }
-    let mut wait = Duration::from_millis(50);
-    loop {
-        let read = async { logs(&mut *exporter.pool.acquire().await?, task_uuids).await }.await;
-        match read {
-            Ok(logs) => return Some(logs),
-            Err(error) => {
-                tracing::warn!(%error, "the log of a task could not be read for its trace; trying again");
-                tokio::select! {
-                    () = exporter.done.cancelled() => return None,
-                    () = tokio::time::sleep(wait) => wait = (wait * 2).min(Duration::from_secs(5)),
-                }
-            }
-        }
-    }
-}
-
-async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Read>, store::Error> {
-    let logs = transitions::logs(conn, task_uuids).await?;
-    let mut kept = transitions::kept(conn, &logs).await?;
-    let mut read = Vec::with_capacity(logs.len());
-    for log in logs {
-        let task = log.head.task_uuid;
-        let kept = kept.remove(&task);
-        let with = match &kept {
-            Some(_) if !is_within(&log.head) => With::Itself(transitions::awaited_below(conn, task, i64::MAX).await?),
-            Some(_) if transitions::is_noted(conn, task).await? => With::Topmost,
-            _ => With::Itself(Vec::new()),
-        };
-        read.push(Read { log, kept, with });
-    }
-    Ok(read)
-}
-
 /// Says that this instance lives, and adopts what dead ones left.
 async fn recover(exporter: Exporter) {
-    let mut last_adopted = None::<Instant>;
+    let (mut last_adopted, mut after) = (None::<Instant>, None);
+    let mut forgotten = Instant::now();
     loop {
         if let Ok(mut conn) = exporter.pool.acquire().await
             && let Err(error) = exports::alive(&mut conn, exporter.instance).await
@@ -577,14 +620,21 @@ async fn recover(exporter: Exporter) {
         }
         let has_room = exporter.stats.queued_rows.load(Ordering::Relaxed) < MAX_QUEUED_ROWS / 2;
         if has_room && last_adopted.is_none_or(|at| at.elapsed() >= ADOPT_EVERY) {
-            match adopt(&exporter).await {
-                // There may be more: look again at once.
-                Ok(found) => last_adopted = (found == 0).then(Instant::now),
+            match adopt(&exporter, after).await {
+                // There may be more: look again at once, from where this look ended.
+                Ok(last) => (last_adopted, after) = (last.is_none().then(Instant::now), last),
                 Err(error) => tracing::warn!(%error, "export batches could not be adopted"),
             }
         }
         if let Err(error) = take_up(&exporter).await {
             tracing::warn!(%error, "export batches that were left behind could not be read");
+        }
+        if forgotten.elapsed() >= FORGET_EVERY {
+            forgotten = Instant::now();
+            let gone = async { exports::forget_removed(&mut *exporter.pool.acquire().await?).await }.await;
+            if let Err(error) = gone {
+                tracing::debug!(%error, "what was set aside could not be looked through");
+            }
         }
         let pause = if last_adopted.is_some() { ALIVE_EVERY } else { Duration::from_millis(20) };
         tokio::select! {
@@ -594,11 +644,15 @@ async fn recover(exporter: Exporter) {
     }
 }
 
-/// Takes over orphaned batches and derives their spans from the log; answers how many.
-pub async fn adopt(exporter: &Exporter) -> Result<usize, store::Error> {
+/// Takes over orphaned batches from this time on; answers the time of the newest, if there are any.
+async fn adopt(exporter: &Exporter, after: Option<DateTime<Utc>>) -> Result<Option<DateTime<Utc>>, store::Error> {
     let mut conn = exporter.pool.acquire().await?;
-    let orphans = exports::adopt(&mut conn, exporter.instance, ADOPT).await?;
-    hand_over_again(exporter, &mut conn, orphans).await
+    let orphans = exports::adopt(&mut conn, exporter.instance, after, ADOPT).await?;
+    let newest = orphans.iter().map(|orphan| orphan.at).max();
+    if newest.is_some() {
+        exporter.take_over(orphans);
+    }
+    Ok(newest)
 }
 
 /// Some time after a doubt, looks for batches of ours that nobody holds.
@@ -610,83 +664,11 @@ async fn take_up(exporter: &Exporter) -> Result<(), store::Error> {
     let mut conn = exporter.pool.acquire().await?;
     let held: Vec<Uuid> = exporter.held.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
     let left = exports::left_behind(&mut conn, exporter.instance, &held, ADOPT).await?;
-    if hand_over_again(exporter, &mut conn, left).await? == 0 {
+    if left.is_empty() {
         let mut latest = exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
         latest.take_if(|latest| Some(*latest) == doubted_at);
+    } else {
+        exporter.take_over(left);
     }
     Ok(())
-}
-
-async fn hand_over_again(
-    exporter: &Exporter,
-    conn: &mut PgConnection,
-    orphans: Vec<Orphan>,
-) -> Result<usize, store::Error> {
-    let (mut derived, mut seen) = (HashMap::new(), HashSet::new());
-    let mut orphans = orphans;
-    let large = read_again(exporter, conn, &orphans, &mut seen, &mut derived).await?;
-    if !large.is_empty() {
-        let more = exports::adopt_of(conn, exporter.instance, &large, ADOPT_OF_LARGE).await?;
-        read_again(exporter, conn, &more, &mut seen, &mut derived).await?;
-        orphans.extend(more);
-    }
-    let found = orphans.len();
-    for Orphan { batch_id, task_uuids, at } in orphans {
-        let (mut again, mut read) = (Vec::new(), Vec::new());
-        for task in task_uuids {
-            match derived.get_mut(&task) {
-                Some(Derived::At(times)) => again.extend(times.remove(&at)),
-                Some(Derived::NotSampled) => read.push(task),
-                // Retention has removed it.
-                None => {}
-            }
-        }
-        let spans: usize = again.iter().map(|task| task.spans.len()).sum();
-        exporter.stats.re_exported.fetch_add(spans as u64, Ordering::Relaxed);
-        exporter.hand_over(Batch { batch_id, at, slices: Vec::new(), read, derived: again });
-    }
-    Ok(found)
-}
-
-/// What is known of a task again: its spans are derived once, however many batches it has.
-enum Derived {
-    /// Its spans, by the transaction that settled them.
-    At(HashMap<DateTime<Utc>, TaskSpans>),
-    /// Its whole trace may be due with the batch of its end.
-    NotSampled,
-}
-
-/// Derives the spans of the batches' tasks that were not seen yet; answers which tasks are large.
-async fn read_again(
-    exporter: &Exporter,
-    conn: &mut PgConnection,
-    orphans: &[Orphan],
-    seen: &mut HashSet<Uuid>,
-    derived: &mut HashMap<Uuid, Derived>,
-) -> Result<Vec<Uuid>, store::Error> {
-    let tasks: Vec<Uuid> =
-        orphans.iter().flat_map(|orphan| orphan.task_uuids.iter().copied()).filter(|task| seen.insert(*task)).collect();
-    let mut large = Vec::new();
-    if tasks.is_empty() {
-        return Ok(large);
-    }
-    for log in transitions::logs(conn, &tasks).await? {
-        exporter.stats.recovered_logs.fetch_add(1, Ordering::Relaxed);
-        let task = log.head.task_uuid;
-        if log.transitions.len() > LARGE_TASK_ROWS {
-            large.push(task);
-        }
-        let again = if is_sampled(&log.head) { Derived::At(by_settle(tree::spans(&log))) } else { Derived::NotSampled };
-        derived.insert(task, again);
-    }
-    Ok(large)
-}
-
-/// The spans of a task, parted by the transaction that settled them.
-fn by_settle(mut task: TaskSpans) -> HashMap<DateTime<Utc>, TaskSpans> {
-    let mut times: HashMap<DateTime<Utc>, TaskSpans> = HashMap::new();
-    for span in std::mem::take(&mut task.spans) {
-        times.entry(span.settled_at).or_insert_with(|| task.clone()).spans.push(span);
-    }
-    times
 }

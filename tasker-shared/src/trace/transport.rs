@@ -139,6 +139,8 @@ pub struct SendError {
     pub kind: ErrorKind,
     /// True if the same bytes may succeed later, by the rules of OTLP.
     pub retryable: bool,
+    /// What to do with the bytes.
+    pub verdict: Verdict,
     /// How long the collector asked us to wait.
     pub retry_after: Option<Duration>,
     /// In words, without header values.
@@ -162,9 +164,27 @@ pub enum ErrorKind {
     BadAnswer,
 }
 
+/// What an answer says of the bytes that were sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing: the way is closed, or somebody who may open it has not yet (credentials, the path).
+    Later,
+    /// The receiver failed. It may be over them.
+    Unclear,
+    /// They are too many.
+    TooLarge,
+    /// They are bad, now and for ever.
+    BadData,
+}
+
 impl SendError {
     fn new(kind: ErrorKind, retryable: bool, message: impl AsRef<str>) -> Self {
-        Self { kind, retryable, retry_after: None, message: short(message.as_ref()) }
+        Self { kind, retryable, verdict: Verdict::Later, retry_after: None, message: short(message.as_ref()) }
+    }
+
+    /// What kind of error it is, without what differs from one to the next, such as times and ids.
+    pub fn sort(&self) -> String {
+        format!("{} {}", self.kind, self.message.split(' ').next().unwrap_or_default())
     }
 }
 
@@ -264,8 +284,14 @@ impl Transport {
         if !status.is_success() {
             let words = std::str::from_utf8(&body).unwrap_or_default();
             let retryable = matches!(status.as_u16(), 429 | 502 | 503 | 504);
+            let verdict = match status.as_u16() {
+                413 => Verdict::TooLarge,
+                400 | 422 => Verdict::BadData,
+                500.. if !retryable => Verdict::Unclear,
+                _ => Verdict::Later,
+            };
             let error = SendError::new(ErrorKind::Refused, retryable, format!("{status} {words}"));
-            return Err(SendError { retry_after: retry_after.filter(|_| retryable), ..error });
+            return Err(SendError { verdict, retry_after: retry_after.filter(|_| retryable), ..error });
         }
         if json {
             return serde_json::from_slice(&body).map(|v| accepted_json(&v)).map_err(|e| bad_answer(&e));
@@ -510,23 +536,36 @@ fn grpc_error(status: &Status) -> SendError {
         return bad_answer(&words);
     }
     let retry_info = status.get_details_retry_info();
+    let is_too_large = matches!(status.code(), Code::ResourceExhausted | Code::OutOfRange)
+        && retry_info.is_none()
+        && is_about_size(words);
     let retryable = match status.code() {
-        Code::Cancelled
-        | Code::DeadlineExceeded
-        | Code::Aborted
-        | Code::OutOfRange
-        | Code::Unavailable
-        | Code::DataLoss => true,
+        Code::OutOfRange => !is_too_large,
+        Code::Cancelled | Code::DeadlineExceeded | Code::Aborted | Code::Unavailable | Code::DataLoss => true,
         // Without a hint when to come back, OTLP reads it as "never".
         Code::ResourceExhausted => retry_info.is_some(),
         _ => false,
     };
+    let verdict = match status.code() {
+        _ if is_too_large => Verdict::TooLarge,
+        Code::InvalidArgument => Verdict::BadData,
+        Code::Internal | Code::Unknown => Verdict::Unclear,
+        _ => Verdict::Later,
+    };
     let message = format!("{:?} {}", status.code(), status.message());
     let retry_after = retry_info.and_then(|info| info.retry_delay).map(|d| d.min(MAX_RETRY_AFTER));
     SendError {
+        verdict,
         retry_after: retry_after.filter(|_| retryable),
         ..SendError::new(ErrorKind::Refused, retryable, message)
     }
+}
+
+/// gRPC has no code for a message that is too large: servers say it in the words of their library
+/// (Go "received message larger than max", Java "exceeds maximum size", Rust "length too large").
+fn is_about_size(words: &str) -> bool {
+    let words = words.to_ascii_lowercase();
+    ["larger than", "too large", "exceeds", "too big", "maximum size"].iter().any(|hint| words.contains(hint))
 }
 
 /// `Retry-After`: seconds, or a date.
@@ -619,7 +658,30 @@ mod tests {
         let details = tonic_types::ErrorDetails::with_retry_info(Some(Duration::from_secs(3)));
         let error = grpc_error(&Status::with_error_details(Code::ResourceExhausted, "busy", details));
         assert!(error.retryable);
-        assert_eq!(error.retry_after, Some(Duration::from_secs(3)));
+        assert_eq!((error.retry_after, error.verdict), (Some(Duration::from_secs(3)), Verdict::Later));
+    }
+
+    #[test]
+    fn only_the_size_and_bad_data_are_blamed_on_what_was_sent() {
+        let verdict = |code, words| grpc_error(&Status::new(code, words)).verdict;
+        for (code, words) in [
+            (Code::ResourceExhausted, "grpc: received message larger than max (5000000 vs. 4194304)"),
+            (Code::ResourceExhausted, "gRPC message exceeds maximum size 4194304: 5000000"),
+            (
+                Code::OutOfRange,
+                "Error, decoded message length too large: found 5000000 bytes, the limit is: 4194304 bytes",
+            ),
+        ] {
+            assert_eq!(verdict(code, words), Verdict::TooLarge, "{words}");
+        }
+        assert_eq!(verdict(Code::ResourceExhausted, "quota"), Verdict::Later);
+        assert_eq!(verdict(Code::InvalidArgument, "no"), Verdict::BadData);
+        assert_eq!(verdict(Code::Internal, "no"), Verdict::Unclear);
+        for code in
+            [Code::Unauthenticated, Code::PermissionDenied, Code::Unimplemented, Code::NotFound, Code::Unavailable]
+        {
+            assert_eq!(verdict(code, "no"), Verdict::Later, "{code:?}");
+        }
     }
 
     #[test]

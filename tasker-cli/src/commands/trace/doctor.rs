@@ -86,10 +86,20 @@ impl Doctor {
                 n => format!("{n} batch{}, the oldest for {late:.0} s", if n == 1 { "" } else { "es" }),
             },
         );
+        let aside = exports::set_aside(&mut conn).await?;
+        if let Some(reason) = &aside.reason {
+            let words = format!(
+                "{} of {} transactions; the last because: {reason}; `tasker trace replay --refused` sends them again",
+                aside.spans, aside.batches
+            );
+            find("spans that were refused", false, words);
+        }
         for process in trace_settings::processes(&mut conn).await? {
             let problem = process.state["problem"].as_str().map(str::to_owned);
-            let down =
-                (process.state["health"]["receiver"] == "down").then(|| "its receiver does not answer".to_owned());
+            let down = (process.state["health"]["receiver"] == "down").then(|| {
+                let why = process.state["health"]["problem"].as_str().unwrap_or("it does not answer");
+                format!("its receiver does not take spans: {why}")
+            });
             if let Some(problem) = problem.or(down) {
                 find("a running process", false, format!("{}: {problem}", process.name));
             }

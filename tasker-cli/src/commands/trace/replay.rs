@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use tasker_shared::store::transitions;
+use tasker_shared::store::{exports, transitions};
+use tasker_shared::trace::export::split;
 use tasker_shared::trace::otlp::Encoder;
 use tasker_shared::trace::sampling;
-use tasker_shared::trace::transport::Transport;
+use tasker_shared::trace::transport::{Transport, Verdict};
 
 use super::Which;
 use crate::Global;
@@ -25,6 +26,7 @@ const TRIES: u32 = 6;
 Examples:
   tasker trace replay --since 2h       every task created in the last two hours
   tasker trace replay --task ORD-4711
+  tasker trace replay --refused        what a receiver refused for good, through the orchestrators
   OTEL_EXPORTER_OTLP_ENDPOINT=http://new:4318 tasker trace replay --since 2030-01-31T00:00:00Z")]
 pub struct Replay {
     #[command(flatten)]
@@ -32,6 +34,9 @@ pub struct Replay {
     /// Uuid or correlation id; may be given several times
     #[arg(long = "task", value_name = "TASK", conflicts_with = "since")]
     named: Vec<String>,
+    /// What was set aside because a receiver refused it: the orchestrators send it where they send everything
+    #[arg(long, conflicts_with_all = ["tasks", "named", "correlation_id", "since"])]
+    refused: bool,
 }
 
 impl Replay {
@@ -39,6 +44,19 @@ impl Replay {
     pub async fn run(mut self, global: &Global) -> anyhow::Result<()> {
         self.which.tasks.append(&mut self.named);
         let connected = run::connect(global).await?;
+        if self.refused {
+            let mut conn = connected.client.pool().acquire().await?;
+            let mut batches = 0;
+            loop {
+                match exports::send_again(&mut conn).await? {
+                    0 => break,
+                    some => batches += some,
+                }
+            }
+            return output::line(format!(
+                "{batches} transactions were given back to the orchestrators, which send their spans again; `tasker trace status` says what is refused once more"
+            ));
+        }
         let config = super::config(&connected.client).await?;
         anyhow::ensure!(
             config.enabled,
@@ -85,20 +103,30 @@ async fn send(transport: &Transport, encoder: &mut Encoder) -> anyhow::Result<()
     if encoder.spans() == 0 {
         return Ok(());
     }
-    let request = encoder.finish();
-    let mut wait = Duration::from_millis(200);
-    for attempt in 1.. {
-        match transport.send(request.clone()).await {
-            Ok(accepted) if accepted.rejected_spans == 0 => break,
-            Ok(accepted) => {
-                let why = accepted.message.unwrap_or_default();
-                return Err(failure(FAILED, format!("the receiver refused {} spans: {why}", accepted.rejected_spans)));
+    let mut requests = vec![encoder.finish()];
+    while let Some(request) = requests.pop() {
+        let mut wait = Duration::from_millis(200);
+        for attempt in 1.. {
+            match transport.send(request.clone()).await {
+                Ok(accepted) if accepted.rejected_spans == 0 => break,
+                Ok(accepted) => {
+                    let why = accepted.message.unwrap_or_default();
+                    let problem = format!("the receiver refused {} spans: {why}", accepted.rejected_spans);
+                    return Err(failure(FAILED, problem));
+                }
+                Err(error)
+                    if error.verdict == Verdict::TooLarge
+                        && let Some((first, second)) = split(&request) =>
+                {
+                    requests.extend([second, first]);
+                    break;
+                }
+                Err(error) if error.retryable && attempt < TRIES => {
+                    tokio::time::sleep(error.retry_after.unwrap_or(wait).min(Duration::from_secs(30))).await;
+                    wait *= 2;
+                }
+                Err(error) => return Err(error.into()),
             }
-            Err(error) if error.retryable && attempt < TRIES => {
-                tokio::time::sleep(error.retry_after.unwrap_or(wait).min(Duration::from_secs(30))).await;
-                wait *= 2;
-            }
-            Err(error) => return Err(error.into()),
         }
     }
     Ok(())

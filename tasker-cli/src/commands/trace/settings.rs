@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::bail;
 use serde_json::{Value, json};
-use tasker_shared::store::{sampling, trace_settings};
+use tasker_shared::store::{exports, sampling, trace_settings};
 use tasker_shared::trace::config::{Key, Sources, Stored};
 use tasker_shared::trace::settings::{self, EVERYWHERE};
 
@@ -193,6 +193,7 @@ async fn show(conn: &mut sqlx::PgConnection, global: &Global) -> anyhow::Result<
     let stored = trace_settings::all(conn).await?;
     let shares = sampling::all(conn).await?;
     let processes = trace_settings::processes(conn).await?;
+    let aside = exports::set_aside(conn).await?;
     let here = settings::read(conn, &sources).await.map(|(resolved, _)| resolved);
     if let Ok(here) = &here {
         warnings.extend(here.warnings.clone());
@@ -211,6 +212,10 @@ async fn show(conn: &mut sqlx::PgConnection, global: &Global) -> anyhow::Result<
                 "process": process.process, "kind": process.kind, "name": process.name, "version": process.version,
                 "started_at": process.started_at, "seen_seconds": process.seen_seconds, "state": process.state,
             })).collect::<Vec<_>>(),
+            "set_aside": {
+                "batches": aside.batches, "spans": aside.spans, "oldest_at": aside.oldest_at,
+                "newest_at": aside.newest_at, "newest_reason": aside.reason,
+            },
         }));
     }
     let mut table = Table::new(["stored", "value", "for", "by", "at"]);
@@ -256,7 +261,30 @@ async fn show(conn: &mut sqlx::PgConnection, global: &Global) -> anyhow::Result<
             format!("{:.0}s ago", process.seen_seconds),
         ]);
     }
-    table.print("no process runs")
+    table.print("no process runs")?;
+    for process in &processes {
+        let health = &process.state["health"];
+        for (key, what) in [
+            ("problem", "its receiver does not take spans"),
+            ("rejected_because", "its receiver dropped spans that it took, or warned"),
+        ] {
+            if let Some(said) = health[key].as_str() {
+                output::line(format!("{}: {what}: {}", process.name, cell(Some(said))))?;
+            }
+        }
+    }
+    if let (Some(oldest), Some(newest)) = (aside.oldest_at, aside.newest_at) {
+        output::line(format!(
+            "set aside: {} spans of {} transactions, which a receiver refused for good, from {} to {} UTC; the last because: {}\n  \
+             `tasker trace replay --refused` sends them again",
+            aside.spans,
+            aside.batches,
+            output::time(oldest),
+            output::time(newest),
+            cell(aside.reason.as_deref())
+        ))?;
+    }
+    Ok(())
 }
 
 /// One line about a configuration.
