@@ -95,7 +95,9 @@ fn the_api_runs_nothing_and_writes_no_sql() {
 #[test]
 fn only_tx_begins_transactions() {
     // A migration runs before there is anything to protect, on a connection of its own.
-    let may = ["tasker-shared/src/store/tx.rs", "tasker-shared/src/migrate.rs"].map(Path::new);
+    let may =
+        ["tasker-shared/src/store/tx.rs", "tasker-shared/src/migrate.rs", "tasker-shared/src/migrate/installed.rs"]
+            .map(Path::new);
     let begins = |line: &str| {
         let line = line.to_lowercase();
         [".begin()", ".begin_with(", "\"begin\"", "\"begin;", "start transaction"]

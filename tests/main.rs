@@ -45,6 +45,7 @@ mod retention;
 mod retry;
 mod sampling;
 mod schedules;
+mod server;
 mod strangers_locks;
 mod suspend;
 mod timeouts;

@@ -1,7 +1,7 @@
 //! How a command ends badly: which exit code belongs to which error.
 
 use tasker_shared::client::ClientError;
-use tasker_shared::store;
+use tasker_shared::{server, store};
 
 /// What was asked about failed, though the command itself worked.
 pub const FAILED: u8 = 1;
@@ -25,6 +25,17 @@ pub struct Failure {
 /// An error with this exit code.
 pub fn failure(code: u8, message: impl Into<String>) -> anyhow::Error {
     Failure { code, message: message.into() }.into()
+}
+
+/// An error with its causes, each said once: many an error says its cause itself.
+pub fn one_line(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |mut line, cause| {
+        if !line.contains(&cause) {
+            line.push_str(if line.is_empty() { "" } else { ": " });
+            line.push_str(&cause);
+        }
+        line
+    })
 }
 
 /// The exit code of any error: the first cause that has one decides.
@@ -53,6 +64,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(store::Error::Database(error)) = cause.downcast_ref::<store::Error>() {
         return code_of(error);
     }
+    if let Some(server::Error::Database(error)) = cause.downcast_ref::<server::Error>() {
+        return code_of(error);
+    }
     if cause.is::<tasker_shared::postgres::Error>() {
         return Some(UNREACHABLE);
     }
@@ -75,6 +89,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use anyhow::Context as _;
+    use tasker_shared::migrate;
 
     use super::*;
 
@@ -87,5 +102,17 @@ mod tests {
         assert_eq!(wrapped(ClientError::from(sqlx::Error::RowNotFound)), FAILED);
         assert_eq!(exit_code(&failure(TIMEOUT, "late")), TIMEOUT);
         assert_eq!(exit_code(&anyhow::anyhow!("something else")), FAILED);
+    }
+
+    #[test]
+    fn a_cause_is_said_once_however_often_it_is_repeated() {
+        let error = migrate::Error::File { name: "0001_a.sql".into(), source: sqlx::Error::PoolTimedOut };
+        let error = Err::<(), _>(error).context("the database cannot be reached").unwrap_err();
+        assert_eq!(
+            one_line(&error),
+            "the database cannot be reached: migration 0001_a.sql failed and was rolled back: \
+             pool timed out while waiting for an open connection"
+        );
+        assert_eq!(format!("{error:#}").matches("pool timed out").count(), 2, "or this is of no use any more");
     }
 }

@@ -153,7 +153,7 @@ fn main() -> std::process::ExitCode {
         Err(error) => {
             // The reader of a pipe that has seen enough is no failure of ours.
             if !output::is_broken_pipe(&error) {
-                eprintln!("error: {}", tasker_shared::redact::text(&format!("{error:#}")));
+                eprintln!("error: {}", tasker_shared::redact::text(&failure::one_line(&error)));
             }
             exit_code(&error).into()
         }

@@ -6,8 +6,9 @@ use anyhow::Context as _;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use tasker_shared::client::Client;
 use tasker_shared::metrics::{self, Listen, Scrape, Serving};
-use tasker_shared::migrate::migrate;
+use tasker_shared::migrate;
 use tasker_shared::postgres::Database;
+use tasker_shared::server;
 use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::{self, Role, Telemetry};
@@ -30,20 +31,46 @@ pub struct Connected {
 
 /// Opens the database that the flags or the environment name, and migrates it.
 pub async fn connect(global: &Global) -> anyhow::Result<Connected> {
+    let (server, pool, _) = migrated(global).await?;
+    redaction::load(&pool).await?;
+    Ok(Connected { url: server.url(), client: Client::from_pool(pool), _server: server })
+}
+
+/// As [`connect`], for a command that works until it is told to stop: also looks whether everything
+/// that it needs is there. `None` if it was told before.
+pub async fn connect_until(global: &Global, stop: &CancellationToken) -> anyhow::Result<Option<Connected>> {
+    let connecting = async {
+        let connected = connect(global).await?;
+        server::ready(connected.client.pool()).await?;
+        anyhow::Ok(connected)
+    };
+    let connected = stop.run_until_cancelled(connecting).await.transpose()?;
+    if connected.is_none() {
+        tracing::info!("told to stop before it was connected");
+    }
+    Ok(connected)
+}
+
+/// Opens the database that the flags or the environment name, and migrates it; says what that did.
+pub async fn migrated(global: &Global) -> anyhow::Result<(Database, PgPool, migrate::Report)> {
+    // A command whose own output says everything else neither waits nor panics in silence. This is
+    // of no effect where a command has asked for more.
+    let quiet = "off,tasker_shared::migrate=warn,tasker_shared::telemetry=error";
+    telemetry::init_at(Role::Cli, &TraceConfig::default(), global.log_format.into(), quiet);
     let server = open(global).await?;
     let url = server.url();
     // A pool would try again until its time is up, and then not say why.
     let first = tokio::time::timeout(Duration::from_secs(10), PgConnection::connect(&url)).await;
     first
         .map_err(|_| failure(UNREACHABLE, "the database does not answer within 10 s"))?
+        .map_err(server::Error::from)
         .context("the database cannot be reached")?
         .close()
         .await?;
     let options = PoolOptions { application_name: "tasker-cli", ..PoolOptions::default() };
-    let pool = tx::pool(&url, &options).await.context("the database cannot be reached")?;
-    migrate(&pool).await?;
-    redaction::load(&pool).await?;
-    Ok(Connected { url, client: Client::from_pool(pool), _server: server })
+    let pool = tx::pool(&url, &options).await.map_err(server::Error::from).context("the database cannot be reached")?;
+    let report = migrate::migrate(&pool).await?;
+    Ok((server, pool, report))
 }
 
 /// Opens the database without connecting to it.

@@ -12,6 +12,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
 use sqlx::{PgConnection, PgPool, Postgres};
 use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
+use tasker_shared::server;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS};
 use tasker_shared::telemetry::{self, live};
@@ -59,6 +60,9 @@ pub enum Error {
     /// The database.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// The server, the database or the way to it is not as it must be.
+    #[error(transparent)]
+    Server(server::Error),
     /// The exporter.
     #[error("traces cannot be exported: {0}")]
     Export(#[from] StartError),
@@ -70,6 +74,15 @@ pub enum Error {
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         Self::Store(error.into())
+    }
+}
+
+impl From<server::Error> for Error {
+    fn from(error: server::Error) -> Self {
+        match error {
+            server::Error::Database(error) => Self::Store(error.into()),
+            other => Self::Server(other),
+        }
     }
 }
 
@@ -108,7 +121,10 @@ impl Orchestrator {
         let settlers = options.settlers.max(1);
         let connections = u32::try_from(settlers).unwrap_or(1);
         let mut session: Vec<(&str, &str)> = HOT_PATH_SETTINGS.iter().copied().chain([LOCK_TIMEOUT]).collect();
-        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, &session)).await?;
+        let pool = tx::pool(url, &pool_options("tasker-orchestration", connections + 5, &session))
+            .await
+            .map_err(server::Error::from)?;
+        server::ready(&pool).await?;
         session.push(("synchronous_commit", "off"));
         let reads = tx::pool(url, &pool_options("tasker-orchestration reads", connections + 5, &session)).await?;
         let instance = Uuid::new_v4();

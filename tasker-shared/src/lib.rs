@@ -13,6 +13,7 @@ pub mod postgres;
 pub mod queue;
 pub mod redact;
 pub mod schedule;
+pub mod server;
 pub mod state_machine;
 pub mod store;
 pub mod telemetry;

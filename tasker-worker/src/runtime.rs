@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 use tasker_shared::metrics::{Listen, Scrape, serve};
+use tasker_shared::server;
 use tasker_shared::state_machine::retry::LONGEST;
 use tasker_shared::store::HOT_PATH_SETTINGS;
 use tasker_shared::store::redaction;
@@ -68,6 +69,9 @@ pub enum Error {
     /// The database was not reached at the start.
     #[error("the database: {0}")]
     Connect(#[from] sqlx::Error),
+    /// The server, the database or the way to it is not as it must be.
+    #[error(transparent)]
+    Server(server::Error),
     /// The file that `TASKER_REDACTION_FILE` names.
     #[error(transparent)]
     Redaction(#[from] tasker_shared::redact::Error),
@@ -77,6 +81,15 @@ pub enum Error {
     /// A loop of the worker panicked.
     #[error("the worker stopped: {0}; this is a defect of Tasker")]
     Stopped(String),
+}
+
+impl From<server::Error> for Error {
+    fn from(error: server::Error) -> Self {
+        match error {
+            server::Error::Database(error) => Self::Connect(error),
+            other => Self::Server(other),
+        }
+    }
 }
 
 /// Claims steps and runs their handlers.
@@ -119,7 +132,8 @@ impl Worker {
             Some(listen) => Some(serve(listen, Scrape::new(None)).await.map_err(Error::Metrics)?),
             None => None,
         };
-        let pools = Pools::open(&self.url, self.queues.len()).await?;
+        let pools = Pools::open(&self.url, self.queues.len()).await.map_err(server::Error::from)?;
+        server::ready(&pools.claims).await?;
         // What handlers say is redacted before it leaves this process.
         redaction::load(&pools.reports).await?;
         let mut running = self.start(&pools, shutdown.child_token());

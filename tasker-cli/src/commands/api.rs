@@ -162,7 +162,9 @@ impl Api {
         let stop = run::stop_signal()?;
         let run::Traced { telemetry, .. } =
             run::telemetry(global, Process::Orchestrator, "info", &TraceFlags::default())?;
-        let connected = run::connect(global).await?;
+        let Some(connected) = run::connect_until(global, &stop).await? else {
+            return Ok(());
+        };
         let serving = serve.start(&connected.url, None).await?;
         match &serving.link {
             Some(link) => eprintln!("open      {link}"),

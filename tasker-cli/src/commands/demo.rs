@@ -105,7 +105,9 @@ impl Demo {
             run::telemetry(global, Role::Cli, "warn", &TraceFlags::default())?;
         let endpoint = trace.enabled.then(|| trace.printable_endpoint());
         eprintln!("starting the database");
-        let connected = run::connect(global).await?;
+        let Some(connected) = run::connect_until(global, &stop).await? else {
+            return Err(failure(130, "interrupted"));
+        };
         let client = &connected.client;
         let template =
             template::parse("order.yaml", TEMPLATE).map_err(|problems| anyhow::anyhow!("{problems:?}"))?.template;

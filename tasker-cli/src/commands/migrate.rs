@@ -1,8 +1,7 @@
 //! `tasker migrate`.
 
 use serde_json::json;
-use tasker_shared::migrate::{self, Pgmq};
-use tasker_shared::store::tx::{self, PoolOptions};
+use tasker_shared::migrate;
 
 use crate::Global;
 use crate::output::{self, Format};
@@ -26,13 +25,8 @@ impl Migrate {
         if self.print {
             return output::line(migrate::print().trim_end());
         }
-        let server = run::open(global).await?;
-        let pool = tx::pool(&server.url(), &PoolOptions::default()).await?;
-        let report = migrate::migrate(&pool).await?;
-        let pgmq = match &report.pgmq {
-            Pgmq::Extension(version) => format!("PGMQ {version}, an extension of the server"),
-            Pgmq::Sql(version) => format!("PGMQ {version}, as plain SQL"),
-        };
+        let (_server, _, report) = run::migrated(global).await?;
+        let pgmq = report.pgmq.to_string();
         if global.output == Format::Json {
             return output::json(&json!({"applied": report.applied, "pgmq": pgmq}));
         }

@@ -48,7 +48,9 @@ impl Orchestrator {
         let Self::Run(Run { batch, settlers, archive_dir, metrics, trace }) = self;
         let stop = run::stop_signal()?;
         let run::Traced { config, sources, telemetry } = run::telemetry(global, Role::Orchestrator, "info", &trace)?;
-        let connected = run::connect(global).await?;
+        let Some(connected) = run::connect_until(global, &stop).await? else {
+            return Ok(());
+        };
         let _metrics = metrics.serve(Some(connected.client.pool().clone())).await?;
         let options = Options { trace: config, settings: Some(sources), batch, settlers: settlers.into(), archive_dir };
         let orchestrator = Running::start(&connected.url, &options).await?;

@@ -59,7 +59,9 @@ impl Up {
         let stop = run::stop_signal()?;
         let run::Traced { config, sources, telemetry } =
             run::telemetry(global, Role::Orchestrator, "warn", &self.trace)?;
-        let connected = run::connect(global).await?;
+        let Some(connected) = run::connect_until(global, &stop).await? else {
+            return Ok(());
+        };
         let client = &connected.client;
         eprintln!("database  {}", printable(&connected.url));
         let (stored, _) = settings::read(&mut *client.pool().acquire().await?, &sources).await?;

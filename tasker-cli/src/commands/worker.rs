@@ -59,7 +59,9 @@ impl Worker {
             Self::Run(command) => *command,
             Self::Example => {
                 let stop = run::stop_signal()?;
-                let connected = run::connect(global).await?;
+                let Some(connected) = run::connect_until(global, &stop).await? else {
+                    return Ok(());
+                };
                 let worker = super::example::worker(&connected.url)?;
                 eprintln!("worker    {} offers the handlers of fulfillment/order; Ctrl-C ends it", worker.name());
                 worker.run(stop).await?;
@@ -68,7 +70,9 @@ impl Worker {
         };
         let stop = run::stop_signal()?;
         let run::Traced { sources, telemetry, .. } = run::telemetry(global, Role::Worker, "info", &command.trace)?;
-        let connected = run::connect(global).await?;
+        let Some(connected) = run::connect_until(global, &stop).await? else {
+            return Ok(());
+        };
         let _metrics = command.metrics.serve(None).await?;
         let mut builder = tasker_worker::Worker::builder(&connected.url)
             .namespace(command.namespace)

@@ -37,7 +37,7 @@ impl TestDatabase {
     pub async fn fresh() -> Self {
         let server = server().await;
         let template = TEMPLATE.get_or_init(|| make_template(&server)).await;
-        Self::create(server, template).await
+        Self::create(server, &format!("template {template}")).await
     }
 
     /// A database with nothing in it, for tests of the migrations themselves.
@@ -45,13 +45,21 @@ impl TestDatabase {
     /// # Panics
     /// As [`fresh`](Self::fresh).
     pub async fn empty() -> Self {
-        Self::create(server().await, "template0").await
+        Self::made_with("").await
     }
 
-    async fn create(server: String, template: &str) -> Self {
+    /// The same, made with more options of `create database`, such as `encoding 'LATIN1'`.
+    ///
+    /// # Panics
+    /// As [`fresh`](Self::fresh).
+    pub async fn made_with(options: &str) -> Self {
+        Self::create(server().await, &format!("template template0 {options}")).await
+    }
+
+    async fn create(server: String, options: &str) -> Self {
         let name = format!("tasker_test_{}", uuid::Uuid::new_v4().simple());
         let mut conn = connect(&server).await;
-        conn.execute(AssertSqlSafe(format!("create database {name} template {template}")))
+        conn.execute(AssertSqlSafe(format!("create database {name} {options}")))
             .await
             .expect("a database for the test");
         let _ = conn.close().await;
@@ -133,7 +141,7 @@ async fn make_template(server: &str) -> String {
     sweep(&mut conn).await;
     // Under another name until it is whole: a process killed here leaves no
     // half template.
-    let raw = TestDatabase::create(server.to_owned(), "template0").await;
+    let raw = TestDatabase::create(server.to_owned(), "template template0").await;
     let pool = raw.pool().await;
     migrate(&pool).await.unwrap_or_else(|error| panic!("the migrations fail: {error}"));
     pool.close().await;

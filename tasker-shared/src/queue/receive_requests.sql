@@ -2,7 +2,7 @@ with picked as materialized (
   select msg_id from pgmq.q_task_requests where vt <= clock_timestamp() order by msg_id limit $2 for update skip locked
 ), taken as (
   update pgmq.q_task_requests m
-  set last_read_at = clock_timestamp(), vt = clock_timestamp() + make_interval(secs => $1), read_ct = m.read_ct + 1
+  set vt = clock_timestamp() + make_interval(secs => $1), read_ct = m.read_ct + 1
   -- An array and not a join: a plan made while the queue was empty compared each row with each.
   where m.msg_id = any(array(select p.msg_id from picked p))
   returning m.msg_id, m.read_ct, m.enqueued_at, m.message, m.headers

@@ -30,6 +30,20 @@ fn is_retired(since: Instant) -> bool {
     RETIRED.read().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| since < at)
 }
 
+/// What our statements take for granted, whatever a role or a database sets for its sessions. Dates,
+/// the time zone and the encoding are set by sqlx itself.
+pub(crate) const SETTINGS: [(&str, &str); 5] = [
+    // A backslash in a literal of ours is a backslash.
+    ("standard_conforming_strings", "on"),
+    // `for update skip locked` and reading what others have just committed.
+    ("default_transaction_isolation", "read committed"),
+    // What is cut off would be tried again and cut off again.
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    // The session of a worker holds its lock while it is idle, and so do those that listen.
+    ("idle_session_timeout", "0"),
+];
+
 /// What a pool is made with. `Default` suits a small process.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolOptions<'a> {
@@ -56,6 +70,7 @@ impl Default for PoolOptions<'_> {
 pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::Error> {
     let connect = PgConnectOptions::from_str(url)?
         .application_name(options.application_name)
+        .options(SETTINGS)
         .options([
             // The backstop for a process that hangs while it holds locks.
             ("idle_in_transaction_session_timeout", "60s"),
