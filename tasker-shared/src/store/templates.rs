@@ -285,7 +285,6 @@ pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::postgres::testing::TestDatabase;
 
     #[tokio::test]
