@@ -88,3 +88,13 @@ from tasker.children c join tasker.tasks k on k.task_uuid = c.child_uuid and k.f
 join tasker.steps s on s.step_uuid = c.step_uuid
 where c.awaited and (s.state, s.attempt) <> ('waiting', c.attempt)
   and not exists (select from pgmq.q_task_requests q where q.message->>'type' = 'cancel' and q.message->>'task' = c.child_uuid::text)
+union all
+-- A retry is found by its time: one that is being looked at right now has been put off for a moment.
+select format('task %s has ended as %s, and a %s is due for it at %s', t.task_uuid, t.state, d.kind, d.due_at)
+from tasker.due d join tasker.tasks t on t.task_uuid = d.task_uuid
+where t.finished_at is not null and d.kind <> 'lease' and (d.kind <> 'retry' or d.due_at > clock_timestamp() + interval '6 s')
+union all
+select format('step %s has ended as %s, and a %s is due for it at %s', s.step_uuid, s.state, d.kind, d.due_at)
+from tasker.due d join tasker.steps s on d.step_uuids = array[s.step_uuid]
+where d.task_uuid is not null and s.state in ('complete', 'error', 'cancelled', 'skipped', 'resolved_manually')
+  and d.kind <> 'lease' and (d.kind <> 'retry' or d.due_at > clock_timestamp() + interval '6 s')

@@ -58,7 +58,16 @@ async fn a_mix_of_every_feature_survives_the_killing_of_both_kinds_of_process() 
         done.store(true, Ordering::Relaxed);
         (tasks, states)
     };
-    let (killed, (tasks, states)) = tokio::join!(kill_until(&world, 150, storm(30, 300), &done), work);
+    // Whatever moment it sees: what moves is not stuck, and what is killed leaves its leases.
+    let look = async {
+        while !done.load(Ordering::Relaxed) {
+            let stuck =
+                world.words("select format('%s %s: %s', task_uuid, state, why) from tasker.stuck_tasks()").await;
+            assert_eq!(stuck, [""; 0]);
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let (killed, (tasks, states), ()) = tokio::join!(kill_until(&world, 150, storm(30, 300), &done), work, look);
     assert!(killed >= 4, "only {killed} processes were killed under load");
     for (n, (task, state)) in tasks.iter().zip(&states).enumerate() {
         let (name, _, _, expected) = &features[n % features.len()];

@@ -13,6 +13,7 @@ mod harness;
 mod architecture;
 mod bad_rows;
 mod cancel;
+mod cost;
 mod database_killed;
 mod every_feature_under_kills;
 mod export_recovery;

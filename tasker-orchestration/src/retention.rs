@@ -1,7 +1,7 @@
 //! Removes what has been kept long enough, slowly and in small transactions.
 //!
-//! One process at a time, by an advisory lock. It walks the tasks in the order they were created,
-//! never touches one that is open, and never makes the hot path wait: it skips what is locked.
+//! One process at a time, by an advisory lock. It walks the tasks of each template in the order they were
+//! created, never touches one that is open, and never makes the hot path wait: it skips what is locked.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -14,7 +14,6 @@ use tasker_shared::metrics::metrics;
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{self, Fault, retention};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::lifecycle::Shared;
 
@@ -23,7 +22,7 @@ pub const IDLE: Duration = Duration::from_mins(1);
 /// Between the transactions of a pass.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Small things are tidied up after a removal, and this often.
+/// Small things are tidied up this often: it looks at every hint, and at messages that lie long.
 const TIDY_EVERY: Duration = Duration::from_mins(30);
 
 /// Removal failed; what was committed is removed, the rest stays.
@@ -75,11 +74,14 @@ pub async fn pass(
 ) -> Result<Removed, Error> {
     let archiving = archive.is_some();
     let mut removed = Removed::default();
-    let mut after = Uuid::nil();
+    let mut place = retention::START;
     let mut weeks = None;
     while !stop.is_cancelled() {
-        let found = retention::find(&mut *pool.acquire().await?, after, archiving).await?;
-        if !found.tasks.is_empty() {
+        let found = retention::find(&mut *pool.acquire().await?, place, archiving).await?;
+        for tasks in found.tasks.chunks(retention::BATCH) {
+            if stop.is_cancelled() {
+                break;
+            }
             let weeks = match &weeks {
                 Some(weeks) => weeks,
                 None => weeks.insert(retention::expired_weeks(&mut *pool.acquire().await?, archiving).await?),
@@ -88,7 +90,7 @@ pub async fn pass(
                 if !retention::lock(conn).await? {
                     return Ok(None);
                 }
-                let tasks = retention::lock_tasks(conn, &found.tasks, archiving).await?;
+                let tasks = retention::lock_tasks(conn, tasks, archiving).await?;
                 if let Some(path) = archive {
                     let lines = retention::archive(conn, &tasks).await?;
                     append(path, &lines).map_err(|source| Error::Archive { path: path.to_owned(), source })?;
@@ -102,23 +104,32 @@ pub async fn pass(
                 Err(Error::Store(error)) if error.fault() == Fault::Locked => removed.put_off += 1,
                 Err(error) => return Err(error),
             }
+            rest(pause, stop).await;
         }
-        let Some(next) = found.next_after else {
+        let Some(next) = found.next else {
             break;
         };
-        after = next;
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = tokio::time::sleep(pause) => {}
+        place = next;
+        if found.tasks.is_empty() {
+            rest(pause, stop).await;
         }
     }
     Ok(removed)
 }
 
-/// Removes old quarantined messages, sums counters up, and drops weeks of the log that a pass has emptied.
+async fn rest(pause: Duration, stop: &CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(pause) => {}
+    }
+}
+
+/// Removes old quarantined messages and hints of what has ended, sums counters up, and drops weeks of the
+/// log that a pass has emptied.
 pub async fn tidy(pool: &PgPool, removed: &mut Removed) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
     removed.messages += retention::tidy(&mut conn).await?;
+    retention::forget_due(&mut conn).await?;
     removed.weeks += retention::drop_weeks(&mut conn).await?;
     Ok(())
 }
@@ -135,12 +146,12 @@ pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
 
 /// What a pass would remove: how many tasks have expired.
 pub async fn expired(pool: &PgPool, archiving: bool) -> Result<i64, Error> {
-    let (mut count, mut after) = (0, Uuid::nil());
+    let (mut count, mut place) = (0, retention::START);
     loop {
-        let found = retention::find(&mut *pool.acquire().await?, after, archiving).await?;
+        let found = retention::find(&mut *pool.acquire().await?, place, archiving).await?;
         count += i64::try_from(found.tasks.len()).unwrap_or(i64::MAX);
-        match found.next_after {
-            Some(next) => after = next,
+        match found.next {
+            Some(next) => place = next,
             None => return Ok(count),
         }
     }
@@ -161,12 +172,12 @@ fn append(path: &Path, lines: &[String]) -> std::io::Result<()> {
 /// The loop of an orchestrator. With a directory, each day's tasks go to a file of their own there.
 pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: CancellationToken) {
     let pool = &shared.pool;
-    let mut rest = IDLE;
+    let mut wait = IDLE;
     let (mut tidied, mut looked) = (None::<Instant>, None::<Instant>);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(rest) => {}
+            () = tokio::time::sleep(wait) => {}
         }
         let began = Instant::now();
         let file = archive
@@ -179,9 +190,11 @@ pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: Can
                 looked = Some(Instant::now());
                 look_for_stuck(pool).await?;
             }
-            if removed.tasks > 0 || is_due(tidied) {
+            if is_due(tidied) {
                 tidy(pool, &mut removed).await?;
                 tidied = Some(Instant::now());
+            } else if removed.tasks > 0 {
+                removed.weeks += retention::drop_weeks(&mut *pool.acquire().await?).await?;
             }
             Ok::<_, Error>(removed)
         };
@@ -199,6 +212,6 @@ pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: Can
             Err(error) => tracing::warn!(%error, "retention could not remove what is past its time; trying again"),
         }
         // A pass over very many rows that are all to be kept is not begun again at once.
-        rest = IDLE.max(began.elapsed() * 10);
+        wait = IDLE.max(began.elapsed() * 10);
     }
 }

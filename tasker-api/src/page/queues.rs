@@ -181,7 +181,7 @@ fn worker_table(overview: &Overview, now: DateTime<Utc>) -> Markup {
                     thead { tr { th { "Worker" } th.tight { "Last heartbeat" } th.num { "Slots" } th { "Reads" } th { "Handlers offered" } } }
                     tbody { @for worker in &overview.workers {
                         tr data-key=(worker.worker) {
-                            td data-label="Worker" { div { span.strong.nowrap { (words::clip(&worker.worker, 60)) } span.sub { (worker.namespace) @if let Some(version) = &worker.version { " · " (version) } } } }
+                            td data-label="Worker" { div { span.strong.nowrap { (words::clip(&worker.worker, 60)) } span.sub { (worker.namespace) @if let Some(version) = &worker.version { " · " (version) } } @if let Some(problem) = &worker.problem { span.sub { strong { "Of no use: " } (words::clip(problem, 200)) } } } }
                             td.tight data-label="Heartbeat" { span { @if worker.live { span.pill.complete { "live" } } @else { span.pill.failed { "silent" } } " " (when(now, worker.seen_at)) } }
                             td.num data-label="Slots" { span { (worker.slots) } }
                             td data-label="Reads" { div { @for queue in &worker.queues { code.nowrap { (queue) } " " } } }

@@ -119,6 +119,9 @@ fn accepted(global: &Global, queue: &str, text: &str) -> anyhow::Result<()> {
 
 async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
     let queues = views::queues(conn).await?;
+    let unusable = details::workers(conn, None).await?.into_iter().filter(|worker| worker.live);
+    let unusable: Vec<(String, String)> =
+        unusable.filter_map(|worker| Some((worker.worker, worker.problem?))).collect();
     if global.output == Format::Json {
         return output::json(&queues);
     }
@@ -136,7 +139,14 @@ async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
             output::cell(queue.paused.as_deref()),
         ]);
     }
-    table.print("there is no queue")
+    table.print("there is no queue")?;
+    for (worker, problem) in unusable {
+        output::line(format!(
+            "worker {} is not counted, or not for all it says: {problem}",
+            output::clip(&worker, 60)
+        ))?;
+    }
+    Ok(())
 }
 
 async fn list_quarantine(

@@ -5,8 +5,8 @@ use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
-use tasker_shared::state_machine::Plan;
 use tasker_shared::state_machine::plan::Answer;
+use tasker_shared::state_machine::{Plan, StepDefinition, StepState, TaskState};
 use tasker_shared::store::waits;
 use uuid::Uuid;
 
@@ -115,5 +115,38 @@ pub(super) async fn record(
     if !ended.is_empty() {
         waits::forget_signals(conn, &ended).await?;
     }
+    if let Some(over) = over(works, plans) {
+        waits::forget_due(conn, &over).await?;
+    }
     Ok(())
+}
+
+/// The tasks and steps that these plans end and for which something may still be due. A task without
+/// timeouts, waits and a delayed start has nothing, and pays for no look.
+fn over(works: &[Work], plans: &[Plan]) -> Option<waits::Over> {
+    let mut over = waits::Over::default();
+    for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.is_empty()) {
+        let (task, before) = (plan.task.uuid, &work.row.task);
+        if plan.task.state.is_terminal() {
+            let may_start =
+                before.run_at.is_some() || matches!(before.state, TaskState::Pending | TaskState::Suspended);
+            if work.template.has_timers || may_start {
+                over.tasks.push(task);
+            }
+        }
+        let ended =
+            plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps).filter(|step| step.state.is_terminal());
+        for step in ended {
+            if work.template.has_timers
+                && !plan.task.state.is_terminal()
+                && work.template.definition.steps.get(step.index as usize).is_some_and(StepDefinition::has_timers)
+            {
+                over.steps.push((task, step.uuid));
+            }
+            let before = work.steps.get(&step.uuid).map(|row| &row.step);
+            let retrying = before.filter(|before| before.state == StepState::WaitingForRetry);
+            over.retries.extend(retrying.and_then(|before| Some((task, before.due_at?))));
+        }
+    }
+    (!over.tasks.is_empty() || !over.steps.is_empty() || !over.retries.is_empty()).then_some(over)
 }

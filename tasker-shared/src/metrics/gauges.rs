@@ -102,6 +102,7 @@ struct Gauges {
     paused: ByQueue,
     live_workers: Family<OfNamespace, Gauge>,
     live_slots: Family<OfNamespace, Gauge>,
+    unusable: Family<OfNamespace, Gauge>,
     ages: Family<OfTable, Gauge<f64, std::sync::atomic::AtomicU64>>,
     lag: Gauge<f64, std::sync::atomic::AtomicU64>,
     set_aside: Gauge,
@@ -127,6 +128,12 @@ impl Gauges {
         let paused = by_queue("tasker_queue_paused", "Whether an operator paused a queue", None);
         let (up, lag, set_aside) = (Gauge::default(), Gauge::default(), Gauge::default());
         let (live_workers, live_slots, ages) = (Family::default(), Family::default(), Family::default());
+        let unusable = Family::default();
+        registry.register(
+            "tasker_workers_unusable",
+            "Workers seen within 30 s that named no handler, or queues or slots that cannot be counted",
+            unusable.clone(),
+        );
         registry.register("tasker_workers", "Workers seen within 30 s", live_workers.clone());
         registry.register("tasker_workers_slots", "Attempts that live workers may run at once", live_slots.clone());
         registry.register_with_unit(
@@ -164,6 +171,7 @@ impl Gauges {
             paused,
             live_workers,
             live_slots,
+            unusable,
             ages,
             lag,
             set_aside,
@@ -180,6 +188,7 @@ impl Gauges {
         }
         self.live_workers.clear();
         self.live_slots.clear();
+        self.unusable.clear();
         self.ages.clear();
     }
 
@@ -209,6 +218,7 @@ impl Gauges {
         for live in workers {
             let of = OfNamespace { namespace: live.namespace };
             self.live_workers.get_or_create(&of).set(live.workers);
+            self.unusable.get_or_create(&of).set(live.unusable);
             self.live_slots.get_or_create(&of).set(live.slots);
         }
         self.lag.set(0.0);

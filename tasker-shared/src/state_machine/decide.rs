@@ -18,7 +18,7 @@ mod waits;
 
 pub use events::NEVER_PASSED;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -373,6 +373,7 @@ impl<'a, 'r> Pass<'a, 'r> {
                 sends: Vec::new(),
                 due: Vec::new(),
                 lanes: Vec::new(),
+                held_handlers: BTreeMap::new(),
                 cancel_open_steps: false,
                 closed: Vec::new(),
                 answers: Vec::new(),

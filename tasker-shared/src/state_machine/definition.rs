@@ -97,6 +97,13 @@ pub struct StepDefinition {
     pub for_each: Option<ForEach>,
 }
 
+impl StepDefinition {
+    /// Whether anything may be due for it that outlasts it: a timeout, or the end of a wait.
+    pub fn has_timers(&self) -> bool {
+        self.queue_timeout.is_some() || self.total.is_some() || matches!(self.work, Work::Wait(_))
+    }
+}
+
 /// The most items of one map that are open at once, and how many are unless the template says less.
 pub const MAX_PARALLEL: u32 = 1000;
 

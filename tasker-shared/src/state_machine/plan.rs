@@ -500,6 +500,8 @@ pub struct Plan {
     pub due: Vec<Due>,
     /// The lanes in which held steps wait: see [`super::definition::Definition::lane`].
     pub lanes: Vec<(Uuid, String)>,
+    /// The handlers of the steps that it begins to hold: admission finds them by it.
+    pub held_handlers: BTreeMap<Uuid, Arc<str>>,
     /// Move every other open step to cancelled.
     pub cancel_open_steps: bool,
     /// Attempts that this plan closes: `(step, attempt)`.

@@ -68,10 +68,13 @@ pub async fn apply(
     let (mut steps, mut created, mut log, mut due) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (_, plan) in batch {
         let task = plan.task.uuid;
-        steps.extend(plan.steps.iter().map(|(step, before)| StepChange::of(step, *before)));
+        steps.extend(plan.steps.iter().map(|(step, before)| StepChange::of(plan, step, *before)));
         created.extend(new_steps(plan, false));
         log.extend(plan.moves.iter().map(|made| LogRow::of(task, made)));
-        due.extend(plan.due.iter().map(|hint| DueRow::of(task, hint)));
+        // Nothing will come of a task that has ended.
+        if !plan.task.state.is_terminal() {
+            due.extend(plan.due.iter().map(|hint| DueRow::of(task, hint)));
+        }
     }
     let row = sqlx::query_file!(
         "src/store/apply.sql",
@@ -144,7 +147,7 @@ fn latest(batch: &[(&TaskRow, &Plan)]) -> Option<DateTime<Utc>> {
 fn new_steps(plan: &Plan, items: bool) -> impl Iterator<Item = NewStep<'_>> {
     let steps = plan.new_steps.iter().zip(&plan.new_step_queues);
     let wanted = steps.filter(move |(step, _)| step.item.is_some() == items);
-    wanted.map(|(step, queue)| NewStep::of(plan.task.uuid, step, queue))
+    wanted.map(|(step, queue)| NewStep::of(plan, step, queue))
 }
 
 /// Creates the items of maps; every other step is created by the statement that applies its plan.
@@ -160,10 +163,11 @@ async fn insert_items(
     }
     sqlx::query!(
         "insert into tasker.steps (step_uuid, task_uuid, step_index, item, queue, priority, state, version, generation, attempt,
-           remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
+           remaining_dependencies, input, ready_at, held_by, held_handler, enqueued_version, enqueued_task_version, enqueued_event,
            enqueued_began_at, enqueued_at, last_at)
          select n.step_uuid, n.task_uuid, n.step_index, n.item, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
-           n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
+           n.remaining_dependencies, n.input, n.ready_at, split_part(n.held_by, e'\\x1f', 1),
+           nullif(split_part(n.held_by, e'\\x1f', 2), ''), n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
            case when n.enqueued then $2::timestamptz end, case when n.enqueued then $3::timestamptz end, $3
          from unnest($1::tasker.new_step[]) n",
         &items as &[NewStep<'_>],

@@ -25,7 +25,9 @@ with clock as materialized (
       claim_token = case when n.enqueued then null else s.claim_token end,
       claimed_by = case when n.enqueued then null else s.claimed_by end,
       lease_expires_at = case when n.enqueued then null else s.lease_expires_at end,
-      due_at = n.due_at, ready_at = n.ready_at, held_by = n.held_by,
+      due_at = n.due_at, ready_at = n.ready_at, held_by = split_part(n.held_by, e'\x1f', 1),
+      -- It stands behind the reason when a step begins to be held, and never changes.
+      held_handler = coalesce(nullif(split_part(n.held_by, e'\x1f', 2), ''), s.held_handler),
       enqueued_version = case when n.enqueued then n.enqueued_version else s.enqueued_version end,
       enqueued_task_version = case when n.enqueued then n.enqueued_task_version else s.enqueued_task_version end,
       enqueued_event = case when n.enqueued then n.enqueued_event else s.enqueued_event end,
@@ -38,10 +40,11 @@ with clock as materialized (
 ), created as (
   -- In the state the plan gives them, so that a root step costs one write.
   insert into tasker.steps (step_uuid, task_uuid, step_index, queue, priority, state, version, generation, attempt,
-    remaining_dependencies, input, ready_at, held_by, enqueued_version, enqueued_task_version, enqueued_event,
+    remaining_dependencies, input, ready_at, held_by, held_handler, enqueued_version, enqueued_task_version, enqueued_event,
     enqueued_began_at, enqueued_at, last_at)
   select n.step_uuid, n.task_uuid, n.step_index, n.queue, n.priority, n.state, n.version, n.generation, n.attempt,
-    n.remaining_dependencies, n.input, n.ready_at, n.held_by, n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
+    n.remaining_dependencies, n.input, n.ready_at, split_part(n.held_by, e'\x1f', 1),
+    nullif(split_part(n.held_by, e'\x1f', 2), ''), n.enqueued_version, n.enqueued_task_version, n.enqueued_event,
     case when n.enqueued then $2 end, case when n.enqueued then c.at end, c.at
   from clock c, unnest($5::tasker.new_step[]) n
 ), logged as (

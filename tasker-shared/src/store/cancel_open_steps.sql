@@ -31,6 +31,10 @@ with ended as (
         || case when o.held_by is not null then jsonb_build_array(jsonb_build_object(
           'reason', o.held_by, 'since', o.ready_at, 'ordinal', o.version + 1)) else '[]' end, '[]')))
   from open o join moved m on m.step_uuid = o.step_uuid
+), unwatched as (
+  -- Retries are found by their time: no index has them by their task.
+  delete from tasker.due d using open o
+  where o.state = 'waiting_for_retry' and d.due_at = o.due_at and d.kind = 'retry' and d.task_uuid = o.task_uuid
 )
 select o.task_uuid as "task_uuid!", o.step_uuid as "step_uuid!", o.attempt as "attempt!", o.has_attempt as "has_attempt!",
   case when o.state = 'in_progress' then o.claimed_by end as "claimed_by"

@@ -358,17 +358,22 @@ pub struct WorkerRow {
     pub live: bool,
     /// Attempts that it holds now.
     pub busy: i64,
+    /// Why it is of no use, or less than it says: nothing is sent on account of what is wrong.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// The workers of these namespaces, or all, the live ones first; at most 1000.
 pub async fn workers(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<WorkerRow>, Error> {
     Ok(sqlx::query_as!(
         WorkerRow,
-        r#"select w.worker, w.namespace, w.queues, w.handlers, w.slots, w.version, w.started_at, w.seen_at,
+        r#"select w.worker, w.namespace, array_remove(w.queues, null) as "queues!", array_remove(w.handlers, null) as "handlers!",
+             w.slots as "slots!", w.version, w.started_at, w.seen_at,
+             tasker.worker_problem(w.namespace, w.queues, w.handlers, w.slots) as problem,
              w.seen_at > clock_timestamp() - interval '30 s' as "live!",
              (select coalesce(sum(cardinality(d.step_uuids)), 0) from tasker.due d where d.worker = w.worker and d.kind = 'lease') as "busy!"
            from tasker.workers w where $1::text[] is null or w.namespace = any($1)
-           order by 9 desc, w.namespace, w.worker limit 1000"#,
+           order by "live!" desc, w.namespace, w.worker limit 1000"#,
         namespaces
     )
     .fetch_all(conn)

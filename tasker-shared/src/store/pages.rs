@@ -432,9 +432,26 @@ pub struct Unoffered {
 pub async fn unoffered(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<Unoffered>, Error> {
     Ok(sqlx::query_as!(
         Unoffered,
-        r#"with held as (
+        r#"with recursive kind as (
+             -- The queues and handlers of which any step is held, a probe each.
+             (select s.queue, s.held_handler as handler from tasker.steps s
+              where s.held_by is not null and s.lane is null and s.held_handler is not null order by s.queue, s.held_handler limit 1)
+             union all
+             select n.queue, n.held_handler from kind k cross join lateral (
+               select s.queue, s.held_handler from tasker.steps s
+               where s.held_by is not null and s.lane is null and s.held_handler is not null
+                 and (s.queue, s.held_handler) > (k.queue, k.handler)
+               order by s.queue, s.held_handler limit 1) n),
+           held as (
+             (select h.step_uuid from kind k cross join lateral (
+                select s.step_uuid from tasker.steps s
+                where s.held_by is not null and s.lane is null and s.queue = k.queue and s.held_handler = k.handler
+                limit 1000) h
+              where not exists (select from tasker.workers w where k.queue = any(w.queues) and k.handler = any(w.handlers)
+                                  and w.seen_at > clock_timestamp() - interval '30 s'))
+             union all
              (select s.step_uuid from tasker.steps s
-              where s.held_by is not null and s.lane is null and s.held_by = 'worker' limit 1000)
+              where s.held_by is not null and s.lane is null and s.held_handler is null and s.held_by = 'worker' limit 1000)
              union all
              -- A limit says nothing about who would work on what it lets through.
              (select s.step_uuid from tasker.steps s

@@ -13,7 +13,9 @@ use super::Error;
 /// Rows of `tasker.tasks` that one statement looks at.
 const SCAN: i32 = 20_000;
 /// Tasks removed in one transaction.
-const BATCH: i32 = 500;
+pub const BATCH: usize = 500;
+/// Hints removed in one transaction, of those that nothing will come of.
+const HINTS: i32 = 100_000;
 /// Quarantined messages removed in one transaction.
 const MESSAGES: i32 = 5_000;
 /// Key of the advisory lock: "taskerR" in ASCII. One process removes at a time.
@@ -69,27 +71,33 @@ pub async fn list(conn: &mut PgConnection) -> Result<Vec<Policy>, Error> {
     .await?)
 }
 
-/// What to remove in one transaction.
+/// Where a walk over the tasks of all templates stands: a template, and the last of its tasks that was read.
+pub type Place = (i32, Uuid);
+/// Where it begins.
+pub const START: Place = (0, Uuid::nil());
+
+/// What may be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// Expired tasks, oldest first.
+    /// Expired tasks, oldest first of each template.
     pub tasks: Vec<Uuid>,
     /// Where the walk goes on; `None` when it is done.
-    pub next_after: Option<Uuid>,
+    pub next: Option<Place>,
 }
 
-/// Looks for expired tasks created after this one. One statement, bounded.
-pub async fn find(conn: &mut PgConnection, after: Uuid, archiving: bool) -> Result<Found, Error> {
+/// Looks for expired tasks behind this place, of which [`BATCH`] are removed at a time. One statement,
+/// bounded; it reads no task twice.
+pub async fn find(conn: &mut PgConnection, (template, after): Place, archiving: bool) -> Result<Found, Error> {
     let row = sqlx::query!(
-        r#"select tasks as "tasks!", next_after from tasker.expired_tasks($1, $2, $3, $4)"#,
+        r#"select tasks as "tasks!", next_template, next_after from tasker.expired_by_template($1, $2, $3, $4)"#,
+        template,
         after,
         SCAN,
-        BATCH,
         archiving
     )
     .fetch_one(conn)
     .await?;
-    Ok(Found { tasks: row.tasks, next_after: row.next_after })
+    Ok(Found { tasks: row.tasks, next: row.next_template.zip(row.next_after) })
 }
 
 /// Weeks of the log that will be dropped whole once their tasks are gone.
@@ -129,6 +137,12 @@ pub async fn tidy(conn: &mut PgConnection) -> Result<i64, Error> {
     Ok(sqlx::query_scalar!(r#"select quarantined as "quarantined!" from tasker.tidy($1)"#, MESSAGES)
         .fetch_one(conn)
         .await?)
+}
+
+/// Removes hints of tasks and steps that have ended; answers how many. Settles leave none, but those of
+/// older releases do. It looks at every hint.
+pub async fn forget_due(conn: &mut PgConnection) -> Result<i64, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.forget_due($1) as "removed!""#, HINTS).fetch_one(conn).await?)
 }
 
 /// Tasks that nothing will move; there must be none. It looks at every open task.
@@ -179,7 +193,7 @@ mod tests {
         let source: String = row.get("prosrc");
         let statement =
             &source[source.find("with requested").expect("its statement")..source.rfind(';').expect("its end")];
-        let statement = statement.split(';').next().unwrap_or_default().replace("v_queued", "'{}'::uuid[]");
+        let statement = statement.split(';').next().unwrap_or_default().replace("v_queued", "'{}'::text[]");
         let explain = AssertSqlSafe(format!("explain (costs off) {statement}"));
         let plan: Vec<String> = sqlx::query_scalar(explain).fetch_all(&mut *conn).await.expect("a plan");
         let plan = plan.join("\n");

@@ -197,6 +197,8 @@ pub struct Loaded {
     pub signals: Vec<(u32, Arc<str>)>,
     /// Whether any of its steps starts tasks.
     pub starts_tasks: bool,
+    /// Whether anything may be due for its tasks that outlasts them.
+    pub has_timers: bool,
     /// Checks inputs; `None` accepts any object.
     pub schema: Option<InputSchema>,
     /// Ends whose trace is exported although sampling did not choose it.
@@ -280,7 +282,8 @@ pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> 
     let signals = (0_u32..).zip(&definition.steps);
     let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
     let starts_tasks = definition.steps.iter().any(|step| matches!(step.work, Work::Task(_)));
-    Ok(Loaded { definition, signals, starts_tasks, schema, keep: template.trace.keep.clone() })
+    let has_timers = definition.total.is_some() || definition.steps.iter().any(StepDefinition::has_timers);
+    Ok(Loaded { definition, signals, starts_tasks, has_timers, schema, keep: template.trace.keep.clone() })
 }
 
 #[cfg(test)]

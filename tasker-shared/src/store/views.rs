@@ -10,7 +10,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::Error;
+use super::{Error, listing};
 use crate::state_machine::states::TaskState;
 use crate::trace::otlp::hex;
 
@@ -90,29 +90,28 @@ pub struct TaskFilter {
     pub limit: u32,
 }
 
-/// The latest tasks that match, newest first.
+/// The latest tasks that match, newest first: a look along an index after the other, until there are enough.
 pub async fn tasks(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<TaskView>, Error> {
-    let states: Option<Vec<String>> =
-        filter.status.as_deref().map(|status| states_of(status).map(|state| state.as_str().to_owned()).collect());
-    let limit = if filter.limit == 0 { 50 } else { i64::from(filter.limit) };
-    let ids = sqlx::query_scalar!(
-        "select t.task_uuid from tasker.tasks t join tasker.templates p on p.template_id = t.template_id
-         where ($1::text is null or t.namespace = $1) and ($2::text is null or p.name = $2)
-           and ($3::text[] is null or t.state = any($3)) and ($4::text is null or t.correlation_id = $4)
-           and ($5::uuid is null or t.task_uuid < $5)
-         order by t.task_uuid desc limit $6",
-        filter.namespace,
-        filter.template,
-        states.as_deref(),
-        filter.correlation_id,
-        filter.before,
-        limit
-    )
-    .fetch_all(&mut *conn)
-    .await?;
-    let mut found = these(conn, &ids).await?;
-    found.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));
-    Ok(found)
+    let limit = if filter.limit == 0 { 50 } else { filter.limit };
+    let mut wanted = listing::Filter {
+        namespaces: filter.namespace.clone().map(|namespace| vec![namespace]),
+        template: filter.template.clone(),
+        statuses: filter.status.clone().into_iter().collect(),
+        correlation_id: filter.correlation_id.clone(),
+        after: filter.before,
+        limit,
+        ..listing::Filter::default()
+    };
+    let mut found = Vec::new();
+    loop {
+        let listed = listing::tasks(conn, &wanted).await?;
+        found.extend(listed.tasks);
+        let left = limit.saturating_sub(u32::try_from(found.len()).unwrap_or(u32::MAX));
+        if left == 0 || listed.next.is_none() {
+            return Ok(found);
+        }
+        (wanted.after, wanted.limit) = (listed.next, left);
+    }
 }
 
 /// The states that people see under one word; none for a word that is no status.
@@ -558,11 +557,11 @@ pub struct QueueView {
     pub visible: i64,
     /// Age of the oldest message in seconds.
     pub oldest_s: Option<i32>,
-    /// Ready steps that are held back from it.
+    /// Ready steps that are held back from it; of more than 100,000 in a lane or in none, so many are counted.
     pub held: i64,
     /// Live workers that read it; always 0 for the queues of orchestrators.
     pub workers: i64,
-    /// Messages of it in quarantine.
+    /// Messages of it in quarantine, 100,000 at most.
     pub quarantined: i64,
     /// Who paused it and why, as `actor: reason`.
     pub paused: Option<String>,
@@ -574,10 +573,15 @@ pub async fn queues(conn: &mut PgConnection) -> Result<Vec<QueueView>, Error> {
         QueueView,
         r#"select m.queue_name as "queue!", m.queue_length as "depth!", m.queue_visible_length as "visible!",
              m.oldest_msg_age_sec as oldest_s,
-             (select count(*) from tasker.steps s where s.queue = m.queue_name and s.held_by is not null) as "held!",
+             -- A count each for the two indexes that hold nothing but held steps.
+             (select count(*) from (select from tasker.steps s
+                where s.queue = m.queue_name and s.held_by is not null and s.lane is null limit 100000) h)
+             + (select count(*) from (select from tasker.steps s
+                where s.queue = m.queue_name and s.held_by is not null and s.lane is not null limit 100000) h) as "held!",
              (select count(*) from tasker.workers w
-              where m.queue_name = any(w.queues) and w.seen_at > clock_timestamp() - interval '30 s') as "workers!",
-             (select count(*) from tasker.quarantine q where q.queue = m.queue_name) as "quarantined!",
+              where m.queue_name = any(w.queues) and tasker.queue_namespace(m.queue_name) = w.namespace
+                and w.seen_at > clock_timestamp() - interval '30 s') as "workers!",
+             (select count(*) from (select from tasker.quarantine q where q.queue = m.queue_name limit 100000) n) as "quarantined!",
              (select concat_ws(': ', p.actor, p.reason) from tasker.paused_queues p where p.queue = m.queue_name) as paused
            from pgmq.metrics_all() m order by 1"#
     )
@@ -592,14 +596,19 @@ pub struct LiveWorkers {
     pub namespace: String,
     pub workers: i64,
     pub slots: i64,
+    /// Workers whose row is of no use: see `tasker.worker_problem`.
+    pub unusable: i64,
 }
 
 /// Live workers and their slots, of every namespace that any worker ever worked for.
 pub async fn live_workers(conn: &mut PgConnection) -> Result<Vec<LiveWorkers>, Error> {
     Ok(sqlx::query_as!(
         LiveWorkers,
-        r#"select namespace, count(*) filter (where live) as "workers!", coalesce(sum(slots) filter (where live), 0) as "slots!"
-           from (select w.namespace, w.slots, w.seen_at > clock_timestamp() - interval '30 s' as live from tasker.workers w) w
+        r#"select namespace, count(*) filter (where live) as "workers!",
+             coalesce(sum(greatest(slots, 0)) filter (where live), 0) as "slots!",
+             count(*) filter (where live and tasker.worker_problem(namespace, queues, handlers, slots) is not null) as "unusable!"
+           from (select w.namespace, w.queues, w.handlers, w.slots, w.seen_at > clock_timestamp() - interval '30 s' as live
+                 from tasker.workers w) w
            group by namespace"#
     )
     .fetch_all(conn)

@@ -142,6 +142,41 @@ pub async fn set_deadlines(conn: &mut PgConnection, deadlines: &[(Uuid, Uuid, Da
     Ok(())
 }
 
+/// What is due for tasks and steps that have ended.
+#[derive(Debug, Default)]
+pub struct Over {
+    /// Tasks: everything but their retries.
+    pub tasks: Vec<Uuid>,
+    /// Steps of others, `(task, step)`: the same.
+    pub steps: Vec<(Uuid, Uuid)>,
+    /// Retries, `(task, due)`, which are found by their time.
+    pub retries: Vec<(Uuid, DateTime<Utc>)>,
+}
+
+/// Forgets what nothing will come of.
+pub async fn forget_due(conn: &mut PgConnection, over: &Over) -> Result<(), Error> {
+    let (tasks, steps): (Vec<Uuid>, Vec<Uuid>) = over.steps.iter().copied().unzip();
+    let (retrying, due): (Vec<Uuid>, Vec<DateTime<Utc>>) = over.retries.iter().copied().unzip();
+    sqlx::query!(
+        "with of_tasks as (
+           delete from tasker.due d where d.task_uuid = any($1) and d.kind <> all ('{lease,retry,schedule}')
+         ), of_steps as (
+           delete from tasker.due d using unnest($2::uuid[], $3::uuid[]) s(task_uuid, step_uuid)
+           where d.task_uuid = s.task_uuid and d.step_uuids = array[s.step_uuid] and d.kind <> all ('{lease,retry,schedule}')
+         )
+         delete from tasker.due d using unnest($4::uuid[], $5::timestamptz[]) r(task_uuid, due_at)
+         where d.due_at = r.due_at and d.kind = 'retry' and d.task_uuid = r.task_uuid",
+        &over.tasks,
+        &tasks,
+        &steps,
+        &retrying,
+        &due
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// When these steps, `(task, step)`, must have ended.
 pub async fn deadlines(
     conn: &mut PgConnection,

@@ -205,6 +205,7 @@ impl Pass<'_, '_> {
             let timeout = self.defined(index).queue_timeout;
             let due = |timeout| Due { kind: "queue_timeout", at: ready + timeout, step: Some(uuid) };
             self.plan.due.extend(timeout.map(due));
+            self.plan.held_handlers.insert(uuid, self.defined(index).handler.clone());
         }
         let in_lane = self.definition.has_lane(place) || reason == HeldBy::Limit;
         if in_lane

@@ -11,7 +11,8 @@ use sqlx::postgres::{PgHasArrayType, PgTypeInfo};
 use uuid::Uuid;
 
 use crate::state_machine::StepState;
-use crate::state_machine::plan::{Due, HeldBy, Move, Plan, Step};
+use crate::state_machine::flow::LANE_SEPARATOR;
+use crate::state_machine::plan::{Due, Move, Plan, Step};
 
 macro_rules! composite {
     ($row:ident, $name:literal) => {
@@ -90,7 +91,7 @@ pub(super) struct StepChange<'a> {
     input: Option<&'a Value>,
     due_at: Option<DateTime<Utc>>,
     ready_at: Option<DateTime<Utc>>,
-    held_by: Option<&'a str>,
+    held_by: Option<String>,
     enqueued: bool,
     enqueued_version: Option<i32>,
     enqueued_task_version: Option<i32>,
@@ -98,7 +99,7 @@ pub(super) struct StepChange<'a> {
 }
 
 impl<'a> StepChange<'a> {
-    pub fn of(step: &'a Step, version_before: i32) -> Self {
+    pub fn of(plan: &Plan, step: &'a Step, version_before: i32) -> Self {
         Self {
             step_uuid: step.uuid,
             state: step.state.as_str(),
@@ -112,7 +113,7 @@ impl<'a> StepChange<'a> {
             input: step.input.as_ref(),
             due_at: step.due_at,
             ready_at: step.ready_at,
-            held_by: step.held_by.map(HeldBy::as_str),
+            held_by: held_by(plan, step),
             enqueued: is_enqueued_now(step),
             enqueued_version: step.enqueued_version,
             enqueued_task_version: step.enqueued_task_version,
@@ -137,7 +138,7 @@ pub(super) struct NewStep<'a> {
     remaining_dependencies: i32,
     input: Option<&'a Value>,
     ready_at: Option<DateTime<Utc>>,
-    held_by: Option<&'a str>,
+    held_by: Option<String>,
     enqueued: bool,
     enqueued_version: Option<i32>,
     enqueued_task_version: Option<i32>,
@@ -145,11 +146,11 @@ pub(super) struct NewStep<'a> {
 }
 
 impl<'a> NewStep<'a> {
-    pub fn of(task_uuid: Uuid, step: &'a Step, queue: &'a str) -> Self {
+    pub fn of(plan: &Plan, step: &'a Step, queue: &'a str) -> Self {
         let place = |place| i32::try_from(place).unwrap_or(i32::MAX);
         Self {
             step_uuid: step.uuid,
-            task_uuid,
+            task_uuid: plan.task.uuid,
             step_index: place(step.index),
             item: step.item.map(place),
             queue,
@@ -161,13 +162,21 @@ impl<'a> NewStep<'a> {
             remaining_dependencies: step.remaining_dependencies,
             input: step.input.as_ref(),
             ready_at: step.ready_at,
-            held_by: step.held_by.map(HeldBy::as_str),
+            held_by: held_by(plan, step),
             enqueued: is_enqueued_now(step),
             enqueued_version: step.enqueued_version,
             enqueued_task_version: step.enqueued_task_version,
             enqueued_event: step.enqueued_event,
         }
     }
+}
+
+/// Why it is held, and from now on: of which handler it is, behind a separator. A column of its own would
+/// make the type another one, and older releases encode it by the position of its columns.
+fn held_by(plan: &Plan, step: &Step) -> Option<String> {
+    let reason = step.held_by?.as_str();
+    let handler = plan.held_handlers.get(&step.uuid);
+    Some(handler.map_or_else(|| reason.to_owned(), |handler| format!("{reason}{LANE_SEPARATOR}{handler}")))
 }
 
 /// `decide` leaves the times of a fresh Enqueue to the database.
@@ -283,7 +292,7 @@ mod tests {
             input: Some(&value),
             due_at: Some(at),
             ready_at: Some(later),
-            held_by: Some("b"),
+            held_by: Some("b".into()),
             enqueued: true,
             enqueued_version: Some(8),
             enqueued_task_version: Some(9),
@@ -304,7 +313,7 @@ mod tests {
             remaining_dependencies: 7,
             input: Some(&value),
             ready_at: Some(at),
-            held_by: Some("c"),
+            held_by: Some("c".into()),
             enqueued: true,
             enqueued_version: Some(8),
             enqueued_task_version: Some(9),
