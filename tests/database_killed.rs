@@ -42,8 +42,15 @@ impl Server {
         tokio::task::spawn_blocking(move || Local::start(&options)).await.expect("no panic").expect("a server")
     }
 
+    /// In good order, as for maintenance; returns when it is gone.
+    pub async fn stop(&self) {
+        let options = self.options.clone();
+        let stopping = tokio::task::spawn_blocking(move || Local::stop(&options, true));
+        stopping.await.expect("no panic").expect("stopped");
+    }
+
     /// Returns when it is gone: until then it looks alive to whoever would start it.
-    async fn kill(&self) {
+    pub async fn kill(&self) {
         let pid = || Local::status(&self.options).expect("a status").pid;
         let running = pid().expect("it runs");
         kill_process(Pid::from_raw(running.cast_signed()).expect("a pid"), Signal::KILL).expect("killed");

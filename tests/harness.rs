@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use tasker_tests::worker::{self, Answer, Claim, HANDLERS, NAMESPACE, Work, Worke
 use tasker_trace_testing::{Rules, Span, Trace};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use uuid::Uuid;
 
 /// The longest that anything may take before a test gives up.
@@ -139,6 +141,16 @@ impl World {
     /// An orchestrator as a process of its own, once it runs.
     pub async fn orchestrator_process(&self) -> Process {
         Process::start(&["orchestrator", &self.url, &self.receiver.endpoint(), self.protocol]).await
+    }
+
+    /// The same, with its log.
+    pub async fn logged_orchestrator(&self) -> (Process, UnboundedReceiver<String>) {
+        Process::logged(&["orchestrator", &self.url, &self.receiver.endpoint(), self.protocol]).await
+    }
+
+    /// A worker of eight slots as a process of its own, once it runs, with its log.
+    pub async fn logged_crew(&self, name: &str) -> (Process, UnboundedReceiver<String>) {
+        Process::logged(&["crew", &self.url, name]).await
     }
 
     /// A worker as a process of its own, once it runs; it hangs inside the handler of this step.
@@ -580,13 +592,27 @@ pub struct Process {
 
 impl Process {
     async fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_tasker-test-process"))
-            .args(arguments)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the test process");
+        Self::of(Command::new(env!("CARGO_BIN_EXE_tasker-test-process")).args(arguments)).await
+    }
+
+    /// The same, with the lines of its log as they come.
+    async fn logged(arguments: &[&str]) -> (Self, UnboundedReceiver<String>) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tasker-test-process"));
+        command.arg("logged").args(arguments).env("TASKER_LOG", "info").stderr(Stdio::piped());
+        let mut process = Self::of(&mut command).await;
+        let mut log = BufReader::new(process.child.stderr.take().expect("piped")).lines();
+        let (sender, lines) = unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = log.next_line().await {
+                let _ = sender.send(line);
+            }
+        });
+        (process, lines)
+    }
+
+    async fn of(command: &mut Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().expect("the test process");
         let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut process = Self { child, lines };
         assert_eq!(process.line().await, "ready");

@@ -14,6 +14,7 @@ mod architecture;
 mod bad_rows;
 mod cancel;
 mod cost;
+mod database_away;
 mod database_killed;
 mod every_feature_under_kills;
 mod export_recovery;

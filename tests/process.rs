@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use tasker_orchestration::{Options, Orchestrator};
+use tasker_shared::telemetry::{self, LogFormat, Role};
+use tasker_shared::trace::config::TraceConfig;
 use tasker_tests::rust_worker::RustWorker;
 use tasker_tests::trace_config;
 
@@ -15,7 +17,11 @@ static STUCK_IN: OnceLock<String> = OnceLock::new();
 
 #[tokio::main]
 async fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "logged") {
+        arguments.remove(0);
+        telemetry::init(Role::Orchestrator, &TraceConfig::default(), LogFormat::Json);
+    }
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["orchestrator", url, endpoint, protocol] => {
             let options = Options { trace: trace_config(endpoint, protocol), ..Options::default() };
@@ -41,7 +47,7 @@ async fn main() {
             worker.stop().await;
         }
         _ => panic!(
-            "usage: tasker-test-process orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN | crew URL NAME"
+            "usage: tasker-test-process [logged] orchestrator URL ENDPOINT PROTOCOL | worker URL NAME STEP_TO_HANG_IN | crew URL NAME"
         ),
     }
 }

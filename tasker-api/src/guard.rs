@@ -7,6 +7,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
 use axum::extract::{FromRequestParts, Request, State as Extract};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
@@ -15,10 +16,11 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use sqlx::PgPool;
 use subtle::ConstantTimeEq as _;
-use tasker_shared::store::keys;
+use tasker_shared::store::outage::Outage;
+use tasker_shared::store::{keys, tx};
 
 use crate::auth::{self, Principal, cookie_of, csrf_of, sha256};
-use crate::problem::{CROSS_SITE, INTERNAL, Problem, RATE_LIMITED, TIMEOUT, UNAUTHENTICATED, UNKNOWN_HOST};
+use crate::problem::{Away, CROSS_SITE, INTERNAL, Problem, RATE_LIMITED, TIMEOUT, UNAUTHENTICATED, UNKNOWN_HOST};
 use crate::{Config, State};
 
 /// How long an answer of the database about a credential is believed: a revoked key is refused
@@ -287,9 +289,17 @@ impl Known {
                 Credential::Key(id, _) => keys.push(id.clone()),
             }
         }
-        let rows = async { keys::valid_now(&mut *pool.acquire().await?, &sessions, &keys).await };
-        let rows = match rows.await {
-            Ok(rows) => rows,
+        let rows = || async { keys::valid_now(&mut *pool.acquire().await?, &sessions, &keys).await };
+        let rows = match rows().await {
+            // Whoever waits for this may send what cannot be sent twice.
+            Err(error) if tx::was_lost(pool, &error) => rows().await,
+            rows => rows,
+        };
+        let rows = match rows {
+            Ok(rows) => {
+                Outage::of(pool).answered();
+                rows
+            }
             Err(error) => {
                 // Who waits for the same answer does not ask in vain once more.
                 let problem = Problem::from(error);
@@ -391,7 +401,12 @@ pub(crate) fn source(config: &Config, parts: &Parts) -> IpAddr {
         let last = parts.headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
         last.rsplit(',').next()?.trim().parse().ok()
     };
-    match if config.behind_tls_proxy { told().unwrap_or(peer) } else { peer } {
+    network(if config.behind_tls_proxy { told().unwrap_or(peer) } else { peer })
+}
+
+/// An address as far as it matters for counting.
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
+    match ip {
         IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
             Some(ip) => IpAddr::V4(ip),
             None => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX))),
@@ -460,6 +475,26 @@ pub(crate) async fn around(Extract(state): Extract<State>, request: Request, nex
         headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
     }
     response
+}
+
+/// Around every route that asks the database: a read that met a connection that had died is asked
+/// once more, before anything is answered, and an outage is told once and not with every request.
+pub(crate) async fn once_more(Extract(state): Extract<State>, request: Request, next: Next) -> Response {
+    let again = request.method().is_safe().then(|| {
+        let mut again = Request::new(Body::empty());
+        *again.method_mut() = request.method().clone();
+        *again.uri_mut() = request.uri().clone();
+        *again.headers_mut() = request.headers().clone();
+        *again.extensions_mut() = request.extensions().clone();
+        (again, next.clone())
+    });
+    let response = next.run(request).await;
+    let Some(away) = response.extensions().get::<Away>() else { return response };
+    state.outage().failed(&*away.error);
+    match again {
+        Some((again, next)) if away.is_lost => next.run(again).await,
+        _ => response,
+    }
 }
 
 const SECURITY_HEADERS: [(&str, &str); 6] = [

@@ -11,6 +11,7 @@ pub mod page;
 pub mod problem;
 pub mod routes;
 mod serve;
+mod shares;
 mod traced;
 
 use std::net::{IpAddr, SocketAddr};
@@ -21,10 +22,14 @@ use std::sync::Arc;
 use sqlx::PgPool;
 use tasker_shared::client::Client;
 use tasker_shared::metrics::Scrape;
+use tasker_shared::store::outage::Outage;
 use tokio_util::sync::CancellationToken;
 
 pub use self::guard::Caller;
 pub use self::serve::{Error, Server};
+
+/// Connections that one address may have open, unless it is told otherwise.
+const CONNECTIONS_PER_ADDRESS: usize = 500;
 
 /// How a server is started.
 #[derive(Debug, Clone)]
@@ -56,6 +61,16 @@ pub struct Config {
     pub failed_sign_ins: u32,
     /// Connections that may be open at once.
     pub max_connections: usize,
+    /// The same from one address; `None`: 500, and behind a proxy, which has them all, no limit of its own.
+    pub connections_per_address: Option<usize>,
+    /// Event streams that may be open at once.
+    pub max_streams: usize,
+    /// The same with one key, by itself or by browsers that signed in with it.
+    pub streams_per_key: usize,
+    /// Bytes of bodies that all requests together may hold; those of small ones do not count.
+    pub max_body_bytes: usize,
+    /// The same of the requests of one key.
+    pub body_bytes_per_key: usize,
 }
 
 /// A template that is there to be tried.
@@ -86,11 +101,22 @@ impl Default for Config {
             burst: 1000,
             failed_sign_ins: 20,
             max_connections: 2000,
+            connections_per_address: None,
+            max_streams: 1000,
+            streams_per_key: 250,
+            max_body_bytes: 64 * 1024 * 1024,
+            body_bytes_per_key: 32 * 1024 * 1024,
         }
     }
 }
 
 impl Config {
+    /// Connections that one address may have open.
+    pub(crate) fn most_of_address(&self) -> usize {
+        let usual = if self.behind_tls_proxy { self.max_connections } else { CONNECTIONS_PER_ADDRESS };
+        self.connections_per_address.unwrap_or(usual)
+    }
+
     /// Whether browsers reach it over TLS.
     pub fn is_secure(&self) -> bool {
         self.tls.is_some() || self.behind_tls_proxy
@@ -133,6 +159,8 @@ pub struct Inner {
     /// Failed sign-ins, by address.
     failures: guard::Buckets<(IpAddr, guard::Kind)>,
     hub: Arc<hub::Hub>,
+    room: shares::Room,
+    outage: Arc<Outage>,
     scrape: Scrape,
     document: Vec<u8>,
     stop: CancellationToken,
@@ -175,6 +203,16 @@ impl Inner {
     /// This process's metrics, and those of the database.
     pub(crate) fn scrape(&self) -> &Scrape {
         &self.scrape
+    }
+
+    /// What requests share.
+    pub(crate) fn room(&self) -> &shares::Room {
+        &self.room
+    }
+
+    /// Whether the database is away, and what was said of it.
+    pub(crate) fn outage(&self) -> &Outage {
+        &self.outage
     }
 
     pub(crate) fn known(&self) -> &guard::Known {

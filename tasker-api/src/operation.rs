@@ -11,6 +11,7 @@ use axum::body::Body;
 use axum::extract::{FromRequestParts as _, Path, Query, Request};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodFilter, on};
+use futures_util::StreamExt as _;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use schemars::generate::{Contract, SchemaSettings};
@@ -18,16 +19,22 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
 use tasker_shared::redact;
+use tasker_shared::store::tx;
 use tasker_shared::template::InputSchema;
 
 use crate::State;
 use crate::auth::{Scope, sha256};
 use crate::guard::{Caller, CsrfIn, identify};
 use crate::problem::{self, Details, MALFORMED_BODY, Problem, TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, plain};
+use crate::shares::{Share, no_body};
 
 /// The most bytes of a body, unless the operation says otherwise: a payload and what surrounds it.
 pub const MAX_BODY: usize = 1024 * 1024 + 64 * 1024;
+/// A body of so many bytes takes no room of others.
+const SMALL_BODY: usize = 64 * 1024;
 /// The deepest nesting of a body: a payload's own limit, and what surrounds it.
 const MAX_DEPTH: usize = 72;
 
@@ -53,6 +60,24 @@ pub struct Call<P, Q, B> {
     pub query: Q,
     /// From the body.
     pub body: B,
+    /// The way to the database.
+    pub(crate) database: Database,
+}
+
+/// How a request gets connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Database {
+    pub(crate) pool: PgPool,
+    /// Whether the request may change something.
+    pub(crate) writes: bool,
+}
+
+impl Database {
+    /// A connection. Nobody holds one while asking for another: give it to what needs it, or let go
+    /// of it first. For a request that may change something it has just answered.
+    pub(crate) async fn conn(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+        if self.writes { tx::live(&self.pool).await } else { self.pool.acquire().await }
+    }
 }
 
 /// A good answer.
@@ -226,7 +251,7 @@ impl Api {
             let (operation, handler) = (Arc::clone(&declared), handler.clone());
             async move {
                 let if_none_match = request.headers().get(header::IF_NONE_MATCH).cloned();
-                let call = Box::pin(read::<P, Q, B>(&operation, state, request)).await?;
+                let (call, _room) = Box::pin(read::<P, Q, B>(&operation, state, request)).await?;
                 let Reply { headers, body } = handler(call).await?;
                 json_response(&operation, headers, &body, if_none_match.as_ref())
             }
@@ -247,7 +272,10 @@ impl Api {
         let declared = Arc::new(operation);
         self.route(&Arc::clone(&declared), move |state: State, request: Request| {
             let (operation, handler) = (Arc::clone(&declared), handler.clone());
-            async move { handler(Box::pin(read::<P, Q, B>(&operation, state, request)).await?).await }
+            async move {
+                let (call, _room) = Box::pin(read::<P, Q, B>(&operation, state, request)).await?;
+                handler(call).await
+            }
         });
     }
 
@@ -409,8 +437,13 @@ fn parameters_of_query(mut schema: Value) -> Vec<Value> {
     parameters(&schema, "query")
 }
 
-/// Checks who asks and reads the parts of a request, the body last.
-async fn read<P, Q, B>(operation: &Operation, state: State, request: Request) -> Result<Call<P, Q, B>, Problem>
+/// Checks who asks and reads the parts of a request, the body last. The room of the body is kept
+/// until the request has been answered.
+async fn read<P, Q, B>(
+    operation: &Operation,
+    state: State,
+    request: Request,
+) -> Result<(Call<P, Q, B>, Share<String>), Problem>
 where
     P: DeserializeOwned + Send + 'static,
     Q: DeserializeOwned + 'static,
@@ -427,11 +460,15 @@ where
     }
     let path = path(&mut parts).await?;
     let query = query(&parts.uri)?;
-    let body = match operation.method {
-        Method::GET => serde_json::from_value(json!({})).map_err(|error| MALFORMED_BODY.because(plain(error)))?,
-        _ => json_body(operation, &parts.headers, body).await?,
+    let mut room = state.room().bodies.none(who.key_id.clone());
+    let writes = operation.method != Method::GET;
+    let body = if writes {
+        json_body(operation, &parts.headers, body, &mut room).await?
+    } else {
+        serde_json::from_value(json!({})).map_err(|error| MALFORMED_BODY.because(plain(error)))?
     };
-    Ok(Call { state, who, headers: parts.headers, path, query, body })
+    let database = Database { pool: state.pool().clone(), writes };
+    Ok((Call { state, who, headers: parts.headers, path, query, body, database }, room))
 }
 
 async fn path<P: DeserializeOwned + Send + 'static>(parts: &mut Parts) -> Result<P, Problem> {
@@ -447,11 +484,34 @@ fn query<Q: DeserializeOwned + 'static>(uri: &Uri) -> Result<Q, Problem> {
     Ok(query)
 }
 
-async fn json_body<B: DeserializeOwned>(operation: &Operation, headers: &HeaderMap, body: Body) -> Result<B, Problem> {
-    let max = operation.max_body;
-    let bytes = axum::body::to_bytes(body, max)
-        .await
-        .map_err(|_| TOO_LARGE.because(format!("the body has more than {max} bytes, or broke off")))?;
+/// A whole body. Once it is no small one any more it takes room, so that many who send large ones
+/// at once do not take all memory.
+pub(crate) async fn whole(body: Body, max: usize, room: &mut Share<String>) -> Result<Vec<u8>, Problem> {
+    let too_large = || TOO_LARGE.because(format!("the body has more than {max} bytes, or broke off"));
+    let (mut bytes, mut counted) = (Vec::new(), 0);
+    let mut chunks = body.into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|_| too_large())?;
+        let size = bytes.len() + chunk.len();
+        if size > max {
+            return Err(too_large());
+        }
+        if size > SMALL_BODY {
+            room.grow(size - counted).map_err(no_body)?;
+            counted = size;
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes)
+}
+
+async fn json_body<B: DeserializeOwned>(
+    operation: &Operation,
+    headers: &HeaderMap,
+    body: Body,
+    room: &mut Share<String>,
+) -> Result<B, Problem> {
+    let bytes = whole(body, operation.max_body, room).await?;
     let value = if bytes.iter().all(u8::is_ascii_whitespace) {
         json!({})
     } else {

@@ -3,6 +3,7 @@
 //! Nothing internal stands in one: no SQL, no path, no secret, no payload.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -10,11 +11,22 @@ use http::{HeaderValue, StatusCode, header};
 use tasker_shared::client::ClientError;
 pub use tasker_shared::client::wire::{Finding, Problem as Details};
 use tasker_shared::store;
+use tasker_shared::store::outage;
 use tasker_shared::store::templates::TemplateError;
 
 /// Why a request was refused.
 #[derive(Debug, Clone)]
-pub struct Problem(Box<Details>);
+pub struct Problem(Box<Details>, Option<Away>);
+
+/// The database was not asked, or its answer is not known: it is away, or was a moment ago. Goes
+/// with the response to whoever can say so once, and ask once more.
+#[derive(Debug, Clone)]
+pub(crate) struct Away {
+    /// What is wrong.
+    pub(crate) error: Arc<str>,
+    /// Whether it was a connection that died: on another one the same may succeed.
+    pub(crate) is_lost: bool,
+}
 
 macro_rules! codes {
     ($($(#[doc = $doc:literal])* $name:ident = $status:literal, $code:literal, $title:literal;)*) => {
@@ -72,6 +84,8 @@ codes! {
     TOO_MANY_OPEN_TASKS = 429, "too_many_open_tasks", "The namespace has as many open tasks as it may";
     /// Ours.
     INTERNAL = 500, "internal", "The server made a mistake";
+    /// As much as this server takes at once is taken; trying again may help.
+    OVERLOADED = 503, "overloaded", "The server has too much to do";
     /// The database does not answer; trying again may help.
     UNAVAILABLE = 503, "unavailable", "The database does not answer";
 }
@@ -79,7 +93,7 @@ codes! {
 impl Code {
     /// A problem of this code.
     pub fn because(self, detail: impl Into<String>) -> Problem {
-        Problem(Box::new(Details {
+        let details = Details {
             code: self.code.into(),
             title: self.title.into(),
             status: self.status,
@@ -87,7 +101,8 @@ impl Code {
             field: None,
             problems: Vec::new(),
             retry_after: None,
-        }))
+        };
+        Problem(Box::new(details), None)
     }
 }
 
@@ -198,6 +213,9 @@ impl IntoResponse for Problem {
         let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let (retry_after, unauthenticated) = (self.0.retry_after, self.0.status == UNAUTHENTICATED.status);
         let mut response = (status, Json(self.0)).into_response();
+        if let Some(away) = self.1 {
+            response.extensions_mut().insert(away);
+        }
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
@@ -228,9 +246,14 @@ impl From<store::Error> for Problem {
                 _ => {}
             }
         }
+        let unavailable = || UNAVAILABLE.because("the database does not answer; try again in a moment").retry_after(1);
+        if outage::is_away(&error) {
+            let is_lost = matches!(&error, store::Error::Database(error) if outage::is_lost(error));
+            return Self(unavailable().0, Some(Away { error: error.to_string().into(), is_lost }));
+        }
         if error.is_transient() {
             tracing::warn!(%error, "a request failed because the database did not answer");
-            return UNAVAILABLE.because("the database does not answer; try again in a moment").retry_after(1);
+            return unavailable();
         }
         tracing::error!(%error, "a request failed");
         INTERNAL.because("the server made a mistake; its log says more")

@@ -19,17 +19,20 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tasker_shared::client::Client;
 use tasker_shared::metrics::Scrape;
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::{self, keys};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower_http::compression::CompressionLayer;
 
 use crate::guard::Peer;
 use crate::operation::Api;
 use crate::problem::{METHOD_NOT_ALLOWED, Problem};
+use crate::shares::{Room, Shares, no_connection};
 use crate::{Config, Inner, State, guard, page, routes, traced};
 
 /// The longest that a client may take to finish its TLS handshake.
@@ -38,6 +41,10 @@ const LONGEST_HANDSHAKE: Duration = Duration::from_secs(10);
 /// keep an unused connection for up to a minute: whoever closed it sooner would now and then close
 /// it while the next request travels, and that request would get no answer.
 const LONGEST_SILENCE: Duration = Duration::from_secs(75);
+/// The longest that a connection over a limit may take to be told so.
+const LONGEST_REFUSAL: Duration = Duration::from_secs(1);
+/// So many are told at once; further ones are closed at once.
+const MOST_REFUSALS: usize = 64;
 /// How long requests that have begun may go on when the server ends.
 const LONGEST_END: Duration = Duration::from_secs(5);
 
@@ -143,16 +150,11 @@ impl Server {
     /// Answers until `stop` fires, then finishes what has begun.
     pub async fn run(self, stop: CancellationToken) {
         let Self { listener, tls, router, state } = self;
-        let open = Arc::new(Semaphore::new(state.config().max_connections));
+        let (open, refusals) = (TaskTracker::new(), Arc::new(Semaphore::new(MOST_REFUSALS)));
         let end = state.stop().clone();
         let looks = state.clone();
         tokio::spawn(async move { looks.hub().run(looks.pool().clone(), looks.known(), looks.stop().clone()).await });
         loop {
-            // What is over the limit waits in the kernel's queue.
-            let place = tokio::select! {
-                () = stop.cancelled() => break,
-                place = Arc::clone(&open).acquire_owned() => place,
-            };
             let accepted = tokio::select! {
                 () = stop.cancelled() => break,
                 accepted = listener.accept() => accepted,
@@ -162,17 +164,36 @@ impl Server {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            let (tls, router, end) = (tls.clone(), router.clone(), end.clone());
-            tokio::spawn(async move {
-                let _place = place;
-                connection(stream, Peer(peer.ip()), tls, router, end).await;
-            });
+            let (tls, peer) = (tls.clone(), Peer(peer.ip()));
+            match state.room().connections.one(guard::network(peer.0)) {
+                Ok(place) => {
+                    let (router, end) = (router.clone(), end.clone());
+                    open.spawn(async move {
+                        let _place = place;
+                        connection(stream, peer, tls, router, end).await;
+                    });
+                }
+                Err(full) => {
+                    let told = no_connection(full);
+                    // Without a turn it is merely closed.
+                    if let Ok(turn) = Arc::clone(&refusals).try_acquire_owned() {
+                        open.spawn(async move {
+                            let _turn = turn;
+                            let router = Router::new().fallback(move || async { told });
+                            let _ = tokio::time::timeout(
+                                LONGEST_REFUSAL,
+                                connection(stream, peer, tls, router, CancellationToken::new()),
+                            )
+                            .await;
+                        });
+                    }
+                }
+            }
         }
         drop(listener);
         end.cancel();
-        // Every place is free again when the last connection has ended.
-        let all = u32::try_from(state.config().max_connections).unwrap_or(u32::MAX);
-        let _ = tokio::time::timeout(LONGEST_END, open.acquire_many(all)).await;
+        open.close();
+        let _ = tokio::time::timeout(LONGEST_END, open.wait()).await;
     }
 }
 
@@ -223,6 +244,12 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
     let (operations, document) = api.finish(&server);
     let base_path = config.base_path.clone();
     let scrape = Scrape::new(Some(client.pool().clone()));
+    let room = Room {
+        connections: Shares::new(config.max_connections, config.most_of_address()),
+        streams: Shares::new(config.max_streams, config.streams_per_key),
+        bodies: Shares::new(config.max_body_bytes, config.body_bytes_per_key),
+    };
+    let outage = Outage::of(client.pool());
     let state = State(Arc::new(Inner {
         client,
         config,
@@ -230,11 +257,14 @@ pub(crate) fn build(client: Client, config: Config) -> (Router, State) {
         rates: guard::Buckets::default(),
         failures: guard::Buckets::default(),
         hub: Arc::default(),
+        room,
+        outage,
         scrape,
         document: document.to_string().into_bytes(),
         stop: CancellationToken::new(),
     }));
     let all = operations
+        .layer(middleware::from_fn_with_state(state.clone(), guard::once_more))
         .merge(routes::outside_the_api())
         .merge(page::routes(&state))
         .fallback(not_found)

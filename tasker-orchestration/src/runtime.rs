@@ -206,7 +206,8 @@ impl Orchestrator {
 fn pool_options<'a>(name: &'a str, connections: u32, settings: &'a [(&'a str, &'a str)]) -> PoolOptions<'a> {
     PoolOptions {
         max_connections: connections,
-        acquire_timeout: Duration::from_secs(30),
+        // While the server does not listen, a pool tries again after a fifth of this at most.
+        acquire_timeout: Duration::from_secs(10),
         application_name: name,
         settings,
     }
@@ -299,20 +300,24 @@ async fn listen(
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            result = listening => if let Err(error) = result {
+            result = listening => if let Err(error) = result
+                && !shared.outage.tells_of(&error)
+            {
                 tracing::warn!(%error, "the connection that listens for wake-ups was lost; polling meanwhile");
             },
         }
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+        let connecting = async {
+            loop {
+                tokio::time::sleep(shared.outage.pause()).await;
+                match PgListener::connect(&url).await {
+                    Ok(fresh) => return fresh,
+                    Err(error) => _ = shared.outage.tells_of(&error),
+                }
             }
-            if let Ok(fresh) = PgListener::connect(&url).await {
-                listener = fresh;
-                break;
-            }
-        }
+        };
+        let Some(fresh) = stop.run_until_cancelled(connecting).await else { return };
+        shared.outage.answered();
+        listener = fresh;
         wakes.requests.notify_one();
         wakes.results.notify_one();
         shared.admission.wake.notify_one();
@@ -359,8 +364,13 @@ async fn register(shared: &Shared, inbox: &mut Inbox, stop: &CancellationToken) 
         match async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await {
             Ok(()) => inbox.registered = Some(Instant::now()),
             Err(error) => {
-                tracing::warn!(%error, queue, "this orchestrator could not announce itself as a reader; trying again");
-                tokio::time::sleep(Duration::from_millis(500)).await;
+                let pause = if shared.outage.tells_of(&error) {
+                    shared.outage.pause()
+                } else {
+                    tracing::warn!(%error, queue, "this orchestrator could not announce itself as a reader; trying again");
+                    Duration::from_millis(500)
+                };
+                stop.run_until_cancelled(tokio::time::sleep(pause)).await;
             }
         }
     }
@@ -382,7 +392,7 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
             Ok::<_, crate::lifecycle::Error>(found)
         };
         let turn = turn.await;
-        after_turn(&inbox, turn, &mut pause, &wakes.requests, &stop).await;
+        after_turn(&shared, &inbox, turn, &mut pause, &wakes.requests, &stop).await;
     }
 }
 
@@ -406,7 +416,7 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
             Ok::<_, crate::lifecycle::Error>(found)
         };
         let turn = turn.await;
-        after_turn(&inbox, turn, &mut pause, &wakes.results, &stop).await;
+        after_turn(&shared, &inbox, turn, &mut pause, &wakes.results, &stop).await;
     }
 }
 
@@ -448,12 +458,16 @@ impl Inbox {
 /// reader asleep, as reading none has: it is woken by the next, and to look at once for what is
 /// hardly there would take the processor from whoever has to do with the lone one.
 async fn after_turn(
+    shared: &Shared,
     inbox: &Inbox,
     turn: Result<usize, crate::lifecycle::Error>,
     pause: &mut Pause,
     wake: &Notify,
     stop: &CancellationToken,
 ) {
+    if turn.is_ok() {
+        shared.outage.answered();
+    }
     match turn {
         Ok(0) => pause.sleep(wake, stop).await,
         Ok(1) if inbox.batch > 1 => {
@@ -462,11 +476,13 @@ async fn after_turn(
         }
         Ok(_) => pause.reset(),
         Err(error) => {
-            tracing::warn!(%error, queue = inbox.queue, "a batch failed; its messages come back");
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = tokio::time::sleep(Duration::from_millis(200)) => {}
-            }
+            let pause = if shared.outage.tells_of(&error) {
+                shared.outage.pause()
+            } else {
+                tracing::warn!(%error, queue = inbox.queue, "a batch failed; its messages come back");
+                Duration::from_millis(200)
+            };
+            stop.run_until_cancelled(tokio::time::sleep(pause)).await;
         }
     }
 }
@@ -490,7 +506,11 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
             Ok::<_, crate::lifecycle::Error>(next.min(LONGEST_PAUSE))
         };
         let pause = match turn.await {
-            Ok(pause) => pause,
+            Ok(pause) => {
+                shared.outage.answered();
+                pause
+            }
+            Err(error) if shared.outage.tells_of(&error) => shared.outage.pause(),
             Err(error) => {
                 tracing::warn!(%error, "a sweep failed; what is due stays due");
                 Duration::from_millis(500)
@@ -572,6 +592,7 @@ async fn watch_workers(shared: Arc<Shared>, stop: CancellationToken) {
                 Err(error) => {
                     // Whatever kept us from the server may have cost the workers their sessions too.
                     trusted_from = Instant::now() + RECONNECTING;
+                    shared.outage.tells_of(&error);
                     tracing::debug!(%error, "the workers' locks could not be looked at; their leases decide meanwhile");
                 }
             }
@@ -589,6 +610,7 @@ async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
         let pause = match admission::admit(&shared).await {
             Ok(Found::More) => continue,
             Ok(Found::Nothing(next)) => next.unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE),
+            Err(error) if shared.outage.tells_of(&error) => shared.outage.pause(),
             Err(error) => {
                 tracing::warn!(%error, "held steps could not be admitted; trying again");
                 LONGEST_PAUSE

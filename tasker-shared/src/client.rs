@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgPool;
-use sqlx::postgres::PgListener;
+use sqlx::postgres::{PgListener, PgPoolOptions};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -173,7 +173,8 @@ impl Client {
         Ok(Self::from_pool(pool))
     }
 
-    /// Uses the caller's connections. [`wait`](Self::wait) holds one of them while it waits.
+    /// Uses the caller's connections. [`wait`](Self::wait) and [`watch`](Self::watch) open one of
+    /// their own beside them, for as long as they last.
     pub fn from_pool(pool: PgPool) -> Self {
         Self { pool, schemas: Arc::default() }
     }
@@ -205,9 +206,21 @@ impl Client {
                 continue;
             }
             let key = (request.namespace.clone(), request.template.clone(), request.version.clone());
-            let schema = match known.get(&key) {
-                Some(schema) => Option::clone(schema),
-                None => known.entry(key).or_insert(self.schema(&mut conn, &request).await?).clone(),
+            let schema = if let Some(schema) = known.get(&key) {
+                Option::clone(schema)
+            } else {
+                let found = match self.schema(&mut conn, &request).await {
+                    // The first question also tells whether the connection lives, so that the submit,
+                    // which must not be repeated, needs no question of its own.
+                    Err(ClientError::Store(error)) if tx::was_lost(&self.pool, &error) => {
+                        conn.close_on_drop();
+                        drop(conn);
+                        conn = self.pool.acquire().await?;
+                        self.schema(&mut conn, &request).await?
+                    }
+                    found => found?,
+                };
+                known.entry(key).or_insert(found).clone()
             };
             answers.push(Err("the database gave no answer".into()));
             match schema.as_deref().map_or(Ok(()), |schema| schema.check(&request.input)) {
@@ -250,13 +263,13 @@ impl Client {
 
     /// Asks for the task to end; its running handlers are told to stop. An orchestrator decides a moment later.
     pub async fn cancel(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::cancel(&mut conn, task, false, actor, reason).await?)
     }
 
     /// Asks for the task to end; its running handlers are dropped.
     pub async fn terminate(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::cancel(&mut conn, task, true, actor, reason).await?)
     }
 
@@ -273,7 +286,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::retry(&mut conn, task, steps, actor, reason).await?)
     }
 
@@ -285,7 +298,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::act(&mut conn, task, act, actor, reason).await?)
     }
 
@@ -297,7 +310,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::rerun(&mut conn, task, from, actor, reason).await?)
     }
 
@@ -311,7 +324,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::settle_step(&mut conn, task, step, act, output, actor, reason).await?)
     }
 
@@ -324,7 +337,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<Value, ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         requests::act_on_tasks(&mut conn, filter, action, dry_run, actor, reason).await.map_err(refused)
     }
 
@@ -336,7 +349,7 @@ impl Client {
     /// Creates a schedule, or changes the one of that name; answers created, changed or unchanged.
     /// What would never tick is refused.
     pub async fn set_schedule(&self, schedule: &Schedule, actor: Option<&str>) -> Result<String, ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         let timing = schedule.timing(views::now(&mut conn).await?);
         let every_ms = match timing.map_err(|refused| ClientError::Refused(refused.to_string()))? {
             Timing::Every { every, .. } => Some(every.num_milliseconds()),
@@ -352,7 +365,12 @@ impl Client {
 
     /// One schedule; `None` if there is none of that name.
     pub async fn schedule(&self, namespace: &str, name: &str) -> Result<Option<ScheduleView>, ClientError> {
-        Ok(schedules::list(&mut *self.pool.acquire().await?, Some(namespace), Some(name)).await?.pop())
+        let found = || async { schedules::list(&mut *self.pool.acquire().await?, Some(namespace), Some(name)).await };
+        let mut found = match found().await {
+            Err(error) if tx::was_lost(&self.pool, &error) => found().await?,
+            found => found?,
+        };
+        Ok(found.pop())
     }
 
     /// Pauses or resumes a schedule. What would have run while it was paused never runs.
@@ -363,7 +381,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         schedule_accepted(schedules::pause(&mut conn, (namespace, name), pause, actor, reason).await?)
     }
 
@@ -374,7 +392,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         schedule_accepted(schedules::delete(&mut conn, (namespace, name), actor, reason).await?)
     }
 
@@ -385,13 +403,13 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<Uuid, ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         schedules::trigger(&mut conn, (namespace, name), actor, reason).await?.map_err(ClientError::Refused)
     }
 
     /// Sends nothing more to a queue of steps and claims nothing from it; what runs runs on.
     pub async fn pause_queue(&self, queue: &str, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         granted(flow::pause(&mut conn, queue, false, actor, reason).await?)
     }
 
@@ -402,7 +420,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         granted(flow::pause(&mut conn, queue, true, actor, reason).await?)
     }
 
@@ -416,7 +434,7 @@ impl Client {
         archive: bool,
         actor: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         retention::set(&mut conn, namespace, keep, keep_quarantine, archive, actor).await.map_err(refused)
     }
 
@@ -427,7 +445,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         granted(flow::set_limit(&mut conn, limit, actor, reason).await?)
     }
 
@@ -438,7 +456,7 @@ impl Client {
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         granted(flow::remove_limit(&mut conn, (namespace, handler), actor, reason).await?)
     }
 
@@ -475,7 +493,7 @@ impl Client {
     ) -> Result<(), ClientError> {
         let mut headers = HashMap::new();
         inject_current(&mut headers);
-        let mut conn = self.pool.acquire().await?;
+        let mut conn = tx::live(&self.pool).await?;
         let traceparent = headers.get(TRACEPARENT).map(String::as_str);
         accepted(task, waits::signal(&mut conn, task, name, payload, actor, traceparent).await?)
     }
@@ -577,7 +595,10 @@ impl Client {
     pub async fn watch(&self) -> Result<Watch, ClientError> {
         let reader = format!("client/{}", Uuid::new_v4());
         requests::await_finished(&mut *self.pool.acquire().await?, &reader).await?;
-        let mut listener = PgListener::connect_with(&self.pool).await?;
+        // One of the pool would be kept from others for the whole time, also from this wait itself.
+        let own = PgPoolOptions::new().max_connections(1);
+        let own = own.connect_lazy_with(self.pool.connect_options().as_ref().clone());
+        let mut listener = PgListener::connect_with(&own).await?;
         listener.listen(FINISHED).await?;
         Ok(Watch { pool: self.pool.clone(), listener, reader, renew_at: Instant::now() + RENEW_EVERY })
     }
@@ -655,6 +676,7 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use sqlx::Connection as _;
 
     use super::*;
     use crate::postgres::testing::TestDatabase;
@@ -794,6 +816,31 @@ steps: [{name: only, handler: noop}]
         let ended: Vec<Uuid> = ended.unwrap().iter().map(|task| task.task_uuid).collect();
         assert_eq!(ended, tasks, "in the order asked for");
         assert_eq!(ends.recv().await, Some(tasks[1]));
+    }
+
+    #[tokio::test]
+    async fn more_may_wait_at_once_than_there_are_connections() {
+        let database = TestDatabase::fresh().await;
+        let client = client(&database).await;
+        let mut tasks = Vec::new();
+        for n in 0..6 {
+            tasks.push(client.submit(order(&n.to_string())).await.unwrap());
+        }
+        let waits = tasks.iter().map(|task| client.wait(*task, Some(Duration::from_secs(30))));
+        let finish = async {
+            // All of them wait.
+            let mut conn = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+            let waiting = "select count(*) from tasker.readers where queue = 'finished'";
+            while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&mut conn).await.unwrap() < 6 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let end = "update tasker.tasks set state = 'complete', finished_at = clock_timestamp()";
+            sqlx::query(end).execute(&mut conn).await.unwrap();
+        };
+        let (ended, ()) = tokio::join!(futures_util::future::join_all(waits), finish);
+        for ended in ended {
+            assert!(ended.unwrap().is_finished());
+        }
     }
 
     #[tokio::test]

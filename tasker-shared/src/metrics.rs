@@ -213,6 +213,7 @@ pub struct Metrics {
     pub trace_fetch: Histogram,
     pub trace_fetch_failures: Bounded<OfReason, Counter>,
     pub http_context_ignored: Counter,
+    pub http_refused: Bounded<OfReason, Counter>,
     exports: Exports,
 }
 
@@ -341,6 +342,13 @@ impl Metrics {
             "Requests whose traceparent, tracestate or baggage was malformed or too long",
             Counter::default(),
         );
+        let http_refused = family(
+            r,
+            "tasker_http_refused",
+            "Connections, event streams and bodies that were refused because there were too many, by what",
+            None,
+            Counter::default,
+        );
         // A rate needs a zero to begin with.
         for source in ["task_requests", "step_results", "due"] {
             settle_failures.of(&OfSource { source });
@@ -392,6 +400,7 @@ impl Metrics {
             trace_fetch,
             trace_fetch_failures,
             http_context_ignored,
+            http_refused,
             exports,
         }
     }

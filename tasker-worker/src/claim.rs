@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::PgPool;
 use tasker_shared::store::Error;
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::protocol::{self, Claim};
 use tasker_shared::telemetry::live::{self, Area};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -42,8 +43,9 @@ pub(crate) struct Claimer {
 impl Claimer {
     /// Claims until `stop` fires; a call that is under way then still counts.
     pub(crate) async fn run(self, pool: PgPool, stop: CancellationToken) {
+        let outage = Outage::of(&pool);
         let mut line = Line::new(pool);
-        let (mut empty, mut failures, mut more, mut asleep) = (0, 0, false, false);
+        let (mut empty, mut failures, mut told, mut more, mut asleep) = (0, 0, false, false, false);
         loop {
             let room = async {
                 self.executor.results.room().await;
@@ -57,7 +59,8 @@ impl Claimer {
             let asked = slots.num_permits();
             let wait = match self.claim(&mut line, asked).await {
                 Ok(claims) => {
-                    failures = 0;
+                    outage.answered();
+                    (failures, told) = (0, false);
                     empty = if claims.is_empty() { empty + 1 } else { 0 };
                     more = claims.len() == asked;
                     // As the database has marked us: behind a lone step there is hardly another.
@@ -74,7 +77,7 @@ impl Claimer {
                     line.broken();
                     measure::call_failed("claim");
                     let missing = is_missing(&error);
-                    if failures == 0 {
+                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
                         self.complain(&error, missing);
                     }
                     failures += 1;

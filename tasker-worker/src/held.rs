@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use sqlx::PgPool;
 use tasker_shared::payload;
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::protocol::{self, Beat, Beaten, Claim};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -161,8 +162,9 @@ impl Held {
 
 /// Renews leases until `stop` fires.
 pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken) {
+    let outage = Outage::of(&pool);
     let mut line = Line::new(pool);
-    let mut failures = 0;
+    let (mut failures, mut told) = (0, false);
     loop {
         let wait = async {
             match held.next_due() {
@@ -183,13 +185,14 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken)
         }
         match send(&mut line, &beats).await {
             Ok(answers) => {
-                failures = 0;
+                outage.answered();
+                (failures, told) = (0, false);
                 held.settle(&beats, &answers, sent);
             }
             Err(error) => {
                 line.broken();
                 measure::call_failed("heartbeat");
-                if failures == 0 {
+                if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
                 }
                 // What the database objects to can only be what handlers said: without it the call is good.

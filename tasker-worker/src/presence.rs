@@ -7,6 +7,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
 use tasker_shared::store::Error as StoreError;
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::protocol::{self, Hello};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -43,20 +44,22 @@ pub(crate) struct Presence {
 impl Presence {
     /// Hello at start, every 10 s and after a reconnect; bye when `stop` fires.
     pub(crate) async fn say_hello(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
+        let outage = Outage::of(&pool);
         let mut line = Line::new(pool);
-        let mut failures = 0;
+        let (mut failures, mut told) = (0, false);
         // The lock comes before the hello that names it. Behind a pooler there may be no lock.
         let _ = timeout(Duration::from_secs(2), stop.run_until_cancelled(self.changed.notified())).await;
         while !stop.is_cancelled() {
             let wait = match self.hello(&mut line).await {
                 Ok(()) => {
-                    failures = 0;
+                    outage.answered();
+                    (failures, told) = (0, false);
                     self.known.cancel();
                     HELLO_EVERY
                 }
                 Err(error) => {
                     line.broken();
-                    if failures == 0 {
+                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
                         tracing::warn!(%error, "the worker cannot announce itself; it is tried until the database answers");
                     }
                     failures += 1;
@@ -97,7 +100,8 @@ impl Presence {
 
     /// Holds the lock and listens until `stop` fires; a lost session is made again.
     pub(crate) async fn listen(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
-        let mut failures = 0;
+        let outage = Outage::of(&pool);
+        let (mut failures, mut told) = (0, false);
         loop {
             let session = async {
                 let result = self.listen_once(&pool, &mut failures).await;
@@ -106,6 +110,9 @@ impl Presence {
                 }
                 if let Err(error) = result {
                     if failures == 0 {
+                        told = false;
+                    }
+                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
                         tracing::warn!(%error, "nobody can wake this worker; it polls until it can listen again");
                     }
                     failures += 1;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use sqlx::PgPool;
 use tasker_shared::metrics::metrics;
 use tasker_shared::store::Error;
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::protocol::{self, Outcome, Report, ReportedError};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -102,9 +103,10 @@ pub(crate) struct Reporter {
 impl Reporter {
     /// Reports until nothing comes any more, on a connection that commits synchronously.
     pub(crate) async fn run(self, pool: PgPool) {
+        let outage = Outage::of(&pool);
         let mut line = Line::new(pool);
         while let Some(batch) = self.next_batch().await {
-            if self.deliver(&mut line, batch).await.is_none() {
+            if self.deliver(&mut line, &outage, batch).await.is_none() {
                 return;
             }
         }
@@ -130,15 +132,16 @@ impl Reporter {
     }
 
     /// `None` if the worker gave up.
-    async fn deliver(&self, line: &mut Line, batch: Vec<Report>) -> Option<()> {
+    async fn deliver(&self, line: &mut Line, outage: &Outage, batch: Vec<Report>) -> Option<()> {
         let mut parts = vec![batch];
-        let mut failures = 0;
+        let (mut failures, mut told) = (0, false);
         while let Some(mut part) = parts.pop() {
             match send(line, &part).await {
                 Ok(accepted) => {
-                    if failures > 0 {
+                    outage.answered();
+                    failures = 0;
+                    if std::mem::take(&mut told) {
                         tracing::info!("results are reported again");
-                        failures = 0;
                     }
                     measure::answered(&accepted);
                     for (report, _) in part.iter().zip(&accepted).filter(|(_, accepted)| !**accepted) {
@@ -162,7 +165,8 @@ impl Reporter {
                 Err(error) => {
                     line.broken();
                     measure::call_failed("report");
-                    if failures == 0 {
+                    if !outage.tells_of(&error) && !told {
+                        told = true;
                         tracing::warn!(%error, results = part.len(), "results cannot be reported; they are kept until the database takes them");
                     }
                     parts.push(part);

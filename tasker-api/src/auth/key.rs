@@ -1,7 +1,7 @@
 //! API keys: `tsk_<id>_<secret>`. The database has the id and a hash of the secret.
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use subtle::ConstantTimeEq as _;
 use tasker_shared::store;
 use tasker_shared::store::keys::{self, NewKey};
@@ -90,11 +90,11 @@ pub(crate) fn parts(key: &str) -> Option<(&str, &str)> {
 
 /// Whose key this is, if it is valid now. The database is asked once for a key that has the right
 /// shape; the hash of its secret is compared in constant time.
-pub(crate) async fn authenticate(pool: &PgPool, key: &str) -> Result<Option<Principal>, store::Error> {
+pub(crate) async fn authenticate(conn: &mut PgConnection, key: &str) -> Result<Option<Principal>, store::Error> {
     let Some((id, secret)) = parts(key) else {
         return Ok(None);
     };
-    let found = keys::valid_now(&mut *pool.acquire().await?, &[], &[id.to_owned()]).await?;
+    let found = keys::valid_now(conn, &[], &[id.to_owned()]).await?;
     let valid =
         found.into_iter().map(|(_, row)| row).find(|row| row.secret_hash.as_slice().ct_eq(&sha256(secret)).into());
     Ok(valid.map(Principal::of))

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use http::{HeaderMap, header};
-use sqlx::PgPool;
-use tasker_shared::store::{self, keys};
+use sqlx::{PgConnection, PgPool};
+use tasker_shared::store::{self, keys, tx};
 
 use super::{authenticate, secret, sha256};
 
@@ -37,17 +37,17 @@ fn set_cookie(value: &str, lasts: Duration, secure: bool, path: &str) -> String 
     format!("{SESSION_COOKIE}={value}; Path={path}; Max-Age={}; HttpOnly; SameSite=Strict{secure}", lasts.as_secs())
 }
 
-async fn begin(pool: &PgPool, key_id: &str) -> Result<Session, store::Error> {
+async fn begin(conn: &mut PgConnection, key_id: &str) -> Result<Session, store::Error> {
     let secret = secret();
-    let mut conn = pool.acquire().await?;
-    keys::begin_session(&mut conn, &sha256(&secret), key_id, false, SESSION_LASTS.as_secs_f64()).await?;
+    keys::begin_session(conn, &sha256(&secret), key_id, false, SESSION_LASTS.as_secs_f64()).await?;
     Ok(Session { secret })
 }
 
 /// Signs a browser in with a key; `None` if the key is not valid.
 pub async fn sign_in(pool: &PgPool, key: &str) -> Result<Option<Session>, store::Error> {
-    match authenticate(pool, key.trim()).await? {
-        Some(principal) => Ok(Some(begin(pool, &principal.key_id).await?)),
+    let mut conn = tx::live(pool).await?;
+    match authenticate(&mut conn, key.trim()).await? {
+        Some(principal) => Ok(Some(begin(&mut conn, &principal.key_id).await?)),
         None => Ok(None),
     }
 }
@@ -55,16 +55,17 @@ pub async fn sign_in(pool: &PgPool, key: &str) -> Result<Option<Session>, store:
 /// What a link to `/login?once=…` ends with; it signs in one browser, within 15 minutes.
 pub async fn once_link(pool: &PgPool, key_id: &str) -> Result<String, store::Error> {
     let secret = secret();
-    let mut conn = pool.acquire().await?;
+    let mut conn = tx::live(pool).await?;
     keys::begin_session(&mut conn, &sha256(&secret), key_id, true, ONCE_LASTS.as_secs_f64()).await?;
     Ok(secret)
 }
 
 /// Signs a browser in with such a link; `None` if it was used or is too old.
 pub async fn redeem_once(pool: &PgPool, once: &str) -> Result<Option<Session>, store::Error> {
-    let key_id = keys::take_once(&mut *pool.acquire().await?, &sha256(once)).await?;
+    let mut conn = tx::live(pool).await?;
+    let key_id = keys::take_once(&mut conn, &sha256(once)).await?;
     match key_id {
-        Some(key_id) => Ok(Some(begin(pool, &key_id).await?)),
+        Some(key_id) => Ok(Some(begin(&mut conn, &key_id).await?)),
         None => Ok(None),
     }
 }
@@ -72,7 +73,7 @@ pub async fn redeem_once(pool: &PgPool, once: &str) -> Result<Option<Session>, s
 /// Ends the session of these headers, and answers the `Set-Cookie` that forgets it.
 pub async fn sign_out(pool: &PgPool, headers: &HeaderMap, secure: bool, path: &str) -> Result<String, store::Error> {
     if let Some(cookie) = cookie_of(headers) {
-        keys::end_session(&mut *pool.acquire().await?, &sha256(cookie)).await?;
+        keys::end_session(&mut *tx::live(pool).await?, &sha256(cookie)).await?;
     }
     Ok(set_cookie("", Duration::ZERO, secure, path))
 }

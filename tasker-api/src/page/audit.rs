@@ -36,7 +36,7 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let task: Option<Uuid> =
         task.map(|task| task.parse().map_err(|_| Problem::invalid("task", "must be the id of a task"))).transpose()?;
     let now = page.memory.now(&page.state).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
     let filter = AuditFilter { task, actor, namespaces: page.namespaces(), before: asked.before };
     let mut acts = details::audit(&mut conn, filter, page.who.has(Scope::PayloadsRead), most).await?;

@@ -49,7 +49,7 @@ impl Drawn {
 /// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
 pub(super) async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
     let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 13), async || {
-        let Some(view) = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop() else {
+        let Some(view) = views::these(&mut *page.database.conn().await?, &[task]).await?.pop() else {
             return Ok(None);
         };
         if !view.is_finished() {
@@ -71,7 +71,7 @@ async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Draw
         Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
         Err(problem) => return Err(problem),
     };
-    let waits = pages::open_waits(&mut *page.state.pool().acquire().await?, task).await?;
+    let waits = pages::open_waits(&mut *page.database.conn().await?, task).await?;
     // The tree is work for the processor alone; others go on meanwhile.
     let drawn = tokio::task::spawn_blocking(move || {
         let mut spans = tree::spans_so_far(&log, now);

@@ -37,9 +37,10 @@ use maud::{Markup, html};
 
 use self::memo::Memory;
 use self::shell::{Section, Shell};
-use crate::guard::{Caller, CsrfIn, identify};
-use crate::operation::MAX_BODY;
-use crate::problem::{FORBIDDEN, MALFORMED_BODY, Problem, READ_ONLY, TOO_LARGE};
+use crate::guard::{Caller, CsrfIn, identify, once_more};
+use crate::operation::{Database, MAX_BODY, whole};
+use crate::problem::{FORBIDDEN, MALFORMED_BODY, Problem, READ_ONLY};
+use crate::shares::Share;
 use crate::{Config, State};
 
 /// The cookie that keeps the choice between light and dark.
@@ -69,6 +70,7 @@ pub(crate) fn routes(state: &State) -> Router<State> {
         .route("/schedules/act", post(schedules::act))
         .route("/audit", get(audit::list))
         .route("/settings", get(settings::show))
+        .layer(from_fn_with_state(state.clone(), once_more))
         .layer(from_fn_with_state(state.clone(), frame))
         .layer(Extension(Arc::new(Memory::default())));
     Router::new().route("/assets/{file}", get(assets::get)).merge(pages)
@@ -83,6 +85,7 @@ struct Page {
     theme: Option<&'static str>,
     said: Option<&'static str>,
     search: String,
+    database: Database,
 }
 
 /// What the error page needs to know of whom it is shown to.
@@ -124,6 +127,7 @@ impl Page {
             memory: parts.extensions.get::<Arc<Memory>>().cloned().unwrap_or_default(),
             theme: theme(&parts.headers),
             said: DONE.iter().find(|(word, _)| *word == done).map(|(_, said)| *said),
+            database: Database { pool: state.pool().clone(), writes: !parts.method.is_safe() },
             search: if parts.uri.path().ends_with("/search") {
                 of_query("q").unwrap_or_default()
             } else {
@@ -212,6 +216,8 @@ impl FromRequestParts<State> for Page {
 struct Form {
     page: Page,
     fields: Vec<(String, String)>,
+    /// That of the fields.
+    _room: Share<String>,
 }
 
 impl Form {
@@ -246,12 +252,11 @@ impl FromRequest<State> for Form {
             return Err(MALFORMED_BODY.because("content-type: must be application/x-www-form-urlencoded"));
         }
         // Escaping makes text up to three times as long.
-        let bytes = axum::body::to_bytes(body, 3 * MAX_BODY)
-            .await
-            .map_err(|_| TOO_LARGE.because(format!("the form is over {} bytes", 3 * MAX_BODY)))?;
+        let mut room = state.room().bodies.none(page.who.key_id.clone());
+        let bytes = whole(body, 3 * MAX_BODY, &mut room).await?;
         let fields: Vec<(String, String)> =
             form_urlencoded::parse(&bytes).map(|(key, value)| (key.into_owned(), value.into_owned())).collect();
-        let form = Self { page, fields };
+        let form = Self { page, fields, _room: room };
         form.page.who.check_csrf(form.get("csrf").unwrap_or_default())?;
         Ok(form)
     }

@@ -57,7 +57,7 @@ pub(super) async fn show(page: Page) -> Result<Response, Problem> {
     let visible = page.namespaces().map(<[String]>::to_vec);
     let now = page.memory.now(&page.state).await?;
     let overview = page.memory.queues.get(visible, page.good_for(GOOD_FOR, 8), async || {
-        let mut conn = page.state.pool().acquire().await?;
+        let mut conn = page.database.conn().await?;
         let mut queues = views::queues(&mut conn).await?;
         queues.retain(|queue| reaches(&page, &queue.queue));
         let rates = page.memory.rates(&pages::queue_totals(&mut conn).await?);
@@ -249,14 +249,14 @@ pub(super) async fn act(form: Form) -> Result<Response, Problem> {
         "resume" => true,
         _ => return Err(Problem::invalid("action", "must be pause or resume")),
     };
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     accepted(&flow::pause(&mut conn, queue, resume, Some(&page.who.name), form.get("reason")).await?)?;
     Ok(page.then("/queues", if resume { "resume" } else { "pause" }))
 }
 
 async fn message(page: &Page, id: i64) -> Result<Quarantined, Problem> {
     let only = QuarantineFilter { id: Some(id), namespaces: page.namespaces(), ..QuarantineFilter::default() };
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let found = details::quarantine(&mut conn, only, page.who.has(Scope::PayloadsRead), 1).await?.pop();
     found.ok_or_else(|| Problem::not_found(format!("message {id} in quarantine")))
 }
@@ -301,7 +301,7 @@ pub(super) async fn settle(Path(id): Path<i64>, form: Form) -> Result<Response, 
     let page = &form.page;
     page.who.require_scope(Scope::QueuesOperate)?;
     message(page, id).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let actor = Some(page.who.name.as_str());
     let done = match form.need("action")? {
         "requeue" => requests::requeue(&mut conn, id, actor, None).await?.is_some(),

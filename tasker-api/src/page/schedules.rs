@@ -14,7 +14,7 @@ use crate::problem::Problem;
 pub(super) async fn list(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::SchedulesRead)?;
     let now = page.memory.now(&page.state).await?;
-    let mut found = schedules::list(&mut *page.state.pool().acquire().await?, None, None).await?;
+    let mut found = schedules::list(&mut *page.database.conn().await?, None, None).await?;
     found.retain(|one| page.who.reaches(&one.namespace));
     let body = html! {
         div.head { h1 { "Schedules" } }

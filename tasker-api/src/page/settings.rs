@@ -15,7 +15,7 @@ use crate::problem::Problem;
 pub(super) async fn show(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::LimitsRead)?;
     let now = page.memory.now(&page.state).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let backlog = pages::export_backlog(&mut conn).await?;
     let mut ratios = sampling::all(&mut conn).await?;
     let mut policies = retention::list(&mut conn).await?;

@@ -46,7 +46,7 @@ pub(super) async fn show(
 ) -> Result<Response, Problem> {
     let seen = seen(&page, task).await?;
     let found = page.memory.steps.get((task, step), page.good_for(GOOD_FOR, 6), async || {
-        let mut conn = page.state.pool().acquire().await?;
+        let mut conn = page.database.conn().await?;
         let Some(step) = pages::step(&mut conn, task, step).await? else {
             return Ok(None);
         };

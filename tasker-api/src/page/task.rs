@@ -52,12 +52,12 @@ pub(super) async fn seen(page: &Page, task: Uuid) -> Result<Arc<Seen>, Problem> 
     page.who.require_scope(Scope::TasksRead)?;
     let seen = page.memory.tasks.get(task, page.good_for(GOOD_FOR, 6), async || {
         let around = page.memory.around.get(task, AROUND_GOOD_FOR, async || {
-            Ok(pages::around(&mut *page.state.pool().acquire().await?, task).await?.map(Arc::new))
+            Ok(pages::around(&mut *page.database.conn().await?, task).await?.map(Arc::new))
         });
         let Some(around) = around.await? else {
             return Ok(None);
         };
-        let mut conn = page.state.pool().acquire().await?;
+        let mut conn = page.database.conn().await?;
         let Some(situation) = why::situation(&mut conn, task).await? else {
             return Ok(None);
         };
@@ -459,7 +459,7 @@ pub(super) async fn act(Path(task): Path<Uuid>, form: Form) -> Result<Response, 
     let action = form.need("action")?;
     let reason = form.get("reason");
     let actor = Some(page.who.name.as_str());
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let steps: Vec<String> = form.all("step").filter(|step| !step.is_empty()).map(str::to_owned).collect();
     let step = || steps.first().map(String::as_str).ok_or_else(|| Problem::invalid("step", "must be given"));
     let by_hand = |act: ByHand, output: Option<Value>| (act, output);
@@ -503,7 +503,7 @@ pub(super) async fn signal(Path(task): Path<Uuid>, form: Form) -> Result<Respons
         (None, Some(text)) => json_of("payload", text)?,
         (None, None) => json!({}),
     };
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let answer = waits::signal(&mut conn, task, name, &payload, Some(&page.who.name), None).await?;
     accepted(&answer)?;
     page.memory.tasks.forget(&task);
@@ -513,7 +513,7 @@ pub(super) async fn signal(Path(task): Path<Uuid>, form: Form) -> Result<Respons
 /// Refuses an act on a task that the caller may not operate, and hides what it may not even see.
 async fn operate(page: &Page, task: Uuid, scope: Scope) -> Result<(), Problem> {
     page.who.require_scope(scope)?;
-    let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?;
+    let found = views::these(&mut *page.database.conn().await?, &[task]).await?;
     match found.first() {
         Some(view) if page.who.reaches(&view.namespace) => Ok(()),
         _ => Err(Problem::not_found(format!("task {task}"))),
@@ -521,9 +521,8 @@ async fn operate(page: &Page, task: Uuid, scope: Scope) -> Result<(), Problem> {
 }
 
 pub(super) async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), Problem> {
-    let mut conn = page.state.pool().acquire().await?;
-    let log = transitions::logs(&mut conn, &[task]).await?.pop();
     let now = page.memory.now(&page.state).await?;
+    let log = transitions::logs(&mut *page.database.conn().await?, &[task]).await?.pop();
     Ok((log.ok_or_else(|| Problem::not_found(format!("task {task}")))?, now))
 }
 
@@ -532,7 +531,7 @@ pub(super) async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTi
 pub(super) async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
     page.who.require_scope(Scope::TasksRead)?;
     let home = page.memory.homes.get(task, AROUND_GOOD_FOR, async || {
-        let found = views::these(&mut *page.state.pool().acquire().await?, &[task]).await?.pop();
+        let found = views::these(&mut *page.database.conn().await?, &[task]).await?.pop();
         Ok(found.map(|view| view.namespace))
     });
     let home = home.await?.filter(|home| page.who.reaches(home));

@@ -105,7 +105,7 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let now = page.memory.now(&page.state).await?;
     let listing =
         page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
-            let mut conn = page.state.pool().acquire().await?;
+            let mut conn = page.database.conn().await?;
             let (tasks, next) = pages::tasks(&mut conn, page.namespaces(), &filter, PAGE).await?;
             let open: Vec<Uuid> = tasks.iter().filter(|task| !task.is_finished()).map(|task| task.task_uuid).collect();
             let current = if open.is_empty() { Vec::new() } else { pages::current_steps(&mut conn, &open).await? };
@@ -117,12 +117,12 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
         });
     let listing = listing.await?;
     let tally = page.memory.tallies.get((visible.clone(), filter.namespace.clone()), TALLY_GOOD_FOR, async || {
-        let mut conn = page.state.pool().acquire().await?;
+        let mut conn = page.database.conn().await?;
         Ok(Arc::new(pages::tally(&mut conn, page.namespaces(), filter.namespace.as_deref()).await?))
     });
     let tally = tally.await?;
     let names = page.memory.names.get(visible, NAMES_GOOD_FOR, async || {
-        Ok(Arc::new(pages::names(&mut *page.state.pool().acquire().await?, page.namespaces()).await?))
+        Ok(Arc::new(pages::names(&mut *page.database.conn().await?, page.namespaces()).await?))
     });
     let names = names.await?;
 
@@ -439,7 +439,7 @@ pub(super) async fn search(page: Page, Query(asked): Query<BTreeMap<String, Stri
         return Err(Problem::invalid("q", "must be an id or a key of at most 1000 bytes"));
     }
     let now = page.memory.now(&page.state).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let ids = if word.is_empty() { Vec::new() } else { pages::search(&mut conn, page.namespaces(), word).await? };
     if let [only] = ids.as_slice() {
         return Ok(super::see_other(&page.link(format!("/tasks/{only}"))));
@@ -498,7 +498,7 @@ pub(super) async fn bulk(form: Form) -> Result<Response, Problem> {
         return Err(Problem::invalid("task", "at most 500 at once; use `tasker task cancel --status …` for more"));
     }
     let now = page.memory.now(&page.state).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let mut tasks = views::these(&mut conn, &picked).await?;
     tasks.retain(|task| page.who.reaches(&task.namespace));
     tasks.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));

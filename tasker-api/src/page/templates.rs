@@ -23,7 +23,7 @@ use crate::problem::Problem;
 pub(super) async fn list(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::TemplatesRead)?;
     let now = page.memory.now(&page.state).await?;
-    let found = pages::templates(&mut *page.state.pool().acquire().await?, page.namespaces()).await?;
+    let found = pages::templates(&mut *page.database.conn().await?, page.namespaces()).await?;
     let body = html! {
         div.head { h1 { "Templates" } span.quiet { "what tasks are runs of" } }
         div.panel.flush {
@@ -68,7 +68,7 @@ pub(super) async fn show(
         return Err(missing());
     }
     let now = page.memory.now(&page.state).await?;
-    let mut conn = page.state.pool().acquire().await?;
+    let mut conn = page.database.conn().await?;
     let versions = pages::versions(&mut conn, &namespace, &name).await?;
     let chosen = asked.version.as_deref().filter(|version| !version.is_empty());
     let (_, definition) = views::definition(&mut conn, &namespace, &name, chosen).await?.ok_or_else(missing)?;
@@ -147,7 +147,7 @@ pub(super) async fn submit(Path((namespace, name)): Path<(String, String)>, form
     page.who.require(Scope::TasksSubmit, &namespace)?;
     let version = form.get("version").map(str::to_owned);
     let schema = {
-        let mut conn = page.state.pool().acquire().await?;
+        let mut conn = page.database.conn().await?;
         let found = views::input_schema(&mut conn, &namespace, &name, version.as_deref()).await?;
         found.ok_or_else(|| Problem::not_found(format!("template {namespace}/{name}")))?.1
     };

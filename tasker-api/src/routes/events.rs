@@ -18,6 +18,7 @@ use crate::auth::Scope;
 use crate::hub::{Change, Watching};
 use crate::operation::{Api, Call, Nothing, Operation};
 use crate::problem::Problem;
+use crate::shares::{Share, no_stream};
 
 pub(super) fn add(api: &mut Api) {
     let about = "Server-sent events. `hello` at once; `task` with the task whenever it or a step of it moved; `many` \
@@ -42,12 +43,14 @@ async fn events(call: Call<Nothing, EventQuery, Nothing>) -> Result<Response, Pr
     if let Some(task) = call.query.task {
         visible(&call, task).await?;
     }
+    let place = call.state.room().streams.one(call.who.key_id.clone()).map_err(no_stream)?;
     let live = Live {
         watching: call.state.hub().watch(call.who.credential()),
         who: call.who,
         wanted: call.query,
         stop: call.state.stop().clone(),
         ready: vec![Event::default().event("hello").data("{}")],
+        _place: place,
     };
     let stream = stream::unfold(live, |mut live| async move {
         let event = live.next().await?;
@@ -73,6 +76,7 @@ struct Live {
     stop: CancellationToken,
     /// Events that are to be sent, the last one first.
     ready: Vec<Event>,
+    _place: Share<String>,
 }
 
 impl Live {

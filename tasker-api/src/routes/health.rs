@@ -8,7 +8,7 @@ use http::{HeaderValue, header};
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
-use tasker_shared::store::views;
+use tasker_shared::store::{tx, views};
 
 use crate::State;
 use crate::operation::{Api, Operation};
@@ -35,9 +35,18 @@ pub(super) fn add(api: &mut Api) {
 }
 
 async fn ready_now(state: State) -> Response {
-    let asked = async { views::now(&mut *state.pool().acquire().await?).await };
+    let now = || async { views::now(&mut *state.pool().acquire().await?).await };
+    let asked = async {
+        match now().await {
+            Err(error) if tx::was_lost(state.pool(), &error) => now().await,
+            now => now,
+        }
+    };
     match tokio::time::timeout(Duration::from_secs(2), asked).await {
-        Ok(Ok(_)) if !state.stop().is_cancelled() => Json(Health { status: "ok" }).into_response(),
+        Ok(Ok(_)) if !state.stop().is_cancelled() => {
+            state.outage().answered();
+            Json(Health { status: "ok" }).into_response()
+        }
         _ => UNAVAILABLE.because("the database does not answer, or this server is about to end").into_response(),
     }
 }

@@ -67,7 +67,7 @@ fn reaches(who: &Caller, queue: &str) -> bool {
 }
 
 async fn list(call: Call<Nothing, Nothing, Nothing>) -> Answer<Page<QueueView>> {
-    let mut items = views::queues(&mut *call.state.pool().acquire().await?).await?;
+    let mut items = views::queues(&mut *call.database.conn().await?).await?;
     items.retain(|found| reaches(&call.who, &found.queue));
     Ok(Page { items, next: None }.into())
 }
@@ -119,7 +119,7 @@ async fn quarantine(call: Call<Nothing, QuarantineQuery, Nothing>) -> Answer<Pag
         before: call.query.after,
         ..QuarantineFilter::default()
     };
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     let found = details::quarantine(&mut conn, filter, call.who.has(Scope::PayloadsRead), i64::from(limit) + 1).await?;
     Ok(Page::cut(found, limit, |row| row.quarantine_id.to_string()).into())
 }
@@ -139,31 +139,31 @@ fn no_message(id: i64) -> Problem {
 async fn visible<Q, B>(call: &Call<MessagePath, Q, B>) -> Result<(), Problem> {
     let id = call.path.message;
     let only = QuarantineFilter { id: Some(id), namespaces: call.who.namespaces(), ..QuarantineFilter::default() };
-    let found = details::quarantine(&mut *call.state.pool().acquire().await?, only, false, 1).await?;
+    let found = details::quarantine(&mut *call.database.conn().await?, only, false, 1).await?;
     if found.is_empty() { Err(no_message(id)) } else { Ok(()) }
 }
 
 async fn requeue(call: Call<MessagePath, Nothing, Reason>) -> Answer<Accepted> {
     visible(&call).await?;
     let (id, actor, reason) = (call.path.message, Some(call.who.name.as_str()), call.body.reason.as_deref());
-    let done = requests::requeue(&mut *call.state.pool().acquire().await?, id, actor, reason).await?;
+    let done = requests::requeue(&mut *call.database.conn().await?, id, actor, reason).await?;
     done.map(|_| Accepted::YES.into()).ok_or_else(|| no_message(id))
 }
 
 async fn discard(call: Call<MessagePath, Nothing, Reason>) -> Answer<Accepted> {
     visible(&call).await?;
     let (id, actor, reason) = (call.path.message, Some(call.who.name.as_str()), call.body.reason.as_deref());
-    let done = requests::discard(&mut *call.state.pool().acquire().await?, id, actor, reason).await?;
+    let done = requests::discard(&mut *call.database.conn().await?, id, actor, reason).await?;
     if done { Ok(Accepted::YES.into()) } else { Err(no_message(id)) }
 }
 
 async fn workers(call: Call<Nothing, NamespaceQuery, Nothing>) -> Answer<Page<WorkerRow>> {
     let named = own_namespaces(&call.who, Scope::QueuesRead, call.query.namespace)?;
-    let items = details::workers(&mut *call.state.pool().acquire().await?, named.as_deref()).await?;
+    let items = details::workers(&mut *call.database.conn().await?, named.as_deref()).await?;
     Ok(Page { items, next: None }.into())
 }
 
 async fn orchestrators(call: Call<Nothing, Nothing, Nothing>) -> Answer<Page<OrchestratorRow>> {
-    let items = details::orchestrators(&mut *call.state.pool().acquire().await?).await?;
+    let items = details::orchestrators(&mut *call.database.conn().await?).await?;
     Ok(Page { items, next: None }.into())
 }

@@ -27,7 +27,7 @@ pub(super) fn add(api: &mut Api) {
 
 /// The policy of all namespaces together is seen by everybody, since it is everybody's.
 async fn list(call: Call<Nothing, Nothing, Nothing>) -> Answer<Page<Policy>> {
-    let mut items = retention::list(&mut *call.state.pool().acquire().await?).await?;
+    let mut items = retention::list(&mut *call.database.conn().await?).await?;
     items.retain(|policy| policy.namespace == "*" || call.who.reaches(&policy.namespace));
     Ok(Page { items, next: None }.into())
 }
@@ -87,7 +87,7 @@ pub(crate) struct PolicyQuery {
 async fn remove(call: Call<Nothing, PolicyQuery, Nothing>) -> Answer<Accepted> {
     let namespace = &call.query.namespace;
     allowed(&call.who, namespace)?;
-    let policies = retention::list(&mut *call.state.pool().acquire().await?).await?;
+    let policies = retention::list(&mut *call.database.conn().await?).await?;
     if !policies.iter().any(|policy| policy.namespace == *namespace) {
         return Err(Problem::not_found("such policy"));
     }

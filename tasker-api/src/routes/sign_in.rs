@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::net::IpAddr;
 
-use axum::extract::{Form, FromRequestParts, Query, State as Extract};
+use axum::extract::{DefaultBodyLimit, Form, FromRequestParts, Query, State as Extract};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Router, response::Redirect};
@@ -16,8 +16,13 @@ use crate::guard::{failed, may_try, same_site, source};
 use crate::problem::Problem;
 use crate::{State, page};
 
+/// Bytes of a form with a key.
+const SMALL_FORM: usize = 8 * 1024;
+
 pub(super) fn routes() -> Router<State> {
-    Router::new().route("/login", get(show).post(with_key)).route("/logout", post(out))
+    // Before anybody is known, little is read.
+    let small = DefaultBodyLimit::max(SMALL_FORM);
+    Router::new().route("/login", get(show).post(with_key)).route("/logout", post(out)).layer(small)
 }
 
 #[derive(Deserialize)]

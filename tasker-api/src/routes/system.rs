@@ -41,7 +41,7 @@ pub(super) fn add(api: &mut Api) {
 }
 
 async fn namespaces(call: Call<Nothing, Nothing, Nothing>) -> Answer<Page<NamespaceRow>> {
-    let items = details::namespaces(&mut *call.state.pool().acquire().await?, call.who.namespaces()).await?;
+    let items = details::namespaces(&mut *call.database.conn().await?, call.who.namespaces()).await?;
     Ok(Page { items, next: None }.into())
 }
 
@@ -153,7 +153,7 @@ pub(crate) struct AuditQuery {
 async fn audit(call: Call<Nothing, AuditQuery, Nothing>) -> Answer<Page<AuditEntry>> {
     let AuditQuery { task, after, limit: asked } = call.query;
     let limit = limit(asked)?;
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     let filter = AuditFilter { task, namespaces: call.who.namespaces(), before: after, ..AuditFilter::default() };
     let payloads = call.who.has(Scope::PayloadsRead);
     let found = details::audit(&mut conn, filter, payloads, i64::from(limit) + 1).await?;

@@ -9,6 +9,7 @@ use tasker_shared::client::wire::{BatchAnswer, BatchItem, TaskQuery, TaskResult,
 use tasker_shared::client::{Submit, Submitted};
 use tasker_shared::store::details::{self, AttemptRow, StatusCount, StepPayloads, StepPlace, StepRow, TransitionRow};
 use tasker_shared::store::listing::{self, Filter};
+use tasker_shared::store::tx;
 use tasker_shared::store::views::{self, ChildView, TaskView};
 use tasker_shared::telemetry::live;
 use tasker_shared::trace::config::Incoming;
@@ -180,7 +181,11 @@ async fn submit(call: Call<Nothing, Nothing, NewTask>) -> Answer<Submitted> {
     let answer = state.client().submit_many(vec![request]).await?.pop();
     let submitted =
         answer.unwrap_or_else(|| Err("the database gave no answer".into())).map_err(|text| not_submitted(&text))?;
-    let root = details::root_span(&mut *state.pool().acquire().await?, submitted.task_uuid).await?;
+    let root = || async { details::root_span(&mut *state.pool().acquire().await?, submitted.task_uuid).await };
+    let root = match root().await {
+        Err(error) if tx::was_lost(state.pool(), &error) => root().await?,
+        root => root?,
+    };
     let reply = Reply::from(submitted)
         .header("location", &format!("{}/v1/tasks/{}", state.config().base_path, submitted.task_uuid));
     Ok(match root {
@@ -276,13 +281,13 @@ fn filter(query: TaskQuery, who: &Caller) -> Result<Filter, Problem> {
 }
 async fn list(call: Call<Nothing, TaskQuery, Nothing>) -> Answer<Page<TaskView>> {
     let filter = filter(call.query, &call.who)?;
-    let found = listing::tasks(&mut *call.state.pool().acquire().await?, &filter).await?;
+    let found = listing::tasks(&mut *call.database.conn().await?, &filter).await?;
     Ok(Page { items: found.tasks, next: found.next.map(|after| after.to_string()) }.into())
 }
 
 /// The task, if the caller may know of it: a task of another namespace does not exist for them.
 pub(crate) async fn visible<P, Q, B>(call: &Call<P, Q, B>, task: Uuid) -> Result<TaskView, Problem> {
-    let found = views::these(&mut *call.state.pool().acquire().await?, &[task]).await?.pop();
+    let found = views::these(&mut *call.database.conn().await?, &[task]).await?.pop();
     found.filter(|found| call.who.reaches(&found.namespace)).ok_or_else(|| Problem::not_found(format!("task {task}")))
 }
 
@@ -310,7 +315,7 @@ pub(crate) struct Counts {
 
 async fn counts(call: Call<Nothing, CountQuery, Nothing>) -> Answer<Counts> {
     let namespaces = super::own_namespaces(&call.who, Scope::TasksRead, call.query.namespace)?;
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     Ok(Counts { statuses: details::counts(&mut conn, namespaces.as_deref()).await? }.into())
 }
 
@@ -324,7 +329,7 @@ async fn why(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Why> {
 /// The first 1000. A child of a namespace that the caller does not have does not exist for them.
 async fn children(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Page<ChildView>> {
     let (_, payloads) = seen(&call, call.path.task).await?;
-    let mut items = views::children(&mut *call.state.pool().acquire().await?, call.path.task, false).await?;
+    let mut items = views::children(&mut *call.database.conn().await?, call.path.task, false).await?;
     items.retain(|child| child.namespace.as_ref().is_none_or(|namespace| call.who.reaches(namespace)));
     if !payloads {
         // A refusal may quote what was asked for.
@@ -365,7 +370,7 @@ async fn steps(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<StepRow>
         }
     };
     visible(&call, call.path.task).await?;
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     let found = details::steps(&mut conn, call.path.task, after, i64::from(limit) + 1).await?;
     Ok(Page::cut(found, limit, |step| format!("{}.{}", step.step_index, step.item.unwrap_or(-1))).into())
 }
@@ -380,7 +385,7 @@ async fn attempts(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<Attem
         }
     };
     let (_, payloads) = seen(&call, call.path.task).await?;
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     let found = details::attempts(&mut conn, call.path.task, after, payloads, i64::from(limit) + 1).await?;
     let place = |row: &AttemptRow| format!("{}.{}.{}", row.step_index, row.item.unwrap_or(-1), row.attempt);
     Ok(Page::cut(found, limit, place).into())
@@ -401,7 +406,7 @@ async fn transitions(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<Tr
         }
     };
     let (_, payloads) = seen(&call, call.path.task).await?;
-    let mut conn = call.state.pool().acquire().await?;
+    let mut conn = call.database.conn().await?;
     let found = details::transitions(&mut conn, call.path.task, after, payloads, i64::from(limit) + 1).await?;
     let place = |row: &TransitionRow| format!("{}.{}.{}", row.at.timestamp_micros(), row.entity_uuid, row.version);
     Ok(Page::cut(found, limit, place).into())
@@ -416,7 +421,7 @@ pub(crate) struct Input {
 
 async fn input(call: Call<TaskPath, Nothing, Nothing>) -> Answer<Input> {
     visible(&call, call.path.task).await?;
-    let found = views::input(&mut *call.state.pool().acquire().await?, call.path.task).await?;
+    let found = views::input(&mut *call.database.conn().await?, call.path.task).await?;
     let input = found.ok_or_else(|| Problem::not_found(format!("task {}", call.path.task)))?;
     Ok(Input { input }.into())
 }
@@ -438,7 +443,7 @@ fn step_name(text: &str) -> (&str, i32) {
 async fn step_payloads(call: Call<StepPath, Nothing, Nothing>) -> Answer<StepPayloads> {
     visible(&call, call.path.task).await?;
     let (name, item) = step_name(&call.path.step);
-    let found = details::step_payloads(&mut *call.state.pool().acquire().await?, call.path.task, name, item).await?;
+    let found = details::step_payloads(&mut *call.database.conn().await?, call.path.task, name, item).await?;
     Ok(found.ok_or_else(|| Problem::not_found("such step of this task"))?.into())
 }
 

@@ -64,7 +64,7 @@ pub(super) fn add(api: &mut Api) {
 async fn list(call: Call<Nothing, NamespaceQuery, Nothing>) -> Answer<Page<TemplateView>> {
     let named = own_namespaces(&call.who, Scope::TemplatesRead, call.query.namespace)?;
     let only = named.as_deref().and_then(|names| if let [one] = names { Some(one.as_str()) } else { None });
-    let mut items = views::templates(&mut *call.state.pool().acquire().await?, only).await?;
+    let mut items = views::templates(&mut *call.database.conn().await?, only).await?;
     items.retain(|found| call.who.reaches(&found.namespace));
     Ok(Page { items, next: None }.into())
 }
@@ -109,7 +109,7 @@ async fn stored<Q, B>(call: &Call<TemplatePath, Q, B>, version: Option<&str>) ->
     if !call.who.reaches(namespace) {
         return Err(unknown());
     }
-    let found = views::definition(&mut *call.state.pool().acquire().await?, namespace, name, version).await?;
+    let found = views::definition(&mut *call.database.conn().await?, namespace, name, version).await?;
     found.map(|(_, definition)| definition).ok_or_else(unknown)
 }
 
@@ -123,7 +123,7 @@ async fn get(call: Call<TemplatePath, VersionQuery, Nothing>) -> Answer<Template
 async fn versions(call: Call<TemplatePath, Nothing, Nothing>) -> Answer<Page<TemplateView>> {
     stored(&call, None).await?;
     let TemplatePath { namespace, name } = &call.path;
-    let mut items = views::templates(&mut *call.state.pool().acquire().await?, Some(namespace)).await?;
+    let mut items = views::templates(&mut *call.database.conn().await?, Some(namespace)).await?;
     items.retain(|found| found.name == *name);
     Ok(Page { items, next: None }.into())
 }

@@ -121,7 +121,7 @@ async fn of_task(call: Call<TaskPath, TraceQuery, Nothing>) -> Answer<TraceView>
     let task = visible(&call, call.path.task).await?.task_uuid;
     let include = call.query.include()?;
     let tasks = {
-        let mut conn = call.state.pool().acquire().await?;
+        let mut conn = call.database.conn().await?;
         transitions::awaited_below(&mut conn, task, MOST_TASKS).await?
     };
     Ok(whole(&call.state, &call.who, &tasks, Some(task), include).await?.into())
@@ -131,7 +131,7 @@ async fn by_id(call: Call<TracePath, TraceQuery, Nothing>) -> Answer<TraceView> 
     let unknown = || Problem::not_found(format!("trace {}", call.path.trace_id.chars().take(40).collect::<String>()));
     let id = trace_id(&call.path.trace_id).ok_or_else(|| Problem::invalid("trace_id", "must be 32 hex digits"))?;
     let include = call.query.include()?;
-    let tasks = transitions::of_trace(&mut *call.state.pool().acquire().await?, &id, MOST_TASKS).await?;
+    let tasks = transitions::of_trace(&mut *call.database.conn().await?, &id, MOST_TASKS).await?;
     let view = whole(&call.state, &call.who, &tasks, None, include).await?;
     if view.spans == 0 { Err(unknown()) } else { Ok(view.into()) }
 }
@@ -140,12 +140,17 @@ async fn by_correlation(call: Call<Nothing, CorrelationQuery, Nothing>) -> Answe
     let CorrelationQuery { correlation_id, include, max_spans } = call.query;
     let include =
         TraceQuery { include, max_spans: Some(max_spans.unwrap_or(100)), ..TraceQuery::default() }.include()?;
-    let mut conn = call.state.pool().acquire().await?;
-    let tasks = views::by_correlation(&mut conn, &correlation_id).await?;
-    let traces = transitions::traces_of(&mut conn, &tasks).await?;
+    let traces = {
+        let mut conn = call.database.conn().await?;
+        let tasks = views::by_correlation(&mut conn, &correlation_id).await?;
+        let mut traces = Vec::new();
+        for id in transitions::traces_of(&mut conn, &tasks).await? {
+            traces.push(transitions::of_trace(&mut conn, &id, MOST_TASKS).await?);
+        }
+        traces
+    };
     let mut items = Vec::new();
-    for id in traces {
-        let tasks = transitions::of_trace(&mut conn, &id, MOST_TASKS).await?;
+    for tasks in traces {
         let view = whole(&call.state, &call.who, &tasks, None, include.clone()).await?;
         if view.spans > 0 {
             items.push(view);
@@ -249,7 +254,7 @@ async fn as_otlp(call: Call<TaskPath, Nothing, Nothing>) -> Result<Response, Pro
     let task = visible(&call, call.path.task).await?;
     let errors_hidden = !call.who.may(Scope::PayloadsRead, &task.namespace);
     let (log, config) = {
-        let mut conn = call.state.pool().acquire().await?;
+        let mut conn = call.database.conn().await?;
         let log = transitions::logs(&mut conn, &[task.task_uuid]).await?.pop();
         (log.ok_or_else(|| Problem::not_found(format!("task {}", task.task_uuid)))?, config(&mut conn).await?)
     };

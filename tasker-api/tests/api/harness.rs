@@ -11,6 +11,7 @@ use tasker_api::{Config, Server};
 use tasker_shared::client::{Client, Submit};
 use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::templates;
+use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::template;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -24,10 +25,14 @@ pub fn order(namespace: &str) -> String {
     )
 }
 
+/// The name of the server's sessions, which are not those of the test.
+pub const SERVER: &str = "tasker-api";
+
 /// A server that answers, and what it stands on.
 pub struct World {
     pub url: String,
     pub address: SocketAddr,
+    /// The test's own connections.
     pub client: Client,
     pub http: reqwest::Client,
     pub stop: CancellationToken,
@@ -72,12 +77,20 @@ impl World {
         Self::with(Config::default()).await
     }
 
-    /// On a free port of this machine.
+    /// On a free port of this machine, with one connection to the database: a handler that holds one
+    /// while it asks for another never gets it.
     pub async fn with(config: Config) -> Self {
+        Self::with_connections(config, 1).await
+    }
+
+    /// With so many connections to the database.
+    pub async fn with_connections(config: Config, max_connections: u32) -> Self {
         let database = TestDatabase::fresh().await;
         let client = Client::from_pool(database.pool().await);
+        let options = PoolOptions { max_connections, application_name: SERVER, ..PoolOptions::default() };
+        let pool = tx::pool(&database.url(), &options).await.expect("a pool for the server");
         let config = Config { bind: SocketAddr::from(([127, 0, 0, 1], 0)), ..config };
-        let server = Server::bind(client.clone(), config).await.expect("a server");
+        let server = Server::bind(Client::from_pool(pool), config).await.expect("a server");
         let (url, address, stop) = (server.url(), server.address(), CancellationToken::new());
         let running = tokio::spawn(server.run(stop.clone()));
         let _ = rustls::crypto::ring::default_provider().install_default();

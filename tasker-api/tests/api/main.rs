@@ -4,6 +4,8 @@ mod harness;
 
 mod client;
 mod contract;
+mod database;
+mod limits;
 mod namespaces;
 mod sign_in;
 mod starting;

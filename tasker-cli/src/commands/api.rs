@@ -70,6 +70,9 @@ pub struct Serve {
     /// Requests a second that one key or browser may send; a tenth of it is how many failed sign-ins one address has
     #[arg(long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
+    /// Connections that one address may have open; 500, or with --behind-tls-proxy, where all come from the proxy, as many as there are
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    connections_per_address: Option<u32>,
 }
 
 /// A server, and the key of the browser on this machine.
@@ -112,6 +115,7 @@ impl Serve {
             rate_per_s: self.rate,
             burst: self.rate.saturating_mul(5),
             failed_sign_ins: (self.rate / 10).max(5),
+            connections_per_address: self.connections_per_address.and_then(|most| most.try_into().ok()),
             ..Config::default()
         };
         config.bind = self.listen.unwrap_or(config.bind);

@@ -269,10 +269,13 @@ async fn bisect(
                 tally.deferred += part.len();
             }
             Fault::System => {
-                if let Some(pause) = shared.breaker.failed(&error) {
+                // While the database is away there is nothing to be found out.
+                let is_away = shared.outage.tells_of(&error);
+                let pause = if is_away { Some(shared.outage.pause()) } else { shared.breaker.failed(&error) };
+                if let Some(pause) = pause {
                     let rest = open.iter().flat_map(|(part, _)| messages(part)).chain(messages(&part)).collect();
                     // If that fails too, they come back when their reading times out.
-                    let delay = i32::try_from(pause.as_millis()).unwrap_or(i32::MAX);
+                    let delay = if is_away { 0 } else { i32::try_from(pause.as_millis()).unwrap_or(i32::MAX) };
                     let _ = tokio::time::timeout(pause, put_back(shared, queue, rest, delay)).await;
                     tokio::time::sleep(pause).await;
                     tally.deferred += part.len();

@@ -91,14 +91,11 @@ impl Breaker {
         }
     }
 
-    /// The system failed. Answers how long to wait if everything fails alike.
+    /// The system failed, though the database answers. Says how long to wait if everything fails alike.
     pub(super) fn failed(&self, error: &Error) -> Option<Duration> {
         let mut state = self.state();
         state.in_a_row = state.in_a_row.saturating_add(1);
-        // Without a connection there is nothing to be found out.
-        let is_away =
-            matches!(error, Error::Store(store::Error::Database(sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed)));
-        if state.in_a_row < ALIKE && !is_away {
+        if state.in_a_row < ALIKE {
             return None;
         }
         // After the wait it is counted anew: the cause may be one message that the next batch begins with.

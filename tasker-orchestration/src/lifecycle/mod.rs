@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::decide::{ByHand, Operator};
+use tasker_shared::store::outage::Outage;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
 use tasker_shared::store::tx::Lines;
 use tasker_shared::store::{self, Fault};
@@ -55,6 +56,8 @@ pub struct Shared {
     exporter: RwLock<Option<Exporter>>,
     /// How much may be sent.
     pub admission: Admission,
+    /// Whether the database is away: what every loop meets then is told once.
+    pub outage: Arc<Outage>,
     /// Who settles what in this process.
     busy: Busy,
     /// What was put off because somebody else holds a lock.
@@ -75,6 +78,7 @@ impl Shared {
     pub fn new(pool: PgPool, reads: PgPool, instance: Uuid, exporter: Option<Exporter>) -> Self {
         Self {
             lines: Lines::new(pool.clone(), SETTLE_LINES),
+            outage: Outage::of(&pool),
             pool,
             reads,
             instance,

@@ -10,6 +10,7 @@ pub mod locks;
 pub mod maps;
 pub mod nested;
 pub mod operators;
+pub mod outage;
 pub mod pages;
 pub mod protocol;
 pub mod redaction;

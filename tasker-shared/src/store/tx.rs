@@ -12,10 +12,12 @@
 
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Postgres, Row};
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
+
+use super::outage::{Outage, is_lost};
 
 /// Connections that were made before this are not used again: one of that age knew a schema that has
 /// changed since. Of the process, since all its pools speak of the same schema.
@@ -44,6 +46,12 @@ pub(crate) const SETTINGS: [(&str, &str); 5] = [
     ("idle_session_timeout", "0"),
 ];
 
+/// A connection that was idle for so long is asked whether it still lives before it is used: a
+/// server that was restarted takes longer than that to be back.
+const TESTED_WHEN_IDLE: Duration = Duration::from_secs(1);
+/// A connection that does not answer within this time is dead: nobody tells of a machine that vanished.
+const LONGEST_TEST: Duration = Duration::from_secs(2);
+
 /// What a pool is made with. `Default` suits a small process.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolOptions<'a> {
@@ -63,7 +71,8 @@ impl Default for PoolOptions<'_> {
     }
 }
 
-/// Opens a pool whose connections are checked when they are released.
+/// Opens a pool whose connections are checked when they are released, and before they are used if
+/// there is a reason to doubt them.
 ///
 /// Errors if the URL does not parse or the server does not answer within
 /// `acquire_timeout`.
@@ -82,19 +91,34 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
         // a slow one is told of at another level, which is off.
         .log_statements("debug".parse().expect("a level of logs"))
         .log_slow_statements("off".parse().expect("a level of logs"), Duration::MAX);
+    let outage = Outage::at(&connect);
     PgPoolOptions::new()
         .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)
         // The pool pings a connection when it is released; a second ping at
         // every acquire would be a third round trip per transaction. `in_tx`
-        // copes with a connection that died in between.
+        // and `live` cope with a connection that died in between.
         .test_before_acquire(false)
-        // Whether a connection is too old is known without asking the server.
-        .before_acquire(|_, known| {
-            let made_at = Instant::now().checked_sub(known.age);
-            Box::pin(async move { Ok(!made_at.is_some_and(is_retired)) })
+        .before_acquire(move |conn, meta| {
+            let outage = Arc::clone(&outage);
+            Box::pin(async move {
+                // Whether a connection is too old is known without asking the server.
+                if Instant::now().checked_sub(meta.age).is_some_and(is_retired) {
+                    return Ok(false);
+                }
+                let passes = if outage.is_doubted(meta.age) {
+                    is_usable(conn).await
+                } else {
+                    meta.idle_for < TESTED_WHEN_IDLE || answers(conn.ping()).await.is_some()
+                };
+                if !passes {
+                    outage.doubt();
+                }
+                Ok(passes)
+            })
         })
-        .after_release(|conn, _| Box::pin(async { Ok(!in_transaction(conn).await?) }))
+        // An error would be logged, for each connection of a server that was restarted.
+        .after_release(|conn, _| Box::pin(async { Ok(in_transaction(conn).await.is_ok_and(|open| !open)) }))
         .connect_with(connect)
         .await
 }
@@ -112,6 +136,46 @@ async fn in_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
         Err(sqlx::Error::BeginFailed) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// What a test of a connection says; nothing if it failed or took too long.
+async fn answers<T>(test: impl Future<Output = Result<T, sqlx::Error>>) -> Option<T> {
+    tokio::time::timeout(LONGEST_TEST, test).await.ok()?.ok()
+}
+
+/// Whether the server answers, and lets write: one that was demoted keeps its sessions.
+async fn is_usable(conn: &mut PgConnection) -> bool {
+    let only_reads = async {
+        let row = sqlx::raw_sql("show transaction_read_only").fetch_one(conn).await?;
+        row.try_get::<String, _>(0)
+    };
+    answers(only_reads).await.is_some_and(|only_reads| only_reads == "off")
+}
+
+/// A connection that has just answered, for a statement that must not be repeated: one that failed
+/// on a dead connection may have been executed or not. It costs a round trip.
+///
+/// Errors if the pool gives no connection.
+pub async fn live(pool: &PgPool) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+    let mut conn = pool.acquire().await?;
+    if is_usable(&mut conn).await {
+        return Ok(conn);
+    }
+    conn.close_on_drop();
+    drop(conn);
+    // From now on the pool tests what it gives.
+    Outage::of(pool).doubt();
+    pool.acquire().await
+}
+
+/// Whether the connection was lost on which something failed, which is noted for all others. What
+/// only reads may be done again on another one.
+pub fn was_lost(pool: &PgPool, error: &super::Error) -> bool {
+    let lost = matches!(error, super::Error::Database(error) if is_lost(error));
+    if lost {
+        Outage::of(pool).doubt();
+    }
+    lost
 }
 
 /// A connection that is closed rather than returned to the pool unless it is
@@ -158,6 +222,7 @@ where
 pub struct Lines {
     pool: PgPool,
     most: usize,
+    outage: Arc<Outage>,
     /// Each since it was taken from the pool.
     kept: Mutex<Vec<(PoolConnection<Postgres>, Instant)>>,
 }
@@ -165,7 +230,7 @@ pub struct Lines {
 impl Lines {
     /// Keeps so many connections of the pool, at most.
     pub fn new(pool: PgPool, most: usize) -> Self {
-        Self { pool, most, kept: Mutex::default() }
+        Self { outage: Outage::of(&pool), pool, most, kept: Mutex::default() }
     }
 
     /// As [`in_tx`], on one of the connections that are kept.
@@ -182,7 +247,12 @@ impl Lines {
     }
 
     fn take(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
-        self.kept().pop()
+        let mut kept = self.kept();
+        if self.outage.is_doubted(Duration::MAX) {
+            // Those that are good come back through the pool, which tests them.
+            kept.clear();
+        }
+        kept.pop()
     }
 
     /// One that is too old goes back to the pool, which closes it.
@@ -221,6 +291,7 @@ where
             // connection is tried until none of the old ones can be left.
             Err(_) if dead < pool.options().get_max_connections() => {
                 dead += 1;
+                Outage::of(pool).doubt();
                 continue;
             }
             Err(error) => return Err(error.into()),

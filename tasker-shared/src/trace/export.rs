@@ -32,6 +32,7 @@ use crate::metrics::metrics;
 use crate::redact;
 use crate::state_machine::retry::LONGEST;
 use crate::store::exports::Orphan;
+use crate::store::outage::Outage;
 use crate::store::{self, exports};
 
 /// Log rows held in memory at most; about 100 MB when full.
@@ -372,13 +373,20 @@ impl Exporter {
         self.done.cancel();
     }
 
+    /// Whether an error is one of a database that is away, which is told once for the whole process.
+    fn is_outage(&self, error: &store::Error) -> bool {
+        Outage::of(&self.pool).tells_of(error)
+    }
+
     fn release(&self, batch_ids: Vec<Uuid>) {
         self.stats.released.fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
         let exporter = self.clone();
         tokio::spawn(async move {
             let released = async { exports::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }.await;
             if let Err(error) = released {
-                tracing::warn!(%error, "export batches could not be released; they are taken up again later");
+                if !exporter.is_outage(&error) {
+                    tracing::warn!(%error, "export batches could not be released; they are taken up again later");
+                }
                 exporter.doubt();
             }
         });
@@ -594,7 +602,9 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
         if delivered.is_empty() { Ok(()) } else { exports::delete(&mut conn, &delivered).await }
     };
     if let Err(error) = kept.await {
-        tracing::warn!(%error, "acknowledged export batches stay in the database; their spans are sent once more");
+        if !exporter.is_outage(&error) {
+            tracing::warn!(%error, "acknowledged export batches stay in the database; their spans are sent once more");
+        }
         exporter.doubt();
     }
     {
@@ -615,6 +625,7 @@ async fn recover(exporter: Exporter) {
     loop {
         if let Ok(mut conn) = exporter.pool.acquire().await
             && let Err(error) = exports::alive(&mut conn, exporter.instance).await
+            && !exporter.is_outage(&error)
         {
             tracing::warn!(%error, "this orchestrator could not say that it lives");
         }
@@ -623,10 +634,18 @@ async fn recover(exporter: Exporter) {
             match adopt(&exporter, after).await {
                 // There may be more: look again at once, from where this look ended.
                 Ok(last) => (last_adopted, after) = (last.is_none().then(Instant::now), last),
-                Err(error) => tracing::warn!(%error, "export batches could not be adopted"),
+                Err(error) => {
+                    // Not at once: 50 tries a second would not bring it back.
+                    last_adopted.get_or_insert_with(Instant::now);
+                    if !exporter.is_outage(&error) {
+                        tracing::warn!(%error, "export batches could not be adopted");
+                    }
+                }
             }
         }
-        if let Err(error) = take_up(&exporter).await {
+        if let Err(error) = take_up(&exporter).await
+            && !exporter.is_outage(&error)
+        {
             tracing::warn!(%error, "export batches that were left behind could not be read");
         }
         if forgotten.elapsed() >= FORGET_EVERY {

@@ -246,7 +246,9 @@ async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Read>,
 
 /// Waits after a failed read, ever longer; `false` if the process stops.
 async fn wait_after(exporter: &Exporter, error: store::Error, wait: &mut Duration) -> bool {
-    tracing::warn!(%error, "the log of a task could not be read for its trace; trying again");
+    if !exporter.is_outage(&error) {
+        tracing::warn!(%error, "the log of a task could not be read for its trace; trying again");
+    }
     tokio::select! {
         () = exporter.done.cancelled() => false,
         () = tokio::time::sleep(*wait) => {
