@@ -342,8 +342,11 @@ begin
   if jsonb_typeof(p_claims) is distinct from 'array' then
     raise exception 'p_claims: must be a JSON array of {step, token, progress}' using errcode = '22023';
   end if;
+  -- Only of the claims whose token is known: else anybody could lock any step.
   perform from tasker.steps s
-  where s.step_uuid in (select (c->>'step')::uuid from jsonb_array_elements(p_claims) c where tasker.is_uuid(c->>'step'))
+  where (s.step_uuid, s.claim_token) in (
+      select (c->>'step')::uuid, (c->>'token')::uuid from jsonb_array_elements(p_claims) c
+      where tasker.is_uuid(c->>'step') and tasker.is_uuid(c->>'token'))
     and s.state = 'in_progress'
   order by s.step_uuid for no key update;
   return query
@@ -583,17 +586,6 @@ begin
   perform tasker.wake('task_requests');
   return 'accepted';
 end
-$$;
-
--- Ends the task; running handlers are asked to stop, or dropped.
-create or replace function tasker.cancel_task(
-  task uuid, reason text default null, terminate boolean default false, actor text default session_user
-) returns text
-language sql security definer
-set search_path = pg_catalog, pg_temp
-as $$
-  select case when terminate is null then 'terminate: must be true or false'
-    else tasker.ask(task, case when terminate then 'terminate' else 'cancel' end, reason, actor) end
 $$;
 
 -- The step is not needed; what stands behind it goes on.
@@ -1044,14 +1036,11 @@ begin
   if keep_quarantine not between interval '1 h' and interval '50 years' then
     raise exception 'keep_quarantine: must be an hour at least and 50 years at most; null keeps for ever' using errcode = '22023';
   end if;
-  if archive is null then
-    raise exception 'archive: must be true or false' using errcode = '22023';
-  end if;
   if keep is null and keep_quarantine is null then
     delete from tasker.retention r where r.namespace = set_retention.namespace;
   else
     insert into tasker.retention as r (namespace, keep, keep_quarantine, archive)
-    values (namespace, keep, keep_quarantine, archive)
+    values (namespace, keep, keep_quarantine, coalesce(archive, false))
     on conflict on constraint retention_pkey do update
     set keep = excluded.keep, keep_quarantine = excluded.keep_quarantine, archive = excluded.archive;
   end if;

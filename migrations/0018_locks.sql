@@ -263,4 +263,43 @@ exception when lock_not_available then
 end
 $$;
 
+-- As before, but a row that somebody has locked (a worker that says hello, a message that is sent
+-- again) is left to the next pass.
+create or replace function tasker.tidy(p_max int, out quarantined bigint)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with old as (
+    select q.quarantine_id from tasker.quarantine q
+    join tasker.retention r on r.namespace = coalesce(
+      (select o.namespace from tasker.retention o where o.namespace = substring(q.queue from '^worker_(.*?)(?:__.*)?$')), '*')
+    where q.quarantined_at < clock_timestamp() - r.keep_quarantine
+    order by q.quarantine_id limit p_max for update of q skip locked
+  )
+  delete from tasker.quarantine q using old where q.quarantine_id = old.quarantine_id;
+  get diagnostics quarantined = row_count;
+  if exists (select from tasker.counters c where c.at < clock_timestamp() - interval '10 min' group by c.name having count(*) > 100) then
+    with gone as (
+      delete from tasker.counters c where c.at < clock_timestamp() - interval '10 min' returning c.name, c.n, c.at
+    )
+    insert into tasker.counters (name, n, at) select g.name, sum(g.n), max(g.at) from gone g group by g.name;
+  end if;
+  perform tasker.drop_dead_messages(m.queue_name, null, '10 min', 100000)
+  from pgmq.meta m where m.queue_name like 'worker\_%';
+  delete from tasker.message_failures f where f.last_at < clock_timestamp() - interval '30 days';
+  delete from tasker.workers w where w.worker = any(array(
+    select o.worker from tasker.workers o where o.seen_at < clock_timestamp() - interval '1 h'
+      and not exists (select from tasker.due d where d.kind = 'lease' and d.worker = o.worker)
+    for update skip locked));
+  -- Those of orchestrators say every six hours that they are there.
+  delete from tasker.readers r where (r.queue, r.reader) in (
+    select o.queue, o.reader from tasker.readers o where o.seen_at < clock_timestamp() - interval '1 day'
+      and not exists (select from tasker.workers w where w.worker = o.reader)
+    for update skip locked);
+  delete from tasker.instances i where i.seen_at < clock_timestamp() - interval '1 day'
+    and not exists (select from tasker.export_batches b where b.instance = i.instance);
+end
+$$;
+
 revoke all on function tasker.lock_holders, tasker.put_off, tasker.present_timeline from public;

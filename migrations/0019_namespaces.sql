@@ -88,7 +88,7 @@ begin
   end if;
   update tasker.templates t set registered_role = v_role, registered_key = p_key where t.template_id = p_template_id;
   insert into tasker.audit (subject, action, actor)
-  values (format('template %s/%s %s', v_row.namespace, v_row.name, v_row.version), 'template.adopt', left(p_actor, 100));
+  values (format('template %s/%s %s', v_row.namespace, v_row.name, v_row.version), 'template.adopt', tasker.actor_name(p_actor));
   return true;
 end
 $$;
@@ -103,6 +103,9 @@ declare
   v_barred text;
 begin
   select t.* into v_row from tasker.templates t where t.template_id = p_template_id;
+  if not found then
+    return 'namespace: the template that asks for it is not registered any more; register it again';
+  end if;
   v_barred := tasker.barred(v_row.registered_role, v_row.registered_key, p_namespace);
   return case when v_barred is not null then
     format('namespace: template %s/%s %s was registered by %s, who may not use namespace %s; let somebody who may use both apply it again',
@@ -213,8 +216,8 @@ as $$
 begin
   if not tasker.is_owner() then
     return 'open_tasks: only the owner of the schema may set it';
-  elsif p_namespace is null or p_namespace !~ '^[a-z](_?[a-z0-9])*$' or octet_length(p_namespace) > 40 then
-    return 'namespace: may hold only a-z, 0-9 and single _ between them, starts with a letter, and has 40 bytes at most';
+  elsif tasker.namespace_problem(p_namespace) is not null then
+    return tasker.namespace_problem(p_namespace);
   elsif p_open_tasks is not null and p_open_tasks not between 1 and 1000000 then
     return 'open_tasks: must be a number from 1 to 1000000';
   end if;
@@ -230,7 +233,7 @@ begin
   insert into tasker.audit (subject, action, actor, reason)
   values (concat_ws(', ', 'limit ' || p_namespace, p_open_tasks || ' open tasks'),
     case when p_open_tasks is null then 'remove_open_tasks_limit' else 'set_open_tasks_limit' end,
-    coalesce(left(p_actor, 100), session_user), left(p_reason, 1000));
+    tasker.actor_name(p_actor), left(p_reason, 1000));
   return 'accepted';
 end
 $$;
@@ -533,7 +536,7 @@ begin
     'idempotency_key', format('schedule/%s/%s/%s', p_schedule, p_kind, v_tick)))) t;
   v_problem := format('the run of %s was refused: %s', v_tick, v_problem);
   -- The run before ends only for one that has come.
-  if v_task is not null and v_state is not null then
+  if v_task <> v_schedule.last_task and v_state is not null then
     perform tasker.cancel_task(task => v_schedule.last_task, reason => format('the run of %s has come', v_tick),
       actor => format('schedule %s/%s', v_schedule.namespace, v_schedule.name));
   end if;

@@ -256,7 +256,9 @@ select t.task_uuid, case when o.namespace is null then a.archive else o.archive 
   coalesce(t.state in ('complete', 'error', 'cancelled', 'resolved_manually')
     and t.finished_at < statement_timestamp() - case when o.namespace is null then a.keep else o.keep end
     and t.finished_at < (select coalesce(min(b.at), 'infinity') from tasker.export_batches b)
-    and not exists (select from tasker.tasks p where p.task_uuid = t.parent_task_uuid and p.finished_at is null), false) as expired,
+    -- (Not `exists`: that may be answered from a hash of every open task.)
+    and (t.parent_task_uuid is null
+      or (select p.finished_at is not null from tasker.tasks p where p.task_uuid = t.parent_task_uuid) is not false), false) as expired,
   t.template_id
 from tasker.tasks t
 left join tasker.retention o on o.namespace = t.namespace
@@ -315,9 +317,20 @@ begin
   end loop;
 end
 $$;
-alter function tasker.lock_expired(uuid[], boolean) set enable_seqscan = off;
-alter function tasker.lock_expired(uuid[], boolean) set enable_hashjoin = off;
-alter function tasker.lock_expired(uuid[], boolean) set enable_mergejoin = off;
+-- As before, but both sides of the join are bounded: else a plan may read every task to compare it.
+create or replace function tasker.lock_expired(p_tasks uuid[], p_archiving boolean) returns uuid[]
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  select coalesce(array_agg(l.task_uuid), '{}') from (
+    select t.task_uuid from tasker.tasks t join tasker.task_expiry e on e.task_uuid = t.task_uuid
+    where t.task_uuid = any(p_tasks) and e.task_uuid = any(p_tasks) and e.expired and (p_archiving or not e.archive)
+    order by t.task_uuid for update of t skip locked) l
+$$;
 
 -- As before, but no table is read for rows that are not theirs. Of `due` only the hints that are found
 -- by their task: a claim's and a retry's go by themselves when their time comes.
@@ -336,8 +349,13 @@ declare
 begin
   select coalesce(array_agg(t), '{}') into v_logged from unnest(p_tasks) t
   where not exists (select from tasker.log_weeks() w where w.suffix = any(p_weeks) and t >= w.from_uuid and t < w.to_uuid);
-  delete from tasker.idempotency_keys k using tasker.tasks t
-  where t.task_uuid = any(p_tasks) and k.namespace = t.namespace and k.key = t.idempotency_key and k.task_uuid = t.task_uuid;
+  -- First the few that are theirs: joined in one, a plan may read every key to find its task.
+  with theirs as materialized (
+    select t.namespace, t.idempotency_key, t.task_uuid from tasker.tasks t
+    where t.task_uuid = any(p_tasks) and t.idempotency_key is not null
+  )
+  delete from tasker.idempotency_keys k using theirs t
+  where k.namespace = t.namespace and k.key = t.idempotency_key and k.task_uuid = t.task_uuid;
   delete from tasker.due where task_uuid = any(p_tasks) and kind <> all ('{lease,retry,schedule}');
   for v_table in
     select c.relname from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attname = 'task_uuid' and not a.attisdropped
@@ -352,6 +370,11 @@ begin
   return v_removed;
 end
 $$;
+
+-- A disabled scan costs so much on paper that a session which allows it compiles the plan: half a second.
+-- Our own sessions do not; people's do.
+alter function tasker.oldest_rows() set jit = off;
+alter function tasker.expired_weeks(boolean) set jit = off;
 
 -- Quarantined messages are counted, and listed, by their queue.
 create index quarantine_by_queue on tasker.quarantine (queue, quarantine_id);

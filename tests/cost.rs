@@ -1,6 +1,8 @@
 //! What is done costs what it touches: an ended task leaves no timer, and nothing that runs again and
 //! again reads what is finished, held or asleep row by row.
 
+use std::collections::HashMap;
+
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use tasker_shared::postgres::testing::TestDatabase;
@@ -262,17 +264,32 @@ async fn worker_row_of_no_use_costs_nobody_else_and_is_shown() {
     world.end().await;
 }
 
-/// Rows of one of the tables that the transaction has read, by whatever way.
-async fn read_of(conn: &mut PgConnection, table: &str) -> i64 {
-    sqlx::query_scalar(
-        "select sum(pg_stat_get_xact_tuples_returned(r) + pg_stat_get_xact_tuples_fetched(r))::bigint from (
-           select c.oid as r from pg_class c where c.oid = ('tasker.' || $1)::regclass
-           union all select i.indexrelid from pg_index i where i.indrelid = ('tasker.' || $1)::regclass) r",
+/// Rows of each table that the session has read, by whatever way; within a transaction it only grows, but
+/// it may begin with what the transactions before read.
+async fn counts(conn: &mut PgConnection) -> HashMap<String, i64> {
+    let rows: Vec<(String, i64)> = sqlx::query_as(
+        "select c.relname::text, sum(pg_stat_get_xact_tuples_returned(r.oid) + pg_stat_get_xact_tuples_fetched(r.oid))::bigint
+         from pg_class c cross join lateral (
+           select c.oid union all select i.indexrelid from pg_index i where i.indrelid = c.oid) r
+         where c.relnamespace = 'tasker'::regnamespace and c.relkind = 'r' group by 1",
     )
-    .bind(table)
-    .fetch_one(conn)
+    .fetch_all(conn)
     .await
-    .expect("statistics")
+    .expect("statistics");
+    rows.into_iter().collect()
+}
+
+/// What a transaction has read since this.
+struct Reads(HashMap<String, i64>);
+
+impl Reads {
+    async fn begin(conn: &mut PgConnection) -> Self {
+        Self(counts(conn).await)
+    }
+
+    async fn of(&self, conn: &mut PgConnection, table: &str) -> i64 {
+        counts(conn).await[table] - self.0[table]
+    }
 }
 
 const FINISHED: i64 = 5000;
@@ -312,13 +329,14 @@ async fn much_is_finished() -> (TestDatabase, sqlx::PgPool) {
 async fn counts_of_queues_and_the_look_for_stuck_tasks_read_nothing_that_is_finished() {
     let (_database, pool) = much_is_finished().await;
     let mut tx = pool.begin().await.expect("a transaction");
+    let reads = Reads::begin(&mut tx).await;
     let queues = views::queues(&mut tx).await.expect("queues");
     assert_eq!(queues.iter().map(|queue| queue.held).sum::<i64>(), 0);
-    assert_eq!(read_of(&mut tx, "steps").await, 0);
+    assert_eq!(reads.of(&mut tx, "steps").await, 0);
     retention::oldest_rows(&mut tx).await.expect("rows");
     assert_eq!(retention::stuck_tasks(&mut tx).await.expect("looked"), 0);
-    assert!(read_of(&mut tx, "tasks").await <= 4);
-    assert_eq!(read_of(&mut tx, "steps").await, 0);
+    assert!(reads.of(&mut tx, "tasks").await <= 4);
+    assert_eq!(reads.of(&mut tx, "steps").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -334,6 +352,7 @@ async fn retention_reads_each_expired_task_a_few_times_and_nothing_of_others() {
         .await
         .expect("timers");
     let mut tx = pool.begin().await.expect("a transaction");
+    let reads = Reads::begin(&mut tx).await;
     let mut found = Vec::new();
     let mut place = Some(retention::START);
     while let Some(here) = place {
@@ -343,22 +362,24 @@ async fn retention_reads_each_expired_task_a_few_times_and_nothing_of_others() {
     }
     assert_eq!(i64::try_from(found.len()).expect("a count"), FINISHED);
     // Index and table: each counts.
-    let read = read_of(&mut tx, "tasks").await;
+    let read = reads.of(&mut tx, "tasks").await;
     assert!(read <= 4 * FINISHED, "a dry run read {read} rows");
     drop(tx);
     // A policy of somebody else reads none of these.
     let mut tx = pool.begin().await.expect("a transaction");
+    let reads = Reads::begin(&mut tx).await;
     tx.execute("update tasker.retention set namespace = 'other'").await.expect("a policy of another namespace");
     let none = retention::Found { tasks: Vec::new(), next: None };
     assert_eq!(retention::find(&mut tx, retention::START, false).await.expect("found"), none);
-    assert_eq!(read_of(&mut tx, "tasks").await, 0);
+    assert_eq!(reads.of(&mut tx, "tasks").await, 0);
     drop(tx);
 
     let mut tx = pool.begin().await.expect("a transaction");
+    let reads = Reads::begin(&mut tx).await;
     let some = retention::lock_tasks(&mut tx, &found[..50], false).await.expect("locked");
     assert_eq!(retention::remove(&mut tx, &some, &[]).await.expect("removed"), 50);
     for table in ["tasks", "steps", "idempotency_keys", "due", "signals", "children"] {
-        let read = read_of(&mut tx, table).await;
+        let read = reads.of(&mut tx, table).await;
         assert!(read <= 50 * 20, "to remove 50 tasks {read} rows of {table} were read");
     }
 }
@@ -378,15 +399,16 @@ async fn admission_walks_over_nothing_that_no_worker_offers() {
         .expect("hello");
     pool.execute("vacuum analyze tasker.steps").await.expect("known");
     let mut tx = pool.begin().await.expect("a transaction");
+    let reads = Reads::begin(&mut tx).await;
     let room = queue::room(&mut tx).await.expect("room");
     assert_eq!(room.iter().map(|row| (row.room, row.holding)).collect::<Vec<_>>(), [(20, false)]);
     assert!(queue::held_steps(&mut tx, "worker_shop", &["h1".to_owned()], 1000).await.expect("looked").is_empty());
-    let read = read_of(&mut tx, "steps").await;
+    let read = reads.of(&mut tx, "steps").await;
     assert!(read <= 20, "{read} rows of held steps were read");
     // Whoever offers it is given the most urgent, and no more than it asks for is read.
     let held = queue::held_steps(&mut tx, "worker_shop", &["h0".to_owned()], 10).await.expect("looked");
     assert_eq!(held.len(), 10);
-    assert!(read_of(&mut tx, "steps").await <= 60);
+    assert!(reads.of(&mut tx, "steps").await <= 60);
     // Those that an older release holds are found, too.
     sqlx::query("update tasker.steps set held_handler = null where step_uuid = $1")
         .bind(held[0].step_uuid)

@@ -34,7 +34,7 @@ fn crossing(name: &str) -> template::Template {
 }
 
 async fn apply(world: &World, name: &str, key: Option<&str>) -> Result<Registration, TemplateError> {
-    templates::apply(&mut *world.pool.acquire().await.expect("a connection"), &crossing(name), key, key).await
+    templates::apply(&mut world.pool.acquire().await.expect("a connection"), &crossing(name), key, key).await
 }
 
 async fn key(world: &World, name: &str, namespaces: Option<&[&str]>) {

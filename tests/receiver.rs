@@ -50,7 +50,7 @@ pub enum Behaviour {
     Refuse(Code, StatusCode),
     /// Takes no request of more bytes: 413, or what gRPC servers say of such.
     TooLarge(usize),
-    /// Refuses a request for good, 400 or INVALID_ARGUMENT, if any of its spans has this correlation id.
+    /// Refuses a request for good, 400 or `INVALID_ARGUMENT`, if any of its spans has this correlation id.
     RefuseSpans(&'static str),
     /// Answers 500 or INTERNAL if any span of the request has this correlation id.
     BreakAt(&'static str),

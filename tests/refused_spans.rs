@@ -103,11 +103,7 @@ async fn what_is_refused_for_good_is_set_aside_alone_and_sent_again_when_told() 
             let id = if is_bad { "unwanted".to_owned() } else { format!("good-{n}") };
             let request = json!({"template": "one", "correlation_id": id});
             let task = world.submit_with(request).await.expect("submitted");
-            if is_bad {
-                bad.push(task)
-            } else {
-                good.push(task)
-            };
+            (if is_bad { &mut bad } else { &mut good }).push(task);
         }
         assert_eq!(world.finish(&good).await, vec!["complete"; good.len()]);
         assert_eq!(world.finish(&bad).await, vec!["complete"; bad.len()]);

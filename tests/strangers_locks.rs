@@ -366,6 +366,41 @@ async fn a_limit_that_is_being_changed_holds_up_its_own_steps_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_with_a_wrong_token_locks_nothing() {
+    let world = World::start(Setup::by_hand()).await;
+    world.register_steps("one", "a: ok").await;
+    let task = world.submit("one").await;
+    let claim = world.claim().await;
+    let mut stranger = Stranger::of(&world).await;
+    stranger.heartbeat(&Claim { token: Uuid::new_v4(), ..claim.clone() }).await;
+    let lock = "select from tasker.steps where step_uuid = $1 for no key update nowait";
+    sqlx::query(lock).bind(claim.step).fetch_one(&world.pool).await.expect("nobody holds it");
+    stranger.end(&world, "rollback").await;
+    world.succeed(&claim).await;
+    assert_eq!(world.finish(&[task]).await, ["complete"]);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_says_hello_for_ever_is_tidied_away_by_a_later_pass() {
+    let world = World::start(Setup { orchestrators: 0, workers: 0, ..Setup::default() }).await;
+    for name in ["held", "free"] {
+        world.hello(name, None, &["ok"], 1).await;
+    }
+    let old = "update tasker.workers set seen_at = seen_at - interval '2 h', role_name = null";
+    world.pool.execute(old).await.expect("aged");
+    let mut stranger = Stranger::of(&world).await;
+    stranger.call("worker_hello('held', 'tests', '{worker_tests}', '{ok}', 1)").await;
+    let tidy = "set lock_timeout = '1s'; select tasker.tidy(1000)";
+    world.pool.execute(tidy).await.expect("nobody waits");
+    assert_eq!(world.words("select worker from tasker.workers").await, ["held"]);
+    stranger.end(&world, "rollback").await;
+    world.pool.execute(tidy).await.expect("tidied");
+    assert_eq!(world.words("select worker from tasker.workers").await, Vec::<String>::new());
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn retention_leaves_what_somebody_holds_for_another_pass() {
     let world = World::start(Setup::default()).await;
     world.register_steps("one", "a: ok").await;

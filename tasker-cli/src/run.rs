@@ -44,7 +44,7 @@ pub async fn connect_until(global: &Global, stop: &CancellationToken) -> anyhow:
         server::ready(connected.client.pool()).await?;
         anyhow::Ok(connected)
     };
-    let connected = stop.run_until_cancelled(connecting).await.transpose()?;
+    let connected = stop.run_until_cancelled(Box::pin(connecting)).await.transpose()?;
     if connected.is_none() {
         tracing::info!("told to stop before it was connected");
     }

@@ -249,8 +249,8 @@ mod tests {
         assert!(matches!(build(|b| b.slots(0)), Err(Error::Slots)));
         assert!(build(|b| b.handler("orders.ship_2.1st", handlers::echo).version("")).is_ok());
         for name in ["", "Ship", "a\0b", "a..b", "1st", "a b"] {
-            let built = Worker::builder("postgresql:///x").handler(name, handlers::echo).build();
-            assert!(matches!(built, Err(Error::Handler(refused)) if refused == name), "{name:?}");
+            let answer = Worker::builder("postgresql:///x").handler(name, handlers::echo).build();
+            assert!(matches!(answer, Err(Error::Handler(refused)) if refused == name), "{name:?}");
         }
         assert!(matches!(build(|b| b.name("a\0b")), Err(Error::Label("name", 1))));
         assert!(matches!(build(|b| b.name("")), Err(Error::Label("name", 1))));

@@ -270,7 +270,9 @@ async fn progress_that_the_database_cannot_keep_costs_no_lease() {
         .await
         .expect("what is kept");
     assert_eq!(progress, [json!({"a\u{fffd}b": ["c\u{fffd}d"]}), json!("first"), json!("fine")]);
-    contexts.iter().for_each(|ctx| ctx.cancellation_token().cancel());
+    for ctx in &contexts {
+        ctx.cancellation_token().cancel();
+    }
     for step in steps {
         assert_eq!(bench.reported(step).await.outcome.as_deref(), Some("success"));
     }

@@ -462,8 +462,10 @@ async fn no_page_tells_or_does_anything_in_another_namespace() {
                 };
                 asks.extend(more.iter().map(|query| (format!("{}{query}", fill(&path, false)), false)));
                 if path == "/search" || path == "/audit" {
-                    let word = if path == "/search" { "q" } else { "task" };
-                    asks.extend([fixture.task, fixture.child].map(|task| (format!("{path}?{word}={task}"), false)));
+                    let parameter = if path == "/search" { "q" } else { "task" };
+                    asks.extend(
+                        [fixture.task, fixture.child].map(|task| (format!("{path}?{parameter}={task}"), false)),
+                    );
                 }
                 for (asked, is_theirs) in asks {
                     let answer = send(world.request(Method::GET, &asked).header("cookie", &cookie)).await;

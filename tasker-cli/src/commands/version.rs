@@ -14,8 +14,7 @@ impl Version {
     /// Runs it; needs no database.
     pub fn run(global: &Global) -> anyhow::Result<()> {
         // `build.rs` sets the last two.
-        let (version, commit, date) =
-            (env!("CARGO_PKG_VERSION"), env!("TASKER_COMMIT"), env!("TASKER_COMMIT_DATE"));
+        let (version, commit, date) = (env!("CARGO_PKG_VERSION"), env!("TASKER_COMMIT"), env!("TASKER_COMMIT_DATE"));
         if global.output == Format::Json {
             return output::json(&json!({"version": version, "commit": commit, "commit_date": date}));
         }

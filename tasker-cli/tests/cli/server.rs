@@ -99,7 +99,7 @@ async fn unfit_databases_are_told_in_one_line() {
     run(&mut command(&frozen.url(), &["task", "list"])).exits_with(0);
 }
 
-/// PgBouncer in front of the server of a database, sharing sessions between transactions.
+/// A pooler in front of the server of a database, sharing sessions between transactions.
 struct Pooler {
     child: Child,
     folder: tempfile::TempDir,

@@ -313,11 +313,17 @@ async fn put_off(shared: &Shared, queue: &'static str, lone: &Item, error: &Erro
     match lone {
         Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
             let delay = match shared.breaker.failed_alone(queue, message.msg_id, error) {
-                Alone::Again(delay) => delay,
+                Alone::Yes(delay) => {
+                    tracing::warn!(queue, msg_id = message.msg_id, %error, ?delay, "a message fails while others do not; it is put off");
+                    metrics().messages_put_off.inc();
+                    delay
+                }
+                Alone::NotSure(delay) => {
+                    tracing::debug!(queue, msg_id = message.msg_id, %error, ?delay, "a message failed; it is put off");
+                    delay
+                }
                 Alone::GiveUp => return give_up(shared, queue, message, error).await,
             };
-            tracing::warn!(queue, msg_id = message.msg_id, %error, ?delay, "a message fails while others do not; it is put off");
-            metrics().messages_put_off.inc();
             let delay = i32::try_from(delay.as_millis()).unwrap_or(i32::MAX);
             put_back(shared, queue, vec![message.msg_id], delay).await
         }

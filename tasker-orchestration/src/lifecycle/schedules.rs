@@ -4,9 +4,9 @@
 //! because submitting it and moving `next_at` on are one transaction under the row's lock.
 
 use tasker_shared::queue::{self, Traffic};
-use tasker_shared::store::{Fault, locks};
 use tasker_shared::store::schedules::{self, Fired};
 use tasker_shared::store::tx::in_tx;
+use tasker_shared::store::{Fault, locks};
 use tracing::instrument;
 use uuid::Uuid;
 

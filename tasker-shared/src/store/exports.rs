@@ -40,9 +40,7 @@ pub async fn adopt(
     after: Option<DateTime<Utc>>,
     limit: i64,
 ) -> Result<Vec<Orphan>, Error> {
-    let rows = sqlx::query_file!("src/store/adopt.sql", instance, after, limit)
-    .fetch_all(conn)
-    .await?;
+    let rows = sqlx::query_file!("src/store/adopt.sql", instance, after, limit).fetch_all(conn).await?;
     Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
@@ -216,7 +214,8 @@ mod tests {
     async fn the_oldest_batches_are_found_without_sorting_them_all() {
         let database = TestDatabase::fresh().await;
         for settings in [HOT_PATH_SETTINGS, &[]] {
-            let pool = tx::pool(&database.url(), &PoolOptions { settings, ..PoolOptions::default() }).await.expect("a pool");
+            let pool =
+                tx::pool(&database.url(), &PoolOptions { settings, ..PoolOptions::default() }).await.expect("a pool");
             let mut conn = pool.acquire().await.expect("a connection");
             conn.execute(
                 "insert into tasker.export_batches (batch_id, instance, task_uuids, at)
@@ -226,7 +225,9 @@ mod tests {
             .expect("batches");
             conn.execute("analyze tasker.export_batches").await.expect("counted");
             let adopt = include_str!("adopt.sql");
-            conn.execute(AssertSqlSafe(format!("prepare adopt (uuid, timestamptz, bigint) as {adopt}"))).await.expect("prepared");
+            conn.execute(AssertSqlSafe(format!("prepare adopt (uuid, timestamptz, bigint) as {adopt}")))
+                .await
+                .expect("prepared");
             for statement in
                 ["execute adopt (gen_random_uuid(), null, 200)", "select min(at) from tasker.export_batches"]
             {

@@ -203,7 +203,7 @@ pub struct LimitUse {
     #[serde(skip)]
     pub limit_id: i64,
     pub namespace: String,
-    /// namespace, handler or template; or open_tasks, of which `concurrency` is how many tasks may be open.
+    /// namespace, handler or template; or `open_tasks`, of which `concurrency` is how many tasks may be open.
     pub kind: String,
     pub name: String,
     pub concurrency: Option<i32>,

@@ -130,7 +130,9 @@ pub async fn slices(
     )
     .fetch_all(&mut *conn)
     .await?;
-    rows.into_iter().for_each(|row| row.enter(&mut logs));
+    for row in rows {
+        row.enter(&mut logs);
+    }
     let rows = sqlx::query_as!(
         AttemptRow,
         "select a.task_uuid, a.step_uuid, a.attempt, a.worker, a.worker_version, a.message_id, a.result_message_id,
@@ -144,7 +146,9 @@ pub async fn slices(
     )
     .fetch_all(conn)
     .await?;
-    rows.into_iter().for_each(|row| row.enter(&mut logs));
+    for row in rows {
+        row.enter(&mut logs);
+    }
     Ok(logs.into_values().collect())
 }
 
@@ -342,7 +346,9 @@ async fn read_steps(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap<Uu
     )
     .fetch_all(conn)
     .await?;
-    rows.into_iter().for_each(|row| row.enter(logs));
+    for row in rows {
+        row.enter(logs);
+    }
     Ok(())
 }
 
@@ -476,6 +482,8 @@ async fn read_attempts(conn: &mut PgConnection, ids: &[Uuid], logs: &mut HashMap
     )
     .fetch_all(conn)
     .await?;
-    rows.into_iter().for_each(|row| row.enter(logs));
+    for row in rows {
+        row.enter(logs);
+    }
     Ok(())
 }

@@ -68,11 +68,11 @@ impl Parcel {
                 }
             }
         }
-        let [these, those] = owners;
-        // Half of the tries are enough for a part of what is suspected.
+        let [of_first, of_second] = owners;
+        // Two more are enough for a part of what is suspected.
         let unclear = if self.unclear >= UNCLEAR { UNCLEAR - 2 } else { 0 };
         let part = |bytes, owners| Self { unclear, taken_before: self.taken_before, ..Self::new(bytes, owners) };
-        Some((part(first, these), part(second, those)))
+        Some((part(first, of_first), part(second, of_second)))
     }
 }
 
@@ -174,7 +174,7 @@ pub(super) async fn deliver(exporter: &Exporter, whole: Parcel, newest: DateTime
 /// on their way gets through, each of them may hold one that it stumbles over. The first is tried
 /// and the last in turn, and is left out of the part once it is taken.
 async fn takes_one(exporter: &Exporter, part: &mut Parcel) -> bool {
-    let is_first = part.unclear % 2 == 0;
+    let is_first = part.unclear.is_multiple_of(2);
     let Some((first, second)) = part.split(if is_first { 1 } else { part.spans.saturating_sub(1) }) else {
         return false;
     };
