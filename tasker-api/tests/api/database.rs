@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::json;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Connection as _, Executor as _, PgConnection};
 use tasker_api::Config;
 use tasker_api::auth::{self, Role};
 use tokio::task::JoinSet;
@@ -134,9 +136,12 @@ async fn sessions_of_a_server_that_only_reads_are_not_kept() {
     let key = world.key(Role::Operator).await;
     let body = json!({"namespace": "shop", "template": "order", "input": {"order_id": "1"}});
     let name: String = sqlx::query_scalar("select current_database()").fetch_one(world.pool()).await.unwrap();
+    // A session of its own, which may write whatever the database says.
+    let may_write =
+        PgConnectOptions::clone(&world.pool().connect_options()).options([("default_transaction_read_only", "off")]);
     let alter = async |what: &str| {
-        let alter = format!("alter database {name} {what}");
-        sqlx::query(sqlx::AssertSqlSafe(alter)).execute(world.pool()).await.unwrap();
+        let mut session = PgConnection::connect_with(&may_write).await.unwrap();
+        session.execute(sqlx::AssertSqlSafe(format!("alter database {name} {what}"))).await.unwrap();
     };
     // As at a server that was demoted: what it lets read, it does not let write.
     alter("set default_transaction_read_only = on").await;

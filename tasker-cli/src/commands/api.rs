@@ -70,7 +70,7 @@ pub struct Serve {
     /// Requests a second that one key or browser may send; a tenth of it is how many failed sign-ins one address has
     #[arg(long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
-    /// Connections that one address may have open; 500, or with --behind-tls-proxy, where all come from the proxy, as many as there are
+    /// Connections that one address may have open (500; with --behind-tls-proxy no limit)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     connections_per_address: Option<u32>,
 }
