@@ -68,8 +68,8 @@ as $$
   order by f.priority desc, f.ready_at limit greatest(p_max, 0)
 $$;
 
--- Why a row of `tasker.workers` is of no use, or null: nothing is sent on its account. Any role with
--- the grants of a worker can write one, so that whoever reads them all counts with every value.
+-- Why a row of `tasker.workers` is of no use, or null: nothing is sent on its account. The constraints of
+-- 0017 refuse such a row; who reads them for everybody must not fail even where one was dropped.
 create function tasker.worker_problem(p_namespace text, p_queues text[], p_handlers text[], p_slots int) returns text
 language sql stable
 set search_path = pg_catalog, pg_temp
