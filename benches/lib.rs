@@ -1,6 +1,7 @@
 //! A chain of steps and the log of its run, for benches: as rows would say it, without a database.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -16,7 +17,7 @@ use uuid::Uuid;
 pub const BEGAN: DateTime<Utc> = DateTime::UNIX_EPOCH;
 
 /// A template of `steps` steps, each behind the one before.
-pub fn chain(steps: u32) -> Definition {
+pub fn chain(steps: u32) -> Arc<Definition> {
     let mut yaml = String::from("namespace: bench\nname: chain\nversion: \"1\"\nsteps:\n");
     for index in 0..steps {
         let parent = index.checked_sub(1).map(|parent| format!("step_{parent}")).unwrap_or_default();
@@ -51,7 +52,7 @@ pub fn task(state: TaskState, open_steps: i32) -> Task {
 }
 
 /// What a settle loads when the first of five steps was reported.
-pub fn first_of_five_reported(definition: &Definition) -> Snapshot<'_> {
+pub fn first_of_five_reported(definition: &Arc<Definition>) -> Snapshot {
     let reported = Step {
         state: S::EnqueuedForOrchestration,
         version: 3,
@@ -63,7 +64,7 @@ pub fn first_of_five_reported(definition: &Definition) -> Snapshot<'_> {
     Snapshot {
         outcomes: HashMap::from([(0, Outcome::Success(json!({"total": 12})))]),
         steps: HashMap::from([(0, reported), (1, behind)]),
-        ..Snapshot::of_row(task(TaskState::StepsInProcess, 5), definition)
+        ..Snapshot::of_row(task(TaskState::StepsInProcess, 5), definition.clone())
     }
 }
 

@@ -9,6 +9,9 @@ use tasker_shared::trace::otlp::{Encoder, ServiceNames};
 use tasker_shared::trace::tree;
 use uuid::Uuid;
 
+/// The first step's result, as [`first_of_five_reported`] has it.
+const REPORTED: Event = Event::Result { step: Uuid::from_u128(10), attempt: 1 };
+
 fn main() {
     divan::main();
 }
@@ -18,8 +21,8 @@ fn main() {
 fn decide_a_result(bencher: Bencher<'_, '_>) {
     let definition = chain(5);
     bencher
-        .with_inputs(|| (first_of_five_reported(&definition), vec![Event::Result { step: 0, attempt: 1 }]))
-        .bench_values(|(snapshot, events)| decide(snapshot, events, &mut Room::unlimited(), BEGAN));
+        .with_inputs(|| first_of_five_reported(&definition))
+        .bench_values(|snapshot| decide(&snapshot, &[&REPORTED], &mut Room::unlimited(), BEGAN));
 }
 
 /// The start of a task, per step of its template.
@@ -29,13 +32,10 @@ fn decide_a_start(bencher: Bencher<'_, '_>, steps: u32) {
     bencher
         .counter(ItemsCount::new(steps))
         .with_inputs(|| {
-            let step_uuids = (0..u128::from(steps)).map(|step| Uuid::from_u128(100 + step)).collect();
-            (
-                Snapshot::of_row(task(TaskState::Pending, 0), &definition),
-                vec![Event::Start { step_uuids, invalid: None }],
-            )
+            let new_step_uuids = (0..u128::from(steps)).map(|step| Uuid::from_u128(100 + step)).collect();
+            Snapshot { new_step_uuids, ..Snapshot::of_row(task(TaskState::Pending, 0), definition.clone()) }
         })
-        .bench_values(|(snapshot, events)| decide(snapshot, events, &mut Room::unlimited(), BEGAN));
+        .bench_values(|snapshot| decide(&snapshot, &[&Event::Start], &mut Room::unlimited(), BEGAN));
 }
 
 /// From the log to spans, per span.

@@ -6,39 +6,17 @@
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::state_machine::decide::{ByHand, Operator};
+use crate::state_machine::decide::{ByHand, Event, Operator};
 
-/// What a message of `task_requests` asks for.
+/// What a message asks for.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Request {
     /// Create a task; the value has the keys that `tasker.submit_tasks` reads.
     Submit(Value),
-    /// Begin a task that was created by SQL.
-    Start(Uuid),
-    /// End a task, asking its handlers to stop.
-    Cancel(Uuid, Operator),
-    /// End a task, dropping its handlers.
-    Terminate(Uuid, Operator),
-    /// Try again what failed, or only the steps of these names.
-    Retry(Uuid, Operator, Vec<String>),
-    /// Run the steps of these names again, and all that follow from them.
-    Rerun(Uuid, Operator, Vec<String>),
-    /// Send nothing until it is resumed.
-    Suspend(Uuid, Operator),
-    /// Go on.
-    Resume(Uuid, Operator),
-    /// The failures of a blocked task are final.
-    GiveUp(Uuid, Operator),
-    /// A blocked task was settled outside.
-    ResolveTask(Uuid, Operator),
-    /// Settle the step of this name by hand, with this output.
-    ByHand(Uuid, Operator, String, ByHand, Option<Value>),
-    /// Look at the signals that were kept for a task.
-    Signal(Uuid),
-    /// Look at the task that this attempt of a step started.
-    Child(Uuid, Uuid, i32),
     /// Keep a signal for a task, as `tasker.signal_task` does.
-    SendSignal(SendSignal),
+    Signal(SendSignal),
+    /// Settle an event of a task.
+    Event(Uuid, Event),
 }
 
 /// A signal that came as a raw message.
@@ -59,18 +37,14 @@ pub struct SendSignal {
 /// What `type` may say; `start` is ours alone.
 const TYPES: &str = "submit, cancel, terminate, suspend, resume, retry, rerun, give_up, resolve, skip_step, resolve_step or complete_step";
 
-/// A message of `step_results`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ResultHint {
-    /// The task to settle.
-    pub task: Uuid,
-    /// The step that was reported.
-    pub step: Uuid,
-    /// The attempt that was reported.
-    pub attempt: i32,
-}
-
 impl Request {
+    /// Reads a message of `step_results`. Errors as [`Request::parse`] does.
+    pub fn parse_result(message: &Value) -> Result<Self, String> {
+        let object = versioned(message)?;
+        let event = Event::Result { step: uuid(object, "step")?, attempt: attempt(object)? };
+        Ok(Self::Event(uuid(object, "task")?, event))
+    }
+
     /// Reads a request; `headers` carry the trace context of a raw `submit`.
     ///
     /// Errors with the field, what is wrong with it and what to do.
@@ -78,7 +52,8 @@ impl Request {
         let object = versioned(message)?;
         let kind =
             object.get("type").and_then(Value::as_str).ok_or_else(|| format!("type: is missing; use {TYPES}"))?;
-        let task = || uuid(object, "task");
+        let about = |event| Ok(Self::Event(uuid(object, "task")?, event));
+        let operator = operator(object);
         match kind {
             "submit" => {
                 let mut request = object.clone();
@@ -90,18 +65,18 @@ impl Request {
                 }
                 Ok(Self::Submit(Value::Object(request)))
             }
-            "start" => Ok(Self::Start(task()?)),
-            "cancel" => Ok(Self::Cancel(task()?, operator(object))),
-            "terminate" => Ok(Self::Terminate(task()?, operator(object))),
-            "suspend" => Ok(Self::Suspend(task()?, operator(object))),
-            "resume" => Ok(Self::Resume(task()?, operator(object))),
-            "retry" => Ok(Self::Retry(task()?, operator(object), names(object)?)),
+            "start" => about(Event::Start),
+            "cancel" => about(Event::Cancel(operator)),
+            "terminate" => about(Event::Terminate(operator)),
+            "suspend" => about(Event::Suspend(operator)),
+            "resume" => about(Event::Resume(operator)),
+            "retry" => about(Event::Retry { operator, only: names(object)? }),
             "rerun" => match names(object)? {
                 from if from.is_empty() => Err("steps: is missing; name the steps to run again".into()),
-                from => Ok(Self::Rerun(task()?, operator(object), from)),
+                from => about(Event::Rerun { operator, from }),
             },
-            "give_up" => Ok(Self::GiveUp(task()?, operator(object))),
-            "resolve" => Ok(Self::ResolveTask(task()?, operator(object))),
+            "give_up" => about(Event::GiveUp(operator)),
+            "resolve" => about(Event::ResolveTask(operator)),
             "skip_step" | "resolve_step" | "complete_step" => {
                 let step = object.get("step").and_then(Value::as_str).ok_or("step: must be the name of a step")?;
                 let act = match kind {
@@ -112,16 +87,16 @@ impl Request {
                 let output = object.get("output").filter(|_| act != ByHand::Skip).cloned();
                 // What its handler would have come to is at least null.
                 let output = output.or((act == ByHand::Complete).then_some(Value::Null));
-                Ok(Self::ByHand(task()?, operator(object), step.to_owned(), act, output))
+                about(Event::ByHand { operator, step: step.to_owned(), act, output })
             }
-            "child" => Ok(Self::Child(task()?, uuid(object, "step")?, attempt(object)?)),
+            "child" => about(Event::ChildEnded { step: uuid(object, "step")?, attempt: attempt(object)? }),
             "signal" => match object.get("name") {
-                None => Ok(Self::Signal(uuid(object, "task")?)),
-                Some(name) => Ok(Self::SendSignal(SendSignal {
+                None => about(Event::SignalDue),
+                Some(name) => Ok(Self::Signal(SendSignal {
                     task: uuid(object, "task")?,
                     name: name.as_str().ok_or("name: must be the name of a signal")?.to_owned(),
                     payload: object.get("payload").cloned().unwrap_or_default(),
-                    actor: operator(object).actor,
+                    actor: operator.actor,
                     traceparent: headers
                         .and_then(|headers| headers.get("traceparent"))
                         .and_then(Value::as_str)
@@ -130,14 +105,6 @@ impl Request {
             },
             other => Err(format!("type: {:?} is not known; use {TYPES}", clip(other))),
         }
-    }
-}
-
-impl ResultHint {
-    /// Reads a result's hint. Errors as [`Request::parse`] does.
-    pub fn parse(message: &Value) -> Result<Self, String> {
-        let object = versioned(message)?;
-        Ok(Self { task: uuid(object, "task")?, step: uuid(object, "step")?, attempt: attempt(object)? })
     }
 }
 

@@ -96,7 +96,7 @@ pub struct Outbox {
 
 /// What a settle does to queues; nothing by default.
 #[derive(Debug, Default)]
-pub struct Traffic<'a> {
+pub struct QueueChanges<'a> {
     /// The queue that the messages came from.
     pub queue: &'a str,
     /// Messages that are dealt with.
@@ -108,15 +108,15 @@ pub struct Traffic<'a> {
 }
 
 /// Deletes what is dealt with, sends what is to be sent, and wakes sleeping readers: one statement.
-pub async fn conclude(conn: &mut PgConnection, traffic: &Traffic<'_>) -> Result<(), Error> {
+pub async fn conclude(conn: &mut PgConnection, changes: &QueueChanges<'_>) -> Result<(), Error> {
     sqlx::query!(
         "select tasker.conclude($1, $2, $3, $4, $5, $6)::text as done",
-        traffic.queue,
-        traffic.done,
-        traffic.due,
-        &traffic.outbox.queues,
-        &traffic.outbox.bodies,
-        &traffic.outbox.headers
+        changes.queue,
+        changes.done,
+        changes.due,
+        &changes.outbox.queues,
+        &changes.outbox.bodies,
+        &changes.outbox.headers
     )
     .fetch_one(conn)
     .await?;

@@ -75,7 +75,7 @@ pub(crate) use self::run::{log, transition};
 pub use self::started::Started;
 use crate::state_machine::decide::Event;
 use crate::state_machine::input::BY_REFERENCE;
-use crate::state_machine::plan::{Failure, Outcome};
+use crate::state_machine::plan::{ChildEnd, Failure, Outcome};
 use crate::state_machine::simulation::World;
 use crate::store::templates::{self, Loaded, TemplateError};
 use crate::template;
@@ -211,9 +211,9 @@ impl Harness {
         let invalid = schema.and_then(|schema| schema.check(&input).err()).map(|problems| problems.join("; "));
         let mut world = World::new(self.loaded.definition.clone());
         world.task.input = input;
+        world.invalid_input = invalid;
         let mut started = Started { harness: self, run: Run { world, calls: Vec::new() } };
-        let Event::Start { step_uuids, .. } = started.run.world.start_event() else { unreachable!("it makes a Start") };
-        started.settle(vec![Event::Start { step_uuids, invalid }]);
+        started.settle(vec![Event::Start]);
         started
     }
 
@@ -272,7 +272,9 @@ impl Harness {
         };
         calls.push(call);
         world.tick();
-        Event::ChildEnded { step, attempt, outcome, link: None }
+        let step = world.uuid(step);
+        world.child_ends.insert((step, attempt), ChildEnd { outcome, link: None });
+        Event::ChildEnded { step, attempt }
     }
 }
 

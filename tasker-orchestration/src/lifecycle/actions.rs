@@ -7,19 +7,18 @@ use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
 use tasker_shared::state_machine::plan::{Plan, Step};
 use tasker_shared::store::apply::{Applied, ExportBatch};
-use tasker_shared::store::steps::StepRow;
 use tasker_shared::trace::export::Batch;
-use tasker_shared::trace::log::{Head, StepInfo, TaskLog, Transition};
+use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
 use tracing::instrument;
 
-use super::load::Work;
+use super::load::LoadedTask;
 use super::{Shared, measure};
 
 /// A settle that has committed.
 pub(super) struct Committed {
-    pub works: Vec<Work>,
-    /// One per work, in the same order.
+    pub tasks: Vec<LoadedTask>,
+    /// One per loaded, in the same order.
     pub plans: Vec<Plan>,
     pub applied: Applied,
     pub began_at: DateTime<Utc>,
@@ -45,10 +44,10 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     if done.plans.iter().any(held) {
         shared.admission.wake.notify_one();
     }
-    for (work, plan) in
-        done.works.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal())
+    for (loaded, plan) in
+        done.tasks.iter().zip(&done.plans).filter(|(_, plan)| plan.task_changed && plan.task.state.is_terminal())
     {
-        ended(work, plan);
+        ended(loaded, plan);
     }
     export(shared, done);
 }
@@ -61,18 +60,18 @@ fn frees_places(shared: &Shared, done: &Committed) -> bool {
     }
     // What an end cancelled was never loaded: any step of its template may have been among it.
     shared.admission.with_room(|room| room.has_limits())
-        || done.works.iter().zip(&done.plans).any(|(work, plan)| {
-            let steps = &work.template.definition.steps;
+        || done.tasks.iter().zip(&done.plans).any(|(loaded, plan)| {
+            let steps = &loaded.template.definition.steps;
             let limited = |index: u32| !steps[index as usize].limits.is_empty();
             (plan.cancel_open_steps && steps.iter().any(|step| !step.limits.is_empty()))
-                || plan.closed.iter().any(|(step, _)| work.steps.get(step).is_some_and(|row| limited(row.step.index)))
+                || plan.closed.iter().any(|(step, _)| loaded.step(*step).is_some_and(|(_, step)| limited(step.index)))
         })
 }
 
 /// Says that a task has ended.
-#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %plan.task.uuid))]
-fn ended(work: &Work, plan: &Plan) {
-    tracing::debug!(namespace = %work.row.namespace, state = %plan.task.state, reason = plan.task.reason, "task ended");
+#[instrument(skip_all, fields(correlation_id = loaded.row.correlation_id, task_uuid = %plan.task.uuid))]
+fn ended(loaded: &LoadedTask, plan: &Plan) {
+    tracing::debug!(namespace = %loaded.row.namespace, state = %plan.task.state, reason = plan.task.reason, "task ended");
 }
 
 /// Hands the committed transitions to the exporter.
@@ -82,33 +81,34 @@ fn export(shared: &Shared, done: Committed) {
     };
     let Applied { at, cancelled } = done.applied;
     let (mut slices, mut read) = (Vec::with_capacity(export.task_uuids.len()), Vec::new());
-    for (work, plan) in
-        done.works.iter().zip(&done.plans).filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid))
+    for (loaded, plan) in
+        done.tasks.iter().zip(&done.plans).filter(|(_, plan)| export.task_uuids.contains(&plan.task.uuid))
     {
         // What an ending task cancelled was never loaded: that one log is read.
         // So is that of a task which was not sampled and may be kept for its end.
-        if work.row.trace_flags & 1 == 0 || cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
+        if loaded.row.trace_flags & 1 == 0 || cancelled.iter().any(|step| step.task_uuid == plan.task.uuid) {
             read.push(plan.task.uuid);
         } else {
-            slices.push(slice(work, plan, done.began_at, at));
+            slices.push(slice(loaded, plan, done.began_at, at));
         }
     }
     exporter.hand_over(Batch { batch_id: export.batch_id, at, slices, read });
 }
 
 /// The slice of the log that this settle made final: its moves, and those of the attempts it closed.
-fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -> TaskLog {
+fn slice(loaded: &LoadedTask, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -> TaskLog {
     let mut transitions: Vec<Transition> = Vec::with_capacity(plan.moves.len() + plan.closed.len() * 3);
     let mut attempts = Vec::with_capacity(plan.closed.len());
     for (step, _) in &plan.closed {
-        let Some(row) = work.steps.get(step) else {
+        let Some((_, row)) = loaded.step(*step) else {
             continue;
         };
-        transitions.extend(earlier(row));
-        attempts.extend(row.attempt.clone());
+        let attempt = loaded.attempts.get(step);
+        transitions.extend(earlier(row, attempt));
+        attempts.extend(attempt.cloned());
     }
     transitions.extend(plan.moves.iter().map(|made| Transition::of(made.clone(), began_at, at)));
-    let definition = &work.template.definition;
+    let definition = &loaded.template.definition;
     let touched = plan.steps.iter().map(|(step, _)| step).chain(&plan.new_steps);
     let info = |step: &Step| {
         let defined = &definition.steps[step.index as usize];
@@ -122,7 +122,7 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
         }
     };
     TaskLog {
-        head: head(work, plan, began_at),
+        head: head(loaded, plan, began_at),
         transitions,
         attempts,
         steps: touched.filter(|step| step.version > 0).map(|step| (step.uuid, info(step))).collect(),
@@ -130,19 +130,19 @@ fn slice(work: &Work, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) -
 }
 
 /// The moves of a closed attempt before the one that closed it, out of its rows.
-fn earlier(row: &StepRow) -> impl Iterator<Item = Transition> {
-    let claimed = row.attempt.as_ref().map(|attempt| Claimed {
+fn earlier(step: &Step, attempt: Option<&Attempt>) -> impl Iterator<Item = Transition> + use<> {
+    let claimed = attempt.map(|attempt| Claimed {
         worker: &attempt.worker,
         began_at: attempt.claim_began_at,
         at: attempt.claimed_at,
         reported: attempt.report_began_at.zip(attempt.reported_at),
     });
-    earlier_moves(&row.step, claimed).into_iter().map(|(made, began_at, at)| Transition::of(made, began_at, at))
+    earlier_moves(step, claimed).into_iter().map(|(made, began_at, at)| Transition::of(made, began_at, at))
 }
 
-fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
-    let (row, definition) = (&work.row, &work.template.definition);
-    let same = plan.task.generation == row.task.generation;
+fn head(loaded: &LoadedTask, plan: &Plan, began_at: DateTime<Utc>) -> Head {
+    let (row, task, definition) = (&loaded.row, loaded.task(), &loaded.template.definition);
+    let same = plan.task.generation == task.generation;
     Head {
         task_uuid: plan.task.uuid,
         namespace: definition.namespace.clone(),
@@ -151,9 +151,9 @@ fn head(work: &Work, plan: &Plan, began_at: DateTime<Utc>) -> Head {
         correlation_id: row.correlation_id.clone(),
         parent_correlation_id: row.parent_correlation_id.clone(),
         parent_task_uuid: row.parent_task_uuid,
-        priority: row.task.priority,
+        priority: task.priority,
         generation: plan.task.generation,
-        generation_began_at: if same { row.task.generation_began_at } else { began_at },
+        generation_began_at: if same { task.generation_began_at } else { began_at },
         created_at: row.created_at,
         trace_id: row.trace_id,
         remote_span_id: row.remote_span_id,

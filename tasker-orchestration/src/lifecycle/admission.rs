@@ -9,15 +9,16 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tasker_shared::queue::{self, RoomRow};
+use tasker_shared::state_machine::Event;
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
 use tasker_shared::store::flow::Lane;
 use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
 
+use super::Shared;
 use super::batch::{self, Tally};
 use super::turns::{self, Candidate, Left, Turns};
-use super::{Hint, Look, Shared};
 
 /// Steps admitted in one pass, at most.
 const PASS: usize = 1000;
@@ -118,15 +119,11 @@ pub async fn admit(shared: &Shared) -> Result<Found, super::Error> {
         if turn.steps.is_empty() {
             continue;
         }
-        let hints = turn.steps.into_iter().map(|candidate| Hint {
-            task: candidate.task,
-            look: Look::Admit(candidate.step),
-            msg_id: None,
-            due_id: None,
-        });
+        let steps = turn.steps.into_iter();
+        let held = steps.map(|candidate| (candidate.task, Event::Admit { step: candidate.step }, None));
         // What could not be moved (its task is settled elsewhere, or a limit was full under its lock)
         // is no reason to look again at once.
-        let Tally { moved, deferred } = batch::run_due(shared, hints.collect()).await?;
+        let Tally { moved, deferred } = batch::run_found(shared, held).await?;
         more |= moved > 0;
         if deferred > 0 {
             next = Some(next.map_or(BUSY, |next: Duration| next.min(BUSY)));

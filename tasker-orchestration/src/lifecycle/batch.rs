@@ -1,91 +1,42 @@
-//! Batches: whose they are, and what becomes of those that fail, by bisection and quarantine.
-//!
-//! A message is quarantined only after repeated failures that are its own fault (`Fault::Message`).
-//! What the system is to blame for costs a delay: of everything while everything fails alike, of one
-//! message while others succeed.
+//! Batches of hints: done together, and by halves where that fails.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use rand::seq::SliceRandom as _;
-use serde_json::Value;
-use tasker_shared::message::{ResultHint, SendSignal};
-use tasker_shared::metrics::metrics;
-use tasker_shared::queue::{self, Message, STEP_RESULTS};
+use tasker_shared::message::Request;
+use tasker_shared::queue::STEP_RESULTS;
+use tasker_shared::state_machine::Event;
 use tasker_shared::store::Fault;
-use tasker_shared::store::tx::in_tx;
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
-use super::breaker::Alone;
+use super::faults::{failed_alone, leave_locked, put_back, put_off, quarantine};
 use super::locks::{BUDGET, Subject, Wait};
-use super::{Error, Hint, Look, Shared, initialize, settle};
+use super::settle::{self, Settled};
+use super::{About, Error, Hint, Shared, Source, initialize};
 
-/// Failures of its own after which a message is quarantined.
-const MAX_FAILURES: i32 = 3;
 /// A message read this often is dealt with by itself, so that it cannot take others down with it.
 const SUSPECT_READS: i32 = 5;
 
-/// What somebody asks for, and the message that brought it.
-#[derive(Debug)]
-pub(super) enum Item {
-    /// A task to create: the request.
-    Submit(Value, Message),
-    /// A signal to keep.
-    Signal(SendSignal, Message),
-    /// A task to look at.
-    Settle(Hint, Message),
-    /// A task to look at that no message names: something of it is due or held, and if this comes
-    /// to nothing it is found again. Whoever waits for it is told by the end of the token.
-    Due(Hint, #[expect(dead_code, reason = "its end is what it says")] TaskTrackerToken),
-}
-
-impl Item {
-    /// The task it is about, if there is one yet.
-    pub(super) fn task(&self) -> Option<Uuid> {
-        match self {
-            Self::Submit(..) => None,
-            Self::Signal(signal, _) => Some(signal.task),
-            Self::Settle(hint, _) | Self::Due(hint, _) => Some(hint.task),
-        }
-    }
-
-    /// What a lock is met for.
-    fn subject(&self) -> Subject {
-        match self {
-            Self::Submit(_, message) => Subject::Message(message.msg_id),
-            Self::Signal(signal, _) => Subject::Task(signal.task),
-            Self::Settle(hint, _) | Self::Due(hint, _) => Subject::Task(hint.task),
-        }
-    }
-
-    fn message(&self) -> Option<&Message> {
-        match self {
-            Self::Submit(_, message) | Self::Signal(_, message) | Self::Settle(_, message) => Some(message),
-            Self::Due(..) => None,
-        }
-    }
-}
-
-/// What came of the items that name a task.
+/// What came of the hints that name a task.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Tally {
     /// Tasks that changed in any way.
     pub moved: usize,
-    /// Hints of tasks that another process settles right now.
+    /// Events of tasks that another process settles right now.
     pub deferred: usize,
 }
 
-/// Deals with items of one kind, or such that name a task; the suspicious ones each by itself. What
-/// was lately put off for a lock comes last, each task by itself, in another order each time: however
-/// much of it there is, some has its turn before the time for locks is up.
-pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) -> Result<Tally, Error> {
-    let (locked, items): (Vec<Item>, Vec<Item>) =
-        items.into_iter().partition(|item| shared.locks.remembers(item.subject()));
-    let is_suspect = |item: &Item| item.message().is_some_and(|message| message.read_ct > SUSPECT_READS);
-    let (suspects, others): (Vec<_>, Vec<_>) = items.into_iter().partition(is_suspect);
+/// Deals with hints of one kind; the suspicious ones each by itself. What was lately put off for a
+/// lock comes last, each task by itself, in another order each time: however much of it there is,
+/// some has its turn before the time for locks is up.
+pub(super) async fn run(shared: &Shared, queue: &'static str, hints: Vec<Hint>) -> Result<Tally, Error> {
+    let (locked, hints): (Vec<Hint>, Vec<Hint>) =
+        hints.into_iter().partition(|hint| shared.locks.remembers(hint.subject()));
+    let is_suspect = |hint: &Hint| hint.message().is_some_and(|(_, reads)| reads > SUSPECT_READS);
+    let (suspects, others): (Vec<_>, Vec<_>) = hints.into_iter().partition(is_suspect);
     let mut tally = Tally::default();
     let began = Instant::now();
     bisect(shared, queue, (others.iter().collect(), Wait::Once), began, &mut tally).await?;
@@ -101,21 +52,29 @@ pub(super) async fn run(shared: &Shared, queue: &'static str, items: Vec<Item>) 
     Ok(tally)
 }
 
-fn by_subject<'a>(items: &[&'a Item]) -> Vec<Vec<&'a Item>> {
-    let mut parts: HashMap<Subject, Vec<&Item>> = HashMap::new();
-    for item in items {
-        parts.entry(item.subject()).or_default().push(item);
+fn by_subject<'a>(hints: &[&'a Hint]) -> Vec<Vec<&'a Hint>> {
+    let mut parts: HashMap<Subject, Vec<&Hint>> = HashMap::new();
+    for hint in hints {
+        parts.entry(hint.subject()).or_default().push(hint);
     }
     parts.into_values().collect()
 }
 
-/// Settles hints that no message brought. What is of a task that a settler of this process holds is
-/// left with that one, which settles it next: beside a wide task under load its row is hardly ever
-/// free, and who only asked for it would wait until the load is over. Ends when all of it is done.
-pub(super) async fn run_due(shared: &Shared, hints: Vec<Hint>) -> Result<Tally, Error> {
+/// Settles events that no message brought, each with its timer if it has one. What is of a task that a
+/// settler of this process holds is left with that one, which settles it next: beside a wide task under
+/// load its row is hardly ever free, and who only asked for it would wait until the load is over. Ends
+/// when all of it is done.
+pub(super) async fn run_found(
+    shared: &Shared,
+    found: impl Iterator<Item = (Uuid, Event, Option<i64>)>,
+) -> Result<Tally, Error> {
     let open = TaskTracker::new();
     open.close();
-    let mut mine: Vec<Item> = hints.into_iter().map(|hint| Item::Due(hint, open.token())).collect();
+    let hint = |(task, event, due_id)| Hint {
+        request: Request::Event(task, event),
+        source: Source::Found { due_id, open: open.token() },
+    };
+    let mut mine: Vec<Hint> = found.map(hint).collect();
     let left = shared.busy.leave(&mut mine);
     let mut tally = run(shared, STEP_RESULTS, mine).await?;
     open.wait().await;
@@ -123,99 +82,57 @@ pub(super) async fn run_due(shared: &Shared, hints: Vec<Hint>) -> Result<Tally, 
     Ok(tally)
 }
 
-/// What came of a part of a batch, and the tasks in it of which somebody else holds a step.
-async fn work(
-    shared: &Shared,
-    queue: &'static str,
-    items: &[&Item],
-    wait: Wait,
-) -> Result<(Tally, HashSet<Uuid>), Error> {
-    match items.first() {
-        Some(Item::Submit(..)) => initialize::create(shared, items, wait).await?,
-        Some(Item::Signal(..)) => initialize::keep_signals(shared, items, wait).await?,
-        Some(Item::Settle(..) | Item::Due(..)) => return settle_items(shared, queue, items, wait).await,
+/// Does what a part of a batch asks for.
+async fn work<'a>(shared: &Shared, queue: &'static str, part: &[&'a Hint], wait: Wait) -> Result<Settled<'a>, Error> {
+    match part.first().map(|hint| &hint.request) {
+        Some(Request::Submit(_)) => initialize::create(shared, part, wait).await?,
+        Some(Request::Signal(_)) => initialize::keep_signals(shared, part, wait).await?,
+        Some(Request::Event(..)) => {
+            let events = part.iter().filter_map(|hint| hint.about()).collect();
+            let mut settled = settle::settle(shared, queue, events, wait).await?;
+            after_settle(shared, queue, part, &mut settled).await?;
+            return Ok(settled);
+        }
         None => {}
     }
-    Ok(Default::default())
+    Ok(Settled::default())
 }
 
-async fn settle_items(
+/// Gives back to its queue what was deferred, and quarantines what is unknown.
+async fn after_settle(
     shared: &Shared,
     queue: &'static str,
-    items: &[&Item],
-    wait: Wait,
-) -> Result<(Tally, HashSet<Uuid>), Error> {
-    let hints = items
-        .iter()
-        .filter_map(|item| match item {
-            Item::Settle(hint, _) | Item::Due(hint, _) => Some(hint.clone()),
-            Item::Submit(..) | Item::Signal(..) => None,
-        })
-        .collect();
-    let mut settled = settle::settle_waiting(shared, queue, hints, wait).await?;
-    let (locked, deferred) = sort_deferred(shared, std::mem::take(&mut settled.deferred), items);
-    settled.deferred = deferred;
+    part: &[&Hint],
+    settled: &mut Settled<'_>,
+) -> Result<(), Error> {
+    let locked = take_locked(shared, &mut settled.deferred, part);
     if !locked.is_empty() {
         leave_locked(shared, queue, &locked).await?;
     }
-    let ids = |hints: &[Hint]| hints.iter().filter_map(|hint| hint.msg_id).collect::<Vec<i64>>();
     if !settled.deferred.is_empty() {
         let delay = rand::rng().random_range(5..20);
-        put_back(shared, queue, ids(&settled.deferred), delay).await?;
-        if settled.deferred.len() * 2 > items.len() {
+        let ids = settled.deferred.iter().filter_map(|about| about.msg_id).collect();
+        put_back(shared, queue, ids, delay).await?;
+        if settled.deferred.len() * 2 > part.len() {
             // Most of what there is belongs to tasks that are settled elsewhere: reading the rest
             // of it now would only put that back too.
             tokio::time::sleep(Duration::from_millis(delay.unsigned_abs().into())).await;
         }
     }
     let bad: Vec<_> =
-        settled.unknown.iter().filter_map(|(hint, reason)| Some((hint.msg_id?, (*reason).to_owned()))).collect();
-    if !bad.is_empty() {
-        quarantine(shared, queue, bad).await?;
-    }
-    Ok((Tally { moved: settled.moved, deferred: settled.deferred.len() }, settled.locked))
+        settled.unknown.iter().filter_map(|(about, reason)| Some((about.msg_id?, (*reason).to_owned()))).collect();
+    if bad.is_empty() { Ok(()) } else { quarantine(shared, queue, bad).await }
 }
 
-/// Of what is deferred, the items about tasks that have been settled by others for so long that somebody
-/// rather holds their locks; and the other hints.
-fn sort_deferred<'a>(shared: &Shared, deferred: Vec<Hint>, items: &[&'a Item]) -> (Vec<&'a Item>, Vec<Hint>) {
-    let tasks: HashSet<Uuid> = deferred.iter().map(|hint| hint.task).collect();
-    shared.locks.had(items.iter().filter_map(|item| item.task()).filter(|task| !tasks.contains(task)));
+/// Takes out of what is deferred the hints about tasks that have been settled by others for so long that
+/// somebody rather holds their locks.
+fn take_locked<'a>(shared: &Shared, deferred: &mut Vec<About<'_>>, part: &[&'a Hint]) -> Vec<&'a Hint> {
+    let tasks: HashSet<Uuid> = deferred.iter().map(|about| about.task).collect();
+    shared.locks.had(part.iter().filter_map(|hint| hint.task()).filter(|task| !tasks.contains(task)));
     let locked: HashSet<Uuid> = tasks.into_iter().filter(|task| shared.locks.is_no_settle(*task)).collect();
-    let of_locked = |item: &&&Item| item.task().is_some_and(|task| locked.contains(&task));
-    let others = deferred.into_iter().filter(|hint| !locked.contains(&hint.task)).collect();
-    (items.iter().filter(of_locked).copied().collect(), others)
-}
-
-/// Leaves items for a later time, because somebody else holds a lock: messages are put off in their
-/// queue, and what is due was, when it was taken.
-async fn leave_locked(shared: &Shared, queue: &'static str, items: &[&Item]) -> Result<(), Error> {
-    let is_due = items.iter().all(|item| item.message().is_none());
-    shared.locks.remember(items.iter().map(|item| item.subject()));
-    shared.locks.met(if is_due { "due" } else { queue }, items.len());
-    let ids: Vec<i64> = messages(items).collect();
-    if !ids.is_empty() {
-        queue::put_off(&mut *shared.reads.acquire().await?, queue, &ids).await?;
-    }
-    Ok(())
-}
-
-/// Lets messages be read again after so many milliseconds.
-async fn put_back(shared: &Shared, queue: &str, msg_ids: Vec<i64>, delay_ms: i32) -> Result<(), Error> {
-    if !msg_ids.is_empty() {
-        queue::put_back(&mut *shared.reads.acquire().await?, queue, &msg_ids, delay_ms).await?;
-    }
-    Ok(())
-}
-
-/// Moves messages that say nothing we can act on out of the way.
-pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i64, String)>) -> Result<(), Error> {
-    for (msg_id, reason) in &bad {
-        tracing::warn!(queue, msg_id, reason, "message quarantined");
-    }
-    in_tx(&shared.pool, async |conn| Ok::<_, Error>(queue::quarantine(conn, queue, &bad).await?)).await?;
-    metrics().messages_quarantined.inc_by(u64::try_from(bad.len()).unwrap_or(u64::MAX));
-    Ok(())
+    deferred.retain(|about| !locked.contains(&about.task));
+    let is_locked = |hint: &&&Hint| hint.task().is_some_and(|task| locked.contains(&task));
+    part.iter().filter(is_locked).copied().collect()
 }
 
 /// Does the work for the whole batch; if that fails for a reason of its own, for each half.
@@ -227,7 +144,7 @@ pub(super) async fn quarantine(shared: &Shared, queue: &'static str, bad: Vec<(i
 async fn bisect(
     shared: &Shared,
     queue: &'static str,
-    first: (Vec<&Item>, Wait),
+    first: (Vec<&Hint>, Wait),
     began: Instant,
     tally: &mut Tally,
 ) -> Result<(), Error> {
@@ -239,14 +156,14 @@ async fn bisect(
             continue;
         }
         let error = match work(shared, queue, &part, wait).await {
-            Ok((Tally { moved, deferred }, locked)) => {
-                tally.moved += moved;
-                tally.deferred += deferred;
+            Ok(settled) => {
+                tally.moved += settled.moved;
+                tally.deferred += settled.deferred.len();
                 shared.breaker.succeeded();
-                if !locked.is_empty() {
-                    let is_locked = |item: &&&Item| item.task().is_some_and(|task| locked.contains(&task));
-                    let items: Vec<&Item> = part.iter().filter(is_locked).copied().collect();
-                    open.extend(by_subject(&items).into_iter().map(|part| (part, Wait::InTurn)));
+                if !settled.locked.is_empty() {
+                    let is_locked = |hint: &&&Hint| hint.task().is_some_and(|task| settled.locked.contains(&task));
+                    let locked: Vec<&Hint> = part.iter().filter(is_locked).copied().collect();
+                    open.extend(by_subject(&locked).into_iter().map(|part| (part, Wait::InTurn)));
                 }
                 continue;
             }
@@ -254,7 +171,7 @@ async fn bisect(
         };
         match error.fault() {
             Fault::Locked => {
-                let is_one = part.iter().all(|item| item.subject() == part[0].subject());
+                let is_one = part.iter().all(|hint| hint.subject() == part[0].subject());
                 if is_one || began.elapsed() > BUDGET {
                     leave_locked(shared, queue, &part).await?;
                 } else {
@@ -287,10 +204,7 @@ async fn bisect(
                 }
             }
             Fault::Message => match part[..] {
-                [lone] => match lone.message() {
-                    Some(message) => failed_alone(shared, queue, message, &error).await?,
-                    None => put_off(shared, queue, lone, &error).await?,
-                },
+                [lone] => failed_alone(shared, queue, lone, &error).await?,
                 _ => open.extend(halves(&part, wait)),
             },
         }
@@ -299,66 +213,12 @@ async fn bisect(
 }
 
 /// The right half of a part, and the left one, which is done first.
-fn halves<'a>(part: &[&'a Item], wait: Wait) -> [(Vec<&'a Item>, Wait); 2] {
+fn halves<'a>(part: &[&'a Hint], wait: Wait) -> [(Vec<&'a Hint>, Wait); 2] {
     let (left, right) = part.split_at(part.len() / 2);
     [right, left].map(|half| (half.to_vec(), wait))
 }
 
-fn messages(part: &[&Item]) -> impl Iterator<Item = i64> {
-    part.iter().filter_map(|item| Some(item.message()?.msg_id))
-}
-
-/// Lets one that fails while others do not come back later, each time later than before.
-async fn put_off(shared: &Shared, queue: &'static str, lone: &Item, error: &Error) -> Result<(), Error> {
-    match lone {
-        Item::Submit(_, message) | Item::Signal(_, message) | Item::Settle(_, message) => {
-            let delay = match shared.breaker.failed_alone(queue, message.msg_id, error) {
-                Alone::Yes(delay) => {
-                    tracing::warn!(queue, msg_id = message.msg_id, %error, ?delay, "a message fails while others do not; it is put off");
-                    metrics().messages_put_off.inc();
-                    delay
-                }
-                Alone::NotSure(delay) => {
-                    tracing::debug!(queue, msg_id = message.msg_id, %error, ?delay, "a message failed; it is put off");
-                    delay
-                }
-                Alone::GiveUp => return give_up(shared, queue, message, error).await,
-            };
-            let delay = i32::try_from(delay.as_millis()).unwrap_or(i32::MAX);
-            put_back(shared, queue, vec![message.msg_id], delay).await
-        }
-        Item::Due(hint, _) => {
-            tracing::warn!(%error, task_uuid = %hint.task, "what is due of a task cannot be settled; it is tried again");
-            // For a moment it was put off when it was taken, which is enough if nothing is wrong with it.
-            if let Some(due_id) = hint.due_id.filter(|_| error.fault() == Fault::Message) {
-                queue::put_off_due(&mut *shared.reads.acquire().await?, due_id).await?;
-            }
-            Ok(())
-        }
-    }
-}
-
-async fn failed_alone(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
-    let reason: String = error.to_string().chars().take(300).collect();
-    let failures = queue::note_failure(&mut *shared.pool.acquire().await?, queue, message.msg_id, &reason).await?;
-    tracing::warn!(queue, msg_id = message.msg_id, failures, %error, "a message failed by itself");
-    if failures < MAX_FAILURES {
-        return put_back(shared, queue, vec![message.msg_id], 200).await;
-    }
-    give_up(shared, queue, message, error).await
-}
-
-/// Quarantines a message for its failures.
-async fn give_up(shared: &Shared, queue: &'static str, message: &Message, error: &Error) -> Result<(), Error> {
-    let reason: String = error.to_string().chars().take(300).collect();
-    quarantine(shared, queue, vec![(message.msg_id, reason.clone())]).await?;
-    // The attempt it told of ends as an error, so that its task does not wait for ever.
-    if let Ok(Ok(result)) = message.body.as_ref().map(ResultHint::parse) {
-        let look = Look::Quarantined(result.step, result.attempt, reason);
-        let hint = Hint { task: result.task, look, msg_id: None, due_id: None };
-        if let Err(error) = settle::settle(shared, queue, vec![hint]).await {
-            tracing::error!(%error, task_uuid = %result.task, "the attempt of a quarantined result could not be ended");
-        }
-    }
-    Ok(())
+/// The messages of a part.
+pub(super) fn messages(part: &[&Hint]) -> impl Iterator<Item = i64> {
+    part.iter().filter_map(|hint| Some(hint.message()?.0))
 }

@@ -11,12 +11,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::batch::Item;
+use super::Hint;
 
-/// The tasks that are being settled, each with the items that came for it meanwhile.
+/// The tasks that are being settled, each with the hints that came for it meanwhile.
 #[derive(Debug, Default)]
 pub struct Busy {
-    tasks: Mutex<HashMap<Uuid, Vec<Item>>>,
+    tasks: Mutex<HashMap<Uuid, Vec<Hint>>>,
     left: Notify,
 }
 
@@ -27,44 +27,44 @@ pub(super) struct Entered<'a> {
 }
 
 impl Busy {
-    fn tasks(&self) -> MutexGuard<'_, HashMap<Uuid, Vec<Item>>> {
+    fn tasks(&self) -> MutexGuard<'_, HashMap<Uuid, Vec<Hint>>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters the tasks that nobody holds and answers their items; the others stay with their holders.
-    pub(super) fn enter(&self, items: Vec<Item>) -> (Entered<'_>, Vec<Item>) {
+    /// Enters the tasks that nobody holds and answers their hints; the others stay with their holders.
+    pub(super) fn enter(&self, hints: Vec<Hint>) -> (Entered<'_>, Vec<Hint>) {
         let mut entered = Entered { busy: self, tasks: HashSet::new() };
-        let mut mine = Vec::with_capacity(items.len());
+        let mut mine = Vec::with_capacity(hints.len());
         let mut tasks = self.tasks();
-        for item in items {
-            match item.task() {
+        for hint in hints {
+            match hint.task() {
                 Some(task) if !entered.tasks.contains(&task) => {
                     if let Some(waiting) = tasks.get_mut(&task) {
-                        waiting.push(item);
+                        waiting.push(hint);
                         continue;
                     }
                     tasks.insert(task, Vec::new());
                     entered.tasks.insert(task);
-                    mine.push(item);
+                    mine.push(hint);
                 }
-                _ => mine.push(item),
+                _ => mine.push(hint),
             }
         }
         drop(tasks);
         (entered, mine)
     }
 
-    /// Leaves the items of tasks that somebody holds with their holders; answers how many those were.
-    pub(super) fn leave(&self, items: &mut Vec<Item>) -> usize {
-        let before = items.len();
+    /// Leaves the hints of tasks that somebody holds with their holders; answers how many those were.
+    pub(super) fn leave(&self, hints: &mut Vec<Hint>) -> usize {
+        let before = hints.len();
         let mut tasks = self.tasks();
-        let held = |item: &mut Item| item.task().is_some_and(|task| tasks.contains_key(&task));
-        for item in items.extract_if(.., held).collect::<Vec<_>>() {
-            if let Some(waiting) = item.task().and_then(|task| tasks.get_mut(&task)) {
-                waiting.push(item);
+        let held = |hint: &mut Hint| hint.task().is_some_and(|task| tasks.contains_key(&task));
+        for hint in hints.extract_if(.., held).collect::<Vec<_>>() {
+            if let Some(waiting) = hint.task().and_then(|task| tasks.get_mut(&task)) {
+                waiting.push(hint);
             }
         }
-        before - items.len()
+        before - hints.len()
     }
 
     /// Waits until somebody has left a task.
@@ -75,7 +75,7 @@ impl Busy {
 
 impl Entered<'_> {
     /// What came for these tasks meanwhile; the tasks for which nothing came are left.
-    pub(super) fn next(&mut self) -> Vec<Item> {
+    pub(super) fn next(&mut self) -> Vec<Hint> {
         let mut tasks = self.busy.tasks();
         let mut next = Vec::new();
         self.tasks.retain(|task| match tasks.get_mut(task).map(std::mem::take) {
@@ -111,14 +111,18 @@ mod tests {
     use tokio_util::task::TaskTracker;
 
     use super::*;
-    use crate::lifecycle::{Hint, Look};
+    use tasker_shared::message::Request;
+    use tasker_shared::state_machine::Event;
 
-    fn due(task: Uuid, open: &TaskTracker) -> Item {
-        Item::Due(Hint { task, look: Look::Signal, msg_id: None, due_id: None }, open.token())
+    use crate::lifecycle::Source;
+
+    fn due(task: Uuid, open: &TaskTracker) -> Hint {
+        let source = Source::Found { due_id: None, open: open.token() };
+        Hint { request: Request::Event(task, Event::SignalDue), source }
     }
 
-    fn tasks(items: &[Item]) -> Vec<Option<Uuid>> {
-        items.iter().map(Item::task).collect()
+    fn tasks(hints: &[Hint]) -> Vec<Option<Uuid>> {
+        hints.iter().map(Hint::task).collect()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use tasker_shared::message::{Request, SendSignal};
-use tasker_shared::queue::{self, Message, Outbox, TASK_REQUESTS, Traffic};
+use tasker_shared::queue::{self, Message, Outbox, QueueChanges, TASK_REQUESTS};
 use tasker_shared::store::locks;
 use tasker_shared::store::tasks;
 use tasker_shared::store::tx::in_tx;
@@ -11,63 +11,45 @@ use tasker_shared::store::waits;
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::batch::{self, Item};
+use super::faults::quarantine;
 use super::locks::Wait;
-use super::{Act, Error, Hint, Look, Shared};
+use super::{Error, Hint, Shared, batch};
 
 /// Deals with one batch of requests.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
 pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
-    let (mut settles, mut submits, mut signals, mut bad) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut events, mut submits, mut signals, mut bad) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for message in messages {
         let request =
             message.body.as_ref().map_err(Clone::clone).and_then(|body| Request::parse(body, message.headers.as_ref()));
-        let (task, look) = match request {
-            Ok(Request::Submit(request)) => {
-                submits.push(Item::Submit(request, message));
-                continue;
+        match request {
+            Ok(request) => {
+                let kind = match request {
+                    Request::Submit(_) => &mut submits,
+                    Request::Signal(_) => &mut signals,
+                    Request::Event(..) => &mut events,
+                };
+                kind.push(Hint::of(&message, request));
             }
-            Ok(Request::Start(task)) => (task, Look::Start),
-            Ok(Request::Cancel(task, operator)) => (task, Look::Cancel(operator)),
-            Ok(Request::Terminate(task, operator)) => (task, Look::Terminate(operator)),
-            Ok(Request::Retry(task, operator, only)) => (task, Look::Operate(operator, Act::Retry(only))),
-            Ok(Request::Rerun(task, operator, from)) => (task, Look::Operate(operator, Act::Rerun(from))),
-            Ok(Request::Suspend(task, operator)) => (task, Look::Suspend(operator)),
-            Ok(Request::Resume(task, operator)) => (task, Look::Operate(operator, Act::Resume)),
-            Ok(Request::GiveUp(task, operator)) => (task, Look::GiveUp(operator)),
-            Ok(Request::ResolveTask(task, operator)) => (task, Look::ResolveTask(operator)),
-            Ok(Request::ByHand(task, operator, step, act, output)) => {
-                (task, Look::Operate(operator, Act::ByHand(step, act, output)))
-            }
-            Ok(Request::Signal(task)) => (task, Look::Signal),
-            Ok(Request::Child(task, step, attempt)) => (task, Look::Child(step, attempt)),
-            Ok(Request::SendSignal(signal)) => {
-                signals.push(Item::Signal(signal, message));
-                continue;
-            }
-            Err(reason) => {
-                bad.push((message.msg_id, reason));
-                continue;
-            }
-        };
-        settles.push(Item::Settle(Hint { task, look, msg_id: Some(message.msg_id), due_id: None }, message));
+            Err(reason) => bad.push((message.msg_id, reason)),
+        }
     }
     if !bad.is_empty() {
-        batch::quarantine(shared, TASK_REQUESTS, bad).await?;
+        quarantine(shared, TASK_REQUESTS, bad).await?;
     }
     batch::run(shared, TASK_REQUESTS, submits).await?;
     batch::run(shared, TASK_REQUESTS, signals).await?;
-    batch::run(shared, TASK_REQUESTS, settles).await?;
+    batch::run(shared, TASK_REQUESTS, events).await?;
     Ok(())
 }
 
 /// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
-pub(super) async fn create(shared: &Shared, items: &[&Item], wait: Wait) -> Result<(), Error> {
-    let submits: Vec<(&Message, &Value)> = items
+pub(super) async fn create(shared: &Shared, hints: &[&Hint], wait: Wait) -> Result<(), Error> {
+    let submits: Vec<(i64, &Value)> = hints
         .iter()
-        .filter_map(|item| match item {
-            Item::Submit(request, message) => Some((message, request)),
-            Item::Settle(..) | Item::Due(..) | Item::Signal(..) => None,
+        .filter_map(|hint| match &hint.request {
+            Request::Submit(request) => Some((hint.message()?.0, request)),
+            Request::Signal(_) | Request::Event(..) => None,
         })
         .collect();
     let created: Vec<Uuid> = in_tx(&shared.pool, async |conn| {
@@ -77,11 +59,11 @@ pub(super) async fn create(shared: &Shared, items: &[&Item], wait: Wait) -> Resu
         let requests: Vec<&Value> = submits.iter().map(|(_, request)| *request).collect();
         let answers = tasks::submit(conn, &requests).await?;
         let (mut done, mut bad, mut created) = (Vec::new(), Vec::new(), Vec::new());
-        for ((message, _), answer) in submits.iter().zip(answers) {
+        for ((id, _), answer) in submits.iter().zip(answers) {
             if let Some(reason) = answer.error {
-                bad.push((message.msg_id, reason));
+                bad.push((*id, reason));
             } else {
-                done.push(message.msg_id);
+                done.push(*id);
                 created.extend(answer.task_uuid.filter(|_| answer.is_new));
             }
         }
@@ -89,7 +71,7 @@ pub(super) async fn create(shared: &Shared, items: &[&Item], wait: Wait) -> Resu
             queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
         }
         let outbox = Outbox::default();
-        queue::conclude(conn, &Traffic { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
+        queue::conclude(conn, &QueueChanges { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
         Ok::<_, Error>(created)
     })
     .await?;
@@ -98,27 +80,27 @@ pub(super) async fn create(shared: &Shared, items: &[&Item], wait: Wait) -> Resu
 }
 
 /// Keeps signals that came as raw messages; one that is refused is quarantined with its reason.
-pub(super) async fn keep_signals(shared: &Shared, items: &[&Item], wait: Wait) -> Result<(), Error> {
+pub(super) async fn keep_signals(shared: &Shared, hints: &[&Hint], wait: Wait) -> Result<(), Error> {
     in_tx(&shared.pool, async |conn| {
         if wait != Wait::Once {
             locks::wait_briefly(conn).await?;
         }
         let (mut done, mut bad) = (Vec::new(), Vec::new());
-        for item in items {
-            let Item::Signal(signal, message) = item else {
+        for hint in hints {
+            let (Request::Signal(signal), Some((id, _))) = (&hint.request, hint.message()) else {
                 continue;
             };
             let SendSignal { task, name, payload, actor, traceparent } = signal;
             match &*waits::signal(conn, *task, name, payload, Some(actor), traceparent.as_deref()).await? {
-                "accepted" => done.push(message.msg_id),
-                refusal => bad.push((message.msg_id, refusal.to_owned())),
+                "accepted" => done.push(id),
+                refusal => bad.push((id, refusal.to_owned())),
             }
         }
         if !bad.is_empty() {
             queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
         }
         let outbox = Outbox::default();
-        queue::conclude(conn, &Traffic { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
+        queue::conclude(conn, &QueueChanges { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
         Ok::<_, Error>(())
     })
     .await

@@ -1,72 +1,117 @@
-//! What a decision needs, read after the locks: the steps the hints are about, those behind them,
-//! and the outputs they will read. This file must never decide anything itself.
+//! What a decision needs, read after the locks: the steps the events are about, those behind them,
+//! and the outputs they will read. Decides, and loads what deciding lacked, until nothing is lacking.
+//!
+//! This file must never say what a task does next: `decide` does, which it calls.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
 use sqlx::PgConnection;
-use tasker_shared::state_machine::StepState;
 use tasker_shared::state_machine::definition::MAX_ITEMS;
-use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Signal};
+use tasker_shared::state_machine::flow::Places;
+use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room, Step, Task};
+use tasker_shared::state_machine::{Event, Snapshot, StepState, TaskState, decide};
 use tasker_shared::store;
 use tasker_shared::store::maps::{self, Window};
-use tasker_shared::store::nested::ChildEnd;
 use tasker_shared::store::steps::{self, Output, Place, StepRow};
 use tasker_shared::store::tasks::TaskRow;
 use tasker_shared::store::templates::Loaded;
+use tasker_shared::trace::log::Attempt;
+use tracing::instrument;
 use uuid::Uuid;
 
 use super::locks::Wait;
-use super::{Act, Error, Hint, Look, Shared, nested, waits};
+use super::{About, Error, Shared, nested, waits};
 
 /// One task of the batch, as it was loaded.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct LoadedTask {
+    /// What its trace and its messages say of it.
     pub row: TaskRow,
     pub template: Arc<Loaded>,
-    pub steps: HashMap<Uuid, StepRow>,
-    /// Outputs of steps that are not loaded, by index.
-    pub outputs: HashMap<u32, Value>,
-    /// Steps that were asked for an output and have none to come, or none yet.
-    pub absent: HashSet<u32>,
-    /// How far the maps among the loaded steps have come, by index.
-    pub maps: HashMap<u32, Map>,
-    /// Items to create, by index of their map.
-    pub windows: HashMap<u32, (u32, Vec<Value>)>,
-    /// What maps came to whose items are all done.
-    pub collected: HashMap<u32, Result<Value, String>>,
-    /// What decisions lacked and was asked for: what is still lacking does not exist.
-    pub asked: Lacks,
+    /// What `decide` reads.
+    pub snapshot: Snapshot,
+    /// The current attempts of the steps that events are about, by step.
+    pub attempts: HashMap<Uuid, Attempt>,
+    /// The keys of the loaded steps.
+    keys: HashMap<Uuid, u32>,
+    /// The steps that events are about, by key.
+    about: HashSet<u32>,
+    /// What decisions lacked and was loaded: what is still lacking does not exist.
+    asked: Lacks,
     /// Every step is loaded, because an operator's act is about all of it.
     whole: bool,
-    /// What became of tasks that its attempts started, where a hint asks.
-    pub children: HashMap<(Uuid, i32), ChildEnd>,
-    /// When steps must have ended, where a hint says that they are late.
-    pub deadlines: HashMap<Uuid, DateTime<Utc>>,
-    /// Signals that were kept; read only where the template waits for any.
-    pub signals: Vec<Signal>,
 }
 
-impl Work {
-    /// The place of a step in the template.
+impl LoadedTask {
+    /// A task of which nothing but its row was loaded.
+    fn new(task: Task, row: TaskRow, template: Arc<Loaded>, whole: bool) -> Self {
+        Self {
+            snapshot: Snapshot::of_row(task, template.definition.clone()),
+            row,
+            template,
+            attempts: HashMap::new(),
+            keys: HashMap::new(),
+            about: HashSet::new(),
+            asked: Lacks::default(),
+            whole,
+        }
+    }
+
+    /// The task's row as it was locked.
+    pub fn task(&self) -> &Task {
+        &self.snapshot.task
+    }
+
+    /// Whether the step is loaded.
+    pub fn has(&self, step: Uuid) -> bool {
+        self.keys.contains_key(&step)
+    }
+
+    /// A loaded step, with its key.
+    pub fn step(&self, step: Uuid) -> Option<(u32, &Step)> {
+        let key = *self.keys.get(&step)?;
+        Some((key, self.snapshot.steps.get(&key)?))
+    }
+
+    /// The index of a step in the template.
     pub fn index(&self, name: &str) -> Option<u32> {
         self.template.definition.by_name.get(name).copied()
     }
 
-    pub fn key(&self, row: &StepRow) -> u32 {
-        self.template.definition.key(row.step.index, row.step.item)
+    /// The loaded step of a map, or of any step that is no item.
+    pub fn step_of(&self, index: u32) -> Option<Uuid> {
+        let step = self.snapshot.steps.get(&self.template.definition.key(index, None))?;
+        Some(step.uuid)
     }
 
-    /// The loaded step of a map.
-    pub fn map_step(&self, index: u32) -> Option<Uuid> {
-        let is_map = |row: &&StepRow| row.step.index == index && row.step.item.is_none();
-        self.steps.values().find(is_map).map(|row| row.step.uuid)
+    /// Takes in a row; one that knows more of the attempt takes the place of one that knew what it counts for.
+    fn put(&mut self, row: StepRow) -> Result<(), store::Error> {
+        self.defines(&row)?;
+        let StepRow { step, reported, passed, outcome, attempt, .. } = row;
+        let (key, uuid) = (self.template.definition.key(step.index, step.item), step.uuid);
+        self.keys.insert(uuid, key);
+        if reported {
+            self.about.insert(key);
+        }
+        if passed {
+            self.snapshot.passed.insert(key);
+        }
+        match outcome {
+            Some(outcome) => drop(self.snapshot.outcomes.insert(key, outcome)),
+            None => drop(self.snapshot.outcomes.remove(&key)),
+        }
+        match attempt {
+            Some(attempt) => drop(self.attempts.insert(uuid, attempt)),
+            None => drop(self.attempts.remove(&uuid)),
+        }
+        self.snapshot.steps.insert(key, step);
+        Ok(())
     }
 
     /// Refuses a row whose step the template does not have: whatever is decided next looks it up there.
-    pub fn defines(&self, row: &StepRow) -> Result<(), store::Error> {
+    fn defines(&self, row: &StepRow) -> Result<(), store::Error> {
         let steps = self.template.definition.steps.len();
         let is_defined = usize::try_from(row.step.index).is_ok_and(|index| index < steps)
             && row.step.item.is_none_or(|item| item < MAX_ITEMS);
@@ -85,7 +130,7 @@ impl Work {
     }
 
     /// What the plan lacks that was not asked for yet.
-    pub fn lacking(&self, plan: &Plan) -> Lacks {
+    fn lacking(&self, plan: &Plan) -> Lacks {
         Lacks {
             steps: plan.lacks.steps.difference(&self.asked.steps).copied().collect(),
             outputs: plan.lacks.outputs.difference(&self.asked.outputs).copied().collect(),
@@ -99,12 +144,36 @@ impl Work {
                 .collect(),
         }
     }
+
+    /// What a task that begins needs: uuids for its steps, time-ordered and with the milliseconds of its
+    /// own, so by the database's clock; and what its schema says of its input.
+    fn begin(&mut self) {
+        let milliseconds = &self.task().uuid.as_bytes()[..6];
+        let mut bytes = [0_u8; 16];
+        bytes[..6].copy_from_slice(milliseconds);
+        self.snapshot.new_step_uuids = (0..self.template.definition.steps.len())
+            .map(|_| {
+                rand::fill(&mut bytes[6..]);
+                uuid::Builder::from_bytes(bytes)
+                    .with_variant(uuid::Variant::RFC4122)
+                    .with_version(uuid::Version::SortRand)
+                    .into_uuid()
+            })
+            .collect();
+        let problems = self.template.schema.as_ref().and_then(|schema| schema.check(&self.task().input).err());
+        self.snapshot.invalid_input = problems.map(|problems| problems.join("; ").chars().take(1000).collect());
+    }
+}
+
+/// The tasks of a batch by their uuid.
+pub(super) fn by_uuid(tasks: &mut [LoadedTask]) -> HashMap<Uuid, &mut LoadedTask> {
+    tasks.iter_mut().map(|task| (task.task().uuid, task)).collect()
 }
 
 /// What was loaded.
 #[derive(Debug)]
 pub(super) struct Batch {
-    pub works: Vec<Work>,
+    pub tasks: Vec<LoadedTask>,
     pub now: DateTime<Utc>,
     /// Tasks that were left out, because somebody else holds a step of theirs.
     pub held: HashSet<Uuid>,
@@ -114,33 +183,29 @@ pub(super) struct Batch {
 pub(super) async fn load(
     shared: &Shared,
     conn: &mut PgConnection,
-    mut rows: Vec<TaskRow>,
-    hints: &[Hint],
+    mut rows: Vec<(Task, TaskRow)>,
+    events: &[About<'_>],
     wait: Wait,
 ) -> Result<Batch, Error> {
     // Times of an entity never go back, even if the database's clock does.
-    let mut now = rows.iter().map(|row| row.read_at.max(row.task.last_at)).max().unwrap_or_default();
-    let late: Vec<Uuid> = hints
-        .iter()
-        .filter(|hint| matches!(hint.look, Look::StepTotal(_)))
-        .filter_map(|hint| hint.look.step())
-        .collect();
+    let mut now = rows.iter().map(|(task, row)| row.read_at.max(task.last_at)).max().unwrap_or_default();
+    let steps_of = |wanted: fn(&Event) -> bool| {
+        events.iter().filter(move |about| wanted(about.event)).filter_map(|about| about.event.step())
+    };
+    let late: Vec<Uuid> = steps_of(|event| matches!(event, Event::StepTotalDue { .. })).collect();
     // A map that has taken too long takes its items with it.
     let items = if late.is_empty() { Vec::new() } else { maps::open_items(conn, &late).await? };
-    let claimable: Vec<Uuid> = hints
-        .iter()
-        .filter(|hint| matches!(hint.look, Look::Lease(_) | Look::Queue(_)))
-        .filter_map(|hint| hint.look.step())
+    let claimable: Vec<Uuid> = steps_of(|event| matches!(event, Event::LeaseDue { .. } | Event::QueueDue { .. }))
         .chain(late)
         .chain(items.iter().copied())
         .collect();
     let unlocked = lock_claimable(conn, &claimable, wait).await?;
-    let about: Vec<Uuid> = hints.iter().filter_map(|hint| hint.look.step()).chain(items).collect();
+    let about: Vec<Uuid> = steps_of(|_| true).chain(items).collect();
     let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
     let mut held = held(&loaded, &unlocked);
-    rows.retain(|row| !held.contains(&row.task.uuid));
+    rows.retain(|(task, _)| !held.contains(&task.uuid));
     let whole: HashSet<Uuid> =
-        hints.iter().filter(|hint| matches!(hint.look, Look::Operate(..))).map(|hint| hint.task).collect();
+        events.iter().filter(|about| about.event.is_about_all()).map(|about| about.task).collect();
     if !whole.is_empty() {
         let mut all = steps::load_all(conn, &whole.iter().copied().collect::<Vec<_>>()).await?;
         // Of those that other events are about, more is known.
@@ -149,77 +214,71 @@ pub(super) async fn load(
     }
     now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
 
-    let ids: Vec<i32> = rows.iter().map(|row| row.template_id).collect();
+    let ids: Vec<i32> = rows.iter().map(|(_, row)| row.template_id).collect();
     let templates = shared.templates(conn, &ids).await?;
-    let mut works: Vec<Work> = Vec::with_capacity(rows.len());
-    for row in rows {
+    let mut tasks: Vec<LoadedTask> = Vec::with_capacity(rows.len());
+    for (task, row) in rows {
         let template = templates.get(&row.template_id).cloned().ok_or_else(|| store::Error::BadRow {
             table: "tasks",
             column: "template_id",
-            id: row.task.uuid.to_string(),
+            id: task.uuid.to_string(),
             problem: "no such template".into(),
         })?;
-        let whole = whole.contains(&row.task.uuid);
-        works.push(Work {
-            row,
-            template,
-            steps: HashMap::new(),
-            outputs: HashMap::new(),
-            absent: HashSet::new(),
-            maps: HashMap::new(),
-            windows: HashMap::new(),
-            collected: HashMap::new(),
-            asked: Lacks::default(),
-            whole,
-            children: HashMap::new(),
-            deadlines: HashMap::new(),
-            signals: Vec::new(),
-        });
+        let whole = whole.contains(&task.uuid);
+        tasks.push(LoadedTask::new(task, row, template, whole));
     }
-    let places: HashMap<Uuid, usize> =
-        works.iter().enumerate().map(|(place, work)| (work.row.task.uuid, place)).collect();
-    let put = |works: &mut Vec<Work>, rows: Vec<StepRow>| -> Result<(), Error> {
-        for mut row in rows {
-            if let Some(place) = places.get(&row.task_uuid) {
-                works[*place].defines(&row)?;
-                // A row that knows more of the attempt takes the place of one that knew what it counts for.
-                row.passed |= works[*place].steps.get(&row.step.uuid).is_some_and(|before| before.passed);
-                works[*place].steps.insert(row.step.uuid, row);
+    let positions: HashMap<Uuid, usize> =
+        tasks.iter().enumerate().map(|(position, task)| (task.task().uuid, position)).collect();
+    let put = |tasks: &mut Vec<LoadedTask>, rows: Vec<StepRow>| -> Result<(), Error> {
+        for row in rows {
+            if let Some(position) = positions.get(&row.task_uuid) {
+                tasks[*position].put(row)?;
             }
         }
         Ok(())
     };
-    put(&mut works, loaded)?;
+    put(&mut tasks, loaded)?;
     let mut by_hand_held = HashSet::new();
     if !whole.is_empty() {
-        let mut by_hand = by_hand(&works, hints);
+        let mut by_hand = by_hand(&tasks, events);
         if !by_hand.is_empty() {
             by_hand.extend(maps::open_items(conn, &by_hand).await?);
             let unlocked = lock_claimable(conn, &by_hand, wait).await?;
             let rows = steps::load(conn, &by_hand).await?;
             by_hand_held = self::held(&rows, &unlocked);
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
-            put(&mut works, rows)?;
+            put(&mut tasks, rows)?;
         }
     }
-    nested::load(conn, &mut works, hints).await?;
-    waits::load_deadlines(conn, &mut works, hints).await?;
-    let signalled = waits::load_signals(conn, &mut works, hints).await?;
+    nested::load(conn, &mut tasks, events).await?;
+    waits::load_deadlines(conn, &mut tasks, events).await?;
+    let signalled = waits::load_signals(conn, &mut tasks, events).await?;
     if !signalled.is_empty() {
         let loaded = steps::load(conn, &signalled).await?;
         now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
-        put(&mut works, loaded)?;
+        put(&mut tasks, loaded)?;
     }
-    let behind = behind(&works);
+    let behind = behind(&tasks);
     if !behind.is_empty() {
-        put(&mut works, steps::load_behind(conn, &behind).await?)?;
+        put(&mut tasks, steps::load_behind(conn, &behind).await?)?;
     }
-    load_maps(conn, &mut works).await?;
+    load_maps(conn, &mut tasks).await?;
     if !by_hand_held.is_empty() {
-        works.retain(|work| !by_hand_held.contains(&work.row.task.uuid));
+        tasks.retain(|task| !by_hand_held.contains(&task.task().uuid));
         held.extend(by_hand_held);
     }
-    Ok(Batch { works, now, held })
+    for about in events {
+        let begins = |task: &LoadedTask| match about.event {
+            Event::Start => task.task().state == TaskState::Pending,
+            Event::Retry { .. } => task.keys.is_empty(),
+            _ => false,
+        };
+        let task = positions.get(&about.task).and_then(|position| tasks.get_mut(*position));
+        if let Some(task) = task.filter(|task| task.task().uuid == about.task && begins(task)) {
+            task.begin();
+        }
+    }
+    Ok(Batch { tasks, now, held })
 }
 
 /// Locks the steps that a worker may move at this moment; answers those that it did not lock. Who waits
@@ -249,93 +308,92 @@ fn held(loaded: &[StepRow], unlocked: &HashSet<Uuid>) -> HashSet<Uuid> {
 }
 
 /// The steps that operators settle by hand: their attempts may be open.
-fn by_hand(works: &[Work], hints: &[Hint]) -> Vec<Uuid> {
-    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
-    let of = |hint: &Hint| {
-        let Look::Operate(_, Act::ByHand(name, ..)) = &hint.look else {
+fn by_hand(tasks: &[LoadedTask], events: &[About<'_>]) -> Vec<Uuid> {
+    let tasks: HashMap<Uuid, &LoadedTask> = tasks.iter().map(|task| (task.task().uuid, task)).collect();
+    let of = |about: &About<'_>| {
+        let Event::ByHand { step, .. } = about.event else {
             return None;
         };
-        let work = works.get(&hint.task)?;
-        let index = work.index(name)?;
-        work.steps.values().find(|row| row.step.index == index && row.step.item.is_none()).map(|row| row.step.uuid)
+        let task = tasks.get(&about.task)?;
+        task.step_of(task.index(step)?)
     };
-    hints.iter().filter_map(of).collect()
+    events.iter().filter_map(of).collect()
 }
 
-/// The places of the direct dependents that are not loaded yet.
-fn behind(works: &[Work]) -> Vec<Place> {
+/// The direct dependents that are not loaded yet.
+fn behind(tasks: &[LoadedTask]) -> Vec<Place> {
     let mut places = BTreeSet::new();
-    for work in works {
-        let (items, others): (Vec<&StepRow>, Vec<&StepRow>) =
-            work.steps.values().partition(|row| row.step.item.is_some());
-        let loaded: HashSet<u32> = others.iter().map(|row| row.step.index).collect();
-        let graph = &work.template.definition.graph;
+    for task in tasks {
+        let steps = task.snapshot.steps.values();
+        let (items, others): (Vec<&Step>, Vec<&Step>) = steps.partition(|step| step.item.is_some());
+        let loaded: HashSet<u32> = others.iter().map(|step| step.index).collect();
+        let graph = &task.template.definition.graph;
         let children = loaded.iter().flat_map(|index| graph.children(*index)).copied();
         // Behind an item stands its map.
-        let behind = children.chain(items.iter().map(|row| row.step.index)).filter(|index| !loaded.contains(index));
-        places.extend(behind.map(|index| (work.row.task.uuid, index, None)));
+        let behind = children.chain(items.iter().map(|step| step.index)).filter(|index| !loaded.contains(index));
+        places.extend(behind.map(|index| (task.task().uuid, index, None)));
     }
     places.into_iter().collect()
 }
 
 /// Reads how far the maps among the loaded steps have come, and the items that take the places of
 /// those that ended. No statement where there is no map.
-async fn load_maps(conn: &mut PgConnection, works: &mut [Work]) -> Result<(), Error> {
-    let is_map = |work: &Work, row: &StepRow| {
-        row.step.item.is_none() && work.template.definition.steps[row.step.index as usize].for_each.is_some()
+async fn load_maps(conn: &mut PgConnection, tasks: &mut [LoadedTask]) -> Result<(), Error> {
+    let is_map = |task: &LoadedTask, step: &Step| {
+        step.item.is_none() && task.template.definition.steps[step.index as usize].for_each.is_some()
     };
-    let of = |work: &Work| -> Vec<(Uuid, Uuid)> {
-        let maps = work.steps.values().filter(|row| is_map(work, row));
-        maps.map(|row| (row.task_uuid, row.step.uuid)).collect()
+    let of = |task: &LoadedTask| -> Vec<(Uuid, Uuid)> {
+        let maps = task.snapshot.steps.values().filter(|step| is_map(task, step));
+        maps.map(|step| (task.task().uuid, step.uuid)).collect()
     };
-    let wanted: Vec<(Uuid, Uuid)> = works.iter().flat_map(of).collect();
+    let wanted: Vec<(Uuid, Uuid)> = tasks.iter().flat_map(of).collect();
     if wanted.is_empty() {
         return Ok(());
     }
     let maps = maps::load(conn, &wanted).await?;
     let mut windows = Vec::new();
-    for work in works.iter_mut() {
+    for task in tasks.iter_mut() {
         let mut reported: HashMap<u32, u32> = HashMap::new();
-        for row in work.steps.values().filter(|row| row.reported && row.step.item.is_some()) {
-            *reported.entry(row.step.index).or_default() += 1;
+        for step in task.about.iter().filter_map(|key| task.snapshot.steps.get(key)).filter(|step| step.item.is_some())
+        {
+            *reported.entry(step.index).or_default() += 1;
         }
-        let loaded =
-            work.steps.values().filter_map(|row| Some((row.step.index, row.step.uuid, *maps.get(&row.step.uuid)?)));
-        let loaded: Vec<(u32, Uuid, Map)> = loaded.collect();
+        let steps = task.snapshot.steps.values();
+        let loaded: Vec<(u32, Uuid, Map)> =
+            steps.filter_map(|step| Some((step.index, step.uuid, *maps.get(&step.uuid)?))).collect();
         // A map that waits for its items has counted them.
-        let uncounted = |row: &&StepRow| {
-            is_map(work, row) && row.step.state == StepState::Waiting && !maps.contains_key(&row.step.uuid)
-        };
-        if let Some(row) = work.steps.values().find(uncounted) {
+        let uncounted =
+            |step: &&Step| is_map(task, step) && step.state == StepState::Waiting && !maps.contains_key(&step.uuid);
+        if let Some(step) = task.snapshot.steps.values().find(uncounted) {
             return Err(Error::Store(store::Error::BadRow {
                 table: "maps",
                 column: "step_uuid",
-                id: row.step.uuid.to_string(),
+                id: step.uuid.to_string(),
                 problem: "the step waits for its items, and this row is missing".into(),
             }));
         }
         for (index, step, map) in loaded {
             let count = reported.get(&index).copied().unwrap_or_default().min(map.items - map.next_item);
             if count > 0 {
-                windows.push(Window { task: work.row.task.uuid, step, from: map.next_item, count });
+                windows.push(Window { task: task.task().uuid, step, from: map.next_item, count });
             }
-            work.maps.insert(index, map);
+            task.snapshot.maps.insert(index, map);
         }
     }
-    read_items(conn, works, &windows).await
+    read_items(conn, tasks, &windows).await
 }
 
-pub(super) async fn read_items(conn: &mut PgConnection, works: &mut [Work], windows: &[Window]) -> Result<(), Error> {
+async fn read_items(conn: &mut PgConnection, tasks: &mut [LoadedTask], windows: &[Window]) -> Result<(), Error> {
     if windows.is_empty() {
         return Ok(());
     }
     let mut items = maps::load_items(conn, windows).await?;
-    for work in works {
+    for task in tasks {
         let maps: Vec<(u32, Uuid)> =
-            work.maps.keys().filter_map(|index| Some((*index, work.map_step(*index)?))).collect();
+            task.snapshot.maps.keys().filter_map(|index| Some((*index, task.step_of(*index)?))).collect();
         for (index, step) in maps {
             if let Some(window) = items.remove(&step) {
-                work.windows.insert(index, window);
+                task.snapshot.windows.insert(index, window);
             }
         }
     }
@@ -344,32 +402,35 @@ pub(super) async fn read_items(conn: &mut PgConnection, works: &mut [Work], wind
 
 /// Reads the outputs that steps about to become ready need and the batch does not hold: none
 /// for a chain, one statement for a join.
-pub(super) async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hints: &[Hint]) -> Result<(), Error> {
+pub(super) async fn load_outputs(
+    conn: &mut PgConnection,
+    tasks: &mut [LoadedTask],
+    events: &[About<'_>],
+) -> Result<(), Error> {
     let mut wanted: BTreeSet<(Uuid, u32)> = BTreeSet::new();
-    for work in works.iter() {
-        let definition = &work.template.definition;
-        let (items, others): (Vec<&StepRow>, Vec<&StepRow>) =
-            work.steps.values().partition(|row| row.step.item.is_some());
-        let succeeded = |row: &&StepRow| row.reported && matches!(row.outcome, Some(Outcome::Success(_)));
-        let ended: HashSet<u32> = others.iter().copied().filter(succeeded).map(|row| row.step.index).collect();
-        let reported: HashSet<u32> = others.iter().filter(|row| row.reported).map(|row| row.step.index).collect();
+    for task in tasks.iter() {
+        let (uuid, definition) = (task.task().uuid, &task.template.definition);
+        let is_about = |step: &Step| task.about.contains(&definition.key(step.index, step.item));
+        let steps = task.snapshot.steps.values();
+        let (items, others): (Vec<&Step>, Vec<&Step>) = steps.partition(|step| step.item.is_some());
+        let succeeded = |step: &&&Step| {
+            is_about(step) && matches!(task.snapshot.outcomes.get(&step.index), Some(Outcome::Success(_)))
+        };
+        let ended: HashSet<u32> = others.iter().filter(succeeded).map(|step| step.index).collect();
+        let reported: HashSet<u32> = others.iter().filter(|step| is_about(step)).map(|step| step.index).collect();
         // What an operator's act may send: what it depends on has ended, in whatever way, or is
         // settled now. Rather too many than too few: it only costs reading an output in vain.
-        let again = run_again(work, hints);
-        let over = |row: &&StepRow| row.reported || row.step.state.is_terminal();
-        let over: HashSet<u32> = if work.whole {
-            others.iter().copied().filter(over).map(|row| row.step.index).collect()
-        } else {
-            HashSet::new()
-        };
+        let again = run_again(task, events);
+        let over = |step: &&&Step| task.whole && (is_about(step) || step.state.is_terminal());
+        let over: HashSet<u32> = others.iter().filter(over).map(|step| step.index).collect();
         // Each item that ended makes room for another one of its map.
-        for index in items.iter().filter(|row| row.reported).map(|row| row.step.index).collect::<BTreeSet<u32>>() {
+        for index in items.iter().filter(|step| is_about(step)).map(|step| step.index).collect::<BTreeSet<u32>>() {
             let needs = definition.steps[index as usize].for_each.iter().flat_map(|for_each| &for_each.needs);
-            wanted.extend(needs.map(|need| (work.row.task.uuid, *need)));
+            wanted.extend(needs.map(|need| (uuid, *need)));
         }
-        for row in others {
-            let (step, parents) = (&row.step, definition.graph.parents(row.step.index));
-            let may_become_ready = if work.whole {
+        for step in others {
+            let parents = definition.graph.parents(step.index);
+            let may_become_ready = if task.whole {
                 let open = matches!(step.state, StepState::Pending | StepState::Error | StepState::Cancelled);
                 let next = open && step.held_by.is_none() && parents.iter().all(|parent| over.contains(parent));
                 next || again.contains(&step.index)
@@ -380,28 +441,24 @@ pub(super) async fn load_outputs(conn: &mut PgConnection, works: &mut [Work], hi
             };
             if may_become_ready {
                 let needed = definition.steps[step.index as usize].needs.iter().filter(|need| !ended.contains(need));
-                wanted.extend(needed.map(|need| (work.row.task.uuid, *need)));
+                wanted.extend(needed.map(|need| (uuid, *need)));
             }
         }
     }
     if wanted.is_empty() {
         return Ok(());
     }
-    read_outputs(conn, works, &wanted.into_iter().collect::<Vec<_>>()).await
+    read_outputs(conn, tasks, &wanted.into_iter().collect::<Vec<_>>()).await
 }
 
-pub(super) async fn read_outputs(
-    conn: &mut PgConnection,
-    works: &mut [Work],
-    wanted: &[(Uuid, u32)],
-) -> Result<(), Error> {
+async fn read_outputs(conn: &mut PgConnection, tasks: &mut [LoadedTask], wanted: &[(Uuid, u32)]) -> Result<(), Error> {
     let mut outputs = steps::outputs(conn, wanted).await?;
-    for work in works {
-        let task = work.row.task.uuid;
-        for (_, index) in wanted.iter().filter(|(of, _)| *of == task) {
-            match outputs.remove(&(task, *index)) {
-                Some(Output::Given(output)) => drop(work.outputs.insert(*index, output)),
-                Some(Output::Absent) => drop(work.absent.insert(*index)),
+    for task in tasks {
+        let uuid = task.task().uuid;
+        for (_, index) in wanted.iter().filter(|(of, _)| *of == uuid) {
+            match outputs.remove(&(uuid, *index)) {
+                Some(Output::Given(output)) => drop(task.snapshot.outputs.insert(*index, output)),
+                Some(Output::Absent) => drop(task.snapshot.absent.insert(*index)),
                 None => {}
             }
         }
@@ -409,17 +466,127 @@ pub(super) async fn read_outputs(
     Ok(())
 }
 
+/// The steps that an operator names to be run again.
+fn run_again(task: &LoadedTask, events: &[About<'_>]) -> HashSet<u32> {
+    if !task.whole {
+        return HashSet::new();
+    }
+    let of_task = events.iter().filter(|about| about.task == task.task().uuid);
+    let named = of_task.filter_map(|about| match about.event {
+        Event::Rerun { from, .. } => Some(from),
+        _ => None,
+    });
+    named.flatten().filter_map(|name| task.index(name)).collect()
+}
+
+/// Decides, and where a skipped step reaches further than what was loaded, loads that and decides
+/// again: one plan a task, in the same order. Each time it loads twice as far ahead, so that a long
+/// chain of skipped steps is decided a few times and not once a step; a batch whose templates skip
+/// nothing decides once.
+pub(super) async fn decide_all(
+    shared: &Shared,
+    conn: &mut PgConnection,
+    (tasks, events): (&mut [LoadedTask], &[About<'_>]),
+    limits: &Places,
+    now: DateTime<Utc>,
+) -> Result<(Vec<Plan>, Places), Error> {
+    let reaches_far = tasks.iter().any(|task| task.template.definition.reaches_far);
+    let mut of_task: HashMap<Uuid, Vec<&Event>> = HashMap::new();
+    for about in events {
+        of_task.entry(about.task).or_default().push(about.event);
+    }
+    let mut ahead = 1;
+    loop {
+        let (plans, limits, lacking) = shared.admission.with_room(|room| {
+            let before = reaches_far.then(|| room.clone());
+            room.set_places(limits.clone());
+            let events = |task: &LoadedTask| of_task.get(&task.task().uuid).map_or(&[][..], Vec::as_slice);
+            let plans: Vec<Plan> = tasks.iter().map(|task| decide_one(task, events(task), room, now)).collect();
+            let limits = room.set_places(Places::default());
+            let lacking: Vec<Lacks> = tasks.iter().zip(&plans).map(|(task, plan)| task.lacking(plan)).collect();
+            if let Some(before) = before.filter(|_| lacking.iter().any(|lacks| *lacks != Lacks::default())) {
+                *room = before;
+            }
+            (plans, limits, lacking)
+        });
+        if lacking.iter().all(|lacks| *lacks == Lacks::default()) {
+            return Ok((plans, limits));
+        }
+        if load_lacking(conn, tasks, lacking, ahead).await? {
+            ahead *= 2;
+        }
+    }
+}
+
+/// Decides one task; its log lines bear the task's ids.
+#[instrument(skip_all, fields(correlation_id = task.row.correlation_id, task_uuid = %task.task().uuid))]
+fn decide_one(task: &LoadedTask, events: &[&Event], room: &mut Room, now: DateTime<Utc>) -> Plan {
+    let plan = decide(&task.snapshot, events, room, now);
+    if plan.ignored > 0 {
+        tracing::debug!(events = plan.ignored, "events that came late, twice or out of order changed nothing");
+    }
+    plan
+}
+
+/// Loads what decisions lacked; answers whether steps were among it.
+async fn load_lacking(
+    conn: &mut PgConnection,
+    tasks: &mut [LoadedTask],
+    lacking: Vec<Lacks>,
+    ahead: usize,
+) -> Result<bool, Error> {
+    let (mut places, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
+    for (task, lacks) in tasks.iter_mut().zip(lacking) {
+        let uuid = task.task().uuid;
+        let place = |key| {
+            let (index, item) = task.template.definition.place(key);
+            (uuid, index, item)
+        };
+        places.extend(reach(task, &lacks.steps, ahead).into_iter().map(place));
+        wanted.extend(lacks.outputs.iter().map(|step| (uuid, *step)));
+        for map in &lacks.collected {
+            if let Some(step) = task.step_of(*map) {
+                let ended = nested::item_outputs(task, *map);
+                task.snapshot.collected.insert(*map, maps::collect(conn, step, &ended).await?);
+            }
+        }
+        let items = lacks.items.iter().filter_map(|(map, window)| Some((task.step_of(*map)?, *window)));
+        windows.extend(items.map(|(step, (from, count))| Window { task: uuid, step, from, count }));
+        task.asked.steps.extend(lacks.steps);
+        task.asked.outputs.extend(lacks.outputs);
+        task.asked.collected.extend(lacks.collected);
+        task.asked.items.extend(lacks.items);
+    }
+    read_items(conn, tasks, &windows).await?;
+    if !places.is_empty() {
+        let rows = steps::load_behind(conn, &places).await?;
+        let mut tasks = by_uuid(tasks);
+        for row in rows {
+            if let Some(task) = tasks.get_mut(&row.task_uuid) {
+                task.defines(&row)?;
+                if !task.has(row.step.uuid) {
+                    task.put(row)?;
+                }
+            }
+        }
+    }
+    if !wanted.is_empty() {
+        read_outputs(conn, tasks, &wanted).await?;
+    }
+    Ok(!places.is_empty())
+}
+
 /// The most steps of one task that are loaded ahead at a time.
 const AHEAD: usize = 10_000;
 
 /// These steps, and those that follow from them, so many levels ahead.
-pub(super) fn reach(work: &Work, steps: &BTreeSet<u32>, levels: usize) -> BTreeSet<u32> {
+fn reach(task: &LoadedTask, steps: &BTreeSet<u32>, levels: usize) -> BTreeSet<u32> {
     let mut found = steps.clone();
     // Nothing stands behind an item.
-    let is_step = |key: &u32| work.template.definition.place(*key).1.is_none();
+    let is_step = |key: &u32| task.template.definition.place(*key).1.is_none();
     let mut level: Vec<u32> = steps.iter().copied().filter(is_step).collect();
     for _ in 1..levels {
-        let graph = &work.template.definition.graph;
+        let graph = &task.template.definition.graph;
         let next: Vec<u32> = level.iter().flat_map(|step| graph.children(*step)).copied().collect();
         level = next.into_iter().filter(|step| found.len() < AHEAD && found.insert(*step)).collect();
         if level.is_empty() {
@@ -427,17 +594,4 @@ pub(super) fn reach(work: &Work, steps: &BTreeSet<u32>, levels: usize) -> BTreeS
         }
     }
     found
-}
-
-/// The steps that an operator names to be run again.
-fn run_again(work: &Work, hints: &[Hint]) -> HashSet<u32> {
-    if !work.whole {
-        return HashSet::new();
-    }
-    let of_task = hints.iter().filter(|hint| hint.task == work.row.task.uuid);
-    let named = of_task.filter_map(|hint| match &hint.look {
-        Look::Operate(_, Act::Rerun(names)) => Some(names),
-        _ => None,
-    });
-    named.flatten().filter_map(|name| work.index(name)).collect()
 }

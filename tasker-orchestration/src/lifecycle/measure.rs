@@ -13,13 +13,13 @@ use tasker_shared::state_machine::{StepState, TaskEvent};
 use tasker_shared::trace::tree;
 use uuid::Uuid;
 
-use super::Hint;
+use super::About;
 use super::actions::Committed;
-use super::load::Work;
+use super::load::LoadedTask;
 
 /// Where these hints came from: their queue, or `due` if no message brought them.
-pub(super) fn source(queue: &str, hints: &[Hint]) -> OfSource {
-    let by_message = hints.iter().any(|hint| hint.msg_id.is_some());
+pub(super) fn source(queue: &str, events: &[About<'_>]) -> OfSource {
+    let by_message = events.iter().any(|about| about.msg_id.is_some());
     let source = match queue {
         _ if !by_message => "due",
         tasker_shared::queue::TASK_REQUESTS => tasker_shared::queue::TASK_REQUESTS,
@@ -42,26 +42,26 @@ pub(super) fn failed(source: &OfSource) {
 
 /// Counts what has committed.
 pub(super) fn committed(done: &Committed) {
-    for (work, plan) in done.works.iter().zip(&done.plans) {
+    for (loaded, plan) in done.tasks.iter().zip(&done.plans) {
         if plan.ignored > 0 {
             metrics().hints_ignored.inc_by(plan.ignored.into());
         }
         if !plan.is_empty() {
-            measure(work, plan, done.applied.at);
+            measure(loaded, plan, done.applied.at);
         }
     }
     if done.applied.cancelled.is_empty() {
         return;
     }
-    let works: HashMap<Uuid, &Work> = done.works.iter().map(|work| (work.row.task.uuid, work)).collect();
-    for work in done.applied.cancelled.iter().filter_map(|step| works.get(&step.task_uuid)) {
-        let namespace = work.template.definition.namespace.clone();
+    let tasks: HashMap<Uuid, &LoadedTask> = done.tasks.iter().map(|loaded| (loaded.task().uuid, loaded)).collect();
+    for loaded in done.applied.cancelled.iter().filter_map(|step| tasks.get(&step.task_uuid)) {
+        let namespace = loaded.template.definition.namespace.clone();
         metrics().steps_ended.of(&StepEnd { namespace, state: StepState::Cancelled.as_str() }).inc();
     }
 }
 
-fn measure(work: &Work, plan: &Plan, at: DateTime<Utc>) {
-    let (m, row, definition) = (metrics(), &work.row, &work.template.definition);
+fn measure(loaded: &LoadedTask, plan: &Plan, at: DateTime<Utc>) {
+    let (m, row, definition) = (metrics(), &loaded.row, &loaded.template.definition);
     let (namespace, template) = (&definition.namespace, &definition.name);
     let exemplar = Exemplar::of(row.trace_id, row.trace_flags);
     let of_template = || OfTemplate { namespace: namespace.clone(), template: template.clone() };
@@ -83,7 +83,7 @@ fn measure(work: &Work, plan: &Plan, at: DateTime<Utc>) {
         if made.attempt.is_some_and(|attempt| closed.contains(&(made.entity, attempt)))
             && tree::closes(made.event, made.to)
         {
-            attempt_ended(work, made, exemplar, at);
+            attempt_ended(loaded, made, exemplar, at);
         }
     }
     if plan.task_changed && plan.task.state.is_terminal() {
@@ -94,27 +94,27 @@ fn measure(work: &Work, plan: &Plan, at: DateTime<Utc>) {
     }
 }
 
-fn attempt_ended(work: &Work, closing: &Move, exemplar: Option<Exemplar>, at: DateTime<Utc>) {
-    let (m, definition) = (metrics(), &work.template.definition);
-    let Some(step) = work.steps.get(&closing.entity) else {
+fn attempt_ended(loaded: &LoadedTask, closing: &Move, exemplar: Option<Exemplar>, at: DateTime<Utc>) {
+    let (m, definition) = (metrics(), &loaded.template.definition);
+    let Some((key, step)) = loaded.step(closing.entity) else {
         return;
     };
-    let (namespace, handler) = (&definition.namespace, &definition.steps[step.step.index as usize].handler);
+    let (namespace, handler) = (&definition.namespace, &definition.steps[step.index as usize].handler);
     // A step that starts a task has none, and its attempt is that task's whole life.
     if handler.is_empty() {
         return;
     }
-    let kind = match &step.outcome {
+    let kind = match loaded.snapshot.outcomes.get(&key) {
         Some(Outcome::Failure(failure)) => Some(&*failure.kind),
         _ => None,
     };
     let outcome = tree::outcome(closing.event, closing.to, kind);
     m.attempts.of(&AttemptEnd { namespace: namespace.clone(), handler: handler.clone(), outcome }).inc();
-    let Some(attempt) = &step.attempt else {
+    let Some(attempt) = loaded.attempts.get(&step.uuid) else {
         return;
     };
     let of_namespace = OfNamespace { namespace: Arc::clone(namespace) };
-    if let Some(sent_at) = step.step.enqueued_at {
+    if let Some(sent_at) = step.enqueued_at {
         m.queue_wait.of(&of_namespace).observe(seconds(sent_at, attempt.claimed_at), exemplar, None);
     }
     if let Some(run_ms) = attempt.run_ms {

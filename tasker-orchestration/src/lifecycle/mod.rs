@@ -5,8 +5,9 @@ pub mod admission;
 mod batch;
 mod breaker;
 mod busy;
-mod decisions;
+mod faults;
 pub mod initialize;
+mod limits;
 mod load;
 pub(crate) mod locks;
 mod measure;
@@ -22,21 +23,23 @@ mod waits;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
-use tasker_shared::state_machine::decide::{ByHand, Operator};
+use tasker_shared::message::Request;
+use tasker_shared::queue::Message;
+use tasker_shared::state_machine::Event;
 use tasker_shared::store::outage::Outage;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
 use tasker_shared::store::tx::Lines;
 use tasker_shared::store::{self, Fault};
 use tasker_shared::trace::export::Exporter;
 use tokio::sync::Notify;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
 
 pub use self::admission::Admission;
 use self::breaker::Breaker;
 use self::busy::Busy;
-use self::locks::Locks;
+use self::locks::{Locks, Subject};
 
 /// Connections kept for settles: as many as usually settle at once.
 const SETTLE_LINES: usize = 3;
@@ -134,113 +137,84 @@ impl Shared {
     }
 }
 
-/// A reason to look at a task, and where it came from.
-#[derive(Debug, Clone)]
+/// What somebody asks for, and what brought it.
+#[derive(Debug)]
 pub struct Hint {
-    /// The task to settle.
-    pub task: Uuid,
-    /// What to look at.
-    pub look: Look,
-    /// The message to delete once it is settled.
-    pub msg_id: Option<i64>,
-    /// The due hint to delete once it is settled.
-    pub due_id: Option<i64>,
+    request: Request,
+    source: Source,
 }
 
-/// What a hint says happened; steps are named by uuid until their rows are loaded.
-#[derive(Debug, Clone)]
-pub enum Look {
-    /// Begin the task.
-    Start,
-    /// An attempt was reported.
-    Result(Uuid, i32),
-    /// The message of an attempt's result is quarantined for this reason.
-    Quarantined(Uuid, i32, String),
-    /// A lease may have expired.
-    Lease(Uuid),
-    /// A retry may be due.
-    Retry(Uuid),
-    /// A step may have lain in its queue too long.
-    Queue(Uuid),
-    /// The task may have taken too long.
-    Total,
-    /// A held step may find room.
-    Admit(Uuid),
-    /// The wait of a step may be over.
-    Timer(Uuid),
-    /// A step may have taken longer than its template allows.
-    StepTotal(Uuid),
-    /// The task that an attempt started may have ended.
-    Child(Uuid, i32),
-    /// A signal was kept, and a step may wait for it.
-    Signal,
-    /// An operator ends it.
-    Cancel(Operator),
-    /// An operator ends it at once.
-    Terminate(Operator),
-    /// An operator suspends it.
-    Suspend(Operator),
-    /// An operator makes the failures of a blocked task final.
-    GiveUp(Operator),
-    /// An operator settled a blocked task outside.
-    ResolveTask(Operator),
-    /// An operator's act that is about the whole task.
-    Operate(Operator, Act),
+/// What brings a hint.
+#[derive(Debug)]
+enum Source {
+    /// A message, deleted once it is settled.
+    Message {
+        /// Its id in its queue.
+        id: i64,
+        /// How often it was read.
+        reads: i32,
+    },
+    /// A timer, or a held step: if this comes to nothing it is found again.
+    Found {
+        /// The timer to delete once it is settled.
+        due_id: Option<i64>,
+        /// Whoever waits for it hears of its end by this.
+        #[expect(dead_code, reason = "its end is what it says")]
+        open: TaskTrackerToken,
+    },
 }
 
-/// What an operator does that every step of the task is loaded for. Steps go by their names.
-#[derive(Debug, Clone)]
-pub enum Act {
-    /// Go on.
-    Resume,
-    /// Try again what failed, or these only.
-    Retry(Vec<String>),
-    /// Run these again, and what follows from them.
-    Rerun(Vec<String>),
-    /// Settle this one, perhaps with an output.
-    ByHand(String, ByHand, Option<Value>),
-}
+impl Hint {
+    /// What a message asks for.
+    pub(crate) fn of(message: &Message, request: Request) -> Self {
+        Self { request, source: Source::Message { id: message.msg_id, reads: message.read_ct } }
+    }
 
-impl Act {
-    /// The steps that it names.
-    pub fn names(&self) -> &[String] {
-        match self {
-            Self::Resume => &[],
-            Self::Retry(names) | Self::Rerun(names) => names,
-            Self::ByHand(name, ..) => std::slice::from_ref(name),
+    /// The task it is about, if there is one yet.
+    fn task(&self) -> Option<Uuid> {
+        match &self.request {
+            Request::Submit(_) => None,
+            Request::Signal(signal) => Some(signal.task),
+            Request::Event(task, _) => Some(*task),
         }
     }
-}
 
-impl Look {
-    /// Whether an operator wishes it: what was wished once must not be done twice.
-    pub fn is_wish(&self) -> bool {
-        matches!(
-            self,
-            Self::Cancel(_)
-                | Self::Terminate(_)
-                | Self::Suspend(_)
-                | Self::GiveUp(_)
-                | Self::ResolveTask(_)
-                | Self::Operate(..)
-        )
-    }
-
-    /// The step that must be loaded.
-    pub fn step(&self) -> Option<Uuid> {
-        match self {
-            Self::Result(step, _)
-            | Self::Quarantined(step, ..)
-            | Self::Lease(step)
-            | Self::Retry(step)
-            | Self::Queue(step)
-            | Self::Timer(step)
-            | Self::StepTotal(step)
-            | Self::Child(step, _)
-            | Self::Admit(step) => Some(*step),
-            _ => None,
+    /// Its message: the id, and how often it was read.
+    fn message(&self) -> Option<(i64, i32)> {
+        match self.source {
+            Source::Message { id, reads } => Some((id, reads)),
+            Source::Found { .. } => None,
         }
     }
+
+    /// What a lock is met for.
+    fn subject(&self) -> Subject {
+        match (self.task(), self.message()) {
+            (None, Some((id, _))) => Subject::Message(id),
+            (task, _) => Subject::Task(task.unwrap_or_default()),
+        }
+    }
+
+    /// What a settle reads of it, if it is an event.
+    fn about(&self) -> Option<About<'_>> {
+        let Request::Event(task, event) = &self.request else {
+            return None;
+        };
+        let due_id = match self.source {
+            Source::Found { due_id, .. } => due_id,
+            Source::Message { .. } => None,
+        };
+        Some(About { task: *task, event, msg_id: self.message().map(|(id, _)| id), due_id })
+    }
+}
+
+/// An event of a task, with the message or the timer to delete once it is settled.
+#[derive(Debug, Clone, Copy)]
+struct About<'a> {
+    task: Uuid,
+    event: &'a Event,
+    msg_id: Option<i64>,
+    due_id: Option<i64>,
 }
 
 /// A settle failed.

@@ -4,21 +4,20 @@ use serde_json::{Value, json};
 use tasker_shared::message::step_message;
 use tasker_shared::queue::Outbox;
 use tasker_shared::state_machine::plan::Plan;
-use tasker_shared::store::tasks::TaskRow;
 use tasker_shared::trace::context::{Baggage, Traceparent, pass_on};
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tracing::instrument;
 
-use super::load::Work;
+use super::load::LoadedTask;
 
 /// A message with its priority and destination.
 type Letter<'a> = (i32, &'a str, Value, Value);
 
 /// The messages of the steps that became ready.
-pub(super) fn outbox(works: &[Work], plans: &[Plan]) -> Outbox {
+pub(super) fn outbox(tasks: &[LoadedTask], plans: &[Plan]) -> Outbox {
     let mut letters: Vec<Letter<'_>> = Vec::new();
-    for (work, plan) in works.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
-        enqueue_steps(work, plan, &mut letters);
+    for (loaded, plan) in tasks.iter().zip(plans).filter(|(_, plan)| !plan.sends.is_empty()) {
+        enqueue_steps(loaded, plan, &mut letters);
     }
     // A queue is read in the order it was written in, so the urgent are written first.
     letters.sort_by_key(|(priority, ..)| std::cmp::Reverse(*priority));
@@ -32,10 +31,10 @@ pub(super) fn outbox(works: &[Work], plans: &[Plan]) -> Outbox {
 }
 
 /// Writes the messages of one task's steps, with the context that their attempts will continue.
-#[instrument(skip_all, fields(correlation_id = work.row.correlation_id, task_uuid = %work.row.task.uuid))]
-fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, letters: &mut Vec<Letter<'a>>) {
-    let row = &work.row;
-    let baggage = baggage(row);
+#[instrument(skip_all, fields(correlation_id = loaded.row.correlation_id, task_uuid = %loaded.task().uuid))]
+fn enqueue_steps<'a>(loaded: &LoadedTask, plan: &'a Plan, letters: &mut Vec<Letter<'a>>) {
+    let row = &loaded.row;
+    let baggage = baggage(loaded);
     for sent in &plan.sends {
         // The attempt's handler.execution is known before it runs: it is what the worker continues.
         let handler = span_id(&row.trace_id, sent.step, 0, u64::from(sent.attempt.unsigned_abs()), SpanKey::Handler, 0);
@@ -46,21 +45,22 @@ fn enqueue_steps<'a>(work: &Work, plan: &'a Plan, letters: &mut Vec<Letter<'a>>)
         });
         if let Some(version) = sent.task_version {
             let ordinal = u64::from(version.unsigned_abs());
-            let sender = span_id(&row.trace_id, row.task.uuid, 0, 0, SpanKey::Enqueuing, ordinal);
+            let sender = span_id(&row.trace_id, loaded.task().uuid, 0, 0, SpanKey::Enqueuing, ordinal);
             headers["x-tasker-sender"] = tasker_shared::trace::otlp::hex(&sender).into();
         }
         if let Some(state) = &row.tracestate {
             headers["tracestate"] = state.clone().into();
         }
-        let body = step_message(row.task.uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
+        let body = step_message(loaded.task().uuid, sent.step, sent.generation, sent.attempt, &sent.handler);
         letters.push((sent.priority, &sent.queue, body, headers));
     }
 }
 
-fn baggage(row: &TaskRow) -> String {
+fn baggage(loaded: &LoadedTask) -> String {
+    let row = &loaded.row;
     let mut baggage = Baggage::default();
     baggage.insert("correlation_id", &row.correlation_id);
-    baggage.insert("task_uuid", &row.task.uuid.to_string());
+    baggage.insert("task_uuid", &loaded.task().uuid.to_string());
     baggage.insert("namespace", &row.namespace);
     if let Some(callers) = &row.baggage {
         pass_on(&mut baggage, callers);

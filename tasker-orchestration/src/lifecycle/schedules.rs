@@ -3,7 +3,7 @@
 //! A `schedule` hint says only that some schedule is due; the rows say which. A tick runs once,
 //! because submitting it and moving `next_at` on are one transaction under the row's lock.
 
-use tasker_shared::queue::{self, Traffic};
+use tasker_shared::queue::{self, QueueChanges};
 use tasker_shared::store::schedules::{self, Fired};
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{Fault, locks};
@@ -46,7 +46,8 @@ pub async fn run(shared: &Shared, hints: &[i64]) -> Result<(), Error> {
         return Ok(());
     }
     // Only now: a hint that nobody could deal with comes back.
-    queue::conclude(&mut *shared.pool.acquire().await?, &Traffic { due: hints, ..Traffic::default() }).await?;
+    queue::conclude(&mut *shared.pool.acquire().await?, &QueueChanges { due: hints, ..QueueChanges::default() })
+        .await?;
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A batch of hints settles in one transaction with set-based statements, so the cost of a
 //! step falls as the load rises. This file must never decide anything itself: `load` reads what
-//! the decisions need, `decisions` asks for them, `outbox` writes the messages.
+//! the decisions need and asks for them, `outbox` writes the messages.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::FutureExt as _;
 use sqlx::PgConnection;
-use tasker_shared::queue::{self, Traffic};
+use tasker_shared::queue::{self, QueueChanges};
 use tasker_shared::state_machine::TaskState;
-use tasker_shared::state_machine::plan::Plan;
+use tasker_shared::state_machine::plan::{Plan, Task};
 use tasker_shared::store::apply::{Applied, ExportBatch, apply};
 use tasker_shared::store::tasks::{self, TaskRow};
 use tasker_shared::store::{locks, steps};
@@ -21,147 +21,142 @@ use tasker_shared::template::Keep;
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::decisions::{decide_with_all_it_needs, lock_limits, record_flow};
-use super::load::{self, Work, load_outputs};
+use super::limits::{lock_limits, record_flow};
+use super::load::{self, LoadedTask, decide_all, load_outputs};
 use super::locks::Wait;
 use super::outbox::outbox;
-use super::{Error, Hint, Look, Shared, actions, measure, nested, waits};
+use super::{About, Error, Shared, actions, measure, nested, waits};
 
 /// What became of a batch.
 #[derive(Debug, Default)]
-pub struct Settled {
-    /// Hints of tasks that somebody else settles right now: to be put back for a moment.
-    pub deferred: Vec<Hint>,
+pub(super) struct Settled<'a> {
+    /// Events of tasks that somebody else settles right now: to be put back for a moment.
+    pub deferred: Vec<About<'a>>,
     /// Tasks of which somebody else holds a step right now: nothing of them was settled.
     pub locked: HashSet<Uuid>,
     /// Messages about tasks or steps that do not exist, and what is wrong with them.
-    pub unknown: Vec<(Hint, &'static str)>,
-    /// Tasks that ended.
-    pub finished: usize,
+    pub unknown: Vec<(About<'a>, &'static str)>,
     /// Tasks that changed in any way.
     pub moved: usize,
 }
 
-/// Settles hints that came from one queue (or from none: then `queue` only names the table
-/// that no message is deleted from). A panic is an error like another: it must not end the loop
-/// that all other tasks wait for.
-#[instrument(level = "debug", skip_all, fields(queue, hints = hints.len()))]
-pub async fn settle(shared: &Shared, queue: &str, hints: Vec<Hint>) -> Result<Settled, Error> {
-    settle_waiting(shared, queue, hints, Wait::Once).await
-}
-
-/// As [`settle`], which leaves out what is locked elsewhere at this moment.
-pub(super) async fn settle_waiting(
+/// Settles events that came from one queue (or from none: then `queue` only names the table that no
+/// message is deleted from). A panic is an error like another: it must not end the loop that all other
+/// tasks wait for.
+#[instrument(level = "debug", skip_all, fields(queue, events = events.len()))]
+pub(super) async fn settle<'a>(
     shared: &Shared,
     queue: &str,
-    hints: Vec<Hint>,
+    events: Vec<About<'a>>,
     wait: Wait,
-) -> Result<Settled, Error> {
-    AssertUnwindSafe(transact(shared, queue, hints, wait)).catch_unwind().await.unwrap_or(Err(Error::Panicked))
-}
-
-async fn transact(shared: &Shared, queue: &str, hints: Vec<Hint>, wait: Wait) -> Result<Settled, Error> {
-    let (source, count, began) = (measure::source(queue, &hints), hints.len(), Instant::now());
-    let (settled, done) = shared
-        .lines
-        .in_tx(async |conn| {
-            if wait != Wait::Once {
-                locks::wait_briefly(conn).await?;
-            }
-            let uuids: Vec<Uuid> = hints.iter().map(|hint| hint.task).collect::<HashSet<_>>().into_iter().collect();
-            let rows = tasks::lock(conn, &uuids).await?;
-            let (hints, mut settled) = sort_out(conn, hints, &rows, uuids.len()).await?;
-            let hints = without_granted(conn, hints).await?;
-            let load::Batch { mut works, now, held } = load::load(shared, conn, rows, &hints, wait).await?;
-            let hints = without_locked(hints, held, &mut settled);
-            let mut hints = without_strangers(hints, &works, &mut settled);
-            load_outputs(conn, &mut works, &hints).await?;
-            let places = lock_limits(shared, conn, &works, &hints).await?;
-            let mut decided = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
-            let held = hold_open_steps(conn, &decided.0, wait).await?;
-            if !held.is_empty() {
-                works.retain(|work| !held.contains(&work.row.task.uuid));
-                hints = without_locked(hints, held, &mut settled);
-                decided = decide_with_all_it_needs(shared, conn, (&mut works, &hints), &places, now).await?;
-            }
-            let (plans, places) = decided;
-
-            let moved: Vec<(&TaskRow, &Plan)> =
-                works.iter().map(|work| &work.row).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
-            let export = export_batch(shared, &works, &plans, now);
-            let done: Vec<i64> = hints.iter().filter_map(|hint| hint.msg_id).collect();
-            let due: Vec<i64> = hints.iter().filter_map(|hint| hint.due_id).collect();
-            let traffic = Traffic { queue, done: &done, due: &due, outbox: outbox(&works, &plans) };
-            let applied = if moved.is_empty() {
-                queue::conclude(conn, &traffic).await?;
-                Applied { at: now, cancelled: Vec::new() }
-            } else {
-                apply(conn, &moved, now, export.as_ref(), &traffic).await?
-            };
-            record_flow(conn, &plans, &places).await?;
-            waits::record(conn, &works, &plans, applied.at).await?;
-            nested::record(conn, &works, &plans).await?;
-            tell_workers(conn, &applied, &plans).await?;
-            settled.moved = moved.len();
-            settled.finished = plans.iter().filter(|plan| plan.task_changed && plan.task.state.is_terminal()).count();
-            Ok::<_, Error>((settled, actions::Committed { works, plans, applied, began_at: now, export }))
-        })
-        .await
-        .inspect_err(|error| {
-            measure::failed(&source);
-            // The answer to COMMIT may be what was lost: then the spans are still owed.
-            if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
-                exporter.doubt();
-            }
-        })?;
+) -> Result<Settled<'a>, Error> {
+    let (source, count, began) = (measure::source(queue, &events), events.len(), Instant::now());
+    let transaction = shared.lines.in_tx(async |conn| transact(shared, conn, queue, events, wait).await);
+    let result = AssertUnwindSafe(transaction).catch_unwind().await.unwrap_or(Err(Error::Panicked));
+    let (settled, committed) = result.inspect_err(|error| {
+        measure::failed(&source);
+        // The answer to COMMIT may be what was lost: then the spans are still owed.
+        if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
+            exporter.doubt();
+        }
+    })?;
     measure::settled(&source, count, began.elapsed());
-    actions::run(shared, done);
+    actions::run(shared, committed);
     Ok(settled)
 }
 
-/// Keeps the hints of the tasks that were locked; the others are deferred or unknown.
-async fn sort_out(
+async fn transact<'a>(
+    shared: &Shared,
     conn: &mut PgConnection,
-    hints: Vec<Hint>,
-    rows: &[TaskRow],
-    wanted: usize,
-) -> Result<(Vec<Hint>, Settled), Error> {
-    if rows.len() == wanted {
-        return Ok((hints, Settled::default()));
+    queue: &str,
+    events: Vec<About<'a>>,
+    wait: Wait,
+) -> Result<(Settled<'a>, actions::Committed), Error> {
+    if wait != Wait::Once {
+        locks::wait_briefly(conn).await?;
     }
-    let locked: HashSet<Uuid> = rows.iter().map(|row| row.task.uuid).collect();
-    let (kept, others): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(|hint| locked.contains(&hint.task));
-    let ids: Vec<Uuid> = others.iter().map(|hint| hint.task).collect();
+    let uuids: Vec<Uuid> = events.iter().map(|about| about.task).collect::<HashSet<_>>().into_iter().collect();
+    let rows = tasks::lock(conn, &uuids).await?;
+    let (events, mut settled) = sort_out(conn, events, &rows, uuids.len()).await?;
+    let events = without_granted(conn, events).await?;
+    let load::Batch { mut tasks, now, held } = load::load(shared, conn, rows, &events, wait).await?;
+    let events = without_locked(events, held, &mut settled);
+    let mut events = without_unknown_steps(events, &tasks, &mut settled);
+    load_outputs(conn, &mut tasks, &events).await?;
+    let places = lock_limits(shared, conn, &tasks, &events).await?;
+    let mut decided = decide_all(shared, conn, (&mut tasks, &events), &places, now).await?;
+    let held = hold_open_steps(conn, &decided.0, wait).await?;
+    if !held.is_empty() {
+        tasks.retain(|task| !held.contains(&task.task().uuid));
+        events = without_locked(events, held, &mut settled);
+        decided = decide_all(shared, conn, (&mut tasks, &events), &places, now).await?;
+    }
+    let (plans, places) = decided;
+
+    let moved: Vec<(&Task, &Plan)> =
+        tasks.iter().map(LoadedTask::task).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
+    let export = export_batch(shared, &tasks, &plans, now);
+    let done: Vec<i64> = events.iter().filter_map(|about| about.msg_id).collect();
+    let due: Vec<i64> = events.iter().filter_map(|about| about.due_id).collect();
+    let changes = QueueChanges { queue, done: &done, due: &due, outbox: outbox(&tasks, &plans) };
+    let applied = if moved.is_empty() {
+        queue::conclude(conn, &changes).await?;
+        Applied { at: now, cancelled: Vec::new() }
+    } else {
+        apply(conn, &moved, now, export.as_ref(), &changes).await?
+    };
+    record_flow(conn, &plans, &places).await?;
+    waits::record(conn, &tasks, &plans, applied.at).await?;
+    nested::record(conn, &tasks, &plans).await?;
+    tell_workers(conn, &applied, &plans).await?;
+    settled.moved = moved.len();
+    Ok((settled, actions::Committed { tasks, plans, applied, began_at: now, export }))
+}
+
+/// Keeps the events of the tasks that were locked; the others are deferred or unknown.
+async fn sort_out<'a>(
+    conn: &mut PgConnection,
+    events: Vec<About<'a>>,
+    rows: &[(Task, TaskRow)],
+    wanted: usize,
+) -> Result<(Vec<About<'a>>, Settled<'a>), Error> {
+    if rows.len() == wanted {
+        return Ok((events, Settled::default()));
+    }
+    let locked: HashSet<Uuid> = rows.iter().map(|(task, _)| task.uuid).collect();
+    let (kept, others): (Vec<About>, Vec<About>) = events.into_iter().partition(|about| locked.contains(&about.task));
+    let ids: Vec<Uuid> = others.iter().map(|about| about.task).collect();
     let existing: HashSet<Uuid> = tasks::existing(conn, &ids).await?.into_iter().collect();
-    let (deferred, unknown): (_, Vec<Hint>) = others.into_iter().partition(|hint| existing.contains(&hint.task));
+    let (deferred, unknown): (_, Vec<About>) = others.into_iter().partition(|about| existing.contains(&about.task));
     let unknown = unknown
         .into_iter()
-        .map(|hint| (hint, "task: no such task; it was never created here, or retention removed it"))
+        .map(|about| (about, "task: no such task; it was never created here, or retention removed it"))
         .collect();
     Ok((kept, Settled { deferred, unknown, ..Settled::default() }))
 }
 
-/// Takes out the wishes whose message is gone: while this batch was slow somebody else read it too,
-/// and granted it. A result says which attempt it is of and may come twice; a suspension that came
-/// again after the task was resumed would hold it for ever.
-async fn without_granted(conn: &mut PgConnection, hints: Vec<Hint>) -> Result<Vec<Hint>, Error> {
-    let wishes: Vec<i64> = hints.iter().filter(|hint| hint.look.is_wish()).filter_map(|hint| hint.msg_id).collect();
-    if wishes.is_empty() {
-        return Ok(hints);
+/// Takes out the requests of operators whose message is gone: while this batch was slow somebody else
+/// read it too, and granted it. A result says which attempt it is of and may come twice; a suspension
+/// that came again after the task was resumed would hold it for ever.
+async fn without_granted<'a>(conn: &mut PgConnection, events: Vec<About<'a>>) -> Result<Vec<About<'a>>, Error> {
+    let requests = events.iter().filter(|about| about.event.is_request());
+    let requests: Vec<i64> = requests.filter_map(|about| about.msg_id).collect();
+    if requests.is_empty() {
+        return Ok(events);
     }
-    let there: HashSet<i64> = queue::lock_requests(conn, &wishes).await?.into_iter().collect();
-    let is_open = |hint: &Hint| !hint.look.is_wish() || hint.msg_id.is_none_or(|id| there.contains(&id));
-    Ok(hints.into_iter().filter(is_open).collect())
+    let there: HashSet<i64> = queue::lock_requests(conn, &requests).await?.into_iter().collect();
+    let is_open = |about: &About| !about.event.is_request() || about.msg_id.is_none_or(|id| there.contains(&id));
+    Ok(events.into_iter().filter(is_open).collect())
 }
 
-/// Takes out the hints about tasks of which somebody else holds a step.
-fn without_locked(hints: Vec<Hint>, held: HashSet<Uuid>, settled: &mut Settled) -> Vec<Hint> {
+/// Takes out the events of tasks of which somebody else holds a step.
+fn without_locked<'a>(events: Vec<About<'a>>, held: HashSet<Uuid>, settled: &mut Settled<'a>) -> Vec<About<'a>> {
     if held.is_empty() {
-        return hints;
+        return events;
     }
-    let hints = hints.into_iter().filter(|hint| !held.contains(&hint.task)).collect();
+    let events = events.into_iter().filter(|about| !held.contains(&about.task)).collect();
     settled.locked.extend(held);
-    hints
+    events
 }
 
 /// Locks the steps that the ends of their tasks cancel; answers the tasks of which somebody else holds
@@ -175,49 +170,53 @@ async fn hold_open_steps(conn: &mut PgConnection, plans: &[Plan], wait: Wait) ->
 }
 
 /// Takes out the messages that name a step which their task does not have.
-fn without_strangers(hints: Vec<Hint>, works: &[Work], settled: &mut Settled) -> Vec<Hint> {
-    let works: HashMap<Uuid, &Work> = works.iter().map(|work| (work.row.task.uuid, work)).collect();
-    let known = |hint: &Hint| {
-        let has = |step| works.get(&hint.task).is_some_and(|work| work.steps.contains_key(&step));
-        let knows = |name: &String| works.get(&hint.task).is_some_and(|work| work.index(name).is_some());
-        let names: &[String] = if let Look::Operate(_, act) = &hint.look { act.names() } else { &[] };
-        hint.msg_id.is_none() || (hint.look.step().is_none_or(has) && names.iter().all(knows))
+fn without_unknown_steps<'a>(
+    events: Vec<About<'a>>,
+    tasks: &[LoadedTask],
+    settled: &mut Settled<'a>,
+) -> Vec<About<'a>> {
+    let tasks: HashMap<Uuid, &LoadedTask> = tasks.iter().map(|task| (task.task().uuid, task)).collect();
+    let known = |about: &About| {
+        let task = tasks.get(&about.task);
+        let has = |step| task.is_some_and(|task| task.has(step));
+        let knows = |name: &String| task.is_some_and(|task| task.index(name).is_some());
+        about.msg_id.is_none() || (about.event.step().is_none_or(has) && about.event.names().iter().all(knows))
     };
-    let (known, strangers): (Vec<Hint>, Vec<Hint>) = hints.into_iter().partition(known);
-    settled.unknown.extend(strangers.into_iter().map(|hint| (hint, "step: no such step of this task")));
+    let (known, unknown): (Vec<About>, Vec<About>) = events.into_iter().partition(known);
+    settled.unknown.extend(unknown.into_iter().map(|about| (about, "step: no such step of this task")));
     known
 }
 
 /// The export batch of this transaction, if any of its tasks is sampled.
-fn export_batch(shared: &Shared, works: &[Work], plans: &[Plan], now: DateTime<Utc>) -> Option<ExportBatch> {
+fn export_batch(shared: &Shared, tasks: &[LoadedTask], plans: &[Plan], now: DateTime<Utc>) -> Option<ExportBatch> {
     let exporter = shared.exporter()?;
-    let task_uuids: Vec<Uuid> = works
+    let task_uuids: Vec<Uuid> = tasks
         .iter()
         .zip(plans)
         .filter(|(_, plan)| !plan.moves.is_empty())
-        .filter(|(work, plan)| work.row.trace_flags & 1 == 1 || may_be_kept(work, plan, now))
-        .map(|(work, _)| work.row.task.uuid)
+        .filter(|(task, plan)| task.row.trace_flags & 1 == 1 || may_be_kept(task, plan, now))
+        .map(|(task, _)| task.task().uuid)
         .collect();
     (!task_uuids.is_empty()).then(|| ExportBatch { batch_id: Uuid::new_v4(), instance: exporter.instance, task_uuids })
 }
 
 /// Whether a task that was not sampled ends in a way that its template wants to see, or that of
 /// the topmost task of its trace may. The exporter looks at the whole logs and has the last word.
-fn may_be_kept(work: &Work, plan: &Plan, now: DateTime<Utc>) -> bool {
-    let (keep, task) = (&work.template.keep, &plan.task);
+fn may_be_kept(loaded: &LoadedTask, plan: &Plan, now: DateTime<Utc>) -> bool {
+    let (keep, task) = (&loaded.template.keep, &plan.task);
     if !plan.task_changed || !task.state.is_terminal() {
         return false;
     }
     // A nested task in its parent's trace goes with that; one with a trace of its own does not.
-    if work.row.parent_task_uuid.is_some() && work.row.remote_span_id.is_some() {
-        return work.row.may_be_kept;
+    if loaded.row.parent_task_uuid.is_some() && loaded.row.remote_span_id.is_some() {
+        return loaded.row.may_be_kept;
     }
     keep.iter().any(|keep| match keep {
         Keep::Failed => task.state != TaskState::Complete,
         Keep::Retried => true,
         // The commit is a little later than now.
         Keep::SlowerThan(limit) => {
-            (now - work.row.task.generation_began_at).to_std().is_ok_and(|took| took + Duration::from_secs(1) > *limit)
+            (now - loaded.task().generation_began_at).to_std().is_ok_and(|took| took + Duration::from_secs(1) > *limit)
         }
     })
 }

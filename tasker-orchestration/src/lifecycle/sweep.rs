@@ -4,10 +4,12 @@
 //! transaction. It decides nothing; the rows do.
 
 use tasker_shared::queue::{self, DueHint, LookedAt, Unlocked};
+use tasker_shared::state_machine::Event;
 use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
+use uuid::Uuid;
 
-use super::{Error, Hint, Look, Shared, batch, schedules};
+use super::{Error, Shared, batch, schedules};
 
 /// Hints taken in one go.
 const TAKE: i32 = 500;
@@ -17,11 +19,8 @@ const TAKE: i32 = 500;
 pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
     let due = queue::take_due(&mut *shared.reads.acquire().await.map_err(StoreError::from)?, TAKE).await?;
     let taken = due.len();
-    let hints: Vec<Hint> = due.iter().filter_map(hint).collect();
-    if !hints.is_empty() {
-        // What is deferred stays put off and comes back.
-        batch::run_due(shared, hints).await?;
-    }
+    // What is deferred stays put off and comes back.
+    batch::run_found(shared, due.iter().filter_map(event)).await?;
     let schedules: Vec<i64> = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
     if !schedules.is_empty() {
         schedules::run(shared, &schedules).await?;
@@ -43,17 +42,17 @@ pub async fn look_for_dead_workers(shared: &Shared, suspects: &[Unlocked]) -> Re
     Ok(looked_at)
 }
 
-fn hint(due: &DueHint) -> Option<Hint> {
-    let look = match (due.kind.as_str(), due.step_uuid) {
-        ("lease", Some(step)) => Look::Lease(step),
-        ("retry", Some(step)) => Look::Retry(step),
-        ("queue_timeout", Some(step)) => Look::Queue(step),
-        ("timer", Some(step)) => Look::Timer(step),
-        ("step_timeout", Some(step)) => Look::StepTotal(step),
-        ("signal", _) => Look::Signal,
-        ("total_timeout", _) => Look::Total,
-        ("start", _) => Look::Start,
+fn event(due: &DueHint) -> Option<(Uuid, Event, Option<i64>)> {
+    let event = match (due.kind.as_str(), due.step_uuid) {
+        ("lease", Some(step)) => Event::LeaseDue { step },
+        ("retry", Some(step)) => Event::RetryDue { step },
+        ("queue_timeout", Some(step)) => Event::QueueDue { step },
+        ("timer", Some(step)) => Event::TimerDue { step },
+        ("step_timeout", Some(step)) => Event::StepTotalDue { step },
+        ("signal", _) => Event::SignalDue,
+        ("total_timeout", _) => Event::TotalDue,
+        ("start", _) => Event::Start,
         _ => return None,
     };
-    Some(Hint { task: due.task_uuid?, look, msg_id: None, due_id: Some(due.due_id) })
+    Some((due.task_uuid?, event, Some(due.due_id)))
 }

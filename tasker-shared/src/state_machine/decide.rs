@@ -19,13 +19,16 @@ mod waits;
 pub use events::NEVER_PASSED;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::{Definition, StepDefinition};
-use super::plan::{Detail, Lacks, Map, Move, Outcome, Plan, Room, Signal, Step, Task, Wait, step_words, task_words};
+use super::plan::{
+    ChildEnd, Detail, Lacks, Map, Move, Outcome, Plan, Room, Signal, Step, Task, Wait, step_words, task_words,
+};
 use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 /// How often an attempt may be lost before the step fails; a loss spends no retry.
@@ -34,11 +37,11 @@ pub const MAX_LOST: i32 = 10;
 /// What is known of a task when it is settled: its row, the steps the events are about,
 /// their direct dependents, and the outputs that newly ready steps need.
 #[derive(Debug, Clone)]
-pub struct Snapshot<'a> {
+pub struct Snapshot {
     /// The task's row.
     pub task: Task,
     /// Its template.
-    pub definition: &'a Definition,
+    pub definition: Arc<Definition>,
     /// Steps by [`Definition::key`]; every one of them if an operator's act is about the whole task.
     pub steps: HashMap<u32, Step>,
     /// Of the whole task: steps in `skipped` or `error` that those behind them may take for done, by key.
@@ -52,7 +55,7 @@ pub struct Snapshot<'a> {
     pub absent: HashSet<u32>,
     /// How far maps have come, of those steps that began as one.
     pub maps: HashMap<u32, Map>,
-    /// Items of lists: the first one's place, and the values from there on.
+    /// Items of lists: the index of the first one, and the values from there on.
     pub windows: HashMap<u32, (u32, Vec<Value>)>,
     /// The outputs of the items of maps that are done, or why they cannot be kept.
     pub collected: HashMap<u32, Result<Value, String>>,
@@ -60,11 +63,17 @@ pub struct Snapshot<'a> {
     pub deadlines: HashMap<u32, DateTime<Utc>>,
     /// Signals that were kept, oldest first; of a template that waits for any.
     pub signals: Vec<Signal>,
+    /// What became of the tasks that attempts started, by step and attempt, where an event asks.
+    pub child_ends: HashMap<(Uuid, i32), ChildEnd>,
+    /// For a task that has no steps yet and begins: one uuid per step of the template.
+    pub new_step_uuids: Vec<Uuid>,
+    /// Of such a task: what is wrong with its input, by the template's schema.
+    pub invalid_input: Option<String>,
 }
 
-impl<'a> Snapshot<'a> {
+impl Snapshot {
     /// Of a task of which nothing but its row was loaded.
-    pub fn of_row(task: Task, definition: &'a Definition) -> Self {
+    pub fn of_row(task: Task, definition: Arc<Definition>) -> Self {
         Self {
             task,
             definition,
@@ -78,31 +87,30 @@ impl<'a> Snapshot<'a> {
             collected: HashMap::new(),
             deadlines: HashMap::new(),
             signals: Vec::new(),
+            child_ends: HashMap::new(),
+            new_step_uuids: Vec::new(),
+            invalid_input: None,
         }
     }
 }
 
-/// Something that happened, or is due. Steps are named by their key in the snapshot.
+/// Something that happened, is due, or is asked for: what messages, timers and operators say. Workers and
+/// timers name a step by its uuid, operators by its name in the template.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The task is to begin; its steps get these uuids. `invalid` says why its input breaks the template's schema.
-    Start {
-        /// One per step of the template.
-        step_uuids: Vec<Uuid>,
-        /// What is wrong with the input.
-        invalid: Option<String>,
-    },
-    /// A result of this claim was reported.
+    /// The task is to begin.
+    Start,
+    /// A result of this attempt was reported.
     Result {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
         /// The attempt reported.
         attempt: i32,
     },
     /// The result's message failed again and again for a reason of its own and was quarantined.
     Quarantined {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
         /// The attempt reported.
         attempt: i32,
         /// What failed.
@@ -110,41 +118,35 @@ pub enum Event {
     },
     /// The lease of the step's claim may have expired.
     LeaseDue {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
     },
     /// The step's retry may be due.
     RetryDue {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
     },
-    /// The step may have lain in its queue for too long.
+    /// The step may have been in its queue for too long.
     QueueDue {
-        /// Key of the step.
-        step: u32,
-        /// The attempt that was enqueued.
-        attempt: i32,
+        /// The step.
+        step: Uuid,
     },
     /// The wait of the step may be over.
     TimerDue {
-        /// Index of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
     },
     /// The task that an attempt started has ended, was not to be awaited, or could not be started.
     ChildEnded {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
         /// The attempt that started it.
         attempt: i32,
-        /// What that is for the step.
-        outcome: Outcome,
-        /// The `traceparent` of a task with a trace of its own.
-        link: Option<String>,
     },
     /// The step may have taken longer than its template allows.
     StepTotalDue {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
     },
     /// A signal came, or was kept when a step began to wait for it.
     SignalDue,
@@ -152,30 +154,26 @@ pub enum Event {
     TotalDue,
     /// A held step may find room now.
     Admit {
-        /// Key of the step.
-        step: u32,
+        /// The step.
+        step: Uuid,
     },
     /// End it; running handlers are asked to stop.
     Cancel(Operator),
     /// End it; running handlers are dropped.
     Terminate(Operator),
-    /// Try again what failed. `step_uuids` serve a task that ended before it had steps.
+    /// Try again what failed.
     Retry {
         /// Who and why.
         operator: Operator,
-        /// These only, of a blocked task; all if empty.
-        only: Vec<u32>,
-        /// One per step of the template, or none if the steps exist.
-        step_uuids: Vec<Uuid>,
-        /// What is wrong with the input of a task that never had steps.
-        invalid: Option<String>,
+        /// These steps only, of a blocked task; all if empty.
+        only: Vec<String>,
     },
     /// Run these steps of a finished task again, and all that follow from them.
     Rerun {
         /// Who and why.
         operator: Operator,
-        /// Indexes of the steps.
-        from: Vec<u32>,
+        /// Names of the steps.
+        from: Vec<String>,
     },
     /// Send nothing until it is resumed.
     Suspend(Operator),
@@ -189,8 +187,8 @@ pub enum Event {
     ByHand {
         /// Who and why.
         operator: Operator,
-        /// Index of the step.
-        step: u32,
+        /// Name of the step.
+        step: String,
         /// How.
         act: ByHand,
         /// What the steps behind it read as its output.
@@ -210,32 +208,69 @@ pub enum ByHand {
 }
 
 impl Event {
-    /// Its place within one settle. What operators do is about the task as it was loaded, so it
-    /// stands before anything that may end the task, and in the order in which it came (over one
-    /// queue, and the sort is stable); what was reported counts before the end does.
-    fn order(&self) -> (u8, u32, i32) {
+    /// The step that it names by uuid: its row must be loaded.
+    pub fn step(&self) -> Option<Uuid> {
         match self {
-            Self::Start { .. } => (0, 0, 0),
+            Self::Result { step, .. }
+            | Self::Quarantined { step, .. }
+            | Self::LeaseDue { step }
+            | Self::RetryDue { step }
+            | Self::QueueDue { step }
+            | Self::TimerDue { step }
+            | Self::ChildEnded { step, .. }
+            | Self::StepTotalDue { step }
+            | Self::Admit { step } => Some(*step),
+            _ => None,
+        }
+    }
+
+    /// The steps that it names by their names in the template.
+    pub fn names(&self) -> &[String] {
+        match self {
+            Self::Retry { only: names, .. } | Self::Rerun { from: names, .. } => names,
+            Self::ByHand { step, .. } => std::slice::from_ref(step),
+            _ => &[],
+        }
+    }
+
+    /// Whether it is about the whole task, so that every step must be loaded.
+    pub fn is_about_all(&self) -> bool {
+        matches!(self, Self::Resume(_) | Self::Retry { .. } | Self::Rerun { .. } | Self::ByHand { .. })
+    }
+
+    /// Whether an operator asks for it: what was asked for once must not be done twice.
+    pub fn is_request(&self) -> bool {
+        matches!(self, Self::Cancel(_) | Self::Terminate(_) | Self::Suspend(_) | Self::GiveUp(_) | Self::ResolveTask(_))
+            || self.is_about_all()
+    }
+
+    /// Its rank within one settle. What operators do is about the task as it was loaded, so it
+    /// stands before anything that may end the task, and in the order in which it came (over one
+    /// queue, and the sort is stable); what was reported counts before the end does. Events of one
+    /// rank stand in the order of their steps.
+    fn rank(&self) -> (u8, i32) {
+        match self {
+            Self::Start => (0, 0),
             Self::Retry { .. }
             | Self::Rerun { .. }
             | Self::Suspend(_)
             | Self::Resume(_)
             | Self::GiveUp(_)
             | Self::ResolveTask(_)
-            | Self::ByHand { .. } => (1, 0, 0),
-            Self::Result { step, attempt } => (2, *step, *attempt),
-            Self::Quarantined { step, attempt, .. } => (3, *step, *attempt),
-            Self::LeaseDue { step } => (4, *step, 0),
-            Self::RetryDue { step } => (5, *step, 0),
-            Self::QueueDue { step, attempt } => (6, *step, *attempt),
-            Self::Admit { step } => (7, *step, 0),
+            | Self::ByHand { .. } => (1, 0),
+            Self::Result { attempt, .. } => (2, *attempt),
+            Self::Quarantined { attempt, .. } => (3, *attempt),
+            Self::LeaseDue { .. } => (4, 0),
+            Self::RetryDue { .. } => (5, 0),
+            Self::QueueDue { .. } => (6, 0),
+            Self::Admit { .. } => (7, 0),
             // A signal that came before the end of its timeout counts.
-            Self::SignalDue => (8, 0, 0),
-            Self::ChildEnded { step, attempt, .. } => (8, *step, *attempt),
-            Self::TimerDue { step } => (9, *step, 0),
-            Self::StepTotalDue { step } => (9, *step, 1),
-            Self::TotalDue => (10, 0, 0),
-            Self::Cancel(_) | Self::Terminate(_) => (11, 0, 0),
+            Self::SignalDue => (8, 0),
+            Self::ChildEnded { attempt, .. } => (8, *attempt),
+            Self::TimerDue { .. } => (9, 0),
+            Self::StepTotalDue { .. } => (9, 1),
+            Self::TotalDue => (10, 0),
+            Self::Cancel(_) | Self::Terminate(_) => (11, 0),
         }
     }
 }
@@ -249,14 +284,23 @@ pub struct Operator {
     pub reason: Option<String>,
 }
 
-/// Decides. `now` is the database's time after the locks were taken.
-pub fn decide(snapshot: Snapshot<'_>, events: Vec<Event>, room: &mut Room, now: DateTime<Utc>) -> Plan {
-    let mut events = events;
+/// Decides. `now` is the database's time after the locks were taken. An event about a step that was
+/// not loaded has nothing to say.
+pub fn decide(snapshot: &Snapshot, events: &[&Event], room: &mut Room, now: DateTime<Utc>) -> Plan {
+    let keys: HashMap<Uuid, u32> = snapshot.steps.iter().map(|(key, step)| (step.uuid, *key)).collect();
+    let known = |event: &&'_ Event| match event.step() {
+        Some(step) => keys.get(&step).copied(),
+        None => Some(0),
+    };
+    let mut events: Vec<(u32, &Event)> = events.iter().filter_map(|event| Some((known(event)?, *event))).collect();
     // They came over several queues in no order; now their order cannot matter.
-    events.sort_by_key(Event::order);
+    events.sort_by_key(|(key, event)| {
+        let (rank, within) = event.rank();
+        (rank, *key, within)
+    });
     let mut pass = Pass::new(snapshot, room, now);
-    for event in events {
-        pass.apply(event);
+    for (key, event) in events {
+        pass.apply(key, event);
     }
     pass.finish()
 }
@@ -270,17 +314,16 @@ struct Ready {
 
 #[expect(clippy::struct_excessive_bools, reason = "each is one fact about the pass")]
 struct Pass<'a, 'r> {
+    snapshot: &'a Snapshot,
     definition: &'a Definition,
     room: &'r mut Room,
     now: DateTime<Utc>,
     steps: HashMap<u32, Step>,
-    versions_before: HashMap<u32, i32>,
     touched: BTreeSet<u32>,
     outcomes: HashMap<u32, Outcome>,
     outputs: HashMap<u32, Value>,
     absent: HashSet<u32>,
     passed: HashSet<u32>,
-    deadlines: HashMap<u32, DateTime<Utc>>,
     signals: Vec<Signal>,
     ready: Vec<Ready>,
     /// To be skipped, and why.
@@ -307,24 +350,12 @@ struct Pass<'a, 'r> {
 }
 
 impl<'a, 'r> Pass<'a, 'r> {
-    fn new(snapshot: Snapshot<'a>, room: &'r mut Room, now: DateTime<Utc>) -> Self {
-        let Snapshot {
-            task,
-            definition,
-            steps,
-            passed,
-            outcomes,
-            mut outputs,
-            absent,
-            maps,
-            windows,
-            collected,
-            deadlines,
-            signals,
-        } = snapshot;
+    fn new(snapshot: &'a Snapshot, room: &'r mut Room, now: DateTime<Utc>) -> Self {
+        let Snapshot { task, steps, outcomes, .. } = snapshot;
+        let mut outputs = snapshot.outputs.clone();
         // An event may name a step that is complete already (a hint that came twice, or late):
         // its output is here and nowhere else, and the steps behind it may need it now.
-        for (index, outcome) in &outcomes {
+        for (index, outcome) in outcomes {
             if let Outcome::Success(output) = outcome
                 && steps
                     .get(index)
@@ -334,25 +365,24 @@ impl<'a, 'r> Pass<'a, 'r> {
             }
         }
         Self {
-            definition,
+            snapshot,
+            definition: &snapshot.definition,
             room,
             now,
-            versions_before: steps.iter().map(|(index, step)| (*index, step.version)).collect(),
-            steps,
+            steps: steps.clone(),
             touched: BTreeSet::new(),
-            outcomes,
+            outcomes: outcomes.clone(),
             outputs,
-            absent,
-            passed,
-            deadlines,
-            signals,
+            absent: snapshot.absent.clone(),
+            passed: snapshot.passed.clone(),
+            signals: snapshot.signals.clone(),
             ready: Vec::new(),
             skips: Vec::new(),
             skip_counted: BTreeSet::new(),
-            maps,
+            maps: snapshot.maps.clone(),
             touched_maps: BTreeSet::new(),
-            windows,
-            collected,
+            windows: snapshot.windows.clone(),
+            collected: snapshot.collected.clone(),
             created_items: BTreeSet::new(),
             item_values: HashMap::new(),
             item_failures: HashMap::new(),
@@ -364,7 +394,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             fatal: None,
             plan: Plan {
                 task_version_before: task.version,
-                task,
+                task: task.clone(),
                 task_changed: false,
                 moves: Vec::new(),
                 steps: Vec::new(),
@@ -395,30 +425,31 @@ impl<'a, 'r> Pass<'a, 'r> {
         }
     }
 
-    fn apply(&mut self, event: Event) {
+    /// `key` is that of the step that the event names, if it names one by uuid.
+    fn apply(&mut self, key: u32, event: &Event) {
         let changed = match event {
-            Event::Start { step_uuids, invalid } => self.start(step_uuids, invalid),
-            Event::Retry { operator, only, step_uuids, invalid } => self.retry(&operator, &only, step_uuids, invalid),
-            Event::Rerun { operator, from } => self.rerun(&operator, &from),
-            Event::Suspend(operator) => self.suspend(operator),
-            Event::Resume(operator) => self.resume(operator),
-            Event::GiveUp(operator) => self.give_up(operator),
-            Event::ResolveTask(operator) => self.resolve_task(operator),
-            Event::ByHand { operator, step, act, output } => self.by_hand(operator, step, act, output),
-            Event::Cancel(operator) => self.end(TaskEvent::Cancel, operator),
-            Event::Terminate(operator) => self.end(TaskEvent::Terminate, operator),
+            Event::Start => self.start(),
+            Event::Retry { operator, only } => self.retry(operator, only),
+            Event::Rerun { operator, from } => self.rerun(operator, from),
+            Event::Suspend(operator) => self.suspend(operator.clone()),
+            Event::Resume(operator) => self.resume(operator.clone()),
+            Event::GiveUp(operator) => self.give_up(operator.clone()),
+            Event::ResolveTask(operator) => self.resolve_task(operator.clone()),
+            Event::ByHand { operator, step, act, output } => self.by_hand(operator.clone(), step, *act, output.clone()),
+            Event::Cancel(operator) => self.end(TaskEvent::Cancel, operator.clone()),
+            Event::Terminate(operator) => self.end(TaskEvent::Terminate, operator.clone()),
             Event::TotalDue => self.total_timeout(),
             _ if self.plan.task.state.is_terminal() => false,
-            Event::Result { step, attempt } => self.result(step, attempt),
-            Event::Quarantined { step, attempt, reason } => self.quarantined(step, attempt, &reason),
-            Event::LeaseDue { step } => self.lease_due(step),
-            Event::RetryDue { step } => self.retry_due(step),
-            Event::QueueDue { step, attempt } => self.queue_due(step, attempt),
-            Event::Admit { step } => self.admit(step),
-            Event::TimerDue { step } => self.timer_due(step),
-            Event::StepTotalDue { step } => self.step_total_due(step),
+            Event::Result { attempt, .. } => self.result(key, *attempt),
+            Event::Quarantined { attempt, reason, .. } => self.quarantined(key, *attempt, reason),
+            Event::LeaseDue { .. } => self.lease_due(key),
+            Event::RetryDue { .. } => self.retry_due(key),
+            Event::QueueDue { .. } => self.queue_due(key),
+            Event::Admit { .. } => self.admit(key),
+            Event::TimerDue { .. } => self.timer_due(key),
+            Event::StepTotalDue { .. } => self.step_total_due(key),
             Event::SignalDue => self.signal_due(),
-            Event::ChildEnded { step, attempt, outcome, link } => self.child_ended(step, attempt, outcome, link),
+            Event::ChildEnded { attempt, .. } => self.child_ended(key, *attempt),
         };
         if !changed {
             self.plan.ignored += 1;
@@ -540,8 +571,8 @@ impl<'a, 'r> Pass<'a, 'r> {
             self.plan.new_steps = created;
         }
         for index in std::mem::take(&mut self.touched) {
-            if let (Some(step), Some(before)) = (self.steps.remove(&index), self.versions_before.get(&index)) {
-                self.plan.steps.push((step, *before));
+            if let (Some(step), Some(before)) = (self.steps.remove(&index), self.snapshot.steps.get(&index)) {
+                self.plan.steps.push((step, before.version));
             }
         }
     }

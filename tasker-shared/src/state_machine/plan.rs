@@ -414,6 +414,15 @@ pub struct Answer {
     pub outcome: Outcome,
 }
 
+/// What became of a task for the attempt that started it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChildEnd {
+    /// The step's output, or why the attempt failed.
+    pub outcome: Outcome,
+    /// The `traceparent` of a task with a trace of its own.
+    pub link: Option<String>,
+}
+
 /// A task to start, for the attempt of a step that waits for it from now on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StartChild {

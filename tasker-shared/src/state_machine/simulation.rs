@@ -25,7 +25,7 @@ pub(crate) use self::templates::{
 };
 use super::decide::{Event, Operator, decide};
 use super::definition::Definition;
-use super::plan::{Failure, HeldBy, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task};
+use super::plan::{ChildEnd, Failure, HeldBy, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task};
 use super::states::{StepEvent, StepState, TaskState, step_move_is_legal};
 use super::wait::ChildTask;
 
@@ -133,15 +133,21 @@ pub(crate) struct World {
     sent: BTreeSet<(u32, i32)>,
     /// Outputs that operators gave, by step and attempt.
     given: HashMap<(Uuid, i32), Value>,
+    /// What became of the tasks that attempts started.
+    pub child_ends: HashMap<(Uuid, i32), ChildEnd>,
+    /// What is wrong with the task's input.
+    pub invalid_input: Option<String>,
     ids: u128,
 }
 
 impl World {
     /// A task that was just accepted.
-    pub fn new(definition: Definition) -> Self {
+    pub fn new(definition: impl Into<Arc<Definition>>) -> Self {
+        let definition = definition.into();
         let created: DateTime<Utc> = "2026-01-05T12:00:00Z".parse().unwrap();
+        let steps = definition.steps.len() as u128;
         Self {
-            definition: Arc::new(definition),
+            definition,
             clock: created,
             task: Task {
                 uuid: Uuid::from_u128(0xAAAA),
@@ -182,7 +188,9 @@ impl World {
             answers: HashMap::new(),
             sent: BTreeSet::new(),
             given: HashMap::new(),
-            ids: 0xB000,
+            child_ends: HashMap::new(),
+            invalid_input: None,
+            ids: FIRST_ID + steps,
         }
     }
 
@@ -239,19 +247,23 @@ impl World {
         self.definition.steps[step.index as usize].work.wait_reason().expect("only steps without a handler wait")
     }
 
-    /// A Start event for a task whose input is good.
-    pub fn start_event(&mut self) -> Event {
-        Event::Start { step_uuids: self.new_step_uuids(), invalid: None }
+    /// An operator tries again what failed.
+    pub fn retry_event() -> Event {
+        Event::Retry { operator: operator("olga"), only: Vec::new() }
     }
 
-    /// A Retry event as an orchestrator makes it.
-    pub fn retry_event(&mut self) -> Event {
-        let step_uuids = if self.steps.is_empty() { self.new_step_uuids() } else { Vec::new() };
-        Event::Retry { operator: operator("olga"), only: Vec::new(), step_uuids, invalid: None }
+    /// The step that an event names, by its key.
+    pub fn event_key(&self, event: &Event) -> Option<u32> {
+        if let Event::ByHand { step, .. } = event {
+            return self.definition.by_name.get(&**step).copied();
+        }
+        let uuid = event.step()?;
+        self.steps.iter().find(|step| step.uuid == uuid).map(|step| self.key(step))
     }
 
-    fn new_step_uuids(&mut self) -> Vec<Uuid> {
-        (0..self.definition.steps.len()).map(|_| self.new_uuid()).collect()
+    /// The uuid of the step of a key that is known to exist.
+    pub fn uuid(&self, key: u32) -> Uuid {
+        self.at(key).uuid
     }
 
     // The worker protocol, migrations/0004.
@@ -369,8 +381,9 @@ impl World {
     /// One settle: decide, apply, check every rule.
     pub fn settle(&mut self, events: Vec<Event>, room: &mut Room) -> Plan {
         let began_at = self.tick();
-        let plan = decide(self.snapshot(&events, began_at), events.clone(), &mut room.clone(), began_at);
-        let again = decide(self.snapshot(&events, began_at), events, room, began_at);
+        let events: Vec<&Event> = events.iter().collect();
+        let plan = decide(&self.snapshot(&events, began_at), &events, &mut room.clone(), began_at);
+        let again = decide(&self.snapshot(&events, began_at), &events, room, began_at);
         assert_eq!(format!("{plan:?}"), format!("{again:?}"), "deciding twice gives two plans");
         if plan.is_empty() {
             return plan;
@@ -384,10 +397,9 @@ impl World {
     // Short ways for tests that tell a story.
 
     /// Begins the task with room for everything.
-    pub fn started(definition: Definition) -> Self {
+    pub fn started(definition: impl Into<Arc<Definition>>) -> Self {
         let mut world = Self::new(definition);
-        let start = world.start_event();
-        world.settle(vec![start], &mut Room::unlimited());
+        world.settle(vec![Event::Start], &mut Room::unlimited());
         world
     }
 
@@ -420,49 +432,37 @@ impl World {
         let claim = self.claim_key(key);
         self.pass(Duration::from_millis(5));
         assert!(self.report(claim, outcome));
-        Event::Result { step: claim.step, attempt: claim.attempt }
+        Event::Result { step: self.uuid(claim.step), attempt: claim.attempt }
     }
 
     /// Runs an item of a map and settles its result, with room for everything.
     pub fn finish_item(&mut self, map: &str, item: u32, outcome: Outcome) -> Plan {
         let event = self.run_item(map, item, outcome);
-        self.results.retain(|(step, _)| Some(*step) != event_step(&event));
+        let key = self.event_key(&event);
+        self.results.retain(|(step, _)| Some(*step) != key);
         self.settle(vec![event], &mut Room::unlimited())
     }
 
     /// Runs a step and settles its result, with room for everything.
     pub fn finish_step(&mut self, name: &str, outcome: Outcome) -> Plan {
         let event = self.run_step(name, outcome);
-        self.results.retain(|(step, _)| Some(*step) != event_step(&event));
+        let key = self.event_key(&event);
+        self.results.retain(|(step, _)| Some(*step) != key);
         self.settle(vec![event], &mut Room::unlimited())
     }
 }
 
-/// The step an event is about.
-pub(crate) fn event_step(event: &Event) -> Option<u32> {
-    match event {
-        Event::Result { step, .. }
-        | Event::Quarantined { step, .. }
-        | Event::LeaseDue { step }
-        | Event::RetryDue { step }
-        | Event::QueueDue { step, .. }
-        | Event::TimerDue { step }
-        | Event::ChildEnded { step, .. }
-        | Event::StepTotalDue { step }
-        | Event::Admit { step }
-        | Event::ByHand { step, .. } => Some(*step),
-        _ => None,
-    }
+/// Ids count from here: first those of the template's steps.
+const FIRST_ID: u128 = 0xB000;
+
+/// The uuid that the step of this index gets when its task begins.
+pub(crate) fn id(index: u32) -> Uuid {
+    Uuid::from_u128(FIRST_ID + 1 + u128::from(index))
 }
 
 /// Whether it may end the wait of a map for its items.
 fn leaves(event: &Event) -> bool {
     matches!(event, Event::StepTotalDue { .. } | Event::ByHand { .. })
-}
-
-/// Whether an orchestrator loads every step for it.
-pub(crate) fn is_whole(event: &Event) -> bool {
-    matches!(event, Event::Retry { .. } | Event::Rerun { .. } | Event::Resume(_) | Event::ByHand { .. })
 }
 
 pub(crate) fn operator(actor: &str) -> Operator {

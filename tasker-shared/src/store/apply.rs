@@ -8,9 +8,8 @@ use uuid::Uuid;
 
 use self::rows::{DueRow, LogRow, NewStep, StepChange, TaskChange};
 use super::Error;
-use super::tasks::TaskRow;
-use crate::queue::Traffic;
-use crate::state_machine::plan::Plan;
+use crate::queue::QueueChanges;
+use crate::state_machine::plan::{Plan, Task};
 
 /// What a batch became.
 #[derive(Debug, Clone)]
@@ -51,10 +50,10 @@ pub struct ExportBatch {
 /// Errors with [`Error::Conflict`] if any row is not as it was read; the caller rolls back.
 pub async fn apply(
     conn: &mut PgConnection,
-    batch: &[(&TaskRow, &Plan)],
+    batch: &[(&Task, &Plan)],
     began_at: DateTime<Utc>,
     export: Option<&ExportBatch>,
-    traffic: &Traffic<'_>,
+    changes: &QueueChanges<'_>,
 ) -> Result<Applied, Error> {
     let ending: Vec<Uuid> =
         batch.iter().filter(|(_, plan)| plan.cancel_open_steps).map(|(_, plan)| plan.task.uuid).collect();
@@ -88,12 +87,12 @@ pub async fn apply(
         export.map_or_else(Uuid::nil, |export| export.batch_id),
         export.map(|export| export.instance),
         export.map_or(&[][..], |export| &export.task_uuids),
-        traffic.queue,
-        traffic.done,
-        traffic.due,
-        &traffic.outbox.queues,
-        &traffic.outbox.bodies,
-        &traffic.outbox.headers,
+        changes.queue,
+        changes.done,
+        changes.due,
+        &changes.outbox.queues,
+        &changes.outbox.bodies,
+        &changes.outbox.headers,
     )
     .fetch_one(&mut *conn)
     .await?;
@@ -139,7 +138,7 @@ fn check(table: &'static str, changed: i64, wanted: usize) -> Result<(), Error> 
 }
 
 /// The latest time that any row to be written bears: times of an entity never go back.
-fn latest(batch: &[(&TaskRow, &Plan)]) -> Option<DateTime<Utc>> {
+fn latest(batch: &[(&Task, &Plan)]) -> Option<DateTime<Utc>> {
     batch.iter().flat_map(|(_, plan)| plan.steps.iter().map(|(step, _)| step.last_at).chain([plan.task.last_at])).max()
 }
 
@@ -153,7 +152,7 @@ fn new_steps(plan: &Plan, items: bool) -> impl Iterator<Item = NewStep<'_>> {
 /// Creates the items of maps; every other step is created by the statement that applies its plan.
 async fn insert_items(
     conn: &mut PgConnection,
-    batch: &[(&TaskRow, &Plan)],
+    batch: &[(&Task, &Plan)],
     began_at: DateTime<Utc>,
     at: DateTime<Utc>,
 ) -> Result<(), Error> {

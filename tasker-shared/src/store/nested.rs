@@ -6,20 +6,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
-use crate::state_machine::plan::{Failure, Outcome};
-
-/// What became of a task for the step that started it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ChildEnd {
-    /// The step.
-    pub step: Uuid,
-    /// The attempt that started it.
-    pub attempt: i32,
-    /// The step's output, or why the attempt failed.
-    pub outcome: Outcome,
-    /// The `traceparent` of a task with a trace of its own.
-    pub link: Option<String>,
-}
+use crate::state_machine::plan::{ChildEnd, Failure, Outcome};
 
 /// Starts tasks; see `tasker.start_children` for the keys of a request.
 pub async fn start(conn: &mut PgConnection, requests: Vec<Value>) -> Result<(), Error> {
@@ -39,9 +26,12 @@ pub async fn cancel(conn: &mut PgConnection, tasks: &[Uuid], steps: Option<&[Uui
     Ok(())
 }
 
-/// What became of the tasks that these attempts, `(task, step, attempt)`, started; of those that
-/// are still awaited there is no answer.
-pub async fn ends(conn: &mut PgConnection, attempts: &[(Uuid, Uuid, i32)]) -> Result<Vec<ChildEnd>, Error> {
+/// What became of the tasks that these attempts, `(task, step, attempt)`, started, by step and attempt;
+/// of those that are still awaited there is no answer.
+pub async fn ends(
+    conn: &mut PgConnection,
+    attempts: &[(Uuid, Uuid, i32)],
+) -> Result<Vec<((Uuid, i32), ChildEnd)>, Error> {
     let tasks: Vec<Uuid> = attempts.iter().map(|(task, ..)| *task).collect();
     let steps: Vec<Uuid> = attempts.iter().map(|(_, step, _)| *step).collect();
     let numbers: Vec<i32> = attempts.iter().map(|(.., attempt)| *attempt).collect();
@@ -67,7 +57,7 @@ pub async fn ends(conn: &mut PgConnection, attempts: &[(Uuid, Uuid, i32)]) -> Re
                     retry_after_ms: None,
                 }),
             };
-            ChildEnd { step: row.step_uuid, attempt: row.attempt, outcome, link: row.link }
+            ((row.step_uuid, row.attempt), ChildEnd { outcome, link: row.link })
         })
         .collect())
 }

@@ -9,20 +9,15 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
-use super::tasks::TaskRow;
 use crate::state_machine::TaskState;
-use crate::state_machine::plan::Plan;
+use crate::state_machine::plan::{Plan, Task};
 
 /// Records what the plans owe to operators, in the transaction that applies them.
-pub(super) async fn record(
-    conn: &mut PgConnection,
-    batch: &[(&TaskRow, &Plan)],
-    at: DateTime<Utc>,
-) -> Result<(), Error> {
+pub(super) async fn record(conn: &mut PgConnection, batch: &[(&Task, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
     if batch.iter().any(|(_, plan)| !plan.audit.is_empty()) {
         audit(conn, batch, at).await?;
     }
-    let moved = |(row, plan): &&(&TaskRow, &Plan)| row.task.suspended_from != plan.task.suspended_from;
+    let moved = |(before, plan): &&(&Task, &Plan)| before.suspended_from != plan.task.suspended_from;
     if batch.iter().any(|entry| moved(&entry)) {
         suspended_from(conn, batch.iter().filter(moved)).await?;
     }
@@ -32,7 +27,7 @@ pub(super) async fn record(
     Ok(())
 }
 
-async fn audit(conn: &mut PgConnection, batch: &[(&TaskRow, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
+async fn audit(conn: &mut PgConnection, batch: &[(&Task, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
     let (mut task, mut action, mut actor) = (Vec::new(), Vec::new(), Vec::new());
     let (mut reason, mut details): (Vec<Option<&str>>, Vec<Option<Value>>) = (Vec::new(), Vec::new());
     for (_, plan) in batch {
@@ -64,7 +59,7 @@ async fn audit(conn: &mut PgConnection, batch: &[(&TaskRow, &Plan)], at: DateTim
 
 async fn suspended_from<'a>(
     conn: &mut PgConnection,
-    moved: impl Iterator<Item = &'a (&'a TaskRow, &'a Plan)>,
+    moved: impl Iterator<Item = &'a (&'a Task, &'a Plan)>,
 ) -> Result<(), Error> {
     let (tasks, states): (Vec<Uuid>, Vec<Option<&str>>) =
         moved.map(|(_, plan)| (plan.task.uuid, plan.task.suspended_from.map(TaskState::as_str))).unzip();
@@ -81,7 +76,7 @@ async fn suspended_from<'a>(
 
 /// Keeps an output where every reader looks for it: with the step's latest attempt. A step that
 /// was never tried gets an attempt 0, which no worker ever had.
-async fn outputs(conn: &mut PgConnection, batch: &[(&TaskRow, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
+async fn outputs(conn: &mut PgConnection, batch: &[(&Task, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
     for (_, plan) in batch {
         for given in &plan.outputs {
             sqlx::query!(

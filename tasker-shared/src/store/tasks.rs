@@ -10,11 +10,10 @@ use super::Error;
 use crate::state_machine::plan::Task;
 use crate::trace::span::{SpanId, TraceId};
 
-/// A locked task: what decisions depend on, and what its trace says.
+/// What its trace and its messages say of a locked task.
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "columns of tasker.tasks, explained there")]
 pub struct TaskRow {
-    pub task: Task,
     pub namespace: String,
     pub template_id: i32,
     pub correlation_id: String,
@@ -37,7 +36,7 @@ pub struct TaskRow {
 
 /// Locks those of the tasks that nobody else holds, in id order, and reads them. The ones
 /// that are locked elsewhere are simply not in the answer.
-pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<TaskRow>, Error> {
+pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<(Task, TaskRow)>, Error> {
     let rows = sqlx::query!(
         r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
              parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
@@ -52,35 +51,35 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
         .map(|row| {
             let id = row.task_uuid;
             let bad = |column, problem: String| Error::bad_row("tasks", column, id, problem);
-            Ok(TaskRow {
-                task: Task {
-                    uuid: row.task_uuid,
-                    state: row.state.parse().map_err(|e| Error::bad_row("tasks", "state", id, e))?,
-                    version: row.version,
-                    generation: row.generation,
-                    priority: row.priority,
-                    input: row.input,
-                    open_steps: row.open_steps,
-                    in_flight_steps: row.in_flight_steps,
-                    retrying_steps: row.retrying_steps,
-                    held_steps: row.held_steps,
-                    failed_steps: row.failed_steps,
-                    error_type: row.error_type,
-                    reason: row.reason,
-                    ended_by: match row.ended_by.as_deref() {
-                        Some("cancel") => Some("cancel"),
-                        Some(_) => Some("terminate"),
-                        None => None,
-                    },
-                    suspended_from: row
-                        .suspended_from
-                        .map(|word| word.parse())
-                        .transpose()
-                        .map_err(|e| Error::bad_row("tasks", "suspended_from", id, e))?,
-                    run_at: row.run_at,
-                    generation_began_at: row.generation_began_at,
-                    last_at: row.last_at,
+            let task = Task {
+                uuid: row.task_uuid,
+                state: row.state.parse().map_err(|e| Error::bad_row("tasks", "state", id, e))?,
+                version: row.version,
+                generation: row.generation,
+                priority: row.priority,
+                input: row.input,
+                open_steps: row.open_steps,
+                in_flight_steps: row.in_flight_steps,
+                retrying_steps: row.retrying_steps,
+                held_steps: row.held_steps,
+                failed_steps: row.failed_steps,
+                error_type: row.error_type,
+                reason: row.reason,
+                ended_by: match row.ended_by.as_deref() {
+                    Some("cancel") => Some("cancel"),
+                    Some(_) => Some("terminate"),
+                    None => None,
                 },
+                suspended_from: row
+                    .suspended_from
+                    .map(|word| word.parse())
+                    .transpose()
+                    .map_err(|e| Error::bad_row("tasks", "suspended_from", id, e))?,
+                run_at: row.run_at,
+                generation_began_at: row.generation_began_at,
+                last_at: row.last_at,
+            };
+            let row = TaskRow {
                 namespace: row.namespace,
                 template_id: row.template_id,
                 correlation_id: row.correlation_id,
@@ -96,7 +95,8 @@ pub async fn lock(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Ta
                 baggage: row.baggage,
                 created_at: row.created_at,
                 read_at: row.now,
-            })
+            };
+            Ok((task, row))
         })
         .collect()
 }

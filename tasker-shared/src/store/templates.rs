@@ -192,7 +192,7 @@ async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Temp
 #[derive(Debug)]
 pub struct Loaded {
     /// What decisions read.
-    pub definition: Definition,
+    pub definition: Arc<Definition>,
     /// The steps that wait for a signal, by index, with its name.
     pub signals: Vec<(u32, Arc<str>)>,
     /// Whether any of its steps starts tasks.
@@ -283,7 +283,14 @@ pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> 
     let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
     let starts_tasks = definition.steps.iter().any(|step| matches!(step.work, Work::Task(_)));
     let has_timers = definition.total.is_some() || definition.steps.iter().any(StepDefinition::has_timers);
-    Ok(Loaded { definition, signals, starts_tasks, has_timers, schema, keep: template.trace.keep.clone() })
+    Ok(Loaded {
+        definition: Arc::new(definition),
+        signals,
+        starts_tasks,
+        has_timers,
+        schema,
+        keep: template.trace.keep.clone(),
+    })
 }
 
 #[cfg(test)]

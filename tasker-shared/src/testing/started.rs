@@ -95,10 +95,7 @@ impl Started<'_> {
 
     /// Tries again what failed.
     pub fn retry(&mut self) -> &mut Self {
-        let mut retry = self.run.world.retry_event();
-        let Event::Retry { operator: by, .. } = &mut retry else { unreachable!("it makes a Retry") };
-        *by = operator();
-        self.ask(&retry)
+        self.ask(&Event::Retry { operator: operator(), only: Vec::new() })
     }
 
     /// Runs a step of a finished task again, and all that follow from it.
@@ -106,7 +103,8 @@ impl Started<'_> {
     /// # Panics
     /// If the template has no such step.
     pub fn rerun(&mut self, step: &str) -> &mut Self {
-        let from = vec![self.run.index(step)];
+        self.run.index(step);
+        let from = vec![step.to_owned()];
         self.ask(&Event::Rerun { operator: operator(), from })
     }
 
@@ -115,7 +113,8 @@ impl Started<'_> {
     /// # Panics
     /// If the template has no such step.
     pub fn complete_step(&mut self, step: &str, output: Value) -> &mut Self {
-        let step = self.run.index(step);
+        self.run.index(step);
+        let step = step.to_owned();
         self.ask(&Event::ByHand { operator: operator(), step, act: ByHand::Complete, output: Some(output) })
     }
 
@@ -124,7 +123,8 @@ impl Started<'_> {
     /// # Panics
     /// If the template has no such step.
     pub fn skip_step(&mut self, step: &str) -> &mut Self {
-        let step = self.run.index(step);
+        self.run.index(step);
+        let step = step.to_owned();
         self.ask(&Event::ByHand { operator: operator(), step, act: ByHand::Skip, output: None })
     }
 
@@ -157,7 +157,7 @@ impl Started<'_> {
             let world = &mut self.run.world;
             let event = if !world.results.is_empty() {
                 let reported = std::mem::take(&mut world.results).into_iter();
-                reported.map(|(step, attempt)| Event::Result { step, attempt }).collect()
+                reported.map(|(key, attempt)| Event::Result { step: world.uuid(key), attempt }).collect()
             } else if let Some(message) = self.offered() {
                 self.harness.work(&mut self.run.world, &mut self.run.calls, message);
                 continue;
@@ -190,13 +190,13 @@ impl Started<'_> {
         }
         let (kind, at, step) = world.due.remove(place);
         world.clock = world.clock.max(at);
-        Some(match (kind, step) {
+        Some(match (kind, step.map(|key| world.uuid(key))) {
             ("lease", Some(step)) => Event::LeaseDue { step },
             ("retry", Some(step)) => Event::RetryDue { step },
             ("timer", Some(step)) => Event::TimerDue { step },
             ("step_timeout", Some(step)) => Event::StepTotalDue { step },
             ("signal", None) => Event::SignalDue,
-            ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: world.at(step).attempt },
+            ("queue_timeout", Some(step)) => Event::QueueDue { step },
             ("total_timeout", None) => Event::TotalDue,
             other => panic!("the test kit does not know what is due here: {other:?}"),
         })

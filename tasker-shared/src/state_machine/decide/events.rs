@@ -5,7 +5,6 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use uuid::Uuid;
 
 use super::super::plan::{Detail, Due, Failure, Outcome, Step, Wait};
 use super::super::retry::{OnExhausted, Verdict, verdict};
@@ -24,17 +23,17 @@ pub const NEVER_PASSED: [&str; 7] = [
 ];
 
 impl Pass<'_, '_> {
-    pub(super) fn start(&mut self, step_uuids: Vec<Uuid>, invalid: Option<String>) -> bool {
+    pub(super) fn start(&mut self) -> bool {
         if self.plan.task.state != TaskState::Pending {
             return false;
         }
         self.move_task(TaskEvent::Start, TaskState::Initializing, None);
-        if let Some(reason) = invalid {
-            self.fatal = Some(("invalid_input".into(), reason));
+        if let Some(reason) = &self.snapshot.invalid_input {
+            self.fatal = Some(("invalid_input".into(), reason.clone()));
             return true;
         }
         self.limit_total();
-        self.create_steps(step_uuids);
+        self.create_steps();
         true
     }
 
@@ -46,11 +45,12 @@ impl Pass<'_, '_> {
         }
     }
 
-    pub(super) fn create_steps(&mut self, step_uuids: Vec<Uuid>) {
+    pub(super) fn create_steps(&mut self) {
+        let step_uuids = &self.snapshot.new_step_uuids;
         self.creating = true;
         self.plan.task.open_steps = i32::try_from(step_uuids.len()).unwrap_or(i32::MAX);
         self.plan.task_changed = true;
-        for (index, uuid) in (0_u32..).zip(step_uuids) {
+        for (index, uuid) in (0_u32..).zip(step_uuids.iter().copied()) {
             let dependencies = self.definition.graph.parents(index).len();
             let priority = self.plan.task.priority.saturating_add(self.definition.steps[index as usize].priority);
             let dependencies = i32::try_from(dependencies).unwrap_or(i32::MAX);
@@ -253,7 +253,7 @@ impl Pass<'_, '_> {
         true
     }
 
-    pub(super) fn queue_due(&mut self, index: u32, attempt: i32) -> bool {
+    pub(super) fn queue_due(&mut self, index: u32) -> bool {
         let Some(step) = self.steps.get(&index) else {
             return false;
         };
@@ -269,7 +269,9 @@ impl Pass<'_, '_> {
             (StepState::Pending | StepState::WaitingForRetry, Some(_)) => step.ready_at,
             _ => None,
         };
-        let Some(since) = since.filter(|_| step.attempt == attempt) else {
+        // An attempt that began in this settle has a timer of its own.
+        let began_before = self.snapshot.steps.get(&index).is_some_and(|before| before.attempt == step.attempt);
+        let Some(since) = since.filter(|_| began_before) else {
             return false;
         };
         let at = since + timeout;
@@ -306,7 +308,7 @@ impl Pass<'_, '_> {
         let Some(step) = self.steps.get(&index).filter(|step| !step.state.is_terminal()) else {
             return false;
         };
-        let (Some(&deadline), Some(total)) = (self.deadlines.get(&index), self.defined(index).total) else {
+        let (Some(&deadline), Some(total)) = (self.snapshot.deadlines.get(&index), self.defined(index).total) else {
             return false;
         };
         let reported =

@@ -186,8 +186,11 @@ impl<'a> Pass<'a, '_> {
         let step = &self.steps[&key];
         let waits = vec![Wait::new("items", step.last_at, None, step.version)];
         // A list without items is waited for in the move that ends the wait.
-        let waits =
-            if step.version > self.versions_before.get(&key).copied().unwrap_or(0) { Vec::new() } else { waits };
+        let waits = if step.version > self.snapshot.steps.get(&key).map_or(0, |before| before.version) {
+            Vec::new()
+        } else {
+            waits
+        };
         self.evaluated = true;
         self.only_lost = false;
         match outcome {

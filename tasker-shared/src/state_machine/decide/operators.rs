@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use super::super::plan::{Audit, Detail, Due, ManualOutput, Send, Step, Wait};
 use super::super::retry::OnExhausted;
@@ -173,30 +172,25 @@ impl Pass<'_, '_> {
     }
 
     /// Tries again what failed or was cancelled, or only `only` (of a blocked task).
-    pub(super) fn retry(
-        &mut self,
-        operator: &Operator,
-        only: &[u32],
-        step_uuids: Vec<Uuid>,
-        invalid: Option<String>,
-    ) -> bool {
+    pub(super) fn retry(&mut self, operator: &Operator, only: &[String]) -> bool {
         let from = self.plan.task.state;
         if !matches!(from, TaskState::Error | TaskState::Cancelled | TaskState::BlockedByFailures) {
             return false;
         }
         let mut again = self.unfinished();
-        again.retain(|key, _| only.is_empty() || only.contains(&self.steps[key].index));
+        let chosen: Vec<u32> = only.iter().filter_map(|name| self.definition.by_name.get(&**name).copied()).collect();
+        again.retain(|key, _| only.is_empty() || chosen.contains(&self.steps[key].index));
         if !only.is_empty() && (from.is_terminal() || again.is_empty()) {
             return false;
         }
         self.begin_again(TaskEvent::OperatorRetry, operator);
         self.audit("retry", operator.clone(), Some(again.keys().copied().collect()));
-        if let Some(reason) = invalid {
-            self.fatal = Some(("invalid_input".into(), reason));
+        if let Some(reason) = &self.snapshot.invalid_input {
+            self.fatal = Some(("invalid_input".into(), reason.clone()));
             return true;
         }
-        if !step_uuids.is_empty() {
-            self.create_steps(step_uuids);
+        if self.steps.is_empty() {
+            self.create_steps();
             return true;
         }
         self.steps_again(again, &operator.actor);
@@ -205,13 +199,14 @@ impl Pass<'_, '_> {
 
     /// Runs these steps and all that follow from them once more, in a new generation. The others
     /// keep what they came to; what failed or was cancelled is tried again, as by a retry.
-    pub(super) fn rerun(&mut self, operator: &Operator, from: &[u32]) -> bool {
-        if !self.plan.task.state.is_terminal() || from.is_empty() || !from.iter().all(|of| self.steps.contains_key(of))
-        {
+    pub(super) fn rerun(&mut self, operator: &Operator, names: &[String]) -> bool {
+        let from: Vec<u32> = names.iter().filter_map(|name| self.definition.by_name.get(&**name).copied()).collect();
+        let all_exist = from.len() == names.len() && from.iter().all(|of| self.steps.contains_key(of));
+        if !self.plan.task.state.is_terminal() || from.is_empty() || !all_exist {
             return false;
         }
         let mut chosen: BTreeSet<u32> = BTreeSet::new();
-        let mut open: Vec<u32> = from.to_vec();
+        let mut open: Vec<u32> = from.clone();
         while let Some(index) = open.pop() {
             if chosen.insert(index) {
                 open.extend(self.definition.graph.children(index));
@@ -227,7 +222,7 @@ impl Pass<'_, '_> {
         let mut again = self.unfinished();
         again.extend(rerun.map(|index| (*index, StepEvent::Rerun)));
         self.begin_again(TaskEvent::Rerun, operator);
-        self.audit("rerun", operator.clone(), Some(from.to_vec()));
+        self.audit("rerun", operator.clone(), Some(from));
         self.steps_again(again, &operator.actor);
         true
     }
@@ -345,10 +340,13 @@ impl Pass<'_, '_> {
     }
 
     /// Skips, resolves or completes a step by hand; the steps behind it go on.
-    pub(super) fn by_hand(&mut self, operator: Operator, index: u32, act: ByHand, output: Option<Value>) -> bool {
+    pub(super) fn by_hand(&mut self, operator: Operator, name: &str, act: ByHand, output: Option<Value>) -> bool {
         if self.plan.task.state.is_terminal() {
             return false;
         }
+        let Some(&index) = self.definition.by_name.get(name) else {
+            return false;
+        };
         let Some(step) = self.steps.get(&index) else {
             return false;
         };

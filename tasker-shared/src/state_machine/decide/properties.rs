@@ -15,11 +15,11 @@ use uuid::Uuid;
 use super::super::definition::{Definition, Join, OnItemFailure};
 use super::super::flow::{Allows, Free, Limit, Places, Rule, namespace_limit};
 use super::super::input::InputTemplate;
-use super::super::plan::{HeldBy, Outcome, Plan, Room, Step};
+use super::super::plan::{ChildEnd, HeldBy, Outcome, Plan, Room, Step};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    Claim, LEASE, QUEUE, World, event_step, failure, operator, permanent, room_for, signal_wait, success, template,
-    with, with_branches, with_input, with_join, with_map, with_task, with_wait, with_when,
+    Claim, LEASE, QUEUE, World, failure, id, operator, permanent, room_for, signal_wait, success, template, with,
+    with_branches, with_input, with_join, with_map, with_task, with_wait, with_when,
 };
 use super::super::states::{StepState, TaskState};
 use super::super::wait::{OnTimeout, WaitFor};
@@ -563,6 +563,7 @@ impl Driver {
             "tenant": "t1", "none": [], "one": [{"a": 1}], "three": ["x", null, 3], "seven": [0, 1, 2, 3, 4, 5, 6],
         });
         world.task.priority = story.priority;
+        world.invalid_input = story.invalid.then(|| "total: must be a number".to_owned());
         let flow = Flow::new(&world, story.limit);
         Self { world, story: story.clone(), running: Vec::new(), ghosts: Vec::new(), healed: false, flow }
     }
@@ -588,7 +589,8 @@ impl Driver {
                 self.finish(place);
             } else if !self.world.results.is_empty() {
                 let results = std::mem::take(&mut self.world.results);
-                self.settle(results.into_iter().map(result).collect(), Room::unlimited())?;
+                let results = results.into_iter().map(|reported| self.result(reported)).collect();
+                self.settle(results, Room::unlimited())?;
             } else if !self.world.children.is_empty() {
                 self.end_child(0)?;
             } else if self.world.steps.iter().any(|step| step.held_by.is_some() && self.flow.lets(step, &self.world)) {
@@ -625,7 +627,7 @@ impl Driver {
     /// An operator retries what failed, and nothing fails any more.
     pub fn heal(&mut self) -> TestCaseResult {
         self.healed = true;
-        let retry = self.world.retry_event();
+        let retry = World::retry_event();
         self.settle(vec![retry], Room::unlimited())?;
         self.drain()
     }
@@ -652,12 +654,19 @@ impl Driver {
             3 | 4 if !self.running.is_empty() => self.finish(argument % self.running.len()),
             5..=7 => {
                 let count = self.world.results.len().min(1 + argument % 6);
-                let mut events: Vec<Event> = self.world.results.drain(..count).map(result).collect();
+                let mut events: Vec<Event> = self
+                    .world
+                    .results
+                    .drain(..count)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .map(|reported| self.result(reported))
+                    .collect();
                 // Redelivered hints come along with new ones.
                 let done = self.world.steps.iter().filter(|step| step.state == StepState::Complete);
                 let done: Vec<_> = done.map(|step| (self.world.key(step), step.attempt)).collect();
                 if !done.is_empty() && argument.is_multiple_of(3) {
-                    events.push(result(done[argument / 3 % done.len()]));
+                    events.push(self.result(done[argument / 3 % done.len()]));
                 }
                 self.settle(events, self.room(argument / 6))?;
             }
@@ -728,12 +737,7 @@ impl Driver {
     }
 
     fn start(&mut self, room: Room) -> TestCaseResult {
-        let Event::Start { step_uuids, .. } = self.world.start_event() else { unreachable!() };
-        self.settle(vec![Event::Start { step_uuids, invalid: self.invalid() }], room)
-    }
-
-    fn invalid(&self) -> Option<String> {
-        self.story.invalid.then(|| "total: must be a number".to_owned())
+        self.settle(vec![Event::Start], room)
     }
 
     fn claim(&mut self, place: usize) {
@@ -773,18 +777,17 @@ impl Driver {
     fn sweep(&mut self, most: usize) -> TestCaseResult {
         let now = self.world.clock;
         let mut events = Vec::new();
-        let attempts: HashMap<u32, i32> =
-            self.world.steps.iter().map(|step| (self.world.key(step), step.attempt)).collect();
+        let uuids: HashMap<u32, Uuid> = self.world.steps.iter().map(|step| (self.world.key(step), step.uuid)).collect();
         self.world.due.retain(|(kind, at, step)| {
             if *at > now || events.len() >= most {
                 return true;
             }
             events.push(match (*kind, *step) {
-                ("lease", Some(step)) => Event::LeaseDue { step },
-                ("retry", Some(step)) => Event::RetryDue { step },
-                ("queue_timeout", Some(step)) => Event::QueueDue { step, attempt: attempts[&step] },
-                ("timer", Some(step)) => Event::TimerDue { step },
-                ("step_timeout", Some(step)) => Event::StepTotalDue { step },
+                ("lease", Some(step)) => Event::LeaseDue { step: uuids[&step] },
+                ("retry", Some(step)) => Event::RetryDue { step: uuids[&step] },
+                ("queue_timeout", Some(step)) => Event::QueueDue { step: uuids[&step] },
+                ("timer", Some(step)) => Event::TimerDue { step: uuids[&step] },
+                ("step_timeout", Some(step)) => Event::StepTotalDue { step: uuids[&step] },
                 ("signal", None) => Event::SignalDue,
                 ("total_timeout", None) => Event::TotalDue,
                 // Begun by another event already, or here and now.
@@ -807,7 +810,9 @@ impl Driver {
             _ => Outcome::Success(json!({"n": step, "list": [1, 2]})),
         };
         self.world.pass(Duration::from_millis(5));
-        self.settle(vec![Event::ChildEnded { step, attempt, outcome, link: None }], Room::unlimited())
+        let step = self.world.uuid(step);
+        self.world.child_ends.insert((step, attempt), ChildEnd { outcome, link: None });
+        self.settle(vec![Event::ChildEnded { step, attempt }], Room::unlimited())
     }
 
     fn signal_due(&mut self) -> TestCaseResult {
@@ -817,7 +822,7 @@ impl Driver {
 
     fn admit(&mut self, most: usize, room: Room) -> TestCaseResult {
         let held = self.world.steps.iter().filter(|step| step.held_by.is_some()).take(most);
-        let events = held.map(|step| Event::Admit { step: self.world.key(step) }).collect();
+        let events = held.map(|step| Event::Admit { step: step.uuid }).collect();
         self.settle(events, room)
     }
 
@@ -839,15 +844,15 @@ impl Driver {
         }
         let index = (argument / 8) % self.world.steps.len();
         let step = &self.world.steps[index];
-        let (index, attempt) = (self.world.key(step), step.attempt);
+        let (key, index, attempt) = (self.world.key(step), step.uuid, step.attempt);
         let events = match argument % 8 {
             0 => vec![Event::Result { step: index, attempt }, Event::Result { step: index, attempt: attempt - 1 }],
             1 => vec![Event::LeaseDue { step: index }],
             2 => vec![Event::RetryDue { step: index }, Event::RetryDue { step: index }],
-            3 => vec![Event::QueueDue { step: index, attempt }],
+            3 => vec![Event::QueueDue { step: index }],
             4 => {
-                let (outcome, link) = (success(), None);
-                let late = Event::ChildEnded { step: index, attempt: attempt - 1, outcome, link };
+                self.world.child_ends.insert((index, attempt - 1), ChildEnd { outcome: success(), link: None });
+                let late = Event::ChildEnded { step: index, attempt: attempt - 1 };
                 vec![Event::Admit { step: index }, late, Event::Admit { step: index }]
             }
             5 => vec![
@@ -856,11 +861,14 @@ impl Driver {
                 Event::TimerDue { step: index },
                 Event::SignalDue,
             ],
-            6 => vec![self.world.start_event()],
+            6 => vec![Event::Start],
             _ if argument.is_multiple_of(3) => {
                 vec![Event::Quarantined { step: index, attempt, reason: "it cannot be read".into() }]
             }
-            _ => self.world.results.iter().copied().chain([(index, attempt)]).map(result).collect(),
+            _ => {
+                let results = self.world.results.iter().copied().chain([(key, attempt)]);
+                results.map(|reported| self.result(reported)).collect()
+            }
         };
         // A hint that was not taken out of its queue stays there: it comes again.
         self.settle(events, self.room(argument))
@@ -868,7 +876,9 @@ impl Driver {
 
     fn operate(&mut self, argument: usize) -> TestCaseResult {
         let steps = self.world.definition.steps.len().max(1);
-        let some = |of: usize| u32::try_from(of % steps).unwrap();
+        let some = |of: usize| {
+            self.world.definition.steps.get(of % steps).map_or_else(String::new, |step| step.name.to_string())
+        };
         let by = operator("hana");
         let event = match argument % 16 {
             0 => Event::Cancel(operator("carl")),
@@ -889,23 +899,16 @@ impl Driver {
                 Event::ByHand { operator: by, step: some(argument / 16), act: ByHand::Complete, output }
             }
             11 | 12 => Event::Rerun { operator: by, from: vec![some(argument / 16), some(argument / 64)] },
-            13 => match self.world.retry_event() {
-                Event::Retry { operator, step_uuids, .. } => {
-                    Event::Retry { operator, only: vec![some(argument / 16)], step_uuids, invalid: self.invalid() }
-                }
-                _ => unreachable!(),
-            },
-            _ => match self.world.retry_event() {
-                Event::Retry { operator, step_uuids, .. } => {
-                    Event::Retry { operator, only: Vec::new(), step_uuids, invalid: self.invalid() }
-                }
-                _ => unreachable!(),
-            },
+            13 => Event::Retry { operator: operator("olga"), only: vec![some(argument / 16)] },
+            _ => World::retry_event(),
         };
         let mut events: Vec<Event> = match &event {
             // They come with nothing that names a step: that is another queue's messages.
             Event::Retry { .. } | Event::Rerun { .. } => Vec::new(),
-            _ => self.world.results.drain(..).map(result).collect(),
+            _ => {
+                let results = std::mem::take(&mut self.world.results);
+                results.into_iter().map(|reported| self.result(reported)).collect()
+            }
         };
         events.push(event);
         self.settle(events, Room::unlimited())
@@ -932,7 +935,8 @@ impl Driver {
     fn check_order(&self, events: &[Event], room: &Room) -> TestCaseResult {
         let now = self.world.clock + TimeDelta::milliseconds(1);
         let rows = |events: Vec<Event>| {
-            let plan = decide(self.world.snapshot(&events, now), events, &mut room.clone(), now);
+            let events: Vec<&Event> = events.iter().collect();
+            let plan = decide(&self.world.snapshot(&events, now), &events, &mut room.clone(), now);
             (plan.task, plan.steps, plan.new_steps, plan.sends, plan.cancel_open_steps)
         };
         let backwards: Vec<Event> = events.iter().rev().cloned().collect();
@@ -942,10 +946,10 @@ impl Driver {
         prop_assert_eq!(rows(events.to_vec()), rows(by_halves));
         Ok(())
     }
-}
 
-fn result((step, attempt): (u32, i32)) -> Event {
-    Event::Result { step, attempt }
+    fn result(&self, (key, attempt): (u32, i32)) -> Event {
+        Event::Result { step: self.world.uuid(key), attempt }
+    }
 }
 
 proptest! {
@@ -992,8 +996,9 @@ proptest! {
         }
         let from = from % u32::try_from(driver.world.definition.steps.len()).unwrap();
         let before = driver.world.clone();
+        let name = before.definition.steps[from as usize].name.to_string();
         driver.healed = true;
-        driver.settle(vec![Event::Rerun { operator: operator("ruth"), from: vec![from] }], Room::unlimited())?;
+        driver.settle(vec![Event::Rerun { operator: operator("ruth"), from: vec![name] }], Room::unlimited())?;
         driver.drain()?;
         let world = &driver.world;
         prop_assert_eq!(world.task.generation, before.task.generation + 1);
@@ -1027,11 +1032,10 @@ fn a_step_that_is_lost_too_often_fails() {
         world.claim_step("a");
         world.pass(LEASE + Duration::from_secs(1));
         world.due.clear();
-        world.settle(vec![Event::LeaseDue { step: 0 }], &mut Room::unlimited());
+        world.settle(vec![Event::LeaseDue { step: id(0) }], &mut Room::unlimited());
     }
     assert_eq!((world.task.state, world.step("a").state), (TaskState::Error, StepState::Error));
     assert_eq!(world.step("a").failures, 0, "a loss spends no retry");
     let finished = World::started(template("a")).finish_step("a", success());
     assert_eq!(finished.task.state, TaskState::Complete);
-    assert_eq!(event_step(&Event::LeaseDue { step: 0 }), Some(0));
 }

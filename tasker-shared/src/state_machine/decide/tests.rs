@@ -16,8 +16,8 @@ use super::super::input::InputTemplate;
 use super::super::plan::{HeldBy, Outcome, Plan, Room};
 use super::super::retry::OnExhausted;
 use super::super::simulation::{
-    LEASE, QUEUE, World, event_step, failure, is_held, operator, permanent, room_for, signal_wait, success, template,
-    with, with_input, with_wait,
+    LEASE, QUEUE, World, failure, id, is_held, operator, permanent, room_for, signal_wait, success, template, with,
+    with_input, with_wait,
 };
 use super::super::states::{StepState, TaskState};
 use super::super::wait::{OnTimeout, WaitFor};
@@ -27,7 +27,7 @@ use super::Event;
 /// checks every general rule on the way.
 #[track_caller]
 fn check(world: &mut World, events: Vec<Event>, mut room: Room, expected: &str) -> Plan {
-    let taken: Vec<u32> = events.iter().filter_map(event_step).collect();
+    let taken: Vec<u32> = events.iter().filter_map(|event| world.event_key(event)).collect();
     world.results.retain(|(step, _)| !taken.contains(step));
     world.due.retain(|(_, at, step)| *at > world.clock || step.is_some_and(|step| !taken.contains(&step)));
     let plan = world.settle(events, &mut room);
@@ -107,10 +107,9 @@ fn all() -> Room {
 #[test]
 fn start_sends_the_roots() {
     let mut world = World::new(template("a b c<a,b"));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -128,10 +127,9 @@ fn start_sends_the_roots() {
 #[test]
 fn start_with_less_room_holds_the_rest() {
     let mut world = World::new(template("a b c"));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         room_for(1, &["do.a", "do.b"], false),
         "
         task: pending –Start→ initializing
@@ -148,10 +146,9 @@ fn start_with_less_room_holds_the_rest() {
 #[test]
 fn start_without_any_worker_waits() {
     let mut world = World::new(template("a b<a"));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         Room::default(),
         "
         task: pending –Start→ initializing
@@ -160,7 +157,7 @@ fn start_without_any_worker_waits() {
     );
     check(
         &mut world,
-        vec![Event::Admit { step: 0 }],
+        vec![Event::Admit { step: id(0) }],
         room_for(1, &["do.a"], true),
         "
         a: pending –Enqueue→ enqueued
@@ -176,17 +173,15 @@ fn start_without_any_worker_waits() {
 #[test]
 fn start_twice_is_a_start() {
     let mut world = World::started(template("a"));
-    let start = world.start_event();
-    check(&mut world, vec![start], all(), "ignored 1");
+    check(&mut world, vec![Event::Start], all(), "ignored 1");
 }
 
 #[test]
 fn start_of_a_template_without_steps_completes() {
     let mut world = World::new(template(""));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -201,10 +196,9 @@ fn start_of_a_limited_task_is_watched() {
     let mut world = World::new(with(definition, "a", |a| {
         a.queue_timeout = Some(Duration::from_mins(1));
     }));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -220,10 +214,10 @@ fn start_of_a_limited_task_is_watched() {
 #[test]
 fn invalid_input_ends_the_task_before_it_has_steps() {
     let mut world = World::new(template("a"));
-    let Event::Start { step_uuids, .. } = world.start_event() else { unreachable!() };
+    world.invalid_input = Some("total: must be a number".into());
     check(
         &mut world,
-        vec![Event::Start { step_uuids, invalid: Some("total: must be a number".into()) }],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -333,18 +327,18 @@ fn result_of_another_attempt_changes_nothing() {
     let mut world = World::started(template("a"));
     let claim = world.claim_step("a");
     world.pass(LEASE);
-    world.settle(vec![Event::LeaseDue { step: 0 }], &mut all());
+    world.settle(vec![Event::LeaseDue { step: id(0) }], &mut all());
     assert!(!world.report(claim, success()));
     world.run_step("a", success());
     check(
         &mut world.clone(),
-        vec![Event::Result { step: 0, attempt: 1 }, Event::Result { step: 0, attempt: 3 }],
+        vec![Event::Result { step: id(0), attempt: 1 }, Event::Result { step: id(0), attempt: 3 }],
         all(),
         "ignored 2",
     );
     check(
         &mut world,
-        vec![Event::Result { step: 0, attempt: 2 }],
+        vec![Event::Result { step: id(0), attempt: 2 }],
         all(),
         "
         a: enqueued_for_orchestration –Complete→ complete
@@ -382,14 +376,14 @@ fn a_step_that_finds_no_room_is_held_and_admitted_later() {
     );
     check(
         &mut world,
-        vec![Event::Admit { step: 2 }],
+        vec![Event::Admit { step: id(2) }],
         room_for(0, &["do.c"], true),
         "
         hold c: room",
     );
     check(
         &mut world,
-        vec![Event::Admit { step: 2 }],
+        vec![Event::Admit { step: id(2) }],
         room_for(1, &["do.c"], true),
         "
         c: pending –Enqueue→ enqueued
@@ -422,7 +416,7 @@ fn new_ready_steps_queue_behind_those_that_wait() {
 fn a_result_that_cannot_be_read_fails_its_attempt() {
     let mut world = World::started(template("a"));
     world.run_step("a", success());
-    let quarantined = |attempt| Event::Quarantined { step: 0, attempt, reason: "not JSON".into() };
+    let quarantined = |attempt| Event::Quarantined { step: id(0), attempt, reason: "not JSON".into() };
     check(&mut world, vec![quarantined(2)], all(), "ignored 1");
     world.results.push((0, 1));
     check(
@@ -466,7 +460,7 @@ fn several_events_settle_in_one_pass() {
     world.pass(LEASE);
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 2 }, b, a],
+        vec![Event::LeaseDue { step: id(2) }, b, a],
         all(),
         "
         a: enqueued_for_orchestration –Complete→ complete

@@ -6,7 +6,7 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 
-use super::super::plan::{Answer, Detail, Due, Failure, Outcome, StartChild, Step, Wait};
+use super::super::plan::{Answer, ChildEnd, Detail, Due, Failure, Outcome, StartChild, Step, Wait};
 use super::super::retry::LONGEST;
 use super::super::states::{StepEvent, StepState};
 use super::super::wait::{OnTimeout, WaitFor, Work};
@@ -131,7 +131,11 @@ impl Pass<'_, '_> {
         }
     }
 
-    pub(super) fn child_ended(&mut self, index: u32, attempt: i32, outcome: Outcome, link: Option<String>) -> bool {
+    pub(super) fn child_ended(&mut self, index: u32, attempt: i32) -> bool {
+        let end = self.steps.get(&index).and_then(|step| self.snapshot.child_ends.get(&(step.uuid, attempt)));
+        let Some(ChildEnd { outcome, link }) = end.cloned() else {
+            return false;
+        };
         let waits = |step: &Step| step.state == StepState::Waiting && step.attempt == attempt;
         if !self.steps.get(&index).is_some_and(waits) || !self.waits_for_child(index) {
             return false;

@@ -5,18 +5,18 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 
-use super::{World, event_step, is_whole, leaves};
+use super::{World, id, leaves};
 use crate::state_machine::decide::{Event, NEVER_PASSED, Snapshot, decide};
 use crate::state_machine::plan::{Lacks, Outcome, Room, Step};
 use crate::state_machine::states::StepState;
 
 impl World {
     /// Loads what an orchestrator loads for these events, and then what deciding them lacked, and no more.
-    pub fn snapshot(&self, events: &[Event], now: DateTime<Utc>) -> Snapshot<'_> {
+    pub fn snapshot(&self, events: &[&Event], now: DateTime<Utc>) -> Snapshot {
         let mut snapshot = self.first_snapshot(events);
         let mut asked = Lacks::default();
         loop {
-            let lacks = decide(snapshot.clone(), events.to_vec(), &mut Room::unlimited(), now).lacks;
+            let lacks = decide(&snapshot, events, &mut Room::unlimited(), now).lacks;
             let steps: Vec<u32> = lacks.steps.difference(&asked.steps).copied().collect();
             let outputs: Vec<u32> = lacks.outputs.difference(&asked.outputs).copied().collect();
             let collected: Vec<u32> = lacks.collected.difference(&asked.collected).copied().collect();
@@ -77,16 +77,11 @@ impl World {
     }
 
     /// The outputs of a map's items in the order of its list, those that end by these events among them.
-    pub(super) fn collect(&self, map: u32, events: &[Event]) -> Value {
+    pub(super) fn collect(&self, map: u32, events: &[&Event]) -> Value {
         let ends = |key: u32| {
-            events.iter().find_map(|event| match event {
-                Event::ChildEnded { step, attempt, outcome, .. }
-                    if *step == key && self.at(key).attempt == *attempt =>
-                {
-                    Some(outcome)
-                }
-                _ => None,
-            })
+            let (of, current) = (self.uuid(key), self.at(key).attempt);
+            let told = |event: &&&Event| **event == &Event::ChildEnded { step: of, attempt: current };
+            events.iter().find(told).and_then(|_| self.child_ends.get(&(of, current))).map(|end| &end.outcome)
         };
         // A map that has just begun has no rows yet.
         let items = 0..self.maps.get(&map).map_or(0, |(map, _)| map.next_item);
@@ -105,11 +100,11 @@ impl World {
         items.map(output).collect()
     }
 
-    pub(super) fn first_snapshot(&self, events: &[Event]) -> Snapshot<'_> {
+    pub(super) fn first_snapshot(&self, events: &[&Event]) -> Snapshot {
         let graph = &self.definition.graph;
-        let whole = events.iter().any(is_whole);
-        let mut about: BTreeSet<u32> = events.iter().filter_map(event_step).collect();
-        if events.contains(&Event::SignalDue) {
+        let whole = events.iter().any(|event| event.is_about_all());
+        let mut about: BTreeSet<u32> = events.iter().filter_map(|event| self.event_key(event)).collect();
+        if events.contains(&&Event::SignalDue) {
             // Of many steps that wait for a signal, as many as there are signals.
             let mut left: HashMap<&str, usize> = HashMap::new();
             for signal in &self.signals {
@@ -124,7 +119,8 @@ impl World {
             }
         }
         // A map that is left takes its open items with it.
-        let left: BTreeSet<u32> = events.iter().filter(|event| leaves(event)).filter_map(event_step).collect();
+        let left: BTreeSet<u32> =
+            events.iter().filter(|event| leaves(event)).filter_map(|event| self.event_key(event)).collect();
         let items = self.steps.iter().filter(|step| step.item.is_some() && left.contains(&step.index));
         about.extend(items.filter(|step| !step.state.is_terminal()).map(|step| self.key(step)));
         let mut steps: HashMap<u32, Step> = HashMap::new();
@@ -155,9 +151,10 @@ impl World {
             Event::Rerun { from, .. } => &**from,
             _ => &[],
         });
-        let again = again.copied().collect();
+        let again = again.filter_map(|name| self.definition.by_name.get(&**name).copied()).collect();
         let outputs = self.outputs(&steps, &about, whole.then_some(&again));
         let (absent, signals) = (HashSet::new(), self.signals.clone());
+        let begins = self.steps.is_empty();
         let mut maps = HashMap::new();
         let mut windows = HashMap::new();
         for index in steps.values().filter(|step| step.item.is_none()).map(|step| step.index) {
@@ -175,7 +172,7 @@ impl World {
         }
         Snapshot {
             task: self.task.clone(),
-            definition: &self.definition,
+            definition: self.definition.clone(),
             steps,
             passed,
             outcomes,
@@ -186,6 +183,13 @@ impl World {
             maps,
             windows,
             collected: HashMap::new(),
+            child_ends: self.child_ends.clone(),
+            new_step_uuids: if begins {
+                (0..self.definition.steps.len()).map(|n| id(u32::try_from(n).unwrap())).collect()
+            } else {
+                Vec::new()
+            },
+            invalid_input: self.invalid_input.clone().filter(|_| begins),
         }
     }
 

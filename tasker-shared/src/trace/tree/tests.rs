@@ -16,7 +16,9 @@ use super::{MAX_LINKS, in_parts, names, root_id, span_id, spans, spans_so_far};
 use crate::state_machine::decide::Event;
 use crate::state_machine::decide::properties::{Driver, Story, story};
 use crate::state_machine::plan::Room;
-use crate::state_machine::simulation::{LEASE, Settled, World, failure, operator, permanent, success, template, with};
+use crate::state_machine::simulation::{
+    LEASE, Settled, World, failure, id, operator, permanent, success, template, with,
+};
 use crate::state_machine::states::TaskState;
 use crate::testing::{log, transition};
 
@@ -294,13 +296,13 @@ fn a_repair_within_a_generation_does_not_move_its_beginning() {
     definition.block_on_failure = true;
     let mut world = World::started(definition);
     world.settle(vec![Event::Cancel(operator("carl"))], &mut Room::unlimited());
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     world.settle(vec![retry], &mut Room::unlimited());
     let began = world.generation_began_at;
     world.finish_step("a", permanent("Broken"));
     assert_eq!(world.task.state, TaskState::BlockedByFailures);
     // The repair and the end in one settle: its slice holds no row from the beginning.
-    let (retry, cancel) = (world.retry_event(), Event::Cancel(operator("carl")));
+    let (retry, cancel) = (World::retry_event(), Event::Cancel(operator("carl")));
     world.settle(vec![retry, cancel], &mut Room::unlimited());
     slices_agree(&world).unwrap();
     let root = root_id(&head(&world), 2);
@@ -315,7 +317,7 @@ fn an_attempt_that_nobody_claimed_says_which_time_ran_out() {
     });
     let mut world = World::started(definition);
     world.pass(Duration::from_mins(1));
-    let timeout = Event::QueueDue { step: 0, attempt: 1 };
+    let timeout = Event::QueueDue { step: id(0) };
     world.settle(vec![timeout], &mut Room::unlimited());
     let all = spans(&full(&world)).spans;
     let execution = all.iter().find(|span| span.name == names::STEP_EXECUTION).unwrap();
@@ -420,7 +422,7 @@ fn retried() -> World {
     let mut world = World::started(template("a"));
     world.finish_step("a", failure("Flaky"));
     world.pass(Duration::from_secs(1));
-    world.settle(vec![Event::RetryDue { step: 0 }], &mut Room::unlimited());
+    world.settle(vec![Event::RetryDue { step: id(0) }], &mut Room::unlimited());
     world.finish_step("a", success());
     world
 }
@@ -445,7 +447,7 @@ fn lost_worker() {
     world.pass(Duration::from_secs(3));
     world.heartbeat(claim);
     world.pass(LEASE);
-    world.settle(vec![Event::LeaseDue { step: 0 }], &mut Room::unlimited());
+    world.settle(vec![Event::LeaseDue { step: id(0) }], &mut Room::unlimited());
     world.finish_step("a", success());
     insta::assert_snapshot!(draw(&world));
 }

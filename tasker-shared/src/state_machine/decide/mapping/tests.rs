@@ -29,7 +29,7 @@ fn items(world: &World) -> Vec<&'static str> {
 }
 
 fn retry(world: &mut World) {
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     world.settle(vec![retry], &mut Room::unlimited());
 }
 
@@ -57,7 +57,7 @@ fn what_is_no_list_is_not_passed_over_and_a_retry_does_not_pass_over_it_either()
     assert_eq!((world.task.state, world.step("sum").state), (TaskState::BlockedByFailures, StepState::Pending));
     retry(&mut world);
     assert_eq!((world.task.state, world.step("sum").state), (TaskState::BlockedByFailures, StepState::Pending));
-    let (step, output) = (world.index("each"), Some(json!([1])));
+    let (step, output) = ("each".into(), Some(json!([1])));
     let by_hand = Event::ByHand { operator: operator("olga"), step, act: ByHand::Complete, output };
     world.settle(vec![by_hand], &mut Room::unlimited());
     assert_eq!(world.step("sum").state, StepState::Enqueued, "who settles it by hand lets the others go on");
@@ -90,8 +90,7 @@ fn an_item_that_never_had_an_input_is_not_sent_without_one_when_it_is_retried() 
     let definition = with_map(definition, "each", "${input.items}", 5, OnItemFailure::Fail);
     let mut world = World::new(Definition { block_on_failure: true, ..definition });
     world.task.input = json!({"items": [{"url": "x"}, {"no": 2}]});
-    let start = world.start_event();
-    world.settle(vec![start], &mut Room::unlimited());
+    world.settle(vec![Event::Start], &mut Room::unlimited());
     world.finish_item("each", 0, success());
     assert_eq!((items(&world), world.task.state), (vec!["complete", "error"], TaskState::BlockedByFailures));
     let sent = world.messages.len();
@@ -107,8 +106,7 @@ fn no_item_is_created_by_the_settle_that_ends_its_task() {
     assert_eq!(world.task.state, TaskState::Error, "there are no items in the input");
     world = World::new(with_map(template("each other"), "each", "${input.items}", 1, OnItemFailure::Fail));
     world.task.input = json!({"items": [1, 2]});
-    let start = world.start_event();
-    world.settle(vec![start], &mut Room::unlimited());
+    world.settle(vec![Event::Start], &mut Room::unlimited());
     let (item, other) = (world.run_item("each", 0, success()), world.run_step("other", permanent("Broken")));
     world.settle(vec![item, other], &mut Room::unlimited());
     assert_eq!((world.task.state, items(&world)), (TaskState::Error, vec!["complete"]));
@@ -126,7 +124,7 @@ fn a_map_that_is_run_again_waits_for_what_it_depends_on_and_reads_its_list_anew(
         world.finish_item("each", item, success());
     }
     world.finish_step("sum", success());
-    let rerun = Event::Rerun { operator: operator("ruth"), from: vec![world.index("list")] };
+    let rerun = Event::Rerun { operator: operator("ruth"), from: vec!["list".into()] };
     world.settle(vec![rerun], &mut Room::unlimited());
     assert_eq!(world.step("each").state, StepState::Pending);
     assert_eq!(items(&world), ["complete"; 3], "no item runs before the list is there");
@@ -140,7 +138,7 @@ fn a_map_that_is_run_again_waits_for_what_it_depends_on_and_reads_its_list_anew(
     world.finish_step("sum", success());
     assert_eq!(world.task.state, TaskState::Complete);
     // What is left of the longer list is nobody's any more, whatever is retried.
-    let rerun = Event::Rerun { operator: operator("ruth"), from: vec![world.index("each")] };
+    let rerun = Event::Rerun { operator: operator("ruth"), from: vec!["each".into()] };
     world.settle(vec![rerun], &mut Room::unlimited());
     world.finish_item("each", 0, permanent("Broken"));
     retry(&mut world);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::super::super::definition::{Definition, Join};
 use super::super::super::plan::Outcome;
 use super::super::super::simulation::{
-    World, failure, permanent, success, template, with, with_branches, with_input, with_join, with_when,
+    World, failure, id, permanent, success, template, with, with_branches, with_input, with_join, with_when,
 };
 use super::super::super::states::TaskState;
 
@@ -113,7 +113,7 @@ fn an_unknown_branch_fails_the_decision_and_says_which_there_are() {
 fn a_decision_that_an_operator_retries_decides_again() {
     let mut world = World::started(fork(Join::Taken));
     world.finish_step("route", output(json!({"branch": "w"})));
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     world.settle(vec![retry], &mut super::super::super::plan::Room::unlimited());
     world.finish_step("route", chooses(&["y"]));
     assert_eq!(states(&world), "route:complete x:skipped y:enqueued z:enqueued end:pending");
@@ -140,7 +140,8 @@ fn a_condition_that_waited_for_a_retry_sees_the_last_output() {
     let due = world.step("a").due_at.expect("a retry");
     world.clock = due;
     world.due.clear();
-    world.settle(vec![super::super::Event::RetryDue { step: 0 }], &mut super::super::super::plan::Room::unlimited());
+    world
+        .settle(vec![super::super::Event::RetryDue { step: id(0) }], &mut super::super::super::plan::Room::unlimited());
     world.finish_step("a", output(json!({"ok": true})));
     assert_eq!(states(&world), "a:complete b:enqueued");
 }

@@ -19,7 +19,7 @@ fn failure_is_retried_with_backoff() {
     );
     check(
         &mut world,
-        vec![Event::RetryDue { step: 0 }],
+        vec![Event::RetryDue { step: id(0) }],
         all(),
         "
         due retry a in 1 s",
@@ -27,7 +27,7 @@ fn failure_is_retried_with_backoff() {
     world.pass(Duration::from_secs(1));
     check(
         &mut world,
-        vec![Event::RetryDue { step: 0 }],
+        vec![Event::RetryDue { step: id(0) }],
         Room::default(),
         "
         a: waiting_for_retry –RetryReady→ enqueued
@@ -56,7 +56,7 @@ fn a_retry_that_is_due_twice_is_sent_once() {
     world.pass(Duration::from_secs(1));
     check(
         &mut world,
-        vec![Event::RetryDue { step: 0 }, Event::RetryDue { step: 0 }],
+        vec![Event::RetryDue { step: id(0) }, Event::RetryDue { step: id(0) }],
         all(),
         "
         a: waiting_for_retry –RetryReady→ enqueued
@@ -69,11 +69,10 @@ fn a_retry_that_is_due_twice_is_sent_once() {
 #[test]
 fn a_held_step_that_is_admitted_twice_is_sent_once() {
     let mut world = World::new(template("a"));
-    let start = world.start_event();
-    world.settle(vec![start], &mut Room::default());
+    world.settle(vec![Event::Start], &mut Room::default());
     check(
         &mut world,
-        vec![Event::Admit { step: 0 }, Event::Admit { step: 0 }],
+        vec![Event::Admit { step: id(0) }, Event::Admit { step: id(0) }],
         all(),
         "
         a: pending –Enqueue→ enqueued
@@ -91,7 +90,7 @@ fn a_retry_beside_running_steps_keeps_the_task_running() {
     world.pass(Duration::from_secs(1));
     check(
         &mut world,
-        vec![Event::RetryDue { step: 0 }],
+        vec![Event::RetryDue { step: id(0) }],
         all(),
         "
         a: waiting_for_retry –RetryReady→ enqueued
@@ -215,10 +214,9 @@ fn a_missing_input_path_fails_the_step_before_it_is_sent() {
 fn what_was_about_to_be_sent_beside_a_missing_input_is_cancelled() {
     let definition = with_input(template("a b"), "b", &json!({"x": "${input.nothing}"}));
     let mut world = World::new(definition);
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -242,10 +240,9 @@ fn a_missing_input_of_a_root_blocks_where_the_template_says_so() {
     let mut definition = with_input(template("a b<a"), "a", &json!({"x": "${input.nothing}"}));
     definition.block_on_failure = true;
     let mut world = World::new(definition);
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -264,7 +261,7 @@ fn an_expired_lease_sends_the_step_again() {
     world.pass(LEASE);
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }],
+        vec![Event::LeaseDue { step: id(0) }],
         Room::default(),
         "
         a: in_progress –LeaseExpired→ enqueued
@@ -287,7 +284,7 @@ fn a_lost_attempt_beside_a_fatal_failure_leaves_a_row_that_tells_the_log() {
     world.pass(LEASE);
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }, event],
+        vec![Event::LeaseDue { step: id(0) }, event],
         all(),
         "
         b: enqueued_as_error_for_orchestration –Fail→ error
@@ -313,7 +310,7 @@ fn a_renewed_lease_is_looked_at_again() {
     world.pass(Duration::from_secs(4));
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }],
+        vec![Event::LeaseDue { step: id(0) }],
         all(),
         "
         due lease a in 6 s",
@@ -328,7 +325,7 @@ fn a_report_that_came_before_the_lease_was_looked_at_wins() {
     assert!(world.report(claim, success()));
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }, Event::Result { step: 0, attempt: 1 }],
+        vec![Event::LeaseDue { step: id(0) }, Event::Result { step: id(0), attempt: 1 }],
         all(),
         "
         a: enqueued_for_orchestration –Complete→ complete
@@ -349,7 +346,7 @@ fn a_worker_that_only_renews_is_stopped_after_its_run_time_and_a_lease() {
     }
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }],
+        vec![Event::LeaseDue { step: id(0) }],
         all(),
         "
         a: in_progress –RunTimeout→ waiting_for_retry
@@ -369,7 +366,7 @@ fn a_run_timeout_of_the_last_attempt_fails_the_step() {
     world.heartbeat(claim);
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }],
+        vec![Event::LeaseDue { step: id(0) }],
         all(),
         "
         a: in_progress –RunTimeout→ error
@@ -388,7 +385,7 @@ fn a_step_that_nobody_claims_times_out() {
     }));
     check(
         &mut world,
-        vec![Event::QueueDue { step: 0, attempt: 1 }],
+        vec![Event::QueueDue { step: id(0) }],
         all(),
         "
         due queue_timeout a in 60 s",
@@ -396,7 +393,7 @@ fn a_step_that_nobody_claims_times_out() {
     world.pass(Duration::from_mins(1));
     check(
         &mut world,
-        vec![Event::QueueDue { step: 0, attempt: 1 }],
+        vec![Event::QueueDue { step: id(0) }],
         all(),
         "
         a: enqueued –QueueTimeout→ error
@@ -413,9 +410,8 @@ fn a_step_that_nobody_offers_to_run_times_out_without_being_sent() {
     let mut world = World::new(with(template("a"), "a", |a| {
         a.queue_timeout = Some(Duration::from_mins(1));
     }));
-    let start = world.start_event();
-    let due = || vec![Event::QueueDue { step: 0, attempt: 0 }];
-    let plan = world.settle(vec![start], &mut room_for(9, &["do.other"], false));
+    let due = || vec![Event::QueueDue { step: id(0) }];
+    let plan = world.settle(vec![Event::Start], &mut room_for(9, &["do.other"], false));
     assert_eq!(plan.due.iter().map(|due| due.kind).collect::<Vec<_>>(), ["queue_timeout"]);
     world.pass(Duration::from_secs(59));
     check(&mut world, due(), all(), "due queue_timeout a in 1 s");
@@ -445,7 +441,7 @@ fn a_queue_timeout_that_is_passed_over_is_still_a_failure() {
     world.pass(Duration::from_mins(1));
     check(
         &mut world,
-        vec![Event::QueueDue { step: 0, attempt: 1 }],
+        vec![Event::QueueDue { step: id(0) }],
         all(),
         "
         a: enqueued –QueueTimeout→ error
@@ -465,5 +461,5 @@ fn a_claimed_step_does_not_time_out_in_its_queue() {
     }));
     world.pass(Duration::from_secs(61));
     world.claim_step("a");
-    check(&mut world, vec![Event::QueueDue { step: 0, attempt: 1 }], all(), "ignored 1");
+    check(&mut world, vec![Event::QueueDue { step: id(0) }], all(), "ignored 1");
 }

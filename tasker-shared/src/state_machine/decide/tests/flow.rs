@@ -23,7 +23,7 @@ fn what_becomes_ready_for_a_paused_queue_is_held_until_it_goes_on() {
         close a 1
         hold b: paused",
     );
-    let admit = || vec![Event::Admit { step: 1 }];
+    let admit = || vec![Event::Admit { step: id(1) }];
     check(&mut world, admit(), paused(), "hold b: paused");
     let plan = check(
         &mut world,
@@ -44,13 +44,13 @@ fn a_retry_for_a_paused_queue_is_held_as_it_is() {
     let failed = world.finish_step("a", failure("Flaky"));
     assert_eq!(failed.task.state, TaskState::WaitingForRetry);
     world.pass(Duration::from_secs(2));
-    let due = || vec![Event::RetryDue { step: 0 }];
+    let due = || vec![Event::RetryDue { step: id(0) }];
     check(&mut world, due(), paused(), "hold a: paused");
     assert_eq!((world.step("a").state, world.task.held_steps), (StepState::WaitingForRetry, 1));
     check(&mut world, due(), all(), "ignored 1");
     let plan = check(
         &mut world,
-        vec![Event::Admit { step: 0 }],
+        vec![Event::Admit { step: id(0) }],
         all(),
         "
         a: waiting_for_retry –RetryReady→ enqueued
@@ -69,7 +69,7 @@ fn a_lost_attempt_goes_out_again_whatever_is_paused() {
     world.pass(LEASE);
     check(
         &mut world,
-        vec![Event::LeaseDue { step: 0 }],
+        vec![Event::LeaseDue { step: id(0) }],
         paused(),
         "
         a: in_progress –LeaseExpired→ enqueued
@@ -94,10 +94,9 @@ fn under_limit(left: i64) -> Room {
 #[test]
 fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
     let mut world = World::new(template("a b c"));
-    let start = world.start_event();
     let plan = check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         under_limit(9),
         "
         task: pending –Start→ initializing
@@ -110,7 +109,7 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
         plan.lanes.iter().map(|(_, lane)| lane.as_str()).collect::<Vec<_>>(),
         ["\u{1f}do.a", "\u{1f}do.b", "\u{1f}do.c"]
     );
-    let admit = (0..3).map(|step| Event::Admit { step }).collect();
+    let admit = (0..3).map(|step| Event::Admit { step: id(step) }).collect();
     let plan = check(
         &mut world,
         admit,
@@ -131,8 +130,7 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
 #[test]
 fn where_there_is_room_for_one_the_urgent_one_is_sent() {
     let mut world = World::new(with(template("a b"), "b", |step| step.priority = 1));
-    let start = world.start_event();
-    let plan = world.settle(vec![start], &mut room_for(1, &["do.a", "do.b"], false));
+    let plan = world.settle(vec![Event::Start], &mut room_for(1, &["do.a", "do.b"], false));
     assert_eq!(plan.sends.iter().map(|send| send.step).collect::<Vec<_>>(), [world.step("b").uuid]);
     assert_eq!(world.step("a").held_by, Some(HeldBy::Room));
 }
@@ -144,13 +142,13 @@ fn a_retry_takes_its_turn_under_the_limit_and_a_lost_attempt_keeps_its_place() {
     world.results.clear();
     world.settle(vec![failed], &mut under_limit(0));
     world.pass(Duration::from_secs(2));
-    check(&mut world, vec![Event::RetryDue { step: 0 }], under_limit(5), "hold a: limit");
-    check(&mut world, vec![Event::Admit { step: 0 }], under_limit(0), "hold a: limit");
+    check(&mut world, vec![Event::RetryDue { step: id(0) }], under_limit(5), "hold a: limit");
+    check(&mut world, vec![Event::Admit { step: id(0) }], under_limit(0), "hold a: limit");
     world.claim_step("b");
     world.pass(LEASE);
-    let plan = world.settle(vec![Event::LeaseDue { step: 1 }], &mut under_limit(0));
+    let plan = world.settle(vec![Event::LeaseDue { step: id(1) }], &mut under_limit(0));
     assert_eq!(plan.sends.iter().map(|send| send.attempt).collect::<Vec<_>>(), [2]);
-    let plan = world.settle(vec![Event::Admit { step: 0 }], &mut under_limit(1));
+    let plan = world.settle(vec![Event::Admit { step: id(0) }], &mut under_limit(1));
     assert_eq!(waits(&plan, "RetryReady"), ["retry", "limit"]);
 }
 
@@ -171,8 +169,7 @@ fn a_key_names_the_limit_and_one_that_leads_nowhere_fails_its_step() {
         definition.limits(0, &input).expect_err("no key");
     }
     let mut world = World::new(keyed("${input.nobody}"));
-    let start = world.start_event();
-    let plan = world.settle(vec![start], &mut under_limit(9));
+    let plan = world.settle(vec![Event::Start], &mut under_limit(9));
     assert_eq!((plan.task.state, world.step("a").state), (TaskState::Error, StepState::Error));
     assert!(plan.task.reason.as_ref().unwrap().contains("concurrency.key: "), "{:?}", plan.task.reason);
 }

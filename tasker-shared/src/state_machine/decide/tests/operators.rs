@@ -84,10 +84,9 @@ fn what_was_reported_counts_before_the_task_is_cancelled() {
 #[test]
 fn a_start_that_is_cancelled_at_once_leaves_no_open_step() {
     let mut world = World::new(template("a b<a"));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![Event::Cancel(operator("carl")), start],
+        vec![Event::Cancel(operator("carl")), Event::Start],
         all(),
         "
         task: pending –Start→ initializing
@@ -104,7 +103,7 @@ fn an_operator_retries_a_failed_task() {
     let mut world = World::started(template("a b<a c d<c"));
     world.finish_step("c", success());
     world.finish_step("a", permanent("Broken"));
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![retry],
@@ -131,7 +130,7 @@ fn an_operator_retries_a_failed_task() {
 fn an_operator_retries_a_cancelled_task() {
     let mut world = World::started(template("a b<a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![retry],
@@ -155,7 +154,7 @@ fn an_operator_retries_a_blocked_task_within_its_generation() {
     let mut world = World::started(definition);
     world.finish_step("a", permanent("Broken"));
     assert_eq!(world.task.state, TaskState::BlockedByFailures);
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![retry],
@@ -184,7 +183,7 @@ fn a_step_behind_a_failure_that_was_passed_over_waits_for_its_retry() {
     world.finish_step("a", permanent("Broken"));
     world.finish_step("b", permanent("Broken"));
     assert_eq!((world.task.state, world.step("c").remaining_dependencies), (TaskState::BlockedByFailures, 1));
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     world.settle(vec![retry], &mut all());
     assert_eq!(world.step("c").remaining_dependencies, 2);
     let event = world.run_step("a", success());
@@ -204,7 +203,7 @@ fn a_step_behind_a_failure_that_was_passed_over_waits_for_its_retry() {
 fn an_operator_retries_a_task_that_never_had_steps() {
     let mut world = World::new(template("a b<a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![retry],
@@ -224,9 +223,8 @@ fn an_operator_retries_a_task_that_never_had_steps() {
 fn an_operator_retries_a_task_whose_input_is_still_invalid() {
     let mut world = World::new(template("a"));
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
-    let Event::Retry { operator, step_uuids, .. } = world.retry_event() else { unreachable!() };
-    let retry =
-        Event::Retry { operator, only: Vec::new(), step_uuids, invalid: Some("total: must be a number".into()) };
+    world.invalid_input = Some("total: must be a number".into());
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![retry],
@@ -243,14 +241,14 @@ fn an_operator_retries_a_task_whose_input_is_still_invalid() {
 #[test]
 fn an_operator_does_not_retry_what_runs() {
     let mut world = World::started(template("a"));
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(&mut world, vec![retry], all(), "ignored 1");
 }
 
 #[test]
 fn a_retry_never_revives_what_the_same_settle_ends() {
     let mut world = World::started(template("a"));
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     check(
         &mut world,
         vec![Event::Cancel(operator("carl")), retry],

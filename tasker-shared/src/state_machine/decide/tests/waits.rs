@@ -9,10 +9,9 @@ fn sleeping() -> World {
 #[test]
 fn a_sleep_begins_without_a_message() {
     let mut world = World::new(with_wait(template("a b<a"), "a", WaitFor::Sleep(Duration::from_hours(72))));
-    let start = world.start_event();
     check(
         &mut world,
-        vec![start],
+        vec![Event::Start],
         Room::default(),
         "
         task: pending –Start→ initializing
@@ -25,11 +24,11 @@ fn a_sleep_begins_without_a_message() {
 #[test]
 fn a_timer_that_fires_early_is_put_off_and_one_that_is_due_starts_what_follows() {
     let mut world = sleeping();
-    check(&mut world, vec![Event::TimerDue { step: 0 }], all(), "due timer a in 259200 s");
+    check(&mut world, vec![Event::TimerDue { step: id(0) }], all(), "due timer a in 259200 s");
     world.pass(Duration::from_hours(72));
     check(
         &mut world,
-        vec![Event::TimerDue { step: 0 }],
+        vec![Event::TimerDue { step: id(0) }],
         all(),
         "
         a: waiting –TimerFired→ complete
@@ -40,7 +39,7 @@ fn a_timer_that_fires_early_is_put_off_and_one_that_is_due_starts_what_follows()
         send b 1",
     );
     assert!(output(&world, "b")["steps"]["a"]["fired_at"].is_string());
-    check(&mut world, vec![Event::TimerDue { step: 0 }], all(), "ignored 1");
+    check(&mut world, vec![Event::TimerDue { step: id(0) }], all(), "ignored 1");
 }
 
 #[test]
@@ -49,12 +48,11 @@ fn a_time_in_the_past_fires_at_once_and_no_time_fails_the_step() {
         let definition = with_wait(template("a"), "a", WaitFor::Until("${input.at}".into()));
         let mut world = World::new(with_input(definition, "a", &json!({"until": "${input.at}"})));
         world.task.input = json!({"at": at});
-        let start = world.start_event();
-        world.settle(vec![start], &mut Room::unlimited());
+        world.settle(vec![Event::Start], &mut Room::unlimited());
         world
     };
     let mut past = until("2001-01-01T00:00:00+02:00");
-    past.settle(vec![Event::TimerDue { step: 0 }], &mut all());
+    past.settle(vec![Event::TimerDue { step: id(0) }], &mut all());
     assert_eq!(past.task.state, TaskState::Complete);
     for bad in ["tomorrow", "2026-01-05 12:00", "3026-01-05T12:00:00Z"] {
         let failed = until(bad);
@@ -95,8 +93,7 @@ fn a_signal_ends_the_wait_and_says_who_sent_it() {
 fn a_signal_that_came_early_is_used_when_the_wait_begins() {
     let mut world = World::new(with_wait(template("a b<a"), "b", signal_wait("ok", &[], None, OnTimeout::Fail)));
     world.signal("ok", json!(1));
-    let start = world.start_event();
-    world.settle(vec![start, Event::SignalDue], &mut all());
+    world.settle(vec![Event::Start, Event::SignalDue], &mut all());
     let plan = world.finish_step("a", success());
     assert_eq!(plan.due.iter().map(|due| due.kind).collect::<Vec<_>>(), ["signal"]);
     check(
@@ -117,7 +114,7 @@ fn a_signal_that_never_comes_fails_the_step_or_lets_it_go_on() {
     world.pass(Duration::from_hours(2));
     check(
         &mut world,
-        vec![Event::TimerDue { step: 0 }],
+        vec![Event::TimerDue { step: id(0) }],
         all(),
         "
         a: waiting –TimerFired→ error
@@ -129,11 +126,11 @@ fn a_signal_that_never_comes_fails_the_step_or_lets_it_go_on() {
     let mut world = approving(hour, OnTimeout::Continue);
     world.pass(Duration::from_hours(2));
     world.signal("ok", json!({"answer": "no"}));
-    world.settle(vec![Event::TimerDue { step: 0 }, Event::SignalDue], &mut all());
+    world.settle(vec![Event::TimerDue { step: id(0) }, Event::SignalDue], &mut all());
     assert_eq!(output(&world, "b")["steps"]["a"], json!({"answer": "no"}), "late, but before the timer was settled");
     let mut world = approving(hour, OnTimeout::Continue);
     world.pass(Duration::from_hours(2));
-    world.settle(vec![Event::TimerDue { step: 0 }], &mut all());
+    world.settle(vec![Event::TimerDue { step: id(0) }], &mut all());
     assert_eq!(output(&world, "b")["steps"]["a"], json!({"timed_out": true}));
 }
 
@@ -142,14 +139,14 @@ fn a_wait_ends_beside_a_running_step_and_with_its_cancelled_task() {
     let mut world = World::started(with_wait(template("a b c<a"), "a", WaitFor::Sleep(Duration::from_secs(5))));
     assert_eq!(world.task.state, TaskState::StepsInProcess);
     world.pass(Duration::from_secs(5));
-    let plan = world.settle(vec![Event::TimerDue { step: 0 }], &mut all());
+    let plan = world.settle(vec![Event::TimerDue { step: id(0) }], &mut all());
     assert_eq!(plan.sends.len(), 1);
     let mut world = sleeping();
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
     let cancelled = world.log.iter().find(|row| row.made.from == "waiting").unwrap();
     assert_eq!(cancelled.made.detail.as_ref().unwrap().waits[0].reason, "timer");
     // An operator's retry waits anew.
-    let retry = world.retry_event();
+    let retry = World::retry_event();
     world.settle(vec![retry], &mut all());
     assert_eq!((world.step("a").state, world.step("a").attempt), (StepState::Waiting, 2));
 }
