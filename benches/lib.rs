@@ -1,12 +1,13 @@
 //! A chain of steps and the log of its run, for benches: as rows would say it, without a database.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 use tasker_shared::state_machine::plan::{Outcome, Step, Task};
+use tasker_shared::state_machine::states::{Change, TaskMove};
 use tasker_shared::state_machine::{Definition, Snapshot, StepEvent as E, StepState as S, TaskEvent, TaskState};
 use tasker_shared::store::templates;
 use tasker_shared::template;
@@ -100,9 +101,9 @@ pub fn log(steps: u32) -> TaskLog {
         clock
     };
     let mut version = 0;
-    let mut move_task = |log: &mut TaskLog, (from, event, to): (TaskState, TaskEvent, TaskState), at| {
+    let mut move_task = |log: &mut TaskLog, made: TaskMove, at| {
         version += 1;
-        log.transitions.push(moved(task, version, (from.as_str(), event.as_str(), to.as_str()), at));
+        log.transitions.push(moved(task, version, Change::Task(made), at));
         version
     };
     let began = tick();
@@ -131,8 +132,8 @@ pub fn log(steps: u32) -> TaskLog {
             ((S::InProgress, E::Report, S::EnqueuedForOrchestration), reported),
             ((S::EnqueuedForOrchestration, E::Complete, S::Complete), settled),
         ];
-        for (version, ((from, event, to), at)) in (1..).zip(moves) {
-            let made = (from.as_str(), event.as_str(), to.as_str());
+        for (version, (made, at)) in (1..).zip(moves) {
+            let made = Change::Step(made);
             let task_version = (version == 1).then_some(sender + 1);
             log.transitions.push(Transition { attempt: Some(1), task_version, ..moved(step, version, made, at) });
         }
@@ -185,18 +186,14 @@ fn attempt(step: Uuid, message: i64, (claimed, reported): (DateTime<Utc>, DateTi
     }
 }
 
-type Words = (&'static str, &'static str, &'static str);
-
-fn moved(entity: Uuid, version: i32, (from, event, to): Words, at: DateTime<Utc>) -> Transition {
+fn moved(entity: Uuid, version: i32, change: Change, at: DateTime<Utc>) -> Transition {
     Transition {
         entity,
         version,
         task_version: None,
         generation: 1,
         attempt: None,
-        from,
-        to,
-        event,
+        change,
         actor: None,
         began_at: at,
         at,

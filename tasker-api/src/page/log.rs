@@ -52,9 +52,9 @@ fn moves(log: &TaskLog, payloads: bool) -> Vec<Move> {
                     }
                     None => "task".into(),
                 },
-                from: row.from,
-                event: row.event,
-                to: row.to,
+                from: row.change.from(),
+                event: row.change.event(),
+                to: row.change.to(),
                 attempt: row.attempt,
                 generation: row.generation,
                 actor: row.actor.clone(),

@@ -147,7 +147,7 @@ impl LoadedTask {
 
     /// What a task that begins needs: uuids for its steps, time-ordered and with the milliseconds of its
     /// own, so by the database's clock; and what its schema says of its input.
-    fn begin(&mut self) {
+    fn prepare_start(&mut self) {
         let milliseconds = &self.task().uuid.as_bytes()[..6];
         let mut bytes = [0_u8; 16];
         bytes[..6].copy_from_slice(milliseconds);
@@ -275,7 +275,7 @@ pub(super) async fn load(
         };
         let task = positions.get(&about.task).and_then(|position| tasks.get_mut(*position));
         if let Some(task) = task.filter(|task| task.task().uuid == about.task && begins(task)) {
-            task.begin();
+            task.prepare_start();
         }
     }
     Ok(Batch { tasks, now, held })

@@ -8,8 +8,9 @@ use chrono::{DateTime, Utc};
 use tasker_shared::metrics::{
     AttemptEnd, Exemplar, OfHandler, OfNamespace, OfSource, OfTemplate, StepEnd, TaskEnd, metrics,
 };
-use tasker_shared::state_machine::plan::{Move, Outcome, Plan};
-use tasker_shared::state_machine::{StepState, TaskEvent};
+use tasker_shared::state_machine::plan::{Outcome, Plan};
+use tasker_shared::state_machine::states::Change;
+use tasker_shared::state_machine::{StepEvent, StepState, TaskEvent};
 use tasker_shared::trace::tree;
 use uuid::Uuid;
 
@@ -71,19 +72,20 @@ fn measure(loaded: &LoadedTask, plan: &Plan, at: DateTime<Utc>) {
     }
     let closed: HashSet<(Uuid, i32)> = plan.closed.iter().copied().collect();
     for made in &plan.moves {
-        if made.entity == plan.task.uuid {
-            if made.event == TaskEvent::Start.as_str() {
-                m.tasks_started.of(&of_template()).inc();
+        let (_, event, to) = match made.change {
+            Change::Task((_, event, _)) => {
+                if event == TaskEvent::Start {
+                    m.tasks_started.of(&of_template()).inc();
+                }
+                continue;
             }
-            continue;
+            Change::Step(change) => change,
+        };
+        if to.is_terminal() {
+            m.steps_ended.of(&StepEnd { namespace: namespace.clone(), state: to.as_str() }).inc();
         }
-        if made.to.parse::<StepState>().is_ok_and(StepState::is_terminal) {
-            m.steps_ended.of(&StepEnd { namespace: namespace.clone(), state: made.to }).inc();
-        }
-        if made.attempt.is_some_and(|attempt| closed.contains(&(made.entity, attempt)))
-            && tree::closes(made.event, made.to)
-        {
-            attempt_ended(loaded, made, exemplar, at);
+        if made.attempt.is_some_and(|attempt| closed.contains(&(made.entity, attempt))) && tree::closes(event, to) {
+            attempt_ended(loaded, (made.entity, event, to), exemplar, at);
         }
     }
     if plan.task_changed && plan.task.state.is_terminal() {
@@ -94,9 +96,16 @@ fn measure(loaded: &LoadedTask, plan: &Plan, at: DateTime<Utc>) {
     }
 }
 
-fn attempt_ended(loaded: &LoadedTask, closing: &Move, exemplar: Option<Exemplar>, at: DateTime<Utc>) {
+/// `closing` is the step, and the move that closed its attempt.
+fn attempt_ended(
+    loaded: &LoadedTask,
+    closing: (Uuid, StepEvent, StepState),
+    exemplar: Option<Exemplar>,
+    at: DateTime<Utc>,
+) {
+    let (step, event, to) = closing;
     let (m, definition) = (metrics(), &loaded.template.definition);
-    let Some((key, step)) = loaded.step(closing.entity) else {
+    let Some((key, step)) = loaded.step(step) else {
         return;
     };
     let (namespace, handler) = (&definition.namespace, &definition.steps[step.index as usize].handler);
@@ -108,7 +117,7 @@ fn attempt_ended(loaded: &LoadedTask, closing: &Move, exemplar: Option<Exemplar>
         Some(Outcome::Failure(failure)) => Some(&*failure.kind),
         _ => None,
     };
-    let outcome = tree::outcome(closing.event, closing.to, kind);
+    let outcome = tree::outcome(event, to, kind);
     m.attempts.of(&AttemptEnd { namespace: namespace.clone(), handler: handler.clone(), outcome }).inc();
     let Some(attempt) = loaded.attempts.get(&step.uuid) else {
         return;

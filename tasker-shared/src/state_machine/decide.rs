@@ -26,10 +26,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::{Definition, StepDefinition};
-use super::plan::{
-    ChildEnd, Detail, Lacks, Map, Move, Outcome, Plan, Room, Signal, Step, Task, Wait, step_words, task_words,
-};
-use super::states::{StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
+use super::plan::{ChildEnd, Detail, Lacks, Map, Move, Outcome, Plan, Room, Signal, Step, Task, Wait};
+use super::states::{Change, StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal};
 
 /// How often an attempt may be lost before the step fails; a loss spends no retry.
 pub const MAX_LOST: i32 = 10;
@@ -497,16 +495,13 @@ impl<'a, 'r> Pass<'a, 'r> {
         debug_assert!(step_move_is_legal(from, event, to), "{from} –{event}→ {to}");
         step.version += 1;
         step.state = to;
-        let (from_word, event_word, to_word) = step_words(from, event, to);
         let made = Move {
             entity: step.uuid,
             version: step.version,
             task_version: None,
             generation: step.generation,
             attempt: (step.attempt > 0).then_some(step.attempt),
-            from: from_word,
-            to: to_word,
-            event: event_word,
+            change: Change::Step((from, event, to)),
             actor,
             claim_token: step.claim_token,
             detail,
@@ -537,7 +532,7 @@ impl<'a, 'r> Pass<'a, 'r> {
     fn move_task_by(&mut self, event: TaskEvent, to: TaskState, detail: Option<Detail>, actor: Option<String>) {
         let task = &mut self.plan.task;
         debug_assert!(task_move_is_legal(task.state, event, to), "{} –{event}→ {to}", task.state);
-        let (from, event, to_word) = task_words(task.state, event, to);
+        let change = Change::Task((task.state, event, to));
         task.version += 1;
         task.state = to;
         self.plan.moves.push(Move {
@@ -546,9 +541,7 @@ impl<'a, 'r> Pass<'a, 'r> {
             task_version: None,
             generation: task.generation,
             attempt: None,
-            from,
-            to: to_word,
-            event,
+            change,
             actor,
             claim_token: None,
             detail,

@@ -4,7 +4,7 @@
 use chrono::{DateTime, Utc};
 
 use super::plan::{Detail, Move, Step};
-use super::states::StepEvent;
+use super::states::{Change, StepEvent, StepState};
 use super::wait::CHILD;
 
 /// Who claimed an attempt, and when it was claimed and reported.
@@ -30,46 +30,44 @@ pub fn earlier_moves(step: &Step, claimed: Option<Claimed<'_>>) -> Vec<Timed> {
     else {
         return Vec::new();
     };
-    let event = step.enqueued_event.unwrap_or(StepEvent::Enqueue.as_str());
-    let lost = event == StepEvent::LeaseExpired.as_str();
-    let move_of = |version, from, to, event| Move {
+    let event = step.enqueued_event.unwrap_or(StepEvent::Enqueue);
+    let lost = event == StepEvent::LeaseExpired;
+    let move_of = |version, from, event, to| Move {
         entity: step.uuid,
         version,
         task_version: None,
         generation: step.generation,
         attempt: Some(step.attempt),
-        from,
-        to,
-        event,
+        change: Change::Step((from, event, to)),
         actor: None,
         claim_token: None,
         detail: None,
     };
-    if event == StepEvent::BeginWait.as_str() {
+    if event == StepEvent::BeginWait {
         // A step that has failed before in its generation comes from its retry.
-        let from = if step.failures > 0 { "waiting_for_retry" } else { "pending" };
+        let from = if step.failures > 0 { StepState::WaitingForRetry } else { StepState::Pending };
         let detail = Some(Detail { waiting: Some(CHILD.to_owned()), ..Detail::default() });
-        return vec![(Move { detail, ..move_of(version, from, "waiting", event) }, began_at, at)];
+        return vec![(Move { detail, ..move_of(version, from, event, StepState::Waiting) }, began_at, at)];
     }
     let from = match event {
-        "RetryReady" => "waiting_for_retry",
-        "LeaseExpired" => "in_progress",
-        _ => "pending",
+        StepEvent::RetryReady => StepState::WaitingForRetry,
+        StepEvent::LeaseExpired => StepState::InProgress,
+        _ => StepState::Pending,
     };
     let opening = Move {
         task_version: step.enqueued_task_version,
         // The row of a lost attempt that began this one belongs to the lost attempt.
         attempt: Some(if lost { step.attempt - 1 } else { step.attempt }),
-        ..move_of(version, from, "enqueued", event)
+        ..move_of(version, from, event, StepState::Enqueued)
     };
     let mut moves = vec![(opening, began_at, at)];
     if let Some(claimed) = claimed {
         let actor = || Some(claimed.worker.to_owned());
-        let claim = Move { actor: actor(), ..move_of(version + 1, "enqueued", "in_progress", "Claim") };
-        moves.push((claim, claimed.began_at, claimed.at));
+        let claim = move_of(version + 1, StepState::Enqueued, StepEvent::Claim, StepState::InProgress);
+        moves.push((Move { actor: actor(), ..claim }, claimed.began_at, claimed.at));
         if let Some((began_at, at)) = claimed.reported {
-            let to = step.state.as_str();
-            moves.push((Move { actor: actor(), ..move_of(version + 2, "in_progress", to, "Report") }, began_at, at));
+            let report = move_of(version + 2, StepState::InProgress, StepEvent::Report, step.state);
+            moves.push((Move { actor: actor(), ..report }, began_at, at));
         }
     }
     moves

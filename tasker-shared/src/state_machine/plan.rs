@@ -9,7 +9,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::flow::{self, Places};
-use super::states::{StepEvent, StepState, TaskEvent, TaskState};
+use super::states::{Change, StepEvent, StepState, TaskState};
 use super::wait::ChildTask;
 
 /// A task's row, as far as decisions depend on it.
@@ -61,7 +61,7 @@ pub struct Step {
     pub last_heartbeat_at: Option<DateTime<Utc>>,
     pub enqueued_version: Option<i32>,
     pub enqueued_task_version: Option<i32>,
-    pub enqueued_event: Option<&'static str>,
+    pub enqueued_event: Option<StepEvent>,
     pub enqueued_began_at: Option<DateTime<Utc>>,
     pub enqueued_at: Option<DateTime<Utc>>,
     pub due_at: Option<DateTime<Utc>>,
@@ -327,9 +327,7 @@ pub struct Move {
     pub task_version: Option<i32>,
     pub generation: i32,
     pub attempt: Option<i32>,
-    pub from: &'static str,
-    pub to: &'static str,
-    pub event: &'static str,
+    pub change: Change,
     pub actor: Option<String>,
     pub claim_token: Option<Uuid>,
     pub detail: Option<Detail>,
@@ -604,22 +602,4 @@ impl Plan {
             && self.new_steps.is_empty()
             && self.due.is_empty()
     }
-}
-
-/// The words of a task's move, for building a [`Move`].
-pub(super) fn task_words(
-    from: TaskState,
-    event: TaskEvent,
-    to: TaskState,
-) -> (&'static str, &'static str, &'static str) {
-    (from.as_str(), event.as_str(), to.as_str())
-}
-
-/// The words of a step's move.
-pub(super) fn step_words(
-    from: StepState,
-    event: StepEvent,
-    to: StepState,
-) -> (&'static str, &'static str, &'static str) {
-    (from.as_str(), event.as_str(), to.as_str())
 }

@@ -26,7 +26,7 @@ pub(crate) use self::templates::{
 use super::decide::{Event, Operator, decide};
 use super::definition::Definition;
 use super::plan::{ChildEnd, Failure, HeldBy, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task};
-use super::states::{StepEvent, StepState, TaskState, step_move_is_legal};
+use super::states::{Change, StepEvent, StepState, TaskState, step_move_is_legal};
 use super::wait::ChildTask;
 
 pub(crate) const QUEUE: &str = "worker_shop";
@@ -348,9 +348,7 @@ impl World {
             task_version: None,
             generation: step.generation,
             attempt: Some(step.attempt),
-            from: step.state.as_str(),
-            to: to.as_str(),
-            event: event.as_str(),
+            change: Change::Step((step.state, event, to)),
             actor: step.claimed_by.clone(),
             claim_token: step.claim_token,
             detail: None,

@@ -340,5 +340,61 @@ pub fn step_move_is_legal(from: StepState, event: StepEvent, to: StepState) -> b
     }
 }
 
+/// What a row of the log says was moved, and how: nobody but the database holds it as words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// A move of the task.
+    Task(TaskMove),
+    /// A move of a step.
+    Step(StepMove),
+}
+
+impl Change {
+    /// Reads the three words of a row.
+    ///
+    /// # Errors
+    /// If one of them is no word of ours; the answer names its column.
+    pub fn parse(is_task: bool, from: &str, event: &str, to: &str) -> Result<Self, (&'static str, UnknownWord)> {
+        let column = |name: &'static str| move |unknown| (name, unknown);
+        Ok(if is_task {
+            Self::Task((
+                from.parse().map_err(column("from_state"))?,
+                event.parse().map_err(column("event"))?,
+                to.parse().map_err(column("to_state"))?,
+            ))
+        } else {
+            Self::Step((
+                from.parse().map_err(column("from_state"))?,
+                event.parse().map_err(column("event"))?,
+                to.parse().map_err(column("to_state"))?,
+            ))
+        })
+    }
+
+    /// The state before it, as a word.
+    pub const fn from(self) -> &'static str {
+        match self {
+            Self::Task((from, ..)) => from.as_str(),
+            Self::Step((from, ..)) => from.as_str(),
+        }
+    }
+
+    /// The event, as a word.
+    pub const fn event(self) -> &'static str {
+        match self {
+            Self::Task((_, event, _)) => event.as_str(),
+            Self::Step((_, event, _)) => event.as_str(),
+        }
+    }
+
+    /// The state after it, as a word.
+    pub const fn to(self) -> &'static str {
+        match self {
+            Self::Task((.., to)) => to.as_str(),
+            Self::Step((.., to)) => to.as_str(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use super::Error;
 use crate::redact;
 use crate::state_machine::decide::NEVER_PASSED;
 use crate::state_machine::plan::{Failure, Outcome, Step};
-use crate::state_machine::states::{StepEvent, StepState};
+use crate::state_machine::states::StepState;
 use crate::trace::log::Attempt;
 
 /// A step as it was loaded for a settle.
@@ -110,7 +110,7 @@ pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<St
                     last_heartbeat_at: row.last_heartbeat_at,
                     enqueued_version: row.enqueued_version,
                     enqueued_task_version: row.enqueued_task_version,
-                    enqueued_event: row.enqueued_event.and_then(|word| word.parse().ok()).map(StepEvent::as_str),
+                    enqueued_event: row.enqueued_event.and_then(|word| word.parse().ok()),
                     enqueued_began_at: row.enqueued_began_at,
                     enqueued_at: row.enqueued_at,
                     due_at: row.due_at,

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::tasks::{self, bytes};
 use super::{Error, steps};
 use crate::state_machine::plan::Detail;
-use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
+use crate::state_machine::states::Change;
 use crate::template::Keep;
 use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 use crate::trace::sampling::{Kept, is_sampled, is_within};
@@ -376,31 +376,15 @@ impl LogRow {
         };
         let id = format!("{}/{}", row.entity_uuid, row.version);
         let is_task = row.entity_uuid == row.task_uuid;
-        let bad = |column| move |problem| Error::bad_row("transitions", column, id.clone(), problem);
-        let state = |word: &str| -> Result<&'static str, crate::state_machine::states::UnknownWord> {
-            if is_task {
-                word.parse::<TaskState>().map(TaskState::as_str)
-            } else {
-                word.parse::<StepState>().map(StepState::as_str)
-            }
-        };
-        let from = state(&row.from_state).map_err(bad.clone()("from_state"))?;
-        let to = state(&row.to_state).map_err(bad.clone()("to_state"))?;
-        let event = if is_task {
-            row.event.parse::<TaskEvent>().map(TaskEvent::as_str)
-        } else {
-            row.event.parse::<StepEvent>().map(StepEvent::as_str)
-        }
-        .map_err(bad("event"))?;
+        let change = Change::parse(is_task, &row.from_state, &row.event, &row.to_state)
+            .map_err(|(column, unknown)| Error::bad_row("transitions", column, id, unknown))?;
         log.transitions.push(Transition {
             entity: row.entity_uuid,
             version: row.version,
             task_version: row.task_version,
             generation: row.generation,
             attempt: row.attempt,
-            from,
-            to,
-            event,
+            change,
             actor: row.actor,
             began_at: row.began_at,
             at: row.at,

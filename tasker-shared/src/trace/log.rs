@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::span::{SpanId, TraceId};
 use crate::state_machine::plan::{Detail, Failure, Move};
+use crate::state_machine::states::{Change, StepMove, TaskMove};
 
 /// The rows. A *slice* of the log holds the moves of one transaction and every move of the
 /// attempts it closed; the spans that the transaction settled are the same from either.
@@ -55,9 +56,7 @@ pub struct Transition {
     pub task_version: Option<i32>,
     pub generation: i32,
     pub attempt: Option<i32>,
-    pub from: &'static str,
-    pub to: &'static str,
-    pub event: &'static str,
+    pub change: Change,
     pub actor: Option<String>,
     pub began_at: DateTime<Utc>,
     pub at: DateTime<Utc>,
@@ -73,13 +72,29 @@ impl Transition {
             task_version: made.task_version,
             generation: made.generation,
             attempt: made.attempt,
-            from: made.from,
-            to: made.to,
-            event: made.event,
+            change: made.change,
             actor: made.actor,
             began_at,
             at,
             detail: made.detail,
+        }
+    }
+}
+
+impl Transition {
+    /// Its move, if it is the task's.
+    pub fn of_task(&self) -> Option<TaskMove> {
+        match self.change {
+            Change::Task(made) => Some(made),
+            Change::Step(_) => None,
+        }
+    }
+
+    /// Its move, if it is a step's.
+    pub fn of_step(&self) -> Option<StepMove> {
+        match self.change {
+            Change::Step(made) => Some(made),
+            Change::Task(_) => None,
         }
     }
 }

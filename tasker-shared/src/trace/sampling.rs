@@ -7,7 +7,6 @@ use super::log::{Head, TaskLog};
 use super::names;
 use super::span::{Span, TaskSpans, Value};
 use super::tree;
-use crate::state_machine::states::TaskState;
 use crate::template::Keep;
 
 /// Why a trace that was not chosen when it began is exported all the same.
@@ -71,7 +70,7 @@ pub fn exported(log: &TaskLog, kept: Option<&Kept>) -> Option<TaskSpans> {
 /// Whether the task is over, as far as this log goes.
 fn has_ended(log: &TaskLog) -> bool {
     let last = log.transitions.iter().filter(|row| row.entity == log.head.task_uuid).max_by_key(|row| row.version);
-    last.is_some_and(|row| row.to.parse::<TaskState>().is_ok_and(TaskState::is_terminal))
+    last.is_some_and(|row| row.of_task().is_some_and(|(.., to)| to.is_terminal()))
 }
 
 /// Why the generation of this root is worth keeping.

@@ -71,7 +71,7 @@ struct Tree<'a> {
 impl<'a> Tree<'a> {
     fn new(log: &'a TaskLog, now: Option<DateTime<Utc>>) -> Self {
         let mut settled: HashMap<_, Vec<_>> = HashMap::new();
-        for row in log.transitions.iter().filter(|row| row.entity != log.head.task_uuid) {
+        for row in log.transitions.iter().filter(|row| row.of_step().is_some()) {
             settled.entry(row.at).or_default().push(row);
         }
         for rows in settled.values_mut() {
@@ -102,7 +102,7 @@ impl<'a> Tree<'a> {
     /// The rows of the task, and those of its steps.
     fn sorted(&self) -> (Vec<&'a Transition>, Vec<&'a Transition>) {
         let (mut task_rows, mut step_rows): (Vec<_>, Vec<_>) =
-            self.log.transitions.iter().partition(|row| row.entity == self.log.head.task_uuid);
+            self.log.transitions.iter().partition(|row| row.of_task().is_some());
         task_rows.sort_unstable_by_key(|row| row.version);
         step_rows.sort_unstable_by_key(|row| (row.entity, row.version));
         (task_rows, step_rows)
@@ -127,16 +127,12 @@ impl<'a> Tree<'a> {
 
     /// One task.orchestration per generation that has ended.
     fn roots(&mut self, task_rows: &[&'a Transition]) {
-        let ends = |row: &&&Transition| row.to.parse::<TaskState>().is_ok_and(TaskState::is_terminal);
-        for row in task_rows.iter().filter(ends) {
+        for row in task_rows {
+            let Some((outcome, failed)) = row.of_task().and_then(|(_, event, to)| task_outcome(event, to)) else {
+                continue;
+            };
             let start = self.generation_began(row.generation, task_rows);
             let mut root = self.root(row.generation, start, row.at);
-            let (outcome, failed) = match (row.to, row.event) {
-                ("error", "TotalTimeout") => ("timeout", true),
-                ("error", _) => ("failure", true),
-                ("cancelled", _) => ("cancellation", false),
-                _ => ("success", false),
-            };
             root.attributes.push((names::OUTCOME, outcome.into()));
             let detail = row.detail.as_ref();
             if failed {
@@ -148,7 +144,7 @@ impl<'a> Tree<'a> {
             }
             self.spans.push(root);
         }
-        let ended = task_rows.last().is_some_and(|row| ends(&row));
+        let ended = task_rows.last().and_then(|row| row.of_task()).is_some_and(|(.., to)| to.is_terminal());
         if let Some(now) = self.now.filter(|_| !ended) {
             let generation = self.log.head.generation;
             let mut root = self.root(generation, self.generation_began(generation, task_rows), now);
@@ -160,9 +156,10 @@ impl<'a> Tree<'a> {
     fn generation_began(&self, generation: i32, task_rows: &[&Transition]) -> DateTime<Utc> {
         // Only from a terminal state: the repair of a blocked task stays within its generation.
         let begins = |row: &&&Transition| {
-            row.generation == generation
-                && (row.event == TaskEvent::OperatorRetry.as_str() || row.event == TaskEvent::Rerun.as_str())
-                && row.from.parse::<TaskState>().is_ok_and(TaskState::is_terminal)
+            let of = row.of_task().filter(|_| row.generation == generation);
+            of.is_some_and(|(from, event, _)| {
+                matches!(event, TaskEvent::OperatorRetry | TaskEvent::Rerun) && from.is_terminal()
+            })
         };
         if generation == 1 {
             self.log.head.created_at
@@ -199,6 +196,9 @@ impl<'a> Tree<'a> {
     }
 
     fn task_move(&mut self, row: &'a Transition) {
+        let Some((from, _, to)) = row.of_task() else {
+            return;
+        };
         let head = &self.log.head;
         let root = root_id(head, row.generation);
         let mut moved = span(
@@ -209,7 +209,7 @@ impl<'a> Tree<'a> {
             row.at,
         );
         moved.attributes = moved_attributes(row, None);
-        if row.to == TaskState::Error.as_str() {
+        if to == TaskState::Error {
             let detail = row.detail.as_ref();
             let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
             fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
@@ -218,15 +218,15 @@ impl<'a> Tree<'a> {
         self.spans.push(moved);
 
         let rows = self.settled.get(&row.at).map_or(&[][..], Vec::as_slice);
-        let enqueued = || rows.iter().filter(|step| step.to == StepState::Enqueued.as_str());
+        let enqueued = || rows.iter().filter(|row| matches!(row.of_step(), Some((.., StepState::Enqueued))));
         let child = |name, key| span(name, self.of_task(key, row), Some(parent), row.began_at, row.at);
-        let made = match (row.from, row.to) {
-            ("initializing" | "evaluating_results", "enqueuing_steps") => {
+        let made = match (from, to) {
+            (TaskState::Initializing | TaskState::EvaluatingResults, TaskState::EnqueuingSteps) => {
                 let mut found = child(names::STEP_DISCOVERY, SpanKey::Discovery);
                 found.attributes.push((names::READY_STEPS, count(enqueued().count())));
                 found
             }
-            ("enqueuing_steps", "steps_in_process") => {
+            (TaskState::EnqueuingSteps, TaskState::StepsInProcess) => {
                 let mut sent = child(names::STEP_ENQUEUING, SpanKey::Enqueuing);
                 sent.kind = Kind::Producer;
                 sent.attributes.push((names::MESSAGING_SYSTEM, "pgmq".into()));
@@ -238,13 +238,15 @@ impl<'a> Tree<'a> {
                 }
                 sent
             }
-            ("steps_in_process", "evaluating_results") => {
+            (TaskState::StepsInProcess, TaskState::EvaluatingResults) => {
                 let mut evaluated = child(names::RESULT_EVALUATION, SpanKey::Evaluation);
                 // A report that the end of the task cancelled in the same settle was never looked at.
-                let reported = rows.iter().filter(|step| {
-                    (step.from == StepState::EnqueuedForOrchestration.as_str()
-                        || step.from == StepState::EnqueuedAsErrorForOrchestration.as_str())
-                        && step.event != StepEvent::Cancel.as_str()
+                let reported = rows.iter().filter(|row| {
+                    row.of_step().is_some_and(|(from, event, _)| {
+                        let reported =
+                            [StepState::EnqueuedForOrchestration, StepState::EnqueuedAsErrorForOrchestration];
+                        reported.contains(&from) && event != StepEvent::Cancel
+                    })
                 });
                 let links: Vec<Link> = reported
                     .map(|step| self.link(self.of_attempt(SpanKey::Submission, step.entity, step.attempt.unwrap_or(0))))
@@ -256,6 +258,7 @@ impl<'a> Tree<'a> {
                 evaluated.links = links.into_iter().take(MAX_LINKS).collect();
                 evaluated
             }
+            // Every other move is a span of its own, and no part of the work is behind it.
             _ => return,
         };
         self.spans.push(made);
@@ -276,7 +279,7 @@ impl<'a> Tree<'a> {
                 None if opens(row).is_none() => self.loose_step_move(row),
                 None => {}
             }
-            if closes(row.event, row.to)
+            if row.of_step().is_some_and(|(_, event, to)| closes(event, to))
                 && let Some((attempt, moves)) = open.take()
             {
                 self.attempt(info, attempt, &moves, Some(row));
@@ -324,7 +327,7 @@ impl<'a> Tree<'a> {
         let id = self.of_step(SpanKey::StepTransition, row.entity, row.version);
         let mut moved = span(names::STEP_STATE_TRANSITION, id, Some(parent), row.began_at, row.at);
         moved.attributes = moved_attributes(row, Some(row.entity));
-        if row.to == StepState::Error.as_str() {
+        if matches!(row.of_step(), Some((.., StepState::Error))) {
             let detail = row.detail.as_ref();
             let kind = detail.and_then(|d| d.error_type.clone()).unwrap_or_else(|| "error".into());
             fail(&mut moved, kind, detail.and_then(|d| d.reason.clone()).unwrap_or_default(), row.at);
@@ -340,7 +343,7 @@ impl<'a> Tree<'a> {
         let entity = opening.entity;
         let end = now.max(opening.at);
         let attempt = self.attempts.get(&(entity, number)).copied();
-        let ending = closing.map(|row| Ending::of(row, attempt));
+        let ending = closing.and_then(|row| Ending::of(row, attempt));
         let outcome = ending.as_ref().map_or("", |ending| ending.outcome);
 
         let root = root_id(&self.log.head, opening.generation);
@@ -392,18 +395,18 @@ impl<'a> Tree<'a> {
             self.spans.push(step_span);
         }
 
-        let claim = moves.iter().find(|row| row.event == StepEvent::Claim.as_str());
+        let claim = moves.iter().find(|row| is(row, StepEvent::Claim));
         let wait_id =
             span_id(&self.log.head.trace_id, entity, 0, unsigned(number), SpanKey::Wait, unsigned(opening.version));
         let mut waited = span(names::STEP_WAIT, wait_id, Some(id), opening.at, claim.map_or(end, |row| row.at));
         waited.attributes.push((names::STEP_UUID, entity.to_string().into()));
         waited.attributes.push((names::WAIT_REASON, "queue".into()));
-        if opening.to == StepState::Enqueued.as_str() {
+        if matches!(opening.of_step(), Some((.., StepState::Enqueued))) {
             self.spans.push(waited);
         }
 
         if let (Some(claim), Some(attempt)) = (claim, attempt) {
-            let report = moves.iter().find(|row| row.event == StepEvent::Report.as_str()).copied();
+            let report = moves.iter().find(|row| is(row, StepEvent::Report)).copied();
             self.handler(info, number, id, attempt, claim, report, ending.as_ref(), end);
             if let Some(report) = report {
                 self.submission(number, id, attempt, report);
@@ -510,63 +513,117 @@ struct Ending {
 }
 
 impl Ending {
-    fn of(closing: &Transition, attempt: Option<&Attempt>) -> Self {
+    fn of(closing: &Transition, attempt: Option<&Attempt>) -> Option<Self> {
+        let (_, event, to) = closing.of_step()?;
         let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
         let detail = closing.detail.as_ref();
-        let said = || (detail.and_then(|d| d.error_type.clone()), detail.and_then(|d| d.reason.clone()));
-        let outcome = outcome(closing.event, closing.to, failure.map(|failure| &*failure.kind));
-        let error = match closing.event {
-            "Complete" | "CompleteManually" | "Skip" => None,
-            "ChildFinished" if closing.to == StepState::Complete.as_str() => None,
-            "LeaseExpired" => {
+        let kind = || detail.and_then(|d| d.error_type.clone());
+        let reason = || detail.and_then(|d| d.reason.clone());
+        let error = match event {
+            StepEvent::Complete | StepEvent::CompleteManually | StepEvent::Skip => None,
+            StepEvent::ChildFinished if to == StepState::Complete => None,
+            StepEvent::LeaseExpired => {
                 Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))
             }
-            "Cancel" => Some(("cancelled".to_owned(), said().1.unwrap_or_else(|| "the task ended".to_owned()))),
-            "RunTimeout" | "QueueTimeout" | "TotalTimeout" => {
-                let (kind, reason) = said();
-                let kind = kind.unwrap_or_else(|| "timeout".to_owned());
-                Some((kind, reason.unwrap_or_else(|| "it took too long".to_owned())))
+            StepEvent::Cancel => {
+                Some(("cancelled".to_owned(), reason().unwrap_or_else(|| "the task ended".to_owned())))
             }
-            _ => Some(failure.map_or_else(
-                || {
-                    let (kind, reason) = said();
-                    (kind.unwrap_or_else(|| "error".to_owned()), reason.unwrap_or_default())
-                },
+            StepEvent::RunTimeout | StepEvent::QueueTimeout | StepEvent::TotalTimeout => Some((
+                kind().unwrap_or_else(|| "timeout".to_owned()),
+                reason().unwrap_or_else(|| "it took too long".to_owned()),
+            )),
+            StepEvent::ChildFinished
+            | StepEvent::Enqueue
+            | StepEvent::Claim
+            | StepEvent::Report
+            | StepEvent::ScheduleRetry
+            | StepEvent::RetryReady
+            | StepEvent::Fail
+            | StepEvent::BeginWait
+            | StepEvent::TimerFired
+            | StepEvent::SignalReceived
+            | StepEvent::ItemsDone
+            | StepEvent::ResolveManually
+            | StepEvent::OperatorRetry
+            | StepEvent::Rerun => Some(failure.map_or_else(
+                || (kind().unwrap_or_else(|| "error".to_owned()), reason().unwrap_or_default()),
                 |failure| (failure.kind.clone(), failure.message.clone()),
             )),
         };
-        Self { outcome, error, last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at) }
+        Some(Self {
+            outcome: outcome(event, to, failure.map(|failure| &*failure.kind)),
+            error,
+            last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at),
+        })
+    }
+}
+
+/// How a generation of a task ended, in one word, and whether that is an error; `None`: this move ends none.
+fn task_outcome(event: TaskEvent, to: TaskState) -> Option<(&'static str, bool)> {
+    match to {
+        TaskState::Error if event == TaskEvent::TotalTimeout => Some(("timeout", true)),
+        TaskState::Error => Some(("failure", true)),
+        TaskState::Cancelled => Some(("cancellation", false)),
+        TaskState::Complete | TaskState::ResolvedManually => Some(("success", false)),
+        TaskState::Pending
+        | TaskState::Initializing
+        | TaskState::EnqueuingSteps
+        | TaskState::StepsInProcess
+        | TaskState::EvaluatingResults
+        | TaskState::WaitingForDependencies
+        | TaskState::WaitingForRetry
+        | TaskState::BlockedByFailures
+        | TaskState::Suspended => None,
     }
 }
 
 /// How an attempt ended, in one word, by the move that closed it and the class of its failure. One
 /// that failed and is tried again is an `error`, one that ends its step a `failure`.
-pub fn outcome(event: &str, to: &str, failure: Option<&str>) -> &'static str {
+pub fn outcome(event: StepEvent, to: StepState, failure: Option<&str>) -> &'static str {
     match event {
-        "Complete" | "CompleteManually" => "success",
-        "ChildFinished" if to == StepState::Complete.as_str() => "success",
-        "Skip" => "skip",
-        "LeaseExpired" => "lost",
-        "Cancel" => "cancellation",
-        "RunTimeout" | "QueueTimeout" | "TotalTimeout" => "timeout",
-        _ if failure == Some("timeout") => "timeout",
-        _ if to == StepState::WaitingForRetry.as_str() => "error",
-        _ => "failure",
+        StepEvent::Complete | StepEvent::CompleteManually => "success",
+        StepEvent::ChildFinished if to == StepState::Complete => "success",
+        StepEvent::Skip => "skip",
+        StepEvent::LeaseExpired => "lost",
+        StepEvent::Cancel => "cancellation",
+        StepEvent::RunTimeout | StepEvent::QueueTimeout | StepEvent::TotalTimeout => "timeout",
+        StepEvent::ChildFinished
+        | StepEvent::Enqueue
+        | StepEvent::Claim
+        | StepEvent::Report
+        | StepEvent::ScheduleRetry
+        | StepEvent::RetryReady
+        | StepEvent::Fail
+        | StepEvent::BeginWait
+        | StepEvent::TimerFired
+        | StepEvent::SignalReceived
+        | StepEvent::ItemsDone
+        | StepEvent::ResolveManually
+        | StepEvent::OperatorRetry
+        | StepEvent::Rerun => match failure {
+            Some("timeout") => "timeout",
+            _ if to == StepState::WaitingForRetry => "error",
+            _ => "failure",
+        },
     }
 }
 
 /// The attempt that a move opens.
 fn opens(row: &Transition) -> Option<i32> {
+    let (_, event, to) = row.of_step()?;
     let waits_for_child = || row.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some(CHILD));
-    let opens = row.to == StepState::Enqueued.as_str() || (row.to == StepState::Waiting.as_str() && waits_for_child());
+    let opens = to == StepState::Enqueued || (to == StepState::Waiting && waits_for_child());
     let attempt = row.attempt.filter(|_| opens)?;
-    Some(if row.event == StepEvent::LeaseExpired.as_str() { attempt + 1 } else { attempt })
+    Some(if event == StepEvent::LeaseExpired { attempt + 1 } else { attempt })
 }
 
 /// Whether a move ends the attempt that was open before it.
-pub fn closes(event: &str, to: &str) -> bool {
-    event == StepEvent::LeaseExpired.as_str()
-        || to.parse::<StepState>().is_ok_and(|state| !state.is_in_flight() && state != StepState::Pending)
+pub fn closes(event: StepEvent, to: StepState) -> bool {
+    event == StepEvent::LeaseExpired || (!to.is_in_flight() && to != StepState::Pending)
+}
+
+fn is(row: &Transition, event: StepEvent) -> bool {
+    matches!(row.of_step(), Some((_, made, _)) if made == event)
 }
 
 fn link_to(traceparent: &str) -> Option<Link> {
@@ -602,9 +659,9 @@ fn moved_attributes(row: &Transition, step: Option<Uuid>) -> Vec<(&'static str, 
     if let Some(step) = step {
         attributes.push((names::STEP_UUID, step.to_string().into()));
     }
-    attributes.push((names::FROM_STATE, row.from.into()));
-    attributes.push((names::TO_STATE, row.to.into()));
-    attributes.push((names::EVENT, row.event.into()));
+    attributes.push((names::FROM_STATE, row.change.from().into()));
+    attributes.push((names::TO_STATE, row.change.to().into()));
+    attributes.push((names::EVENT, row.change.event().into()));
     if let Some(actor) = &row.actor {
         attributes.push((names::ACTOR, actor.clone().into()));
     }

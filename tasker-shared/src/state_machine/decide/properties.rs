@@ -517,7 +517,8 @@ impl Flow {
     /// What one settle sent and held, against what it may.
     fn check(&mut self, before: &Before, world: &World, plan: &Plan, is_paused: bool) -> TestCaseResult {
         for row in &world.log[before.log..] {
-            let begins = row.made.to == "enqueued" && matches!(row.made.event, "Enqueue" | "RetryReady");
+            let begins =
+                row.made.change.to() == "enqueued" && matches!(row.made.change.event(), "Enqueue" | "RetryReady");
             let Some(step) = world.steps.iter().find(|step| begins && step.uuid == row.made.entity) else {
                 continue;
             };

@@ -253,7 +253,7 @@ impl Pass<'_, '_> {
         step.lease_expires_at = None;
         step.enqueued_version = Some(step.version);
         step.enqueued_task_version = task_version;
-        step.enqueued_event = Some(event.as_str());
+        step.enqueued_event = Some(event);
         // The database writes the times of the move itself; `None` asks for it.
         step.enqueued_began_at = None;
         step.enqueued_at = None;

@@ -45,7 +45,15 @@ fn tell(world: &World, plan: &Plan) -> String {
     let mut told = String::new();
     for made in &plan.moves {
         let by = made.actor.as_ref().map(|actor| format!(" by {actor}")).unwrap_or_default();
-        writeln!(told, "{}: {} –{}→ {}{by}", name(made.entity), made.from, made.event, made.to).unwrap();
+        writeln!(
+            told,
+            "{}: {} –{}→ {}{by}",
+            name(made.entity),
+            made.change.from(),
+            made.change.event(),
+            made.change.to()
+        )
+        .unwrap();
     }
     for (step, attempt) in &plan.closed {
         writeln!(told, "close {} {attempt}", name(*step)).unwrap();
@@ -92,7 +100,7 @@ fn tell(world: &World, plan: &Plan) -> String {
 
 /// The reasons of the waits that a move of this event ended.
 fn waits(plan: &Plan, event: &str) -> Vec<String> {
-    let made = plan.moves.iter().find(|made| made.event == event).expect("the move was made");
+    let made = plan.moves.iter().find(|made| made.change.event() == event).expect("the move was made");
     made.detail.iter().flat_map(|detail| &detail.waits).map(|wait| wait.reason.clone()).collect()
 }
 
@@ -166,7 +174,8 @@ fn start_without_any_worker_waits() {
         send a 1",
     );
     let wait =
-        &world.log.iter().find(|row| row.made.event == "Enqueue").unwrap().made.detail.as_ref().unwrap().waits[0];
+        &world.log.iter().find(|row| row.made.change.event() == "Enqueue").unwrap().made.detail.as_ref().unwrap().waits
+            [0];
     assert_eq!((&*wait.reason, wait.ordinal), ("worker", 1));
 }
 
@@ -444,7 +453,7 @@ fn fan_out_and_join_settle_in_three_passes() {
     let plan = world.settle(events, &mut all());
     assert_eq!(plan.closed.len(), 50);
     let task_moves: Vec<&str> =
-        plan.moves.iter().filter(|made| made.entity == plan.task.uuid).map(|made| made.event).collect();
+        plan.moves.iter().filter(|made| made.entity == plan.task.uuid).map(|made| made.change.event()).collect();
     assert_eq!(task_moves, ["StepCompleted", "ReadyStepsFound", "StepsEnqueued"], "it is evaluated once");
     assert_eq!(plan.sends.iter().map(|send| send.attempt).collect::<Vec<_>>(), [1]);
     assert_eq!(output(&world, "z")["steps"].as_object().unwrap().len(), 50);

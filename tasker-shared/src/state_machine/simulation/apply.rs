@@ -12,7 +12,7 @@ use crate::state_machine::definition::Join;
 use crate::state_machine::earlier::{Claimed, earlier_moves};
 use crate::state_machine::input::{BY_REFERENCE, Scope};
 use crate::state_machine::plan::{Detail, Due, Map, Move, Plan, Step, Task, Wait};
-use crate::state_machine::states::{StepEvent, StepState, TaskEvent};
+use crate::state_machine::states::{Change, StepEvent, StepState, TaskEvent};
 use crate::state_machine::wait::Work;
 
 impl World {
@@ -66,7 +66,7 @@ impl World {
                 assert!(row.input.is_some(), "a task without its input");
             }
         }
-        let resumed = plan.moves.iter().any(|made| made.event == TaskEvent::Resume.as_str());
+        let resumed = plan.moves.iter().any(|made| made.change.event() == TaskEvent::Resume.as_str());
         for send in &plan.sends {
             let step = self.index_of(send.step, plan);
             let first = self.sent.insert((step, send.attempt));
@@ -78,7 +78,7 @@ impl World {
             let joins_any = self.definition.steps[row.index as usize].join == Join::Any;
             let was_held = before.iter().any(|before| before.uuid == row.uuid && before.held_by.is_some());
             let left_out = row.input.as_ref().is_some_and(|input| input.get(BY_REFERENCE).is_some());
-            if row.enqueued_event == Some("Enqueue") && first && !was_held && !joins_any && !left_out {
+            if row.enqueued_event == Some(StepEvent::Enqueue) && first && !was_held && !joins_any && !left_out {
                 assert_eq!(row.input.as_ref(), self.expected_input(step).as_ref(), "the input of step {step}");
             }
             self.ids += 1;
@@ -244,9 +244,7 @@ impl World {
                 task_version: None,
                 generation: step.generation,
                 attempt: has_number.then_some(step.attempt),
-                from: step.state.as_str(),
-                to: StepState::Cancelled.as_str(),
-                event: StepEvent::Cancel.as_str(),
+                change: Change::Step((step.state, StepEvent::Cancel, StepState::Cancelled)),
                 actor: None,
                 claim_token: step.claim_token.filter(|_| has_attempt),
                 detail: Some(detail),

@@ -10,9 +10,7 @@ use super::World;
 use crate::state_machine::definition::Join;
 use crate::state_machine::plan::{Map, Plan, Step};
 use crate::state_machine::retry::OnExhausted;
-use crate::state_machine::states::{
-    StepEvent, StepState, TaskEvent, TaskState, step_move_is_legal, task_move_is_legal,
-};
+use crate::state_machine::states::{Change, StepEvent, StepState, TaskState, step_move_is_legal, task_move_is_legal};
 
 impl World {
     /// Every move is legal, follows the one before it, and leaves a terminal state only by an operator.
@@ -24,27 +22,25 @@ impl World {
         let was_open = !self.task.state.is_terminal();
         for made in &plan.moves {
             let (state, version) = now.get(&made.entity).copied().unwrap_or(("pending", 0));
-            assert_eq!((made.from, made.version), (state, version + 1), "{made:?}");
-            now.insert(made.entity, (made.to, made.version));
+            assert_eq!((made.change.from(), made.version), (state, version + 1), "{made:?}");
+            now.insert(made.entity, (made.change.to(), made.version));
             let repairs = ["OperatorRetry", "Rerun", "Skip", "ResolveManually", "CompleteManually"];
-            let by_operator = repairs.contains(&made.event) && made.actor.is_some();
+            let by_operator = repairs.contains(&made.change.event()) && made.actor.is_some();
             if made.entity == self.task.uuid {
-                let from: TaskState = made.from.parse().unwrap();
-                let (event, to) = (made.event.parse::<TaskEvent>().unwrap(), made.to.parse().unwrap());
+                let Change::Task((from, event, to)) = made.change else { panic!("a task's move: {made:?}") };
                 assert!(task_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
                     assert!(by_operator, "{from} is final: {made:?}");
                     generation += 1;
                 }
             } else {
-                let from: StepState = made.from.parse().unwrap();
-                let (event, to) = (made.event.parse::<StepEvent>().unwrap(), made.to.parse().unwrap());
+                let Change::Step((from, event, to)) = made.change else { panic!("a step's move: {made:?}") };
                 assert!(step_move_is_legal(from, event, to), "{from} –{event}→ {to}");
                 if from.is_terminal() {
                     // Items of a map that begins anew follow it; those that it stopped are tried again with it.
                     let is_item = self.steps.iter().any(|step| step.uuid == made.entity && step.item.is_some());
                     let repaired = was_open && from == StepState::Error;
-                    assert!(by_operator || (is_item && made.event == "Rerun"), "{from} is final: {made:?}");
+                    assert!(by_operator || (is_item && made.change.event() == "Rerun"), "{from} is final: {made:?}");
                     assert!(
                         repaired || is_item || generation > self.task.generation,
                         "{from} is final for its generation: {made:?}"
@@ -134,7 +130,7 @@ impl World {
 
     pub(super) fn ended_by_its_items(&self, map: &Step) -> bool {
         let last = self.log.iter().rfind(|row| row.made.entity == map.uuid);
-        last.is_some_and(|last| last.made.event == StepEvent::ItemsDone.as_str())
+        last.is_some_and(|last| last.made.change.event() == StepEvent::ItemsDone.as_str())
     }
 
     pub(super) fn check_step(&self, step: &Step) {
@@ -221,16 +217,16 @@ impl World {
         let mut attempts: BTreeMap<Uuid, i32> = BTreeMap::new();
         for row in &self.log {
             let made = &row.made;
-            let before = last.insert(made.entity, (made.version, row.at, made.to));
+            let before = last.insert(made.entity, (made.version, row.at, made.change.to()));
             let (version, at, state) = before.unwrap_or((0, self.created_at, "pending"));
-            assert_eq!((made.version, made.from), (version + 1, state), "{made:?}");
+            assert_eq!((made.version, made.change.from()), (version + 1, state), "{made:?}");
             assert!(row.began_at <= row.at && row.at >= at, "{row:?}");
             let waits_for_items = made.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some("items"));
-            let opens = made.to == "enqueued" || (made.to == "waiting" && !waits_for_items);
+            let opens = made.change.to() == "enqueued" || (made.change.to() == "waiting" && !waits_for_items);
             if made.entity != self.task.uuid && opens {
                 let attempt = attempts.entry(made.entity).or_default();
                 *attempt += 1;
-                let opened = made.attempt.unwrap() + i32::from(made.event == "LeaseExpired");
+                let opened = made.attempt.unwrap() + i32::from(made.change.event() == "LeaseExpired");
                 assert_eq!(opened, *attempt, "attempts are 1..n: {made:?}");
             }
         }

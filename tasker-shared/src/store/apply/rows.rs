@@ -10,9 +10,9 @@ use sqlx::Postgres;
 use sqlx::postgres::{PgHasArrayType, PgTypeInfo};
 use uuid::Uuid;
 
-use crate::state_machine::StepState;
 use crate::state_machine::flow::LANE_SEPARATOR;
 use crate::state_machine::plan::{Due, Move, Plan, Step};
+use crate::state_machine::{StepEvent, StepState};
 
 macro_rules! composite {
     ($row:ident, $name:literal) => {
@@ -117,7 +117,7 @@ impl<'a> StepChange<'a> {
             enqueued: is_enqueued_now(step),
             enqueued_version: step.enqueued_version,
             enqueued_task_version: step.enqueued_task_version,
-            enqueued_event: step.enqueued_event,
+            enqueued_event: step.enqueued_event.map(StepEvent::as_str),
         }
     }
 }
@@ -166,7 +166,7 @@ impl<'a> NewStep<'a> {
             enqueued: is_enqueued_now(step),
             enqueued_version: step.enqueued_version,
             enqueued_task_version: step.enqueued_task_version,
-            enqueued_event: step.enqueued_event,
+            enqueued_event: step.enqueued_event.map(StepEvent::as_str),
         }
     }
 }
@@ -210,9 +210,9 @@ impl<'a> LogRow<'a> {
             task_version: made.task_version,
             generation: made.generation,
             attempt: made.attempt,
-            from_state: made.from,
-            to_state: made.to,
-            event: made.event,
+            from_state: made.change.from(),
+            to_state: made.change.to(),
+            event: made.change.event(),
             actor: made.actor.as_deref(),
             claim_token: made.claim_token,
             detail: made.detail.as_ref().map(|detail| json!(detail)),

@@ -95,7 +95,7 @@ fn tree_is_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
     let ended: BTreeSet<i32> = log
         .transitions
         .iter()
-        .filter(|row| row.entity == log.head.task_uuid && row.to.parse().is_ok_and(TaskState::is_terminal))
+        .filter(|row| row.of_task().is_some_and(|(.., to)| to.is_terminal()))
         .map(|row| row.generation)
         .collect();
     let mut seen = BTreeSet::new();
@@ -140,7 +140,7 @@ fn attempts_are_sound(log: &TaskLog, all: &TaskSpans) -> TestCaseResult {
         span_id(&log.head.trace_id, step, 0, u64::from(attempt.unsigned_abs()), SpanKey::StepExecution, 0)
     };
     for step in log.steps.keys() {
-        let opens = |row: &&Transition| row.entity == *step && (row.to == "enqueued" || waits_for_child(row));
+        let opens = |row: &&Transition| row.entity == *step && (row.change.to() == "enqueued" || waits_for_child(row));
         let opened = log.transitions.iter().filter(opens).count();
         for attempt in 1..=i32::try_from(opened).unwrap() {
             let found: Vec<&Span> = all.spans.iter().filter(|span| span.id == execution(*step, attempt)).collect();
@@ -159,7 +159,7 @@ fn counted(log: &TaskLog) -> BTreeMap<&'static str, usize> {
     for row in &log.transitions {
         if row.entity == log.head.task_uuid {
             add(names::TASK_STATE_TRANSITION, 1);
-            match (row.from, row.to) {
+            match (row.change.from(), row.change.to()) {
                 (_, "complete" | "error" | "cancelled" | "resolved_manually") => {
                     add(names::TASK_ORCHESTRATION, 1);
                 }
@@ -174,8 +174,8 @@ fn counted(log: &TaskLog) -> BTreeMap<&'static str, usize> {
         }
         add(names::STEP_STATE_TRANSITION, 1);
         add(names::STEP_WAIT, row.detail.as_ref().map_or(0, |detail| detail.waits.len()));
-        match row.event {
-            _ if row.to == "enqueued" => {
+        match row.change.event() {
+            _ if row.change.to() == "enqueued" => {
                 add(names::STEP_EXECUTION, 1);
                 add(names::STEP_WAIT, 1);
             }

@@ -1,5 +1,6 @@
 //! Failures and losses: retries, leases, timeouts, and what follows where nothing is left to try.
 
+use super::super::super::states::StepEvent;
 use super::*;
 
 #[test]
@@ -297,7 +298,7 @@ fn a_lost_attempt_beside_a_fatal_failure_leaves_a_row_that_tells_the_log() {
         because Broken: step b failed: it was Broken",
     );
     let a = world.step("a");
-    assert_eq!((a.state, a.attempt, a.enqueued_event), (StepState::Cancelled, 2, Some("LeaseExpired")));
+    assert_eq!((a.state, a.attempt, a.enqueued_event), (StepState::Cancelled, 2, Some(StepEvent::LeaseExpired)));
     assert_eq!((a.claim_token, a.enqueued_task_version), (None, None));
 }
 

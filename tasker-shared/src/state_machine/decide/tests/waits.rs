@@ -143,7 +143,7 @@ fn a_wait_ends_beside_a_running_step_and_with_its_cancelled_task() {
     assert_eq!(plan.sends.len(), 1);
     let mut world = sleeping();
     world.settle(vec![Event::Cancel(operator("carl"))], &mut all());
-    let cancelled = world.log.iter().find(|row| row.made.from == "waiting").unwrap();
+    let cancelled = world.log.iter().find(|row| row.made.change.from() == "waiting").unwrap();
     assert_eq!(cancelled.made.detail.as_ref().unwrap().waits[0].reason, "timer");
     // An operator's retry waits anew.
     let retry = World::retry_event();
