@@ -1,31 +1,32 @@
-# What CI runs (`.ci/run`), but for the page in a browser (`just page`).
-
-check: fmt sqlx clippy doc test demo
+# Everything a change has to pass, as continuous integration runs it; or some steps of it: `just check fmt clippy`.
+check *STEPS:
+    scripts/check.sh {{STEPS}}
 
 fmt:
-    cargo fmt --all --check
-
-# Whether the data of the checked queries is that of the queries and the migrations.
-sqlx:
-    scripts/sqlx.sh check
+    cargo fmt --all
 
 clippy:
-    cargo clippy --workspace --all-targets -- -D warnings
-
-doc:
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace
+    scripts/check.sh clippy
 
 test:
-    cargo test --workspace
+    scripts/check.sh test
 
 demo:
-    cargo run -p tasker-cli -- demo
+    scripts/check.sh demo
 
-# Needs Node and Chromium; see the script.
+# Lines of code, walks, circles and packages; with `--check` it fails on what is over its limit in tools/measure.
+measure *ARGS:
+    cargo run --quiet --locked -p tasker-measure -- {{ARGS}}
+
+# After a change of a query or a migration: the data by which queries compile without a database.
+sqlx-update:
+    scripts/sqlx.sh update
+
+# The web page in a browser. Needs Node and Chromium; see the script.
 page *ARGS:
     scripts/page-tests.sh {{ARGS}}
 
-# Needs cargo-deny; reads deny.toml.
+# What `just check` asks of dependencies, and their advisories, which a network has.
 deny:
     cargo deny check
 
@@ -41,3 +42,15 @@ trace-proof:
 # What a flood of one namespace, at its limit on open tasks, costs another. Takes a minute.
 flood-proof:
     cargo test --release -p tasker-tests --test promises -- --ignored --nocapture a_flood_at_its_limit
+
+# Throughput, latency and cost, beside this machine's limits; see docs/performance.md.
+bench *ARGS:
+    cargo run --release -p tasker-bench -- {{ARGS}}
+
+# What the pure parts cost.
+benches *ARGS:
+    cargo bench -p tasker-benches {{ARGS}}
+
+# Load at full size while processes and the database are killed. Takes minutes.
+storm:
+    TASKER_STORM=1 cargo test --release -p tasker-tests --test promises -- every_feature_under_kills orchestrator_killed_under_load two_orchestrators database_killed export_recovery

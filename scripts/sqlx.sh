@@ -75,8 +75,13 @@ if [[ $1 == serve ]]; then
 fi
 
 # The macros write what they learn from the database, but only when they run again.
-touch tasker-shared/src/lib.rs
-env -u PGOPTIONS -u SQLX_OFFLINE SQLX_OFFLINE_DIR="$work/offline" cargo check --locked -p tasker-shared
+members=$(grep -rlE 'query(_as|_scalar|_file|_file_as|_file_scalar)?!\(' --include='*.rs' */src | cut -d/ -f1 | sort -u)
+packages=()
+for member in $members; do
+  touch -c "$member"/src/{lib,main}.rs
+  packages+=(-p "$member")
+done
+env -u PGOPTIONS -u SQLX_OFFLINE SQLX_OFFLINE_DIR="$work/offline" cargo check --locked "${packages[@]}"
 if [[ $1 == update ]]; then
   rm -rf .sqlx
   mkdir .sqlx

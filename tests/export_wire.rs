@@ -18,7 +18,7 @@ use tasker_tests::receiver::{Behaviour, Receiver, outline};
 use tonic::Code;
 use tracing::Instrument;
 
-#[path = "../tasker-cli/src/bench/sink.rs"]
+#[path = "../tools/bench/src/sink.rs"]
 mod sink;
 
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";

@@ -22,6 +22,7 @@ mod export_wire;
 mod failure;
 mod feature_examples;
 mod flow;
+mod frames;
 mod harmless;
 mod held_steps;
 mod hierarchy;

@@ -2,7 +2,6 @@
 //!
 //! What a script reads is on stdout; progress, warnings and errors go to stderr.
 
-mod bench;
 mod commands;
 mod failure;
 mod output;
@@ -133,8 +132,6 @@ enum Command {
     /// Control the managed local PostgreSQL
     #[command(subcommand)]
     Db(commands::db::Db),
-    /// Measure throughput, latency and cost, beside this machine's limits
-    Bench(bench::BenchArgs),
     /// Show the version, and the commit it was built from
     Version(commands::version::Version),
 }
@@ -179,7 +176,6 @@ async fn execute(Arguments { global, command }: Arguments) -> anyhow::Result<()>
         Command::Redaction(command) => command.run(&global).await,
         Command::Migrate(command) => command.run(&global).await,
         Command::Db(command) => command.run(&global).await,
-        Command::Bench(command) => bench::run(command, &global).await,
         Command::Version(_) => commands::version::Version::run(&global),
     }
 }

@@ -1,6 +1,6 @@
 //! Prints what one span costs to encode, in nanoseconds and bytes.
 //!
-//! `cargo run --release -p tasker-shared --example encode_bench`
+//! `cargo bench -p tasker-benches --bench encode`
 
 use std::hint::black_box;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! `tasker bench`: what this machine does, beside what it could do at most, from one run.
+//! `tasker-bench`: what this machine does, beside what it could do at most, from one run.
 //!
 //! Absolute figures on a shared machine mean little, so every figure of ours stands beside a
 //! limit measured in the same run. Works in a database of its own and drops it at the end.
@@ -21,19 +21,18 @@ mod timers;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Parser, ValueEnum};
 use sqlx::PgPool;
+use tasker_shared::postgres::Database;
 use tasker_shared::store::tx::{PoolOptions, pool};
 use tasker_shared::template::parse;
 use tasker_shared::{migrate, store};
 
-use crate::output::{self, Format};
-use crate::{Global, run};
-use load::{Run, Scenario};
+use crate::load::{Run, Scenario};
 
 /// Which graph the tasks have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Shape {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Shape {
     /// Five steps, one after the other.
     #[value(name = "linear_5")]
     Linear5,
@@ -57,9 +56,25 @@ pub enum Shape {
     Timers10k,
 }
 
-/// Measure throughput, latency and cost.
-#[derive(Debug, Args)]
-pub struct BenchArgs {
+/// How the figures are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Table,
+    /// For scripts
+    Json,
+}
+
+/// Measure throughput, latency and cost, beside this machine's limits.
+#[derive(Debug, Parser)]
+#[command(name = "tasker-bench", version, max_term_width = 100)]
+struct BenchArgs {
+    /// The database to use, instead of the managed local one
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+    /// How results are printed
+    #[arg(short, long, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    output: Format,
     /// The graph of the tasks.
     #[arg(long, value_enum, default_value = "linear_5")]
     template: Shape,
@@ -102,9 +117,14 @@ pub struct BenchArgs {
     slots: usize,
 }
 
-/// Runs the bench against a database server; prints a table, or JSON.
-pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
-    let database = run::open(global).await?;
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut args = BenchArgs::parse();
+    // The managed server runs as long as this lives.
+    let database = match args.database_url.take().filter(|url| !url.is_empty()) {
+        Some(url) => Database::External { url },
+        None => tokio::task::spawn_blocking(Database::open).await??,
+    };
     let server_url = database.url();
     if args.all {
         (args.pairs, args.latency, args.backlog, args.fanout, args.idle) = (5, 200, 50_000, 10_000, 60);
@@ -123,10 +143,11 @@ pub async fn run(mut args: BenchArgs, global: &Global) -> Result<()> {
         .await
         .context("dropping the bench's database")?;
     let report = result?;
-    if global.output == Format::Json {
-        return output::json(&report);
+    match args.output {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Format::Table => println!("{}", report.table().trim_end()),
     }
-    output::line(report.table().trim_end())
+    Ok(())
 }
 
 fn with_database(url: &str, name: &str) -> Result<String> {

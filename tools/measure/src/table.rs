@@ -1,0 +1,55 @@
+//! Every limit, and what each is a limit of. A limit falls when the figure does; it never rises.
+
+/// One limit.
+#[derive(Debug)]
+pub struct Limit {
+    /// What is counted.
+    pub what: &'static str,
+    /// The most that passes.
+    pub most: usize,
+}
+
+/// Lines of code of the core: `decide`, settle with its SQL, and the tree.
+pub const CORE_LINES: Limit = Limit { what: "lines of code of the core", most: 10_800 };
+/// Lines of code of the longest file, tests included.
+pub const FILE_LINES: Limit = Limit { what: "lines of code of the longest file", most: 899 };
+/// Groups of files of a crate that import each other.
+pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 13 };
+/// What a worker's user compiles.
+pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 282 };
+/// Functions of ours from the reader of results to the one that runs the transaction's statements.
+pub const FRAMES: Limit = Limit { what: "frames between the reader of results and the transaction", most: 11 };
+/// Files of the walk from a result to the next step's message.
+pub const RESULT_FILES: Limit = Limit { what: "files of the walk of a result", most: 15 };
+/// The heading of that walk in ARCHITECTURE.md.
+pub const RESULT_WALK: &str = "A result becomes a message";
+/// Whose packages are counted.
+pub const WORKER: &str = "tasker-worker";
+
+/// The crates that users run, whose lines are counted and whose sources are on the map.
+pub const PRODUCT: [&str; 5] = ["tasker-shared", "tasker-orchestration", "tasker-worker", "tasker-api", "tasker-cli"];
+
+/// The core: what decides, what records, and what turns the record into a trace.
+pub const CORE: &[&str] = &[
+    "tasker-shared/src/state_machine",
+    "tasker-orchestration/src/lifecycle",
+    "tasker-shared/src/store/apply.rs",
+    "tasker-shared/src/store/apply",
+    "tasker-shared/src/store/apply.sql",
+    "tasker-shared/src/store/cancel_open_steps.sql",
+    "tasker-shared/src/store/load_all_steps.sql",
+    "tasker-shared/src/store/load_behind.sql",
+    "tasker-shared/src/store/load_steps.sql",
+    "tasker-shared/src/store/flow.rs",
+    "tasker-shared/src/store/locks.rs",
+    "tasker-shared/src/store/maps.rs",
+    "tasker-shared/src/store/nested.rs",
+    "tasker-shared/src/store/steps.rs",
+    "tasker-shared/src/store/tasks.rs",
+    "tasker-shared/src/store/waits.rs",
+    "tasker-shared/src/trace/tree.rs",
+    "tasker-shared/src/trace/ids.rs",
+    "tasker-shared/src/trace/log.rs",
+    "tasker-shared/src/trace/span.rs",
+    "tasker-shared/src/trace/names.rs",
+];
