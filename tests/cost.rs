@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
+use tasker_orchestration::lifecycle::admission;
 use tasker_shared::postgres::testing::TestDatabase;
-use tasker_shared::queue;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{HOT_PATH_SETTINGS, details, retention, views};
 use tasker_tests::worker::Answer;
@@ -222,7 +222,7 @@ async fn worker_row_of_no_use_costs_nobody_else_and_is_shown() {
         sqlx::query(AssertSqlSafe(old)).execute(&world.pool).await.expect("old");
     }
     let mut conn = world.pool.acquire().await.expect("a connection");
-    let room: Vec<(String, i64)> = queue::room(&mut conn)
+    let room: Vec<(String, i64)> = admission::room(&mut conn)
         .await
         .expect("it is no reason to fail")
         .into_iter()
@@ -400,13 +400,13 @@ async fn admission_walks_over_nothing_that_no_worker_offers() {
     pool.execute("vacuum analyze tasker.steps").await.expect("known");
     let mut tx = pool.begin().await.expect("a transaction");
     let reads = Reads::begin(&mut tx).await;
-    let room = queue::room(&mut tx).await.expect("room");
+    let room = admission::room(&mut tx).await.expect("room");
     assert_eq!(room.iter().map(|row| (row.room, row.holding)).collect::<Vec<_>>(), [(20, false)]);
-    assert!(queue::held_steps(&mut tx, "worker_shop", &["h1".to_owned()], 1000).await.expect("looked").is_empty());
+    assert!(admission::held_steps(&mut tx, "worker_shop", &["h1".to_owned()], 1000).await.expect("looked").is_empty());
     let read = reads.of(&mut tx, "steps").await;
     assert!(read <= 20, "{read} rows of held steps were read");
     // Whoever offers it is given the most urgent, and no more than it asks for is read.
-    let held = queue::held_steps(&mut tx, "worker_shop", &["h0".to_owned()], 10).await.expect("looked");
+    let held = admission::held_steps(&mut tx, "worker_shop", &["h0".to_owned()], 10).await.expect("looked");
     assert_eq!(held.len(), 10);
     assert!(reads.of(&mut tx, "steps").await <= 60);
     // Those that an older release holds are found, too.
@@ -415,6 +415,6 @@ async fn admission_walks_over_nothing_that_no_worker_offers() {
         .execute(&mut *tx)
         .await
         .expect("as an older release holds it");
-    let again = queue::held_steps(&mut tx, "worker_shop", &["h0".to_owned()], 1).await.expect("looked");
+    let again = admission::held_steps(&mut tx, "worker_shop", &["h0".to_owned()], 1).await.expect("looked");
     assert_eq!(again[0].step_uuid, held[0].step_uuid);
 }

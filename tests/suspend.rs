@@ -1,8 +1,9 @@
 //! A suspended task finishes what runs and begins nothing; resumed, it goes on as if nothing had been.
 
 use serde_json::json;
-use tasker_orchestration::lifecycle::{Shared, initialize};
-use tasker_shared::queue::{self, TASK_REQUESTS};
+use tasker_orchestration::lifecycle::queue::{self, TASK_REQUESTS};
+use tasker_orchestration::lifecycle::{Shared, inbox};
+
 use tasker_tests::worker::{self, Answer, HANDLERS, answer};
 use uuid::Uuid;
 
@@ -292,12 +293,12 @@ async fn a_suspension_that_two_orchestrators_read_happens_once() {
     );
 
     let shared = Shared::new(world.pool.clone(), world.pool.clone(), Uuid::new_v4(), None);
-    initialize::initialize(&shared, second).await.expect("settled");
+    inbox::settle_requests(&shared, second).await.expect("settled");
     assert_eq!(world.of_task(task, "state").await.as_deref(), Some("suspended"));
     assert_eq!(ask(&world, "resume_task", task).await, "accepted");
     world.add_orchestrator().await;
     let a = world.claim().await;
-    initialize::initialize(&shared, first).await.expect("settled");
+    inbox::settle_requests(&shared, first).await.expect("settled");
     assert_eq!(world.of_task(task, "state").await.as_deref(), Some("steps_in_process"));
     shared.lines.give_back();
     world.succeed(&a).await;

@@ -10,11 +10,10 @@ use std::time::{Duration, Instant, SystemTime};
 use rand::RngExt;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
-use sqlx::{PgConnection, PgPool, Postgres};
-use tasker_shared::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
+use sqlx::{PgPool, Postgres};
 use tasker_shared::server;
 use tasker_shared::store::tx::{self, PoolOptions};
-use tasker_shared::store::{self, HOT_PATH_SETTINGS};
+use tasker_shared::store::{self, HOT_PATH_SETTINGS, requests};
 use tasker_shared::telemetry::{self, live};
 use tasker_shared::trace::config::{Resolved, Sources, TraceConfig};
 use tasker_shared::trace::export::{Exporter, StartError, Stats};
@@ -25,8 +24,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::lifecycle::admission::Found;
+use crate::lifecycle::inbox::{settle_requests, settle_results};
 use crate::lifecycle::locks::{self, LOCK_TIMEOUT};
-use crate::lifecycle::{Shared, admission, initialize, results, sweep};
+use crate::lifecycle::partitions::Partitions;
+use crate::lifecycle::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
+use crate::lifecycle::{Shared, admission, sweep};
 use crate::retention;
 
 /// How an orchestrator runs.
@@ -95,10 +97,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const SPARE_PAUSE: Duration = Duration::from_secs(30);
 /// How often a loop says again that it reads its queue.
 const REGISTER_EVERY: Duration = Duration::from_hours(6);
-/// Between two looks at the weeks of the log: they are made four weeks ahead.
-const CHECK_PARTITIONS: Duration = Duration::from_hours(6);
-/// The same when a lock was in the way.
-const CHECK_PARTITIONS_AGAIN: Duration = Duration::from_mins(2);
 /// Between two looks at the locks of workers.
 const LOCK_LOOKS: Duration = Duration::from_millis(500);
 /// Until the second look at a lock that was free. A worker that has lost its session says so, or
@@ -194,7 +192,7 @@ impl Orchestrator {
         }
         if let Ok(mut conn) = self.shared.reads.acquire().await {
             for reader in readers(self.shared.instance) {
-                let _ = queue::unregister(&mut conn, &reader).await;
+                let _ = requests::unregister(&mut conn, &reader).await;
             }
         }
         self.shared.lines.give_back();
@@ -387,7 +385,7 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
             let found = messages.len();
             if found > 0 {
                 let span = settle_span(inbox.queue, began, &messages);
-                live::within(span, initialize::initialize(&shared, messages)).await?;
+                live::within(span, settle_requests(&shared, messages)).await?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -411,7 +409,7 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
                 if found == usize::try_from(batch).unwrap_or(usize::MAX) {
                     wakes.results.notify_one();
                 }
-                live::within(span, results::settle_results(&shared, messages)).await?;
+                live::within(span, settle_results(&shared, messages)).await?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -489,7 +487,7 @@ async fn after_turn(
 
 /// Sleeps until the earliest due time, and is woken by whoever creates an earlier one.
 async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
-    let mut partitions = Partitions { next: Instant::now(), missing: false };
+    let mut partitions = Partitions::new();
     while !stop.is_cancelled() {
         let turn = async {
             if sweep::sweep(&shared).await? > 0 {
@@ -497,7 +495,7 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
             }
             let mut conn = shared.reads.acquire().await.map_err(store::Error::from)?;
             partitions.look(&shared, &mut conn).await;
-            let ahead = queue::ahead(&mut conn).await?;
+            let ahead = sweep::ahead(&mut conn).await?;
             if ahead.claims {
                 shared.claims.notify_one();
             }
@@ -521,55 +519,6 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 () = stop.cancelled() => {}
                 () = shared.due.notified() => {}
                 () = tokio::time::sleep(pause) => {}
-            }
-        }
-    }
-}
-
-/// When the sweep looks at the weeks of the log again, and whether it has said that one is missing.
-struct Partitions {
-    next: Instant,
-    missing: bool,
-}
-
-impl Partitions {
-    /// Makes the weeks that are missing, and forgets limits out of use, if it is time for it. What does
-    /// not succeed is no reason to let the sweep wait: the next look is soon, and weeks ahead of the need.
-    async fn look(&mut self, shared: &Shared, conn: &mut PgConnection) {
-        if Instant::now() < self.next {
-            return;
-        }
-        self.next = Instant::now() + CHECK_PARTITIONS_AGAIN;
-        match queue::ensure_partitions(conn).await {
-            Ok(true) => {
-                if std::mem::take(&mut self.missing) {
-                    tracing::info!("the coming weeks of the log have their tables now");
-                }
-                self.next = Instant::now() + CHECK_PARTITIONS;
-            }
-            Ok(false) => {
-                shared.locks.met_for_tables();
-                if !std::mem::replace(&mut self.missing, true) {
-                    tracing::warn!(
-                        "a coming week of the log has no table yet: somebody reads the default part of the log in a \
-                         transaction that stays open, as a dump does; trying again every two minutes"
-                    );
-                }
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut self.missing, true) {
-                    tracing::warn!(%error, "the coming weeks of the log could not get their tables; trying again every two minutes");
-                }
-            }
-        }
-        loop {
-            match store::flow::forget_limits(conn).await {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::debug!(%error, "limits out of use could not be forgotten; they are looked at again");
-                    break;
-                }
             }
         }
     }

@@ -22,14 +22,14 @@ use crate::payload;
 use crate::schedule::{Schedule, Timing};
 use crate::state_machine::decide::ByHand;
 use crate::state_machine::retry::LONGEST;
+use crate::store::audit::AuditRow;
 use crate::store::flow::{LimitUse, SetLimit};
-use crate::store::operators::AuditRow;
 use crate::store::requests::Act;
 use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, flow, operators, requests, retention, tasks, transitions, waits};
+use crate::store::{self, audit, flow, requests, retention, signals, tasks, transitions};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -343,7 +343,7 @@ impl Client {
 
     /// What operators did, newest first; to one task if it is named.
     pub async fn audit(&self, task: Option<Uuid>, limit: u32) -> Result<Vec<AuditRow>, ClientError> {
-        Ok(operators::audit_list(&mut *self.pool.acquire().await?, task, limit.into()).await?)
+        Ok(audit::audit_list(&mut *self.pool.acquire().await?, task, limit.into()).await?)
     }
 
     /// Creates a schedule, or changes the one of that name; answers created, changed or unchanged.
@@ -495,7 +495,7 @@ impl Client {
         inject_current(&mut headers);
         let mut conn = tx::live(&self.pool).await?;
         let traceparent = headers.get(TRACEPARENT).map(String::as_str);
-        accepted(task, waits::signal(&mut conn, task, name, payload, actor, traceparent).await?)
+        accepted(task, signals::send(&mut conn, task, name, payload, actor, traceparent).await?)
     }
 
     /// The task as it is now.
@@ -668,7 +668,7 @@ impl Watch {
     pub async fn end(self) {
         drop(self.listener);
         if let Ok(mut conn) = self.pool.acquire().await {
-            let _ = crate::queue::unregister(&mut conn, &self.reader).await;
+            let _ = requests::unregister(&mut conn, &self.reader).await;
         }
     }
 }

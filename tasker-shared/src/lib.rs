@@ -5,12 +5,10 @@
 //! next, the other says what a trace of it looks like. Neither does I/O.
 
 pub mod client;
-pub mod message;
 pub mod metrics;
 pub mod migrate;
 pub mod payload;
 pub mod postgres;
-pub mod queue;
 pub mod redact;
 pub mod schedule;
 pub mod server;

@@ -31,6 +31,14 @@ pub struct Builder {
     trace_settings: Option<Sources>,
 }
 
+impl Worker {
+    /// A worker for the database at this URL. It opens connections of its own, because claims
+    /// and reports need different session settings.
+    pub fn builder(url: impl Into<String>) -> Builder {
+        Builder::new(url.into())
+    }
+}
+
 impl Builder {
     /// With the defaults for everything but the database.
     pub(crate) fn new(url: String) -> Self {

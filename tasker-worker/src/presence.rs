@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::held::Held;
 use crate::line::{Line, backoff};
-use crate::runtime::LAST_REPORTS;
+
+/// Results get at least this long to reach the database when the drain's time is up.
+pub(crate) const LAST_REPORTS: Duration = Duration::from_secs(2);
 
 const CHANNEL: &str = "tasker";
 const HELLO_EVERY: Duration = Duration::from_secs(10);

@@ -21,18 +21,15 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::builder::Builder;
 use crate::claim::Claimer;
 use crate::context::Capture;
 use crate::executor::Executor;
 use crate::held::{self, Held};
 use crate::measure::Numbers;
-use crate::presence::Presence;
+use crate::presence::{LAST_REPORTS, Presence};
 use crate::registry::Registry;
 use crate::report::{REPORTERS, Reporter, Results};
 
-/// Results get at least this long to reach the database when the drain's time is up.
-pub(crate) const LAST_REPORTS: Duration = Duration::from_secs(2);
 /// Connections for handlers that ask for outputs of other steps.
 const OUTPUT_CONNECTIONS: u32 = 4;
 
@@ -109,12 +106,6 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker for the database at this URL. It opens connections of its own, because claims
-    /// and reports need different session settings.
-    pub fn builder(url: impl Into<String>) -> Builder {
-        Builder::new(url.into())
-    }
-
     /// Its name: `claimed_by` of steps, `worker` of attempts and spans.
     pub fn name(&self) -> &str {
         &self.name

@@ -14,7 +14,7 @@ use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::pages::{self, Around, StepLine};
 use tasker_shared::store::views::{self, TaskView};
 use tasker_shared::store::why::{self, Situation};
-use tasker_shared::store::{requests, transitions, waits};
+use tasker_shared::store::{requests, signals, transitions};
 use tasker_shared::trace::log::TaskLog;
 use uuid::Uuid;
 
@@ -504,7 +504,7 @@ pub(super) async fn signal(Path(task): Path<Uuid>, form: Form) -> Result<Respons
         (None, None) => json!({}),
     };
     let mut conn = page.database.conn().await?;
-    let answer = waits::signal(&mut conn, task, name, &payload, Some(&page.who.name), None).await?;
+    let answer = signals::send(&mut conn, task, name, &payload, Some(&page.who.name), None).await?;
     accepted(&answer)?;
     page.memory.tasks.forget(&task);
     Ok(page.then(format!("/tasks/{task}"), "signal"))

@@ -6,24 +6,14 @@
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
 use tasker_shared::state_machine::plan::{Plan, Step};
-use tasker_shared::store::apply::{Applied, ExportBatch};
 use tasker_shared::trace::export::Batch;
 use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
 use tracing::instrument;
 
-use super::load::LoadedTask;
+use super::loaded::LoadedTask;
+use super::write::{Applied, Committed};
 use super::{Shared, measure};
-
-/// A settle that has committed.
-pub(super) struct Committed {
-    pub tasks: Vec<LoadedTask>,
-    /// One per loaded, in the same order.
-    pub plans: Vec<Plan>,
-    pub applied: Applied,
-    pub began_at: DateTime<Utc>,
-    pub export: Option<ExportBatch>,
-}
 
 /// Runs the actions.
 pub(super) fn run(shared: &Shared, done: Committed) {

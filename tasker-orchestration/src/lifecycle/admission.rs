@@ -8,13 +8,15 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tasker_shared::queue::{self, RoomRow};
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
 use tasker_shared::state_machine::Event;
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
 use tasker_shared::store::flow::Lane;
 use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
+use uuid::Uuid;
 
 use super::Shared;
 use super::batch::{self, Tally};
@@ -75,7 +77,7 @@ impl Admission {
 #[instrument(level = "debug", skip_all)]
 pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
     let mut conn = shared.reads.acquire().await?;
-    let rows = queue::room(&mut conn).await?;
+    let rows = self::room(&mut conn).await?;
     let rules = flow::rules(&mut conn).await?;
     drop(conn);
     shared.admission.with_room(|room| {
@@ -148,7 +150,7 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
     let mut conn = shared.reads.acquire().await?;
     let after = shared.admission.waiting(&row.queue, |waiting| waiting.after.clone());
     let most = i32::try_from(max).unwrap_or(i32::MAX);
-    let plain = queue::held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
+    let plain = held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
     let found = flow::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
     let unlooked = found.len() >= usize::try_from(LANES).unwrap_or(usize::MAX);
     // Those that were not looked at come first next time.
@@ -215,4 +217,67 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
     let next = next.map(|ms| Duration::from_secs_f64(ms.clamp(1.0, 1e6) / 1000.0));
     let soon = (unlooked && taken.steps.is_empty()).then_some(UNLOOKED);
     Ok(Turn { steps: taken.steps, more: taken.more, next: next.into_iter().chain(soon).min() })
+}
+
+// The statements.
+
+/// What is known of a queue's room: see `tasker.room`.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "explained beside the SQL function")]
+pub struct RoomRow {
+    pub queue: String,
+    pub capacity: i64,
+    pub room: i64,
+    pub handlers: Vec<String>,
+    pub holding: bool,
+}
+
+/// Estimates the room of every queue that a live worker reads.
+pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
+    let rows = sqlx::query!(
+        r#"select queue as "queue!", capacity as "capacity!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| RoomRow {
+            queue: row.queue,
+            capacity: row.capacity,
+            room: row.room,
+            handlers: row.handlers,
+            holding: row.holding,
+        })
+        .collect())
+}
+
+/// A held step that waits in no lane.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
+pub struct HeldStep {
+    pub task_uuid: Uuid,
+    pub step_uuid: Uuid,
+    pub priority: i32,
+    pub ready_at: DateTime<Utc>,
+    pub handler: String,
+}
+
+/// Held steps of a queue whose turn it is, but for those that wait in lanes.
+pub async fn held_steps(
+    conn: &mut PgConnection,
+    queue: &str,
+    handlers: &[String],
+    max: i32,
+) -> Result<Vec<HeldStep>, Error> {
+    let rows = sqlx::query_as!(
+        HeldStep,
+        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", priority as "priority!", ready_at as "ready_at!",
+             handler as "handler!" from tasker.held_steps($1, $2, $3)"#,
+        queue,
+        handlers,
+        max
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows)
 }

@@ -5,17 +5,16 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use rand::seq::SliceRandom as _;
-use tasker_shared::message::Request;
-use tasker_shared::queue::STEP_RESULTS;
 use tasker_shared::state_machine::Event;
 use tasker_shared::store::Fault;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use super::faults::{failed_alone, leave_locked, put_back, put_off, quarantine};
+use super::faults::{failed_alone, leave_locked, messages, put_back, put_off, quarantine};
 use super::locks::{BUDGET, Subject, Wait};
+use super::queue::STEP_RESULTS;
 use super::settle::{self, Settled};
-use super::{About, Error, Hint, Shared, Source, initialize};
+use super::{About, Error, Hint, Request, Shared, Source, initialize};
 
 /// A message read this often is dealt with by itself, so that it cannot take others down with it.
 const SUSPECT_READS: i32 = 5;
@@ -82,22 +81,6 @@ pub(super) async fn run_found(
     Ok(tally)
 }
 
-/// Does what a part of a batch asks for.
-async fn work<'a>(shared: &Shared, queue: &'static str, part: &[&'a Hint], wait: Wait) -> Result<Settled<'a>, Error> {
-    match part.first().map(|hint| &hint.request) {
-        Some(Request::Submit(_)) => initialize::create(shared, part, wait).await?,
-        Some(Request::Signal(_)) => initialize::keep_signals(shared, part, wait).await?,
-        Some(Request::Event(..)) => {
-            let events = part.iter().filter_map(|hint| hint.about()).collect();
-            let mut settled = settle::settle(shared, queue, events, wait).await?;
-            after_settle(shared, queue, part, &mut settled).await?;
-            return Ok(settled);
-        }
-        None => {}
-    }
-    Ok(Settled::default())
-}
-
 /// Gives back to its queue what was deferred, and quarantines what is unknown.
 async fn after_settle(
     shared: &Shared,
@@ -155,7 +138,20 @@ async fn bisect(
             leave_locked(shared, queue, &part).await?;
             continue;
         }
-        let error = match work(shared, queue, &part, wait).await {
+        let done = async {
+            match &part[0].request {
+                Request::Submit(_) => initialize::create(shared, &part, wait).await?,
+                Request::Signal(_) => initialize::keep_signals(shared, &part, wait).await?,
+                Request::Event(..) => {
+                    let events = part.iter().filter_map(|hint| hint.about()).collect();
+                    let mut settled = settle::settle(shared, queue, events, wait).await?;
+                    after_settle(shared, queue, &part, &mut settled).await?;
+                    return Ok(settled);
+                }
+            }
+            Ok::<_, Error>(Settled::default())
+        };
+        let error = match done.await {
             Ok(settled) => {
                 tally.moved += settled.moved;
                 tally.deferred += settled.deferred.len();
@@ -216,9 +212,4 @@ async fn bisect(
 fn halves<'a>(part: &[&'a Hint], wait: Wait) -> [(Vec<&'a Hint>, Wait); 2] {
     let (left, right) = part.split_at(part.len() / 2);
     [right, left].map(|half| (half.to_vec(), wait))
-}
-
-/// The messages of a part.
-pub(super) fn messages(part: &[&Hint]) -> impl Iterator<Item = i64> {
-    part.iter().filter_map(|hint| Some(hint.message()?.0))
 }

@@ -111,10 +111,9 @@ mod tests {
     use tokio_util::task::TaskTracker;
 
     use super::*;
-    use tasker_shared::message::Request;
     use tasker_shared::state_machine::Event;
 
-    use crate::lifecycle::Source;
+    use crate::lifecycle::{Request, Source};
 
     fn due(task: Uuid, open: &TaskTracker) -> Hint {
         let source = Source::Found { due_id: None, open: open.token() };

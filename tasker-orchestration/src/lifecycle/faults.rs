@@ -5,20 +5,22 @@
 //! What the system is to blame for costs a delay: of everything while everything fails alike, of one
 //! message while others succeed.
 
-use tasker_shared::message::Request;
 use tasker_shared::metrics::metrics;
-use tasker_shared::queue;
 use tasker_shared::state_machine::Event;
 use tasker_shared::store::Fault;
 use tasker_shared::store::tx::in_tx;
 
-use super::batch::messages;
 use super::breaker::Alone;
 use super::locks::Wait;
-use super::{About, Error, Hint, Shared, Source, settle};
+use super::{About, Error, Hint, Request, Shared, Source, queue, settle};
 
 /// Failures of its own after which a message is quarantined.
 const MAX_FAILURES: i32 = 3;
+
+/// The messages of a part.
+pub(super) fn messages(part: &[&Hint]) -> impl Iterator<Item = i64> {
+    part.iter().filter_map(|hint| Some(hint.message()?.0))
+}
 
 /// Leaves hints for a later time, because somebody else holds a lock: messages are put off in their
 /// queue, and what is due was, when it was taken.
@@ -59,7 +61,7 @@ pub(super) async fn put_off(shared: &Shared, queue: &'static str, lone: &Hint, e
             tracing::warn!(%error, task_uuid = ?lone.task(), "what is due of a task cannot be settled; it is tried again");
             // For a moment it was put off when it was taken, which is enough if nothing is wrong with it.
             if let Some(due_id) = due_id.filter(|_| error.fault() == Fault::Message) {
-                queue::put_off_due(&mut *shared.reads.acquire().await?, due_id).await?;
+                queue::put_off_timer(&mut *shared.reads.acquire().await?, due_id).await?;
             }
             return Ok(());
         }

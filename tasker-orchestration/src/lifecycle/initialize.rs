@@ -1,47 +1,14 @@
-//! Accepts what `task_requests` asks for: creates tasks from raw submits, begins those that
-//! SQL created, and passes operators' wishes to the settle.
+//! Raw messages that create something: tasks, and signals for them. Operators' requests and the starts of
+//! tasks that SQL created are events like others.
 
 use serde_json::Value;
-use tasker_shared::message::{Request, SendSignal};
-use tasker_shared::queue::{self, Message, Outbox, QueueChanges, TASK_REQUESTS};
-use tasker_shared::store::locks;
-use tasker_shared::store::tasks;
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::store::waits;
-use tracing::instrument;
+use tasker_shared::store::{signals, tasks};
 use uuid::Uuid;
 
-use super::faults::quarantine;
-use super::locks::Wait;
-use super::{Error, Hint, Shared, batch};
-
-/// Deals with one batch of requests.
-#[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
-pub async fn initialize(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
-    let (mut events, mut submits, mut signals, mut bad) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for message in messages {
-        let request =
-            message.body.as_ref().map_err(Clone::clone).and_then(|body| Request::parse(body, message.headers.as_ref()));
-        match request {
-            Ok(request) => {
-                let kind = match request {
-                    Request::Submit(_) => &mut submits,
-                    Request::Signal(_) => &mut signals,
-                    Request::Event(..) => &mut events,
-                };
-                kind.push(Hint::of(&message, request));
-            }
-            Err(reason) => bad.push((message.msg_id, reason)),
-        }
-    }
-    if !bad.is_empty() {
-        quarantine(shared, TASK_REQUESTS, bad).await?;
-    }
-    batch::run(shared, TASK_REQUESTS, submits).await?;
-    batch::run(shared, TASK_REQUESTS, signals).await?;
-    batch::run(shared, TASK_REQUESTS, events).await?;
-    Ok(())
-}
+use super::locks::{self, Wait};
+use super::queue::{self, Outbox, QueueChanges, TASK_REQUESTS};
+use super::{Error, Hint, Request, SendSignal, Shared};
 
 /// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
 pub(super) async fn create(shared: &Shared, hints: &[&Hint], wait: Wait) -> Result<(), Error> {
@@ -91,7 +58,7 @@ pub(super) async fn keep_signals(shared: &Shared, hints: &[&Hint], wait: Wait) -
                 continue;
             };
             let SendSignal { task, name, payload, actor, traceparent } = signal;
-            match &*waits::signal(conn, *task, name, payload, Some(actor), traceparent.as_deref()).await? {
+            match &*signals::send(conn, *task, name, payload, Some(actor), traceparent.as_deref()).await? {
                 "accepted" => done.push(id),
                 refusal => bad.push((id, refusal.to_owned())),
             }

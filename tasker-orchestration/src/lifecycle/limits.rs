@@ -10,7 +10,7 @@ use tasker_shared::state_machine::plan::Plan;
 use tasker_shared::store::flow::{self, Wanted};
 use uuid::Uuid;
 
-use super::load::LoadedTask;
+use super::loaded::LoadedTask;
 use super::{About, Error, Shared};
 
 /// Takes the locks of the limits that apply to the held steps these hints admit: none to lock

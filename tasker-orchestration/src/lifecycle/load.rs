@@ -4,171 +4,21 @@
 //! This file must never say what a task does next: `decide` does, which it calls.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
-use tasker_shared::state_machine::definition::MAX_ITEMS;
 use tasker_shared::state_machine::flow::Places;
 use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room, Step, Task};
-use tasker_shared::state_machine::{Event, Snapshot, StepState, TaskState, decide};
+use tasker_shared::state_machine::{Event, StepState, TaskState, decide};
 use tasker_shared::store;
-use tasker_shared::store::maps::{self, Window};
-use tasker_shared::store::steps::{self, Output, Place, StepRow};
-use tasker_shared::store::tasks::TaskRow;
-use tasker_shared::store::templates::Loaded;
-use tasker_shared::trace::log::Attempt;
 use tracing::instrument;
 use uuid::Uuid;
 
+use super::loaded::{LoadedTask, by_uuid};
 use super::locks::Wait;
+use super::maps::{self, Window};
+use super::read::{self, Output, Place, StepRow, TaskRow};
 use super::{About, Error, Shared, nested, waits};
-
-/// One task of the batch, as it was loaded.
-#[derive(Debug)]
-pub(super) struct LoadedTask {
-    /// What its trace and its messages say of it.
-    pub row: TaskRow,
-    pub template: Arc<Loaded>,
-    /// What `decide` reads.
-    pub snapshot: Snapshot,
-    /// The current attempts of the steps that events are about, by step.
-    pub attempts: HashMap<Uuid, Attempt>,
-    /// The keys of the loaded steps.
-    keys: HashMap<Uuid, u32>,
-    /// The steps that events are about, by key.
-    about: HashSet<u32>,
-    /// What decisions lacked and was loaded: what is still lacking does not exist.
-    asked: Lacks,
-    /// Every step is loaded, because an operator's act is about all of it.
-    whole: bool,
-}
-
-impl LoadedTask {
-    /// A task of which nothing but its row was loaded.
-    fn new(task: Task, row: TaskRow, template: Arc<Loaded>, whole: bool) -> Self {
-        Self {
-            snapshot: Snapshot::of_row(task, template.definition.clone()),
-            row,
-            template,
-            attempts: HashMap::new(),
-            keys: HashMap::new(),
-            about: HashSet::new(),
-            asked: Lacks::default(),
-            whole,
-        }
-    }
-
-    /// The task's row as it was locked.
-    pub fn task(&self) -> &Task {
-        &self.snapshot.task
-    }
-
-    /// Whether the step is loaded.
-    pub fn has(&self, step: Uuid) -> bool {
-        self.keys.contains_key(&step)
-    }
-
-    /// A loaded step, with its key.
-    pub fn step(&self, step: Uuid) -> Option<(u32, &Step)> {
-        let key = *self.keys.get(&step)?;
-        Some((key, self.snapshot.steps.get(&key)?))
-    }
-
-    /// The index of a step in the template.
-    pub fn index(&self, name: &str) -> Option<u32> {
-        self.template.definition.by_name.get(name).copied()
-    }
-
-    /// The loaded step of a map, or of any step that is no item.
-    pub fn step_of(&self, index: u32) -> Option<Uuid> {
-        let step = self.snapshot.steps.get(&self.template.definition.key(index, None))?;
-        Some(step.uuid)
-    }
-
-    /// Takes in a row; one that knows more of the attempt takes the place of one that knew what it counts for.
-    fn put(&mut self, row: StepRow) -> Result<(), store::Error> {
-        self.defines(&row)?;
-        let StepRow { step, reported, passed, outcome, attempt, .. } = row;
-        let (key, uuid) = (self.template.definition.key(step.index, step.item), step.uuid);
-        self.keys.insert(uuid, key);
-        if reported {
-            self.about.insert(key);
-        }
-        if passed {
-            self.snapshot.passed.insert(key);
-        }
-        match outcome {
-            Some(outcome) => drop(self.snapshot.outcomes.insert(key, outcome)),
-            None => drop(self.snapshot.outcomes.remove(&key)),
-        }
-        match attempt {
-            Some(attempt) => drop(self.attempts.insert(uuid, attempt)),
-            None => drop(self.attempts.remove(&uuid)),
-        }
-        self.snapshot.steps.insert(key, step);
-        Ok(())
-    }
-
-    /// Refuses a row whose step the template does not have: whatever is decided next looks it up there.
-    fn defines(&self, row: &StepRow) -> Result<(), store::Error> {
-        let steps = self.template.definition.steps.len();
-        let is_defined = usize::try_from(row.step.index).is_ok_and(|index| index < steps)
-            && row.step.item.is_none_or(|item| item < MAX_ITEMS);
-        if is_defined {
-            return Ok(());
-        }
-        Err(store::Error::BadRow {
-            table: "steps",
-            column: "step_index",
-            id: row.step.uuid.to_string(),
-            problem: format!(
-                "the template has {steps} steps and no such place ({:?})",
-                (row.step.index, row.step.item)
-            ),
-        })
-    }
-
-    /// What the plan lacks that was not asked for yet.
-    fn lacking(&self, plan: &Plan) -> Lacks {
-        Lacks {
-            steps: plan.lacks.steps.difference(&self.asked.steps).copied().collect(),
-            outputs: plan.lacks.outputs.difference(&self.asked.outputs).copied().collect(),
-            collected: plan.lacks.collected.difference(&self.asked.collected).copied().collect(),
-            items: plan
-                .lacks
-                .items
-                .iter()
-                .filter(|(map, window)| self.asked.items.get(map) != Some(window))
-                .map(|(map, window)| (*map, *window))
-                .collect(),
-        }
-    }
-
-    /// What a task that begins needs: uuids for its steps, time-ordered and with the milliseconds of its
-    /// own, so by the database's clock; and what its schema says of its input.
-    fn prepare_start(&mut self) {
-        let milliseconds = &self.task().uuid.as_bytes()[..6];
-        let mut bytes = [0_u8; 16];
-        bytes[..6].copy_from_slice(milliseconds);
-        self.snapshot.new_step_uuids = (0..self.template.definition.steps.len())
-            .map(|_| {
-                rand::fill(&mut bytes[6..]);
-                uuid::Builder::from_bytes(bytes)
-                    .with_variant(uuid::Variant::RFC4122)
-                    .with_version(uuid::Version::SortRand)
-                    .into_uuid()
-            })
-            .collect();
-        let problems = self.template.schema.as_ref().and_then(|schema| schema.check(&self.task().input).err());
-        self.snapshot.invalid_input = problems.map(|problems| problems.join("; ").chars().take(1000).collect());
-    }
-}
-
-/// The tasks of a batch by their uuid.
-pub(super) fn by_uuid(tasks: &mut [LoadedTask]) -> HashMap<Uuid, &mut LoadedTask> {
-    tasks.iter_mut().map(|task| (task.task().uuid, task)).collect()
-}
 
 /// What was loaded.
 #[derive(Debug)]
@@ -201,13 +51,13 @@ pub(super) async fn load(
         .collect();
     let unlocked = lock_claimable(conn, &claimable, wait).await?;
     let about: Vec<Uuid> = steps_of(|_| true).chain(items).collect();
-    let mut loaded = if about.is_empty() { Vec::new() } else { steps::load(conn, &about).await? };
+    let mut loaded = if about.is_empty() { Vec::new() } else { read::load_steps(conn, &about).await? };
     let mut held = held(&loaded, &unlocked);
     rows.retain(|(task, _)| !held.contains(&task.uuid));
     let whole: HashSet<Uuid> =
         events.iter().filter(|about| about.event.is_about_all()).map(|about| about.task).collect();
     if !whole.is_empty() {
-        let mut all = steps::load_all(conn, &whole.iter().copied().collect::<Vec<_>>()).await?;
+        let mut all = read::load_all_steps(conn, &whole.iter().copied().collect::<Vec<_>>()).await?;
         // Of those that other events are about, more is known.
         all.append(&mut loaded);
         loaded = all;
@@ -244,7 +94,7 @@ pub(super) async fn load(
         if !by_hand.is_empty() {
             by_hand.extend(maps::open_items(conn, &by_hand).await?);
             let unlocked = lock_claimable(conn, &by_hand, wait).await?;
-            let rows = steps::load(conn, &by_hand).await?;
+            let rows = read::load_steps(conn, &by_hand).await?;
             by_hand_held = self::held(&rows, &unlocked);
             now = rows.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
             put(&mut tasks, rows)?;
@@ -254,13 +104,13 @@ pub(super) async fn load(
     waits::load_deadlines(conn, &mut tasks, events).await?;
     let signalled = waits::load_signals(conn, &mut tasks, events).await?;
     if !signalled.is_empty() {
-        let loaded = steps::load(conn, &signalled).await?;
+        let loaded = read::load_steps(conn, &signalled).await?;
         now = loaded.iter().map(|row| row.read_at).max().map_or(now, |at| at.max(now));
         put(&mut tasks, loaded)?;
     }
     let behind = behind(&tasks);
     if !behind.is_empty() {
-        put(&mut tasks, steps::load_behind(conn, &behind).await?)?;
+        put(&mut tasks, read::load_steps_behind(conn, &behind).await?)?;
     }
     load_maps(conn, &mut tasks).await?;
     if !by_hand_held.is_empty() {
@@ -288,10 +138,10 @@ async fn lock_claimable(conn: &mut PgConnection, steps: &[Uuid], wait: Wait) -> 
         return Ok(HashSet::new());
     }
     if wait == Wait::InTurn {
-        steps::lock_claimable(conn, steps).await?;
+        read::lock_claimable(conn, steps).await?;
         return Ok(HashSet::new());
     }
-    let locked = steps::try_lock_claimable(conn, steps).await?;
+    let locked = read::try_lock_claimable(conn, steps).await?;
     let mut unlocked: HashSet<Uuid> = steps.iter().copied().collect();
     for step in locked {
         unlocked.remove(&step);
@@ -452,7 +302,7 @@ pub(super) async fn load_outputs(
 }
 
 async fn read_outputs(conn: &mut PgConnection, tasks: &mut [LoadedTask], wanted: &[(Uuid, u32)]) -> Result<(), Error> {
-    let mut outputs = steps::outputs(conn, wanted).await?;
+    let mut outputs = read::outputs(conn, wanted).await?;
     for task in tasks {
         let uuid = task.task().uuid;
         for (_, index) in wanted.iter().filter(|(of, _)| *of == uuid) {
@@ -559,7 +409,7 @@ async fn load_lacking(
     }
     read_items(conn, tasks, &windows).await?;
     if !places.is_empty() {
-        let rows = steps::load_behind(conn, &places).await?;
+        let rows = read::load_steps_behind(conn, &places).await?;
         let mut tasks = by_uuid(tasks);
         for row in rows {
             if let Some(task) = tasks.get_mut(&row.task_uuid) {

@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
 use tasker_shared::metrics::{OfSource, metrics};
-use tasker_shared::store::locks::{Holder, holders};
+use tasker_shared::store::Error;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -113,6 +115,41 @@ impl Locks {
     }
 }
 
+/// Gives up waiting for a lock after a moment, until the transaction ends: somebody else is known to
+/// hold one of what it is about.
+pub(crate) async fn wait_briefly(conn: &mut PgConnection) -> Result<(), Error> {
+    sqlx::query!("set local lock_timeout = '50ms'").execute(conn).await?;
+    Ok(())
+}
+
+/// A session that holds locks on tables of ours: see `tasker.lock_holders`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Holder {
+    pid: i32,
+    user_name: Option<String>,
+    application_name: Option<String>,
+    client: Option<String>,
+    since: Option<DateTime<Utc>>,
+    state: Option<String>,
+    only_reads: bool,
+    tables: Vec<String>,
+    /// Names its transaction.
+    transaction: String,
+}
+
+/// Who holds locks on tables of ours for longer than a second; those who only read hold up nothing but
+/// changes of the tables.
+async fn holders(conn: &mut PgConnection) -> Result<Vec<Holder>, Error> {
+    Ok(sqlx::query_as!(
+        Holder,
+        r#"select pid as "pid!", user_name, application_name, client, since, state, only_reads as "only_reads!",
+             tables as "tables!", transaction as "transaction!"
+           from tasker.lock_holders()"#
+    )
+    .fetch_all(conn)
+    .await?)
+}
+
 /// Names the holders of locks for which something was put off, each once.
 pub(crate) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
     let mut told: HashMap<String, Instant> = HashMap::new();
@@ -122,7 +159,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
             // A transaction may be young, where its age is not ours to see: it must be there twice.
             tokio::time::sleep(Duration::from_secs(1)).await;
             let now = holders(&mut *shared.reads.acquire().await?).await?;
-            Ok::<_, tasker_shared::store::Error>(lasting(&before, now))
+            Ok::<_, Error>(lasting(&before, now))
         };
         match stop.run_until_cancelled(looking).await {
             Some(Ok(found)) => {

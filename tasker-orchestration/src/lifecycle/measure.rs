@@ -15,16 +15,17 @@ use tasker_shared::trace::tree;
 use uuid::Uuid;
 
 use super::About;
-use super::actions::Committed;
-use super::load::LoadedTask;
+use super::loaded::LoadedTask;
+use super::queue::{STEP_RESULTS, TASK_REQUESTS};
+use super::write::Committed;
 
 /// Where these hints came from: their queue, or `due` if no message brought them.
 pub(super) fn source(queue: &str, events: &[About<'_>]) -> OfSource {
     let by_message = events.iter().any(|about| about.msg_id.is_some());
     let source = match queue {
         _ if !by_message => "due",
-        tasker_shared::queue::TASK_REQUESTS => tasker_shared::queue::TASK_REQUESTS,
-        _ => tasker_shared::queue::STEP_RESULTS,
+        TASK_REQUESTS => TASK_REQUESTS,
+        _ => STEP_RESULTS,
     };
     OfSource { source }
 }

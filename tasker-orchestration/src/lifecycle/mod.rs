@@ -6,26 +6,31 @@ mod batch;
 mod breaker;
 mod busy;
 mod faults;
-pub mod initialize;
+pub mod inbox;
+mod initialize;
 mod limits;
 mod load;
+mod loaded;
 pub(crate) mod locks;
+mod maps;
 mod measure;
 mod nested;
-mod outbox;
-pub mod results;
+mod operators;
+pub mod partitions;
+pub mod queue;
+mod read;
 pub mod schedules;
-pub mod settle;
+mod settle;
 pub mod sweep;
 mod turns;
 mod waits;
+mod write;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
-use tasker_shared::message::Request;
-use tasker_shared::queue::Message;
 use tasker_shared::state_machine::Event;
 use tasker_shared::store::outage::Outage;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
@@ -40,6 +45,7 @@ pub use self::admission::Admission;
 use self::breaker::Breaker;
 use self::busy::Busy;
 use self::locks::{Locks, Subject};
+use self::queue::Message;
 
 /// Connections kept for settles: as many as usually settle at once.
 const SETTLE_LINES: usize = 3;
@@ -142,6 +148,32 @@ impl Shared {
 pub struct Hint {
     request: Request,
     source: Source,
+}
+
+/// What a message asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Request {
+    /// Create a task; the value has the keys that `tasker.submit_tasks` reads.
+    Submit(Value),
+    /// Keep a signal for a task, as `tasker.signal_task` does.
+    Signal(SendSignal),
+    /// Settle an event of a task.
+    Event(Uuid, Event),
+}
+
+/// A signal that came as a raw message.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SendSignal {
+    /// Whom it is for.
+    pub task: Uuid,
+    /// Its name.
+    pub name: String,
+    /// What it says; null counts as `{}`.
+    pub payload: Value,
+    /// Who sent it.
+    pub actor: String,
+    /// The trace context of its headers.
+    pub traceparent: Option<String>,
 }
 
 /// What brings a hint.

@@ -5,14 +5,14 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 use sqlx::PgConnection;
-use tasker_shared::state_machine::plan::{ChildEnd, Outcome, StartChild};
+use tasker_shared::state_machine::plan::{ChildEnd, Failure, Outcome, StartChild};
 use tasker_shared::state_machine::{Event, Plan, StepState};
-use tasker_shared::store::nested;
+use tasker_shared::store;
 use tasker_shared::trace::context::Traceparent;
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use uuid::Uuid;
 
-use super::load::{LoadedTask, by_uuid};
+use super::loaded::{LoadedTask, by_uuid};
 use super::{About, Error};
 
 /// Reads what became of the tasks that hints tell of.
@@ -27,7 +27,7 @@ pub(super) async fn load(conn: &mut PgConnection, tasks: &mut [LoadedTask], even
     }
     let of: HashMap<Uuid, Uuid> = reported.iter().map(|(task, step, _)| (*step, *task)).collect();
     let mut tasks = by_uuid(tasks);
-    for (attempt, end) in nested::ends(conn, &reported).await? {
+    for (attempt, end) in ends(conn, &reported).await? {
         if let Some(loaded) = of.get(&attempt.0).and_then(|task| tasks.get_mut(task)) {
             loaded.snapshot.child_ends.insert(attempt, end);
         }
@@ -65,16 +65,16 @@ pub(super) async fn record(conn: &mut PgConnection, tasks: &[LoadedTask], plans:
         }
     }
     if !started.is_empty() {
-        nested::start(conn, started).await?;
+        start(conn, started).await?;
     }
     if !ended.is_empty() {
-        nested::tell_parents(conn, &ended).await?;
+        tell_parents(conn, &ended).await?;
     }
     if !left.is_empty() {
-        nested::cancel(conn, &left, None).await?;
+        cancel(conn, &left, None).await?;
     }
     for (task, steps) in left_steps {
-        nested::cancel(conn, &[task], Some(steps)).await?;
+        cancel(conn, &[task], Some(steps)).await?;
     }
     Ok(())
 }
@@ -114,4 +114,60 @@ fn may_be_kept(loaded: &LoadedTask) -> bool {
     let row = &loaded.row;
     let is_topmost = row.parent_task_uuid.is_none() || row.remote_span_id.is_none();
     row.trace_flags & 1 == 0 && (row.may_be_kept || (is_topmost && !loaded.template.keep.is_empty()))
+}
+
+// The statements.
+
+/// Starts tasks; see `tasker.start_children` for the keys of a request.
+async fn start(conn: &mut PgConnection, requests: Vec<Value>) -> Result<(), store::Error> {
+    sqlx::query!("select tasker.start_children($1)::text as done", Value::Array(requests)).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// Tells those who wait for these tasks.
+async fn tell_parents(conn: &mut PgConnection, children: &[Uuid]) -> Result<(), store::Error> {
+    sqlx::query!("select tasker.tell_parents($1)::text as done", children).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// Asks for the end of what these tasks awaited, or only these steps of theirs.
+async fn cancel(conn: &mut PgConnection, tasks: &[Uuid], steps: Option<&[Uuid]>) -> Result<(), store::Error> {
+    sqlx::query!("select tasker.cancel_children($1, $2)::text as done", tasks, steps).fetch_one(conn).await?;
+    Ok(())
+}
+
+/// What became of the tasks that these attempts, `(task, step, attempt)`, started, by step and attempt;
+/// of those that are still awaited there is no answer.
+async fn ends(
+    conn: &mut PgConnection,
+    attempts: &[(Uuid, Uuid, i32)],
+) -> Result<Vec<((Uuid, i32), ChildEnd)>, store::Error> {
+    let tasks: Vec<Uuid> = attempts.iter().map(|(task, ..)| *task).collect();
+    let steps: Vec<Uuid> = attempts.iter().map(|(_, step, _)| *step).collect();
+    let numbers: Vec<i32> = attempts.iter().map(|(.., attempt)| *attempt).collect();
+    let rows = sqlx::query!(
+        r#"select step_uuid as "step_uuid!", attempt as "attempt!", output, error_type, error, link
+           from tasker.child_ends($1, $2, $3)"#,
+        &tasks,
+        &steps,
+        &numbers
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let outcome = match row.error_type {
+                None => Outcome::Success(row.output.unwrap_or_default()),
+                // What could not be started or kept cannot be another time.
+                Some(kind) => Outcome::Failure(Failure {
+                    retryable: kind == "child_failed",
+                    kind,
+                    message: row.error.unwrap_or_default(),
+                    retry_after_ms: None,
+                }),
+            };
+            ((row.step_uuid, row.attempt), ChildEnd { outcome, link: row.link })
+        })
+        .collect())
 }

@@ -3,14 +3,14 @@
 //! A `schedule` hint says only that some schedule is due; the rows say which. A tick runs once,
 //! because submitting it and moving `next_at` on are one transaction under the row's lock.
 
-use tasker_shared::queue::{self, QueueChanges};
+use tasker_shared::store::Fault;
 use tasker_shared::store::schedules::{self, Fired};
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::store::{Fault, locks};
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Error, Shared};
+use super::queue::{self, QueueChanges};
+use super::{Error, Shared, locks};
 
 /// Fires what is due, and forgets the hints that said so; not if some of it was left, because somebody
 /// else holds it.

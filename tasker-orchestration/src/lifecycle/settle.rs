@@ -2,7 +2,7 @@
 //!
 //! A batch of hints settles in one transaction with set-based statements, so the cost of a
 //! step falls as the load rises. This file must never decide anything itself: `load` reads what
-//! the decisions need and asks for them, `outbox` writes the messages.
+//! the decisions need and asks for them, `write` writes all of it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::FutureExt as _;
 use sqlx::PgConnection;
-use tasker_shared::queue::{self, QueueChanges};
 use tasker_shared::state_machine::TaskState;
 use tasker_shared::state_machine::plan::{Plan, Task};
-use tasker_shared::store::apply::{Applied, ExportBatch, apply};
-use tasker_shared::store::tasks::{self, TaskRow};
-use tasker_shared::store::{locks, steps};
+use tasker_shared::store::tasks;
 use tasker_shared::template::Keep;
 use tracing::instrument;
 use uuid::Uuid;
 
 use super::limits::{lock_limits, record_flow};
-use super::load::{self, LoadedTask, decide_all, load_outputs};
-use super::locks::Wait;
-use super::outbox::outbox;
+use super::load::{self, decide_all, load_outputs};
+use super::loaded::LoadedTask;
+use super::locks::{self, Wait};
+use super::queue::{self, QueueChanges};
+use super::read::{self, TaskRow};
+use super::write::{Applied, Committed, ExportBatch, apply, outbox};
 use super::{About, Error, Shared, actions, measure, nested, waits};
 
 /// What became of a batch.
@@ -71,12 +71,12 @@ async fn transact<'a>(
     queue: &str,
     events: Vec<About<'a>>,
     wait: Wait,
-) -> Result<(Settled<'a>, actions::Committed), Error> {
+) -> Result<(Settled<'a>, Committed), Error> {
     if wait != Wait::Once {
         locks::wait_briefly(conn).await?;
     }
     let uuids: Vec<Uuid> = events.iter().map(|about| about.task).collect::<HashSet<_>>().into_iter().collect();
-    let rows = tasks::lock(conn, &uuids).await?;
+    let rows = read::lock_tasks(conn, &uuids).await?;
     let (events, mut settled) = sort_out(conn, events, &rows, uuids.len()).await?;
     let events = without_granted(conn, events).await?;
     let load::Batch { mut tasks, now, held } = load::load(shared, conn, rows, &events, wait).await?;
@@ -110,7 +110,7 @@ async fn transact<'a>(
     nested::record(conn, &tasks, &plans).await?;
     tell_workers(conn, &applied, &plans).await?;
     settled.moved = moved.len();
-    Ok((settled, actions::Committed { tasks, plans, applied, began_at: now, export }))
+    Ok((settled, Committed { tasks, plans, applied, began_at: now, export }))
 }
 
 /// Keeps the events of the tasks that were locked; the others are deferred or unknown.
@@ -166,7 +166,7 @@ async fn hold_open_steps(conn: &mut PgConnection, plans: &[Plan], wait: Wait) ->
     if ending.is_empty() || wait == Wait::InTurn {
         return Ok(HashSet::new());
     }
-    Ok(steps::try_lock_open(conn, &ending).await?.into_iter().collect())
+    Ok(read::try_lock_open(conn, &ending).await?.into_iter().collect())
 }
 
 /// Takes out the messages that name a step which their task does not have.

@@ -4,13 +4,14 @@
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
+use serde_json::Value;
 use sqlx::PgConnection;
-use tasker_shared::state_machine::plan::Answer;
+use tasker_shared::state_machine::plan::{Answer, Outcome, Signal};
 use tasker_shared::state_machine::{Event, Plan, StepDefinition, StepState, TaskState};
-use tasker_shared::store::waits;
+use tasker_shared::store;
 use uuid::Uuid;
 
-use super::load::{LoadedTask, by_uuid};
+use super::loaded::{LoadedTask, by_uuid};
 use super::{About, Error};
 
 /// Reads the signals that were kept for tasks whose templates wait for any; answers the steps
@@ -26,7 +27,7 @@ pub(super) async fn load_signals(
         return Ok(Vec::new());
     }
     let mut kept: HashMap<Uuid, Vec<_>> = HashMap::new();
-    for (task, signal) in waits::kept_signals(conn, &listening).await? {
+    for (task, signal) in kept_signals(conn, &listening).await? {
         kept.entry(task).or_default().push(signal);
     }
     let looking: HashSet<Uuid> =
@@ -45,7 +46,7 @@ pub(super) async fn load_signals(
         return Ok(Vec::new());
     }
     // One signal ends one wait, so of many steps that wait for it only the first are loaded.
-    let waiting = waits::waiting(conn, &places).await?;
+    let waiting = waiting(conn, &places).await?;
     let mut wanted = Vec::new();
     for loaded in tasks.iter() {
         let mut left: HashMap<&str, usize> = HashMap::new();
@@ -79,7 +80,7 @@ pub(super) async fn load_deadlines(
         return Ok(());
     }
     let mut tasks = by_uuid(tasks);
-    for (task, step, at) in waits::deadlines(conn, &late).await? {
+    for (task, step, at) in deadlines(conn, &late).await? {
         if let Some(loaded) = tasks.get_mut(&task)
             && let Some((key, _)) = loaded.step(step)
         {
@@ -99,18 +100,18 @@ pub(super) async fn record(
     let new_steps = plans.iter().flat_map(|plan| &plan.new_steps);
     let due: Vec<_> = new_steps.filter_map(|step| Some((step.uuid, step.due_at?))).collect();
     if !due.is_empty() {
-        waits::set_due(conn, &due).await?;
+        set_due(conn, &due).await?;
     }
     let deadlines = plans.iter().flat_map(|plan| plan.deadlines.iter().map(|(step, at)| (plan.task.uuid, *step, *at)));
     let deadlines: Vec<_> = deadlines.collect();
     if !deadlines.is_empty() {
-        waits::set_deadlines(conn, &deadlines).await?;
+        set_deadlines(conn, &deadlines).await?;
     }
     let answers: Vec<(Uuid, &Answer)> =
         plans.iter().flat_map(|plan| plan.answers.iter().map(|answer| (plan.task.uuid, answer))).collect();
     let used: Vec<i64> = plans.iter().flat_map(|plan| plan.used_signals.iter().copied()).collect();
     if !answers.is_empty() {
-        waits::answer(conn, &answers, &used, at).await?;
+        answer(conn, &answers, &used, at).await?;
     }
     let ended: Vec<Uuid> = tasks
         .iter()
@@ -119,18 +120,18 @@ pub(super) async fn record(
         .map(|(loaded, _)| loaded.task().uuid)
         .collect();
     if !ended.is_empty() {
-        waits::forget_signals(conn, &ended).await?;
+        forget_signals(conn, &ended).await?;
     }
     if let Some(over) = over(tasks, plans) {
-        waits::forget_due(conn, &over).await?;
+        forget_due(conn, &over).await?;
     }
     Ok(())
 }
 
 /// The tasks and steps that these plans end and for which something may still be due. A task without
 /// timeouts, waits and a delayed start has nothing, and pays for no look.
-fn over(tasks: &[LoadedTask], plans: &[Plan]) -> Option<waits::Over> {
-    let mut over = waits::Over::default();
+fn over(tasks: &[LoadedTask], plans: &[Plan]) -> Option<Over> {
+    let mut over = Over::default();
     for (loaded, plan) in tasks.iter().zip(plans).filter(|(_, plan)| !plan.is_empty()) {
         let (task, before) = (plan.task.uuid, loaded.task());
         if plan.task.state.is_terminal() {
@@ -155,4 +156,197 @@ fn over(tasks: &[LoadedTask], plans: &[Plan]) -> Option<waits::Over> {
         }
     }
     (!over.tasks.is_empty() || !over.steps.is_empty() || !over.retries.is_empty()).then_some(over)
+}
+
+// The statements.
+
+/// Signals of one task that are looked at in one settle; more wait for the next.
+const SIGNALS: i64 = 1000;
+
+/// The kept signals of these tasks, oldest first.
+async fn kept_signals(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<(Uuid, Signal)>, store::Error> {
+    let rows = sqlx::query!(
+        "select s.task_uuid, s.signal_id, s.name, s.payload, s.actor, s.traceparent
+         from unnest($1::uuid[]) t(task_uuid)
+         cross join lateral (select * from tasker.signals k where k.task_uuid = t.task_uuid order by k.signal_id limit $2) s
+         order by s.signal_id",
+        task_uuids,
+        SIGNALS
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let signal = Signal {
+                id: row.signal_id,
+                name: row.name,
+                payload: row.payload,
+                actor: row.actor,
+                traceparent: row.traceparent,
+            };
+            (row.task_uuid, signal)
+        })
+        .collect())
+}
+
+/// Those of these places, `(task, step index)`, where a step waits now; by task, in file order.
+async fn waiting(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Result<Vec<(Uuid, u32, Uuid)>, store::Error> {
+    let tasks: Vec<Uuid> = places.iter().map(|(task, _)| *task).collect();
+    let indexes: Vec<i32> = places.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
+    let rows = sqlx::query!(
+        "select s.task_uuid, s.step_index, s.step_uuid
+         from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)
+         join tasker.steps s on s.task_uuid = w.task_uuid and s.step_index = w.step_index and s.state = 'waiting'
+         order by s.task_uuid, s.step_index",
+        &tasks,
+        &indexes
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.task_uuid, u32::try_from(row.step_index).unwrap_or_default(), row.step_uuid))
+        .collect())
+}
+
+/// Writes what steps without a handler came to where a handler's result would stand, and
+/// deletes the signals that they used.
+async fn answer(
+    conn: &mut PgConnection,
+    answers: &[(Uuid, &Answer)],
+    used_signals: &[i64],
+    at: DateTime<Utc>,
+) -> Result<(), store::Error> {
+    let tasks: Vec<Uuid> = answers.iter().map(|(task, _)| *task).collect();
+    let steps: Vec<Uuid> = answers.iter().map(|(_, answer)| answer.step).collect();
+    let attempts: Vec<i32> = answers.iter().map(|(_, answer)| answer.attempt).collect();
+    let generations: Vec<i32> = answers.iter().map(|(_, answer)| answer.generation).collect();
+    let since: Vec<DateTime<Utc>> = answers.iter().map(|(_, answer)| answer.since).collect();
+    let (mut outputs, mut errors) = (Vec::new(), Vec::new());
+    for (_, answer) in answers {
+        match &answer.outcome {
+            Outcome::Success(output) => {
+                outputs.push(Some(output.clone()));
+                errors.push(None);
+            }
+            Outcome::Failure(failure) => {
+                outputs.push(None);
+                errors.push(Some(serde_json::json!(failure)));
+            }
+        }
+    }
+    sqlx::query!(
+        "with used as (delete from tasker.signals where signal_id = any($8))
+         insert into tasker.attempts (task_uuid, step_uuid, attempt, generation, claim_token, worker, claim_began_at, claimed_at,
+           report_began_at, reported_at, outcome, output, error)
+         select n.task_uuid, n.step_uuid, n.attempt, n.generation, gen_random_uuid(), '', n.since, n.since, $9, $9,
+           case when n.error is null then 'success' else 'error' end, n.output, n.error
+         from unnest($1::uuid[], $2::uuid[], $3::int[], $4::int[], $5::timestamptz[], $6::jsonb[], $7::jsonb[])
+           as n(task_uuid, step_uuid, attempt, generation, since, output, error)
+         on conflict do nothing",
+        &tasks,
+        &steps,
+        &attempts,
+        &generations,
+        &since,
+        &outputs as &[Option<Value>],
+        &errors as &[Option<Value>],
+        used_signals,
+        at
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Says when the waits of steps that began with their task are due: the statement that creates
+/// steps knows no due time, so that tasks without waits pay nothing for it.
+async fn set_due(conn: &mut PgConnection, waits: &[(Uuid, DateTime<Utc>)]) -> Result<(), store::Error> {
+    let (steps, due): (Vec<Uuid>, Vec<DateTime<Utc>>) = waits.iter().copied().unzip();
+    sqlx::query!(
+        "update tasker.steps s set due_at = n.due_at
+         from unnest($1::uuid[], $2::timestamptz[]) as n(step_uuid, due_at) where s.step_uuid = n.step_uuid",
+        &steps,
+        &due
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Says when steps must have ended, `(task, step, when)`; what was said before counts no more.
+async fn set_deadlines(conn: &mut PgConnection, deadlines: &[(Uuid, Uuid, DateTime<Utc>)]) -> Result<(), store::Error> {
+    let tasks: Vec<Uuid> = deadlines.iter().map(|(task, ..)| *task).collect();
+    let steps: Vec<Uuid> = deadlines.iter().map(|(_, step, _)| *step).collect();
+    let at: Vec<DateTime<Utc>> = deadlines.iter().map(|(.., at)| *at).collect();
+    sqlx::query!(
+        "insert into tasker.step_deadlines (task_uuid, step_uuid, at)
+         select * from unnest($1::uuid[], $2::uuid[], $3::timestamptz[])
+         on conflict (task_uuid, step_uuid) do update set at = excluded.at",
+        &tasks,
+        &steps,
+        &at
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What is due for tasks and steps that have ended.
+#[derive(Debug, Default)]
+struct Over {
+    /// Tasks: everything but their retries.
+    tasks: Vec<Uuid>,
+    /// Steps of others, `(task, step)`: the same.
+    steps: Vec<(Uuid, Uuid)>,
+    /// Retries, `(task, due)`, which are found by their time.
+    retries: Vec<(Uuid, DateTime<Utc>)>,
+}
+
+/// Forgets what nothing will come of.
+async fn forget_due(conn: &mut PgConnection, over: &Over) -> Result<(), store::Error> {
+    let (tasks, steps): (Vec<Uuid>, Vec<Uuid>) = over.steps.iter().copied().unzip();
+    let (retrying, due): (Vec<Uuid>, Vec<DateTime<Utc>>) = over.retries.iter().copied().unzip();
+    sqlx::query!(
+        "with of_tasks as (
+           delete from tasker.due d where d.task_uuid = any($1) and d.kind <> all ('{lease,retry,schedule}')
+         ), of_steps as (
+           delete from tasker.due d using unnest($2::uuid[], $3::uuid[]) s(task_uuid, step_uuid)
+           where d.task_uuid = s.task_uuid and d.step_uuids = array[s.step_uuid] and d.kind <> all ('{lease,retry,schedule}')
+         )
+         delete from tasker.due d using unnest($4::uuid[], $5::timestamptz[]) r(task_uuid, due_at)
+         where d.due_at = r.due_at and d.kind = 'retry' and d.task_uuid = r.task_uuid",
+        &over.tasks,
+        &tasks,
+        &steps,
+        &retrying,
+        &due
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// When these steps, `(task, step)`, must have ended.
+async fn deadlines(
+    conn: &mut PgConnection,
+    of: &[(Uuid, Uuid)],
+) -> Result<Vec<(Uuid, Uuid, DateTime<Utc>)>, store::Error> {
+    let (tasks, steps): (Vec<Uuid>, Vec<Uuid>) = of.iter().copied().unzip();
+    let rows = sqlx::query!(
+        "select d.task_uuid, d.step_uuid, d.at from unnest($1::uuid[], $2::uuid[]) w(task_uuid, step_uuid)
+         join tasker.step_deadlines d on d.task_uuid = w.task_uuid and d.step_uuid = w.step_uuid",
+        &tasks,
+        &steps
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.task_uuid, row.step_uuid, row.at)).collect())
+}
+
+/// Forgets what was sent to tasks that have ended and never used it.
+async fn forget_signals(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<(), store::Error> {
+    sqlx::query!("delete from tasker.signals where task_uuid = any($1)", task_uuids).execute(conn).await?;
+    Ok(())
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::condition::Condition;
-use super::flow::Rule;
+use super::flow::{Allows, LANE_SEPARATOR, Limit, Rule, resolve_key};
 use super::graph::Graph;
 use super::input::{InputTemplate, Reference};
 use super::retry::RetryPolicy;
@@ -56,6 +57,45 @@ impl Definition {
     pub fn place(&self, key: u32) -> (u32, Option<u32>) {
         let steps = u32::try_from(self.steps.len()).unwrap_or(u32::MAX);
         key.checked_sub(steps).map_or((key, None), |item| (item / MAX_ITEMS, Some(item % MAX_ITEMS)))
+    }
+
+    /// The limits that the template sets for a step of a task with this input; the problem of the
+    /// first key that leads nowhere.
+    pub fn limits(&self, index: u32, input: &Value) -> Result<Vec<Limit>, String> {
+        let rules = self.steps[index as usize].limits.iter();
+        rules
+            .map(|rule| {
+                let key = rule.key.as_ref().map(|key| resolve_key(key, input)).transpose();
+                let (what, prefix) = match rule.allows {
+                    Allows::AtOnce(_) => ("concurrency", ""),
+                    Allows::Rate(..) => ("rate", "rate "),
+                };
+                let name = match key.map_err(|problem| format!("{what}.key: {problem}"))? {
+                    Some(key) => format!("{prefix}{}/{key}", rule.scope),
+                    None => format!("{prefix}{}", rule.scope),
+                };
+                Ok(Limit { name, allows: rule.allows })
+            })
+            .collect()
+    }
+
+    /// The lane in which a step waits when it is held: steps of one lane are subject to the same
+    /// limits and have one fair key. The fair key comes first, then the handler, then the limits.
+    pub fn lane(&self, index: u32, input: &Value) -> Result<String, String> {
+        let fair = self.fair_key.as_ref().map(|key| resolve_key(key, input)).transpose();
+        let mut lane = fair.map_err(|problem| format!("fair_key: {problem}"))?.unwrap_or_default();
+        lane.push(LANE_SEPARATOR);
+        lane.push_str(&self.steps[index as usize].handler);
+        for limit in self.limits(index, input)? {
+            lane.push(LANE_SEPARATOR);
+            lane.push_str(&limit.name);
+        }
+        Ok(lane)
+    }
+
+    /// Whether its template alone gives a step a lane.
+    pub fn has_lane(&self, index: u32) -> bool {
+        self.fair_key.is_some() || !self.steps[index as usize].limits.is_empty()
     }
 }
 

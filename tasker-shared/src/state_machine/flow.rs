@@ -11,7 +11,6 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::definition::Definition;
 use super::input::InputTemplate;
 
 /// The most bytes of a key.
@@ -59,48 +58,8 @@ pub fn handler_limit(namespace: &str, handler: &str) -> String {
     format!("{namespace}:{handler}")
 }
 
-impl Definition {
-    /// The limits that the template sets for a step of a task with this input; the problem of the
-    /// first key that leads nowhere.
-    pub fn limits(&self, index: u32, input: &Value) -> Result<Vec<Limit>, String> {
-        let rules = self.steps[index as usize].limits.iter();
-        rules
-            .map(|rule| {
-                let key = rule.key.as_ref().map(|key| resolve(key, input)).transpose();
-                let (what, prefix) = match rule.allows {
-                    Allows::AtOnce(_) => ("concurrency", ""),
-                    Allows::Rate(..) => ("rate", "rate "),
-                };
-                let name = match key.map_err(|problem| format!("{what}.key: {problem}"))? {
-                    Some(key) => format!("{prefix}{}/{key}", rule.scope),
-                    None => format!("{prefix}{}", rule.scope),
-                };
-                Ok(Limit { name, allows: rule.allows })
-            })
-            .collect()
-    }
-
-    /// The lane in which a step waits when it is held: steps of one lane are subject to the same
-    /// limits and have one fair key. The fair key comes first, then the handler, then the limits.
-    pub fn lane(&self, index: u32, input: &Value) -> Result<String, String> {
-        let fair = self.fair_key.as_ref().map(|key| resolve(key, input)).transpose();
-        let mut lane = fair.map_err(|problem| format!("fair_key: {problem}"))?.unwrap_or_default();
-        lane.push(LANE_SEPARATOR);
-        lane.push_str(&self.steps[index as usize].handler);
-        for limit in self.limits(index, input)? {
-            lane.push(LANE_SEPARATOR);
-            lane.push_str(&limit.name);
-        }
-        Ok(lane)
-    }
-
-    /// Whether its template alone gives a step a lane.
-    pub fn has_lane(&self, index: u32) -> bool {
-        self.fair_key.is_some() || !self.steps[index as usize].limits.is_empty()
-    }
-}
-
-fn resolve(key: &InputTemplate, input: &Value) -> Result<String, String> {
+/// What a key of a limit or a fair key leads to.
+pub(super) fn resolve_key(key: &InputTemplate, input: &Value) -> Result<String, String> {
     let key = match key.resolve(input, &|_| None).map_err(|missing| missing.to_string())? {
         Value::String(text) => text,
         Value::Number(number) => number.to_string(),

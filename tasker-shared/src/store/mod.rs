@@ -1,15 +1,11 @@
 //! Every SQL statement we own. Functions here take the caller's connection; only `tx` begins a transaction.
 
-pub mod apply;
+pub mod audit;
 pub mod details;
 pub mod exports;
 pub mod flow;
 pub mod keys;
 pub mod listing;
-pub mod locks;
-pub mod maps;
-pub mod nested;
-pub mod operators;
 pub mod outage;
 pub mod pages;
 pub mod protocol;
@@ -18,14 +14,13 @@ pub mod requests;
 pub mod retention;
 pub mod sampling;
 pub mod schedules;
-pub mod steps;
+pub mod signals;
 pub mod tasks;
 pub mod templates;
 pub mod trace_settings;
 pub mod transitions;
 pub mod tx;
 pub mod views;
-pub mod waits;
 pub mod why;
 
 /// What a row held that it must not hold, or what the database answered.
@@ -154,7 +149,8 @@ impl Error {
         }
     }
 
-    fn bad_row(
+    /// A row that no code of ours writes: its table, its column, its key, and what is wrong with the value.
+    pub fn bad_row(
         table: &'static str,
         column: &'static str,
         id: impl std::fmt::Display,

@@ -218,3 +218,9 @@ pub async fn discard(
     .await?;
     Ok(done.rows_affected() > 0)
 }
+
+/// Forgets a reader.
+pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Error> {
+    sqlx::query!("delete from tasker.readers where reader = $1", reader).execute(conn).await?;
+    Ok(())
+}

@@ -1,5 +1,6 @@
 //! The log, read back: what the tree is built from when memory does not hold it.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -8,9 +9,10 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::Error;
 use super::tasks::{self, bytes};
-use super::{Error, steps};
-use crate::state_machine::plan::Detail;
+use crate::redact;
+use crate::state_machine::plan::{Detail, Failure};
 use crate::state_machine::states::Change;
 use crate::template::Keep;
 use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
@@ -307,6 +309,28 @@ async fn keeps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<HashMap<U
     Ok(rows.into_iter().map(|row| (row.task_uuid, read(row.keep))).collect())
 }
 
+/// An error as it was reported, by a worker in any language: without its secrets from here on.
+pub fn failure(error: Value) -> Failure {
+    let mut failure = serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
+        kind: "error".into(),
+        message: format!("the recorded error cannot be read: {problem}"),
+        retryable: true,
+        retry_after_ms: None,
+    });
+    for text in [&mut failure.kind, &mut failure.message] {
+        if let Cow::Owned(clean) = redact::text(text) {
+            *text = clean;
+        }
+    }
+    failure
+}
+
+/// What a handler reported of itself, by a worker in any language: without its secrets from here on.
+pub fn milestones(mut reported: Value) -> Value {
+    redact::json(&mut reported);
+    reported
+}
+
 struct InfoRow {
     task_uuid: Uuid,
     step_uuid: Uuid,
@@ -449,9 +473,9 @@ impl AttemptRow {
             reported_at: row.reported_at,
             start_offset_ms: row.start_offset_ms,
             run_ms: row.run_ms,
-            failure: row.error.map(steps::failure),
+            failure: row.error.map(failure),
             usage: row.usage,
-            milestones: row.milestones.map(steps::milestones),
+            milestones: row.milestones.map(milestones),
         });
     }
 }

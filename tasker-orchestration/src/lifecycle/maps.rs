@@ -6,10 +6,9 @@ use std::collections::HashMap;
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
+use tasker_shared::state_machine::plan::{Map, MapOutput, Plan};
+use tasker_shared::store::Error;
 use uuid::Uuid;
-
-use super::Error;
-use crate::state_machine::plan::{Map, MapOutput, Plan};
 
 /// Items kept in one row.
 const CHUNK: usize = 100;

@@ -6,11 +6,10 @@
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
+use tasker_shared::state_machine::TaskState;
+use tasker_shared::state_machine::plan::{Plan, Task};
+use tasker_shared::store::Error;
 use uuid::Uuid;
-
-use super::Error;
-use crate::state_machine::TaskState;
-use crate::state_machine::plan::{Plan, Task};
 
 /// Records what the plans owe to operators, in the transaction that applies them.
 pub(super) async fn record(conn: &mut PgConnection, batch: &[(&Task, &Plan)], at: DateTime<Utc>) -> Result<(), Error> {
@@ -97,31 +96,4 @@ async fn outputs(conn: &mut PgConnection, batch: &[(&Task, &Plan)], at: DateTime
         }
     }
     Ok(())
-}
-
-/// A row of the audit.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-#[expect(missing_docs, reason = "columns of tasker.audit, explained there")]
-pub struct AuditRow {
-    pub audit_id: i64,
-    pub task_uuid: Option<Uuid>,
-    pub subject: Option<String>,
-    pub action: String,
-    pub actor: String,
-    pub reason: Option<String>,
-    pub details: Option<Value>,
-    pub at: DateTime<Utc>,
-}
-
-/// The latest acts, newest first; of one task if it is named.
-pub async fn audit_list(conn: &mut PgConnection, task: Option<Uuid>, limit: i64) -> Result<Vec<AuditRow>, Error> {
-    Ok(sqlx::query_as!(
-        AuditRow,
-        "select audit_id, task_uuid, subject, action, actor, reason, details, at from tasker.audit
-         where $1::uuid is null or task_uuid = $1 order by audit_id desc limit $2",
-        task,
-        limit
-    )
-    .fetch_all(conn)
-    .await?)
 }

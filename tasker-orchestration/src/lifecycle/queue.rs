@@ -3,9 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
-use uuid::Uuid;
-
-use crate::store::Error;
+use tasker_shared::store::Error;
 
 /// The queue that asks orchestrators for things.
 pub const TASK_REQUESTS: &str = "task_requests";
@@ -38,12 +36,6 @@ pub async fn register(conn: &mut PgConnection, queue: &str, reader: &str) -> Res
     Ok(())
 }
 
-/// Forgets a reader.
-pub async fn unregister(conn: &mut PgConnection, reader: &str) -> Result<(), Error> {
-    sqlx::query!("delete from tasker.readers where reader = $1", reader).execute(conn).await?;
-    Ok(())
-}
-
 /// Reads up to `max` messages, hidden from others for `vt_seconds`; an empty answer marks the
 /// reader asleep. May run on a connection that commits asynchronously.
 ///
@@ -58,9 +50,9 @@ pub async fn receive(
     let vt = f64::from(vt_seconds);
     let max = i64::from(max);
     let rows = if queue == TASK_REQUESTS {
-        sqlx::query_file_as!(Row, "src/queue/receive_requests.sql", vt, max, reader).fetch_all(conn).await?
+        sqlx::query_file_as!(Row, "src/lifecycle/queue/receive_requests.sql", vt, max, reader).fetch_all(conn).await?
     } else {
-        sqlx::query_file_as!(Row, "src/queue/receive_results.sql", vt, max, reader).fetch_all(conn).await?
+        sqlx::query_file_as!(Row, "src/lifecycle/queue/receive_results.sql", vt, max, reader).fetch_all(conn).await?
     };
     Ok(rows
         .into_iter()
@@ -179,163 +171,13 @@ pub async fn quarantine(conn: &mut PgConnection, queue: &str, bad: &[(i64, Strin
     Ok(())
 }
 
-/// A due hint that needs a look.
-#[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "columns of tasker.due, explained there")]
-pub struct DueHint {
-    pub due_id: i64,
-    pub kind: String,
-    pub task_uuid: Option<Uuid>,
-    pub step_uuid: Option<Uuid>,
-}
-
-/// Takes what is due, up to `max` hints, and puts it off for 5 s: see `tasker.take_due`.
-pub async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<DueHint>, Error> {
-    let rows = sqlx::query!(
-        r#"select due_id as "due_id!", kind as "kind!", task_uuid, step_uuid from tasker.take_due($1)"#,
-        max
-    )
-    .fetch_all(conn)
-    .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| DueHint { due_id: row.due_id, kind: row.kind, task_uuid: row.task_uuid, step_uuid: row.step_uuid })
-        .collect())
-}
-
-/// Puts off a due hint that cannot be settled: soon enough for whoever repairs its task, and
+/// Puts off a timer that cannot be settled: soon enough for whoever repairs its task, and
 /// seldom enough for everybody else.
-pub async fn put_off_due(conn: &mut PgConnection, due_id: i64) -> Result<(), Error> {
+pub async fn put_off_timer(conn: &mut PgConnection, due_id: i64) -> Result<(), Error> {
     sqlx::query!("update tasker.due set due_at = clock_timestamp() + interval '1 min' where due_id = $1", due_id)
         .execute(conn)
         .await?;
     Ok(())
-}
-
-/// What the sweep may sleep on.
-#[derive(Debug, Clone, Copy)]
-pub struct Ahead {
-    /// How long until something is due, by the database's clock; `None` if nothing is.
-    pub due_ms: Option<i64>,
-    /// Whether somebody may hold a claim.
-    pub claims: bool,
-}
-
-/// What is ahead.
-pub async fn ahead(conn: &mut PgConnection) -> Result<Ahead, Error> {
-    Ok(sqlx::query_as!(
-        Ahead,
-        r#"select (extract(epoch from min(due_at) - clock_timestamp()) * 1000)::bigint as due_ms,
-             exists (select from tasker.due where kind = 'lease') as "claims!"
-           from tasker.due"#
-    )
-    .fetch_one(conn)
-    .await?)
-}
-
-/// A worker whose advisory lock nobody held.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "columns of tasker.workers, explained there")]
-pub struct Unlocked {
-    pub worker: String,
-    pub lock_key: i64,
-    /// It was suspected before, so its claims have ended.
-    pub dead: bool,
-}
-
-/// What a look at the locks of the workers that hold claims came to.
-#[derive(Debug, Default)]
-pub struct LookedAt {
-    /// Whether somebody may hold a claim.
-    pub claims: bool,
-    /// Whether a lease has run out.
-    pub overdue: bool,
-    /// The workers whose lock was free.
-    pub unlocked: Vec<Unlocked>,
-}
-
-/// Looks at the locks of the workers that hold claims, and ends the claims of those that are
-/// `suspected` and still have none: see `tasker.look_for_dead_workers`.
-pub async fn look_for_dead_workers(conn: &mut PgConnection, suspected: &[Unlocked]) -> Result<LookedAt, Error> {
-    let workers: Vec<String> = suspected.iter().map(|suspect| suspect.worker.clone()).collect();
-    let keys: Vec<i64> = suspected.iter().map(|suspect| suspect.lock_key).collect();
-    let rows = sqlx::query!(
-        r#"select held as "held!", overdue as "overdue!", worker, lock_key, dead as "dead!" from tasker.look_for_dead_workers($1, $2)"#,
-        &workers,
-        &keys
-    )
-    .fetch_all(conn)
-    .await?;
-    let mut looked_at = LookedAt::default();
-    for row in rows {
-        looked_at.claims |= row.held;
-        looked_at.overdue |= row.overdue;
-        if let (Some(worker), Some(lock_key)) = (row.worker, row.lock_key) {
-            looked_at.unlocked.push(Unlocked { worker, lock_key, dead: row.dead });
-        }
-    }
-    Ok(looked_at)
-}
-
-/// What is known of a queue's room: see `tasker.room`.
-#[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "explained beside the SQL function")]
-pub struct RoomRow {
-    pub queue: String,
-    pub capacity: i64,
-    pub room: i64,
-    pub handlers: Vec<String>,
-    pub holding: bool,
-}
-
-/// Estimates the room of every queue that a live worker reads.
-pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
-    let rows = sqlx::query!(
-        r#"select queue as "queue!", capacity as "capacity!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
-    )
-    .fetch_all(conn)
-    .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| RoomRow {
-            queue: row.queue,
-            capacity: row.capacity,
-            room: row.room,
-            handlers: row.handlers,
-            holding: row.holding,
-        })
-        .collect())
-}
-
-/// A held step that waits in no lane.
-#[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
-pub struct HeldStep {
-    pub task_uuid: Uuid,
-    pub step_uuid: Uuid,
-    pub priority: i32,
-    pub ready_at: DateTime<Utc>,
-    pub handler: String,
-}
-
-/// Held steps of a queue whose turn it is, but for those that wait in lanes.
-pub async fn held_steps(
-    conn: &mut PgConnection,
-    queue: &str,
-    handlers: &[String],
-    max: i32,
-) -> Result<Vec<HeldStep>, Error> {
-    let rows = sqlx::query_as!(
-        HeldStep,
-        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", priority as "priority!", ready_at as "ready_at!",
-             handler as "handler!" from tasker.held_steps($1, $2, $3)"#,
-        queue,
-        handlers,
-        max
-    )
-    .fetch_all(conn)
-    .await?;
-    Ok(rows)
 }
 
 /// Tells workers that steps they hold were cancelled; reaches them when the transaction commits.
@@ -346,19 +188,13 @@ pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Re
     Ok(())
 }
 
-/// Makes the partitions of the coming weeks; false if a lock was in the way.
-pub async fn ensure_partitions(conn: &mut PgConnection) -> Result<bool, Error> {
-    let made = sqlx::query_scalar!(r#"select tasker.ensure_partitions() as "made!""#).fetch_one(conn).await?;
-    Ok(made >= 0)
-}
-
 #[cfg(test)]
 mod tests {
     use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
-    use crate::postgres::testing::TestDatabase;
-    use crate::store::HOT_PATH_SETTINGS;
-    use crate::store::tx::{self, PoolOptions};
+    use tasker_shared::postgres::testing::TestDatabase;
+    use tasker_shared::store::HOT_PATH_SETTINGS;
+    use tasker_shared::store::tx::{self, PoolOptions};
 
     /// The plan that a session of the hot path makes and keeps.
     async fn plan(conn: &mut PgConnection, statement: &str, arguments: &str) -> String {

@@ -36,6 +36,6 @@ with ended as (
   delete from tasker.due d using open o
   where o.state = 'waiting_for_retry' and d.due_at = o.due_at and d.kind = 'retry' and d.task_uuid = o.task_uuid
 )
-select o.task_uuid as "task_uuid!", o.step_uuid as "step_uuid!", o.attempt as "attempt!", o.has_attempt as "has_attempt!",
+select o.task_uuid as "task_uuid!", o.has_attempt as "has_attempt!",
   case when o.state = 'in_progress' then o.claimed_by end as "claimed_by"
 from open o

@@ -1,19 +1,111 @@
-//! Step rows and the attempts behind them.
+//! The rows that a settle locks and reads: tasks, steps, and the attempts behind them. One statement a
+//! function, whatever the size of the batch.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use sqlx::PgConnection;
+use tasker_shared::state_machine::decide::NEVER_PASSED;
+use tasker_shared::state_machine::plan::{Outcome, Step, Task};
+use tasker_shared::state_machine::states::StepState;
+use tasker_shared::store::Error;
+use tasker_shared::store::tasks::{bytes, w3c_flags};
+use tasker_shared::store::transitions::{failure, milestones};
+use tasker_shared::trace::log::Attempt;
+use tasker_shared::trace::span::{SpanId, TraceId};
 use uuid::Uuid;
 
-use super::Error;
-use crate::redact;
-use crate::state_machine::decide::NEVER_PASSED;
-use crate::state_machine::plan::{Failure, Outcome, Step};
-use crate::state_machine::states::StepState;
-use crate::trace::log::Attempt;
+/// What its trace and its messages say of a locked task.
+#[derive(Debug, Clone)]
+pub struct TaskRow {
+    pub namespace: String,
+    pub template_id: i32,
+    pub correlation_id: String,
+    pub parent_correlation_id: Option<String>,
+    pub parent_task_uuid: Option<Uuid>,
+    pub trace_id: TraceId,
+    pub remote_span_id: Option<SpanId>,
+    pub root_link: Option<String>,
+    pub trace_flags: u8,
+    /// It is awaited by a task whose trace was not sampled and may be kept for its end.
+    pub may_be_kept: bool,
+    pub tracestate: Option<String>,
+    /// The caller's, not yet filtered.
+    pub baggage: Option<String>,
+    pub created_at: DateTime<Utc>,
+    /// The database's time when it was locked.
+    pub read_at: DateTime<Utc>,
+}
+
+/// Locks those of the tasks that nobody else holds, in id order, and reads them. The ones
+/// that are locked elsewhere are simply not in the answer.
+pub async fn lock_tasks(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<(Task, TaskRow)>, Error> {
+    let rows = sqlx::query!(
+        r#"select task_uuid, namespace, template_id, state, version, generation, correlation_id, parent_correlation_id,
+             parent_task_uuid, priority, input, open_steps, in_flight_steps, retrying_steps, held_steps, failed_steps,
+             error_type, reason, ended_by, suspended_from, run_at, trace_id, remote_span_id, root_link, trace_flags, tracestate, baggage,
+             created_at, generation_began_at, last_at, clock_timestamp() as "now!"
+           from tasker.tasks where task_uuid = any($1) order by task_uuid for no key update skip locked"#,
+        task_uuids
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            let id = row.task_uuid;
+            let bad = |column, problem: String| Error::bad_row("tasks", column, id, problem);
+            let task = Task {
+                uuid: row.task_uuid,
+                state: row.state.parse().map_err(|e| Error::bad_row("tasks", "state", id, e))?,
+                version: row.version,
+                generation: row.generation,
+                priority: row.priority,
+                input: row.input,
+                open_steps: row.open_steps,
+                in_flight_steps: row.in_flight_steps,
+                retrying_steps: row.retrying_steps,
+                held_steps: row.held_steps,
+                failed_steps: row.failed_steps,
+                error_type: row.error_type,
+                reason: row.reason,
+                ended_by: match row.ended_by.as_deref() {
+                    Some("cancel") => Some("cancel"),
+                    Some(_) => Some("terminate"),
+                    None => None,
+                },
+                suspended_from: row
+                    .suspended_from
+                    .map(|word| word.parse())
+                    .transpose()
+                    .map_err(|e| Error::bad_row("tasks", "suspended_from", id, e))?,
+                run_at: row.run_at,
+                generation_began_at: row.generation_began_at,
+                last_at: row.last_at,
+            };
+            let row = TaskRow {
+                namespace: row.namespace,
+                template_id: row.template_id,
+                correlation_id: row.correlation_id,
+                parent_correlation_id: row.parent_correlation_id,
+                parent_task_uuid: row.parent_task_uuid,
+                trace_id: bytes(&row.trace_id).ok_or_else(|| bad("trace_id", "needs 16 bytes".into()))?,
+                remote_span_id: row.remote_span_id.as_deref().and_then(bytes),
+                root_link: row.root_link,
+                trace_flags: w3c_flags(row.trace_flags),
+                may_be_kept: row.trace_flags & MAY_BE_KEPT != 0,
+                tracestate: row.tracestate,
+                baggage: row.baggage,
+                created_at: row.created_at,
+                read_at: row.now,
+            };
+            Ok((task, row))
+        })
+        .collect()
+}
+
+/// Of `trace_flags`, ours and never sent.
+const MAY_BE_KEPT: i16 = 0x80;
 
 /// A step as it was loaded for a settle.
 #[derive(Debug, Clone)]
@@ -24,7 +116,7 @@ pub struct StepRow {
     pub step: Step,
     /// An event is about it (else it stands directly behind one).
     pub reported: bool,
-    /// Only of [`load_all`].
+    /// Only of [`load_all_steps`].
     pub passed: bool,
     /// What the worker reported of its current attempt.
     pub outcome: Option<Outcome>,
@@ -34,34 +126,12 @@ pub struct StepRow {
     pub read_at: DateTime<Utc>,
 }
 
-/// An error as it was reported, by a worker in any language: without its secrets from here on.
-pub(super) fn failure(error: Value) -> Failure {
-    let mut failure = serde_json::from_value::<Failure>(error).unwrap_or_else(|problem| Failure {
-        kind: "error".into(),
-        message: format!("the recorded error cannot be read: {problem}"),
-        retryable: true,
-        retry_after_ms: None,
-    });
-    for text in [&mut failure.kind, &mut failure.message] {
-        if let Cow::Owned(clean) = redact::text(text) {
-            *text = clean;
-        }
-    }
-    failure
-}
-
-/// What a handler told of itself, by a worker in any language: without its secrets from here on.
-pub(super) fn milestones(mut told: Value) -> Value {
-    redact::json(&mut told);
-    told
-}
-
 /// Loads the steps that events are about, with what was reported of their current attempts.
 ///
 /// Takes no lock: whatever a worker may move meanwhile (`enqueued`, `in_progress`) must be
 /// locked by [`lock_claimable`] first, everything else is guarded by the lock of its task.
-pub async fn load(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
-    let rows = sqlx::query_file!("src/store/load_steps.sql", step_uuids).fetch_all(conn).await?;
+pub async fn load_steps(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
+    let rows = sqlx::query_file!("src/lifecycle/read/load_steps.sql", step_uuids).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
@@ -134,12 +204,13 @@ pub type Place = (Uuid, u32, Option<u32>);
 
 /// Loads steps by their places: those directly behind the ones that events are about. All
 /// that can happen to them is that they become ready, so nothing of an attempt is read.
-pub async fn load_behind(conn: &mut PgConnection, places: &[Place]) -> Result<Vec<StepRow>, Error> {
+pub async fn load_steps_behind(conn: &mut PgConnection, places: &[Place]) -> Result<Vec<StepRow>, Error> {
     let tasks: Vec<Uuid> = places.iter().map(|(task, ..)| *task).collect();
     let indexes: Vec<i32> = places.iter().map(|(_, index, _)| i32::try_from(*index).unwrap_or(-1)).collect();
     let item = |item: Option<u32>| item.and_then(|item| i32::try_from(item).ok()).unwrap_or(-1);
     let items: Vec<i32> = places.iter().map(|(.., of)| item(*of)).collect();
-    let rows = sqlx::query_file!("src/store/load_behind.sql", &tasks, &indexes, &items).fetch_all(conn).await?;
+    let rows =
+        sqlx::query_file!("src/lifecycle/read/load_behind.sql", &tasks, &indexes, &items).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
@@ -233,9 +304,10 @@ pub async fn lock_open(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<O
 /// Every step of these tasks, for acts about a whole task: without their attempts. A step in
 /// `skipped` or `error` is [`StepRow::passed`] if those behind it may take it for done: an
 /// operator skipped it, or its handler failed (rather than its input or its message).
-pub async fn load_all(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
+pub async fn load_all_steps(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<StepRow>, Error> {
     let never_passed: Vec<String> = NEVER_PASSED.map(str::to_owned).into();
-    let rows = sqlx::query_file!("src/store/load_all_steps.sql", task_uuids, &never_passed).fetch_all(conn).await?;
+    let rows =
+        sqlx::query_file!("src/lifecycle/read/load_all_steps.sql", task_uuids, &never_passed).fetch_all(conn).await?;
     rows.into_iter()
         .map(|row| {
             let id = row.step_uuid;
@@ -299,19 +371,4 @@ pub async fn outputs(conn: &mut PgConnection, wanted: &[(Uuid, u32)]) -> Result<
             Some(((row.task_uuid, u32::try_from(row.step_index).ok()?), output))
         })
         .collect())
-}
-
-/// Writes how many dependencies of these steps were skipped; the batch that skipped them has
-/// locked and written their rows.
-pub(super) async fn set_skip_counts(conn: &mut PgConnection, counts: &[(Uuid, i32)]) -> Result<(), Error> {
-    let (steps, skipped): (Vec<Uuid>, Vec<i32>) = counts.iter().copied().unzip();
-    sqlx::query!(
-        "update tasker.steps s set skipped_dependencies = n.skipped
-         from unnest($1::uuid[], $2::int[]) n(step_uuid, skipped) where s.step_uuid = n.step_uuid",
-        &steps,
-        &skipped
-    )
-    .execute(conn)
-    .await?;
-    Ok(())
 }
