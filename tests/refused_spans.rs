@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use http::StatusCode;
 use serde_json::{Value, json};
-use tasker_shared::store::exports;
+use tasker_orchestration::export::batches;
 use tasker_tests::receiver::Behaviour;
 use tasker_tests::worker::{self, Answer};
 use tonic::Code;
@@ -26,13 +26,13 @@ async fn nothing_waits(world: &World) {
     .await;
 }
 
-async fn set_aside(world: &World) -> exports::SetAside {
-    exports::set_aside(&mut world.pool.acquire().await.expect("a connection")).await.expect("asked")
+async fn set_aside(world: &World) -> batches::SetAside {
+    batches::set_aside(&mut world.pool.acquire().await.expect("a connection")).await.expect("asked")
 }
 
 async fn send_again(world: &World) {
     let mut conn = world.pool.acquire().await.expect("a connection");
-    assert!(exports::send_again(&mut conn).await.expect("given back") > 0);
+    assert!(batches::send_again(&mut conn).await.expect("given back") > 0);
 }
 
 /// So many tasks at once, with requests of some size.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::json;
+use tasker_orchestration::export::{log, sampling};
 use tasker_orchestration::{Options, Orchestrator};
 use tasker_shared::store::transitions;
 use tasker_shared::trace::otlp::ServiceNames;
-use tasker_shared::trace::sampling;
 use tasker_tests::receiver::Behaviour;
 use tasker_tests::trace_config;
 use tasker_trace_testing::{Rules, Trace, assert_trace, compare};
@@ -109,7 +109,7 @@ async fn due(world: &World, top: Uuid) -> (Vec<Uuid>, Trace) {
     let mut conn = world.pool.acquire().await.expect("a connection");
     let tasks = transitions::awaited_below(&mut conn, top, 100).await.expect("tasks");
     let logs = transitions::logs(&mut conn, &tasks).await.expect("logs");
-    let kept = transitions::kept(&mut conn, &logs).await.expect("kept");
+    let kept = log::kept(&mut conn, &logs).await.expect("kept");
     let spans = logs.iter().filter_map(|log| sampling::exported(log, kept.get(&log.head.task_uuid)));
     let spans = spans.flat_map(|task| Trace::of_spans(&task, &ServiceNames::default()).spans).collect();
     (tasks, Trace { spans })

@@ -3,6 +3,7 @@
 //! [`lifecycle::settle`] is the one transaction; [`lifecycle::initialize`] and
 //! [`lifecycle::sweep`] feed it, [`runtime`] runs the loops.
 
+pub mod export;
 pub mod lifecycle;
 pub mod retention;
 pub mod runtime;

@@ -7,16 +7,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::export::{Exporter, StartError};
 use rand::RngExt;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
 use sqlx::{PgPool, Postgres};
+use tasker_shared::metrics::Stats;
 use tasker_shared::server;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{self, HOT_PATH_SETTINGS, requests};
 use tasker_shared::telemetry::{self, live};
 use tasker_shared::trace::config::{Resolved, Sources, TraceConfig};
-use tasker_shared::trace::export::{Exporter, StartError, Stats};
 use tasker_shared::trace::settings::{self, Applying, Follower};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;

@@ -6,27 +6,26 @@
 //! stand in exemplars, which lead from a slow bucket to a trace.
 
 mod bounded;
+mod exports;
 mod gauges;
 mod serve;
 
 use std::fmt::{self, Write as _};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, LazyLock};
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
-};
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::exemplar::HistogramWithExemplars;
-use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub use self::bounded::{Bounded, Labels};
+use self::exports::Exports;
+pub use self::exports::{Newest, Stats};
 pub use self::gauges::Scrape;
 pub use self::serve::{CONTENT_TYPE, Listen, Serving, serve};
 use crate::trace::backend::Problem;
-use crate::trace::export::Stats;
 use crate::trace::span::TraceId;
 
 /// Points at the trace of one observation.
@@ -404,13 +403,6 @@ impl Metrics {
             exports,
         }
     }
-
-    /// Counts what this exporter delivers, for as long as it lives.
-    pub fn watch_export(&self, stats: &Arc<Stats>) {
-        let mut known = self.exports.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|old| old.strong_count() > 0);
-        known.push(Arc::downgrade(stats));
-    }
 }
 
 fn one<M: Clone + prometheus_client::registry::Metric>(
@@ -435,77 +427,6 @@ where
         None => registry.register(name, help, family.clone()),
     }
     family
-}
-
-/// The exporters of this process. What one counted is gone with it: a restarted exporter begins
-/// at zero, as a restarted process does.
-#[derive(Debug, Clone, Default)]
-struct Exports(Arc<Mutex<Vec<Weak<Stats>>>>);
-
-impl Collector for Exports {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        use std::sync::atomic::Ordering::Relaxed;
-        let known: Vec<Arc<Stats>> =
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect();
-        let mut counter = |name: &str, help: &str, read: fn(&Stats) -> u64| {
-            let counter = ConstCounter::new(known.iter().map(|stats| read(stats)).sum::<u64>());
-            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)
-        };
-        counter("tasker_otlp_spans_exported", "Spans of the tree that a receiver acknowledged", |s| {
-            s.exported.load(Relaxed)
-        })?;
-        counter("tasker_otlp_spans_re_exported", "Of these, spans derived again from the log", |s| {
-            s.re_exported.load(Relaxed)
-        })?;
-        counter("tasker_otlp_spans_abandoned", "Spans given up past max_export_lag; must stay 0", |s| {
-            s.abandoned.load(Relaxed)
-        })?;
-        counter("tasker_otlp_spans_rejected", "Spans that a receiver took and said it dropped", |s| {
-            s.rejected.load(Relaxed)
-        })?;
-        counter("tasker_otlp_spans_set_aside", "Spans that a receiver refused for good", |s| {
-            s.set_aside.load(Relaxed)
-        })?;
-        counter("tasker_otlp_export_failures", "Requests that failed and were tried again", |s| {
-            s.failed_requests.load(Relaxed)
-        })?;
-        counter("tasker_otlp_batches_released", "Batches given back because memory was full", |s| {
-            s.released.load(Relaxed)
-        })?;
-        let live = crate::telemetry::live_spans();
-        let cleaned: u64 = known.iter().map(|stats| stats.cleaned.load(Relaxed)).sum();
-        for (name, help, value) in [
-            ("tasker_live_spans_exported", "Live spans of this process that a receiver acknowledged", live.exported),
-            ("tasker_live_spans_lost", "Live spans that no receiver took", live.failed),
-            ("tasker_live_spans_dropped", "Live spans for which the queue had no room", live.dropped),
-            ("tasker_span_texts_cut", "Texts in spans that were cut or cleaned", cleaned + live.cut),
-        ] {
-            let counter = ConstCounter::new(value);
-            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
-        }
-        let mut gauge = |name: &str, help: &str, value: i64| {
-            let gauge = ConstGauge::new(value);
-            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
-        };
-        let sum = |read: fn(&Stats) -> usize| {
-            i64::try_from(known.iter().map(|stats| read(stats)).sum::<usize>()).unwrap_or(i64::MAX)
-        };
-        gauge(
-            "tasker_otlp_queued_rows",
-            "Log rows that wait in memory for their export",
-            sum(|s| s.queued_rows.load(Relaxed)),
-        )?;
-        gauge(
-            "tasker_otlp_open_batches",
-            "Batches handed over and not yet acknowledged",
-            sum(|s| s.open_batches.load(Relaxed)),
-        )?;
-        if !known.is_empty() {
-            let up = known.iter().all(|stats| !stats.failing.load(Relaxed));
-            gauge("tasker_otlp_up", "Whether the receiver of traces took the last request", up.into())?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

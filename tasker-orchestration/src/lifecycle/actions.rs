@@ -3,10 +3,10 @@
 //! Nothing here may fail or wait: the work is durable already. The log rows that were just
 //! written go to the exporter as they are, so the tree is never read back from the database.
 
+use crate::export::Batch;
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
 use tasker_shared::state_machine::plan::{Plan, Step};
-use tasker_shared::trace::export::Batch;
 use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
 use tracing::instrument;

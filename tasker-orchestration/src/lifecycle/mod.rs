@@ -29,6 +29,7 @@ mod write;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::export::Exporter;
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::Event;
@@ -36,7 +37,6 @@ use tasker_shared::store::outage::Outage;
 use tasker_shared::store::templates::{self, Loaded, TemplateError};
 use tasker_shared::store::tx::Lines;
 use tasker_shared::store::{self, Fault};
-use tasker_shared::trace::export::Exporter;
 use tokio::sync::Notify;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;

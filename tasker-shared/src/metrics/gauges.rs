@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use tokio::sync::Mutex;
 
 use super::metrics;
-use crate::store::{self, exports, retention, views};
+use crate::store::{self, retention, views};
 
 /// What was read is shown again for this long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -198,7 +198,7 @@ impl Gauges {
         let queues = views::queues(&mut conn).await?;
         let workers = views::live_workers(&mut conn).await?;
         let oldest = retention::oldest_rows(&mut conn).await?;
-        self.set_aside.set(exports::count_set_aside(&mut conn).await?);
+        self.set_aside.set(count_set_aside(&mut conn).await?);
         for (what, n) in views::counters(&mut conn).await? {
             self.counted.get_or_create(&OfTable { what }).set(n);
         }
@@ -230,4 +230,11 @@ impl Gauges {
         }
         Ok(())
     }
+}
+
+/// Batches that are set aside, 10,000 at most.
+async fn count_set_aside(conn: &mut sqlx::PgConnection) -> Result<i64, store::Error> {
+    Ok(sqlx::query_scalar!(r#"select count(*) as "batches!" from (select from tasker.refused_exports limit 10000) r"#)
+        .fetch_one(conn)
+        .await?)
 }

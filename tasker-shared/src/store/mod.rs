@@ -2,7 +2,6 @@
 
 pub mod audit;
 pub mod details;
-pub mod exports;
 pub mod flow;
 pub mod keys;
 pub mod listing;

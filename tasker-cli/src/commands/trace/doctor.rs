@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use serde_json::json;
-use tasker_shared::store::{exports, trace_settings};
+use tasker_orchestration::export::batches;
+use tasker_shared::store::trace_settings;
 use tasker_shared::trace::config::Sources;
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::settings;
@@ -76,7 +77,7 @@ impl Doctor {
                 }
             }
         }
-        let waiting = exports::waiting(&mut conn).await?;
+        let waiting = batches::waiting(&mut conn).await?;
         let late = waiting.oldest_seconds.unwrap_or(0.0);
         find(
             "spans that wait",
@@ -86,7 +87,7 @@ impl Doctor {
                 n => format!("{n} batch{}, the oldest for {late:.0} s", if n == 1 { "" } else { "es" }),
             },
         );
-        let aside = exports::set_aside(&mut conn).await?;
+        let aside = batches::set_aside(&mut conn).await?;
         if let Some(reason) = &aside.reason {
             let words = format!(
                 "{} of {} transactions; the last because: {reason}; `tasker trace replay --refused` sends them again",

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use tasker_shared::store::{exports, transitions};
-use tasker_shared::trace::export::split;
+use tasker_orchestration::export::{batches, log, sampling, split};
+use tasker_shared::store::transitions;
 use tasker_shared::trace::otlp::Encoder;
-use tasker_shared::trace::sampling;
 use tasker_shared::trace::transport::{Transport, Verdict};
 
 use super::Which;
@@ -48,7 +47,7 @@ impl Replay {
             let mut conn = connected.client.pool().acquire().await?;
             let mut batches = 0;
             loop {
-                match exports::send_again(&mut conn).await? {
+                match batches::send_again(&mut conn).await? {
                     0 => break,
                     some => batches += some,
                 }
@@ -74,7 +73,7 @@ impl Replay {
             for task in page {
                 let mut conn = connected.client.pool().acquire().await?;
                 let logs = transitions::logs(&mut conn, &[task]).await?;
-                let kept = transitions::kept(&mut conn, &logs).await?;
+                let kept = log::kept(&mut conn, &logs).await?;
                 for log in logs {
                     let Some(task) = sampling::exported(&log, kept.get(&task)) else {
                         skipped += 1;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::bail;
 use serde_json::{Value, json};
-use tasker_shared::store::{exports, sampling, trace_settings};
+use tasker_orchestration::export::batches;
+use tasker_shared::store::{sampling, trace_settings};
 use tasker_shared::trace::config::{Key, Sources, Stored};
 use tasker_shared::trace::settings::{self, EVERYWHERE};
 
@@ -193,7 +194,7 @@ async fn show(conn: &mut sqlx::PgConnection, global: &Global) -> anyhow::Result<
     let stored = trace_settings::all(conn).await?;
     let shares = sampling::all(conn).await?;
     let processes = trace_settings::processes(conn).await?;
-    let aside = exports::set_aside(conn).await?;
+    let aside = batches::set_aside(conn).await?;
     let here = settings::read(conn, &sources).await.map(|(resolved, _)| resolved);
     if let Ok(here) = &here {
         warnings.extend(here.warnings.clone());

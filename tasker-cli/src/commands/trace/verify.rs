@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use serde_json::json;
+use tasker_orchestration::export::{log, sampling};
 use tasker_shared::store::{transitions, views};
 use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::otlp::hex;
-use tasker_shared::trace::sampling;
 use tasker_shared::trace::span::TraceId;
 use tasker_shared::trace::transport::tls_config;
 use tasker_trace_testing::{Difference, Trace, compare};
@@ -56,7 +56,7 @@ impl Verify {
             let ended = views::finished(&mut conn, &page).await?;
             running += page.len() - ended.len();
             let logs = transitions::logs(&mut conn, &ended).await?;
-            let kept = transitions::kept(&mut conn, &logs).await?;
+            let kept = log::kept(&mut conn, &logs).await?;
             for log in logs {
                 let Some(spans) = sampling::exported(&log, kept.get(&log.head.task_uuid)) else {
                     unsampled += 1;

@@ -3,11 +3,10 @@
 //!
 //! Pure, like the tree: the export, its recovery, and those who verify or replay it agree.
 
-use super::log::{Head, TaskLog};
-use super::names;
-use super::span::{Span, TaskSpans, Value};
-use super::tree;
-use crate::template::Keep;
+use tasker_shared::template::Keep;
+use tasker_shared::trace::log::{Head, TaskLog};
+use tasker_shared::trace::span::{Span, TaskSpans, Value};
+use tasker_shared::trace::{names, tree};
 
 /// Why a trace that was not chosen when it began is exported all the same.
 #[derive(Debug, Clone, PartialEq)]

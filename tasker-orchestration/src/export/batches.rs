@@ -2,9 +2,8 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
+use tasker_shared::store::Error;
 use uuid::Uuid;
-
-use super::Error;
 
 /// A batch that nobody holds in memory.
 #[derive(Debug, Clone)]
@@ -40,7 +39,7 @@ pub async fn adopt(
     after: Option<DateTime<Utc>>,
     limit: i64,
 ) -> Result<Vec<Orphan>, Error> {
-    let rows = sqlx::query_file!("src/store/adopt.sql", instance, after, limit).fetch_all(conn).await?;
+    let rows = sqlx::query_file!("src/export/adopt.sql", instance, after, limit).fetch_all(conn).await?;
     Ok(rows.into_iter().map(|row| Orphan { batch_id: row.batch_id, task_uuids: row.task_uuids, at: row.at }).collect())
 }
 
@@ -92,13 +91,6 @@ pub async fn set_aside(conn: &mut PgConnection) -> Result<SetAside, Error> {
     )
     .fetch_one(conn)
     .await?)
-}
-
-/// Batches that are set aside, 10,000 at most.
-pub async fn count_set_aside(conn: &mut PgConnection) -> Result<i64, Error> {
-    Ok(sqlx::query_scalar!(r#"select count(*) as "batches!" from (select from tasker.refused_exports limit 10000) r"#)
-        .fetch_one(conn)
-        .await?)
 }
 
 /// Gives up to 10,000 of the batches that were set aside back to the orchestrators, which send their
@@ -196,11 +188,11 @@ pub async fn waiting(conn: &mut PgConnection) -> Result<Waiting, Error> {
 #[cfg(test)]
 mod tests {
     use sqlx::{AssertSqlSafe, Executor};
+    use tasker_shared::postgres::testing::TestDatabase;
+    use tasker_shared::store::HOT_PATH_SETTINGS;
+    use tasker_shared::store::tx::{self, PoolOptions};
 
     use super::*;
-    use crate::postgres::testing::TestDatabase;
-    use crate::store::HOT_PATH_SETTINGS;
-    use crate::store::tx::{self, PoolOptions};
 
     async fn plan(conn: &mut PgConnection, statement: &str) -> String {
         let lines: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain (costs off) {statement}")))

@@ -9,9 +9,9 @@ use chrono::{DateTime, Utc};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::trace::v1::{ResourceSpans, ScopeSpans};
 use prost::Message;
+use tasker_shared::trace::transport::Verdict;
 use tokio_util::bytes::Bytes;
 
-use super::super::transport::Verdict;
 use super::{Exporter, LEAST_REQUEST_BYTES, Open};
 
 /// Refusals one after another, without one part that was taken, after which the rest of a request is
@@ -191,8 +191,9 @@ async fn takes_one(exporter: &Exporter, part: &mut Parcel) -> bool {
 mod tests {
     use chrono::TimeDelta;
 
-    use super::super::super::otlp::{Encoder, ServiceNames};
-    use super::super::super::span::{Kind, Service, Span, TaskSpans};
+    use tasker_shared::trace::otlp::{Encoder, ServiceNames};
+    use tasker_shared::trace::span::{Kind, Service, Span, TaskSpans};
+
     use super::*;
 
     /// A request of so many spans, of both services in turn.

@@ -5,35 +5,38 @@
 //! took its spans, or set aside once a receiver refused them for good; the rows of a dead
 //! orchestrator are adopted and derived again from the log, a page of it at a time.
 
+pub mod batches;
+pub mod log;
 mod parcel;
 mod reading;
+pub mod sampling;
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use sqlx::PgPool;
+use tasker_shared::metrics::{Stats, metrics};
+use tasker_shared::redact;
+use tasker_shared::state_machine::retry::LONGEST;
+use tasker_shared::store;
+use tasker_shared::store::outage::Outage;
+use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::log::{Attempt, TaskLog};
+use tasker_shared::trace::otlp::{Encoder, ServiceNames};
+use tasker_shared::trace::span::{Service, TaskSpans};
+use tasker_shared::trace::transport::{self, Accepted, Error as TransportError, SendError, Transport};
+use tasker_shared::trace::tree;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::batches::Orphan;
 pub use self::parcel::split;
 use self::parcel::{Owners, Parcel};
 use self::reading::Wanted;
-use super::config::TraceConfig;
-use super::log::TaskLog;
-use super::otlp::{Encoder, ServiceNames};
-use super::span::{Service, TaskSpans};
-use super::transport::{self, Accepted, Error as TransportError, SendError, Transport};
-use super::tree;
-use crate::metrics::metrics;
-use crate::redact;
-use crate::state_machine::retry::LONGEST;
-use crate::store::exports::Orphan;
-use crate::store::outage::Outage;
-use crate::store::{self, exports};
 
 /// Log rows held in memory at most; about 100 MB when full.
 const MAX_QUEUED_ROWS: usize = 200_000;
@@ -52,8 +55,6 @@ const ALIVE_EVERY: Duration = Duration::from_secs(5);
 const FORGET_EVERY: Duration = Duration::from_hours(1);
 /// After this time whatever was in doubt stands in the database, or never will.
 const DOUBT_SETTLES: Duration = Duration::from_secs(16);
-/// Between two lines of the log about the same matter.
-const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// What one transaction moved.
 #[derive(Debug)]
@@ -76,110 +77,6 @@ enum Given {
     Batch(Batch),
     /// Rows that nobody held: their logs are read again.
     Orphans(Vec<Orphan>),
-}
-
-/// What was delivered, and what waits.
-#[derive(Debug, Default)]
-pub struct Stats {
-    /// Spans that a receiver acknowledged.
-    pub exported: AtomicU64,
-    /// Of these, spans that were derived again from the log.
-    pub re_exported: AtomicU64,
-    /// Batches given up to the database because memory was full.
-    pub released: AtomicU64,
-    /// Log rows that were in memory at once because a log was read, at most: see `reading`.
-    pub most_rows_read: AtomicUsize,
-    /// Spans given up because no receiver took them within `max_export_lag`.
-    pub abandoned: AtomicU64,
-    /// Requests that failed and were tried again.
-    pub failed_requests: AtomicU64,
-    /// Spans that a receiver took and then said it dropped.
-    pub rejected: AtomicU64,
-    /// Spans that a receiver refused for good; their batches are kept in `refused_exports`.
-    pub set_aside: AtomicU64,
-    /// Why the last request was not taken; nothing once one is.
-    problem: Newest,
-    /// What a receiver last said of spans that it dropped, or warned of.
-    rejected_because: Newest,
-    /// Why spans were last set aside.
-    set_aside_because: Newest,
-    /// Texts in spans that were cut, or cleaned of control characters.
-    pub cleaned: AtomicU64,
-    /// Whether the last request failed.
-    pub failing: AtomicBool,
-    /// Log rows that wait in memory.
-    pub queued_rows: AtomicUsize,
-    /// Batches handed over and neither acknowledged nor released.
-    pub open_batches: AtomicUsize,
-}
-
-impl Stats {
-    /// The figures by name, for people.
-    pub fn summary(&self) -> serde_json::Value {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let waiting = self.queued_rows.load(Ordering::Relaxed);
-        let reached = if self.failing.load(Ordering::Relaxed) {
-            "down"
-        } else if load(&self.exported) > 0 {
-            "up"
-        } else {
-            "not used yet"
-        };
-        serde_json::json!({
-            "receiver": reached,
-            "exported": load(&self.exported),
-            "re_exported": load(&self.re_exported),
-            "failed_requests": load(&self.failed_requests),
-            "problem": self.problem.text(),
-            "rejected": load(&self.rejected),
-            "rejected_because": self.rejected_because.text(),
-            "set_aside": load(&self.set_aside),
-            "set_aside_because": self.set_aside_because.text(),
-            "abandoned": load(&self.abandoned),
-            "released_batches": load(&self.released),
-            "waiting_rows": waiting,
-            "waiting_batches": self.open_batches.load(Ordering::Relaxed),
-            "most_rows_read": self.most_rows_read.load(Ordering::Relaxed),
-        })
-    }
-}
-
-/// The newest words of somebody outside, redacted and cut, and when the log last had them.
-#[derive(Debug, Default)]
-struct Newest(Mutex<Heard>);
-
-#[derive(Debug, Default)]
-struct Heard {
-    text: Option<String>,
-    /// What was last said, by its kind, and when.
-    said: Option<(String, Instant)>,
-}
-
-impl Newest {
-    /// Keeps it, and answers whether it is worth a line: it is of another kind than what was last
-    /// said, and that was not a moment ago. A reason that others displace is said when it stays.
-    fn hear(&self, kind: &str, text: &str) -> bool {
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.text = Some(redact::clipped(text, 400));
-        let is_new = heard.said.as_ref().is_none_or(|(said, at)| said != kind && at.elapsed() >= SAY_EVERY);
-        if is_new {
-            heard.said = Some((kind.to_owned(), Instant::now()));
-        }
-        is_new
-    }
-
-    /// It no longer holds. Answers whether the log still has it.
-    fn forget(&self) -> bool {
-        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.text = None;
-        // When it was said counts on: what comes and goes is not said each time.
-        let kind = heard.said.as_mut().map(|(kind, _)| std::mem::take(kind));
-        kind.is_some_and(|kind| !kind.is_empty())
-    }
-
-    fn text(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).text.clone()
-    }
 }
 
 /// Where spans go now; another one takes its place when the settings change.
@@ -226,7 +123,7 @@ impl Exporter {
     /// not answer is no error, its spans wait.
     pub async fn start(config: &TraceConfig, pool: PgPool, instance: Uuid) -> Result<Self, StartError> {
         let target = Arc::new(Target::of(config)?);
-        exports::alive(&mut *pool.acquire().await.map_err(store::Error::from)?, instance).await?;
+        batches::alive(&mut *pool.acquire().await.map_err(store::Error::from)?, instance).await?;
         let (sender, receiver) = mpsc::unbounded_channel();
         let exporter = Self {
             instance,
@@ -368,7 +265,7 @@ impl Exporter {
         self.flush(deadline).await;
         self.stop.cancel();
         if let Ok(mut conn) = self.pool.acquire().await {
-            let _ = exports::gone(&mut conn, self.instance).await;
+            let _ = batches::gone(&mut conn, self.instance).await;
         }
         self.done.cancel();
     }
@@ -382,7 +279,7 @@ impl Exporter {
         self.stats.released.fetch_add(batch_ids.len() as u64, Ordering::Relaxed);
         let exporter = self.clone();
         tokio::spawn(async move {
-            let released = async { exports::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }.await;
+            let released = async { batches::release(&mut *exporter.pool.acquire().await?, &batch_ids).await }.await;
             if let Err(error) = released {
                 if !exporter.is_outage(&error) {
                     tracing::warn!(%error, "export batches could not be released; they are taken up again later");
@@ -411,9 +308,8 @@ fn rows(batch: &Batch) -> usize {
 /// What handlers told of themselves, as rows of its size.
 fn told(slice: &TaskLog) -> usize {
     const EVENTS_A_ROW: usize = 2;
-    let events = |attempt: &super::log::Attempt| {
-        attempt.milestones.as_ref().and_then(serde_json::Value::as_array).map_or(0, Vec::len)
-    };
+    let events =
+        |attempt: &Attempt| attempt.milestones.as_ref().and_then(serde_json::Value::as_array).map_or(0, Vec::len);
     slice.attempts.iter().map(events).sum::<usize>() * EVENTS_A_ROW
 }
 
@@ -597,9 +493,9 @@ async fn settle(exporter: &Exporter, open: Vec<Arc<Open>>) {
     let kept = async {
         let mut conn = exporter.pool.acquire().await?;
         if !refused.is_empty() {
-            exports::refuse(&mut conn, &refused).await?;
+            batches::refuse(&mut conn, &refused).await?;
         }
-        if delivered.is_empty() { Ok(()) } else { exports::delete(&mut conn, &delivered).await }
+        if delivered.is_empty() { Ok(()) } else { batches::delete(&mut conn, &delivered).await }
     };
     if let Err(error) = kept.await {
         if !exporter.is_outage(&error) {
@@ -624,7 +520,7 @@ async fn recover(exporter: Exporter) {
     let mut forgotten = Instant::now();
     loop {
         if let Ok(mut conn) = exporter.pool.acquire().await
-            && let Err(error) = exports::alive(&mut conn, exporter.instance).await
+            && let Err(error) = batches::alive(&mut conn, exporter.instance).await
             && !exporter.is_outage(&error)
         {
             tracing::warn!(%error, "this orchestrator could not say that it lives");
@@ -650,7 +546,7 @@ async fn recover(exporter: Exporter) {
         }
         if forgotten.elapsed() >= FORGET_EVERY {
             forgotten = Instant::now();
-            let gone = async { exports::forget_removed(&mut *exporter.pool.acquire().await?).await }.await;
+            let gone = async { batches::forget_removed(&mut *exporter.pool.acquire().await?).await }.await;
             if let Err(error) = gone {
                 tracing::debug!(%error, "what was set aside could not be looked through");
             }
@@ -666,7 +562,7 @@ async fn recover(exporter: Exporter) {
 /// Takes over orphaned batches from this time on; answers the time of the newest, if there are any.
 async fn adopt(exporter: &Exporter, after: Option<DateTime<Utc>>) -> Result<Option<DateTime<Utc>>, store::Error> {
     let mut conn = exporter.pool.acquire().await?;
-    let orphans = exports::adopt(&mut conn, exporter.instance, after, ADOPT).await?;
+    let orphans = batches::adopt(&mut conn, exporter.instance, after, ADOPT).await?;
     let newest = orphans.iter().map(|orphan| orphan.at).max();
     if newest.is_some() {
         exporter.take_over(orphans);
@@ -682,7 +578,7 @@ async fn take_up(exporter: &Exporter) -> Result<(), store::Error> {
     }
     let mut conn = exporter.pool.acquire().await?;
     let held: Vec<Uuid> = exporter.held.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-    let left = exports::left_behind(&mut conn, exporter.instance, &held, ADOPT).await?;
+    let left = batches::left_behind(&mut conn, exporter.instance, &held, ADOPT).await?;
     if left.is_empty() {
         let mut latest = exporter.doubted_at.lock().unwrap_or_else(PoisonError::into_inner);
         latest.take_if(|latest| Some(*latest) == doubted_at);

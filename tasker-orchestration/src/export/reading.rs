@@ -12,15 +12,15 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
+use tasker_shared::store::{self, transitions};
+use tasker_shared::trace::log::TaskLog;
+use tasker_shared::trace::span::TaskSpans;
+use tasker_shared::trace::tree;
 use uuid::Uuid;
 
-use super::super::log::TaskLog;
-use super::super::sampling::{Kept, exported, is_within};
-use super::super::span::TaskSpans;
-use super::super::tree;
+use super::log::{self, Size};
+use super::sampling::{Kept, exported, is_within};
 use super::{Exporter, Open, Worker};
-use crate::store;
-use crate::store::transitions::{self, Size};
 
 /// Log rows that are read together.
 const PAGE_ROWS: usize = 2000;
@@ -71,7 +71,7 @@ impl Worker {
         let tasks: Vec<Uuid> = places.keys().copied().collect();
         let (mut whole, mut done) = (Vec::new(), true);
         for some in tasks.chunks(SIZES_AT_ONCE) {
-            let Some(sizes) = retried!(self.exporter, |conn| transitions::sizes(conn, some)) else {
+            let Some(sizes) = retried!(self.exporter, |conn| log::sizes(conn, some)) else {
                 return false;
             };
             // One that is not there was removed by retention.
@@ -96,7 +96,7 @@ impl Worker {
     /// A log that does not fit into a page: a part of its transactions at a time.
     async fn read_large(&mut self, task: Uuid, places: &Places, again: bool) -> bool {
         let times: Vec<DateTime<Utc>> = places[&task].iter().map(|(at, _)| *at).collect();
-        let counted = retried!(self.exporter, |conn| transitions::moves_at(conn, task, &times));
+        let counted = retried!(self.exporter, |conn| log::moves_at(conn, task, &times));
         let Some(counted) = counted else { return false };
         let (mut part, mut rows) = (Vec::new(), 0);
         for (at, moves) in counted {
@@ -155,7 +155,7 @@ impl Worker {
         for some in awaited.chunks(SIZES_AT_ONCE) {
             let opens: HashMap<Uuid, &Arc<Open>> = some.iter().map(|(task, open)| (*task, open)).collect();
             let ids: Vec<Uuid> = opens.keys().copied().collect();
-            let Some(sizes) = retried!(self.exporter, |conn| transitions::sizes(conn, &ids)) else {
+            let Some(sizes) = retried!(self.exporter, |conn| log::sizes(conn, &ids)) else {
                 return false;
             };
             for page in pages(sizes.into_iter().map(|size| (size.task, size.rows))) {
@@ -229,14 +229,14 @@ enum With {
 
 async fn logs(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Vec<Read>, store::Error> {
     let logs = transitions::logs(conn, task_uuids).await?;
-    let mut kept = transitions::kept(conn, &logs).await?;
+    let mut kept = log::kept(conn, &logs).await?;
     let mut read = Vec::with_capacity(logs.len());
     for log in logs {
         let task = log.head.task_uuid;
         let kept = kept.remove(&task);
         let with = match &kept {
             Some(_) if !is_within(&log.head) => With::Itself(transitions::awaited_below(conn, task, i64::MAX).await?),
-            Some(_) if transitions::is_noted(conn, task).await? => With::Topmost,
+            Some(_) if log::is_noted(conn, task).await? => With::Topmost,
             _ => With::Itself(Vec::new()),
         };
         read.push(Read { log, kept, with });
