@@ -38,7 +38,7 @@ pub(crate) async fn around(mut request: Request, next: Next) -> Response {
     if let Ok(value) = HeaderValue::from_str(&own) {
         request.headers_mut().insert(CONTEXT[0].clone(), value);
     }
-    let mut response = live::run(span.clone(), next.run(request)).await;
+    let mut response = live::within(Some(&span), next.run(request)).await;
     live::answered(&span, response.status().as_u16(), Kind::Server);
     // An answer that names a trace itself, such as that of a new task, knows better.
     if let Ok(value) = HeaderValue::from_str(&own) {

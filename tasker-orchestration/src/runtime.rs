@@ -386,7 +386,8 @@ async fn read_requests(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, stop:
             let found = messages.len();
             if found > 0 {
                 let span = settle_span(inbox.queue, began, &messages);
-                live::within(span, settle_requests(&shared, messages)).await?;
+                let done = live::within(span.as_ref(), settle_requests(&shared, messages)).await;
+                end(span, done)?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -410,7 +411,8 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
                 if found == usize::try_from(batch).unwrap_or(usize::MAX) {
                     wakes.results.notify_one();
                 }
-                live::within(span, settle_results(&shared, messages)).await?;
+                let done = live::within(span.as_ref(), settle_results(&shared, messages)).await;
+                end(span, done)?;
             }
             Ok::<_, crate::lifecycle::Error>(found)
         };
@@ -423,6 +425,14 @@ async fn read_results(shared: Arc<Shared>, wakes: Arc<Wakes>, batch: i32, settle
 fn settle_span(queue: &str, began: SystemTime, messages: &[Message]) -> Option<live::LiveSpan> {
     let received = live::Received { queue, namespace: None, began, count: messages.len() };
     live::batch(received, messages.iter().filter_map(|message| message.headers.as_ref()?.get("traceparent")?.as_str()))
+}
+
+/// Marks the live span of what has failed, and ends it.
+fn end<T, E>(span: Option<live::LiveSpan>, done: Result<T, E>) -> Result<T, E> {
+    if let (Some(span), Err(_)) = (&span, &done) {
+        live::failed(span, "error");
+    }
+    done
 }
 
 /// One loop's way to its queue: a connection of its own, because giving it back to the pool

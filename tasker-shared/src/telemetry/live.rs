@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use opentelemetry::context::FutureExt as _;
+use opentelemetry::context::{FutureExt as _, WithContext};
 use opentelemetry::trace::{Link, SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _};
 use opentelemetry::{Context, KeyValue};
 use tracing::field::{Field, Visit};
@@ -150,19 +150,9 @@ pub fn batch<'a>(received: Received<'_>, traceparents: impl Iterator<Item = &'a 
 /// A span of ours that has begun; it ends when it is dropped.
 pub type LiveSpan = Context;
 
-/// Does the work in the context of a span, if there is one; an error marks it.
-pub async fn within<T, E>(span: Option<LiveSpan>, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-    let Some(span) = span else { return work.await };
-    let done = work.with_context(span.clone()).await;
-    if done.is_err() {
-        failed(&span, "error");
-    }
-    done
-}
-
-/// Does the work in the context of a span.
-pub async fn run<T>(span: LiveSpan, work: impl Future<Output = T>) -> T {
-    work.with_context(span).await
+/// The work in the context of a span, if there is one.
+pub fn within<F: Future>(span: Option<&LiveSpan>, work: F) -> WithContext<F> {
+    work.with_context(span.cloned().unwrap_or_else(Context::current))
 }
 
 /// The `traceparent` by which others continue a span.

@@ -78,7 +78,7 @@ impl Http {
         let method = request.method.as_deref().unwrap_or("GET").to_ascii_uppercase();
         let span = span.and_then(|url| live::client(&method, url.host_str()?, url.port_or_known_default()));
         let Some(span) = span else { return self.exchange(ctx, request).await };
-        let answer = live::run(span.clone(), self.exchange(ctx, request)).await;
+        let answer = live::within(Some(&span), self.exchange(ctx, request)).await;
         match &answer {
             Ok(answer) => live::answered(&span, answer.status, Kind::Client),
             Err(StepError::Retry { kind, .. } | StepError::Fail { kind, .. }) => live::failed(&span, kind),

@@ -17,8 +17,8 @@ pub const FILE_LINES: Limit = Limit { what: "lines of code of the longest file",
 pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 13 };
 /// What a worker's user compiles.
 pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 282 };
-/// Functions of ours from the reader of results to the one that runs the transaction's statements.
-pub const FRAMES: Limit = Limit { what: "frames between the reader of results and the transaction", most: 11 };
+/// Functions of ours between the reader of results and the one that runs the transaction's statements.
+pub const FRAMES: Limit = Limit { what: "frames between the reader of results and the transaction", most: 6 };
 /// Files of the walk from a result to the next step's message.
 pub const RESULT_FILES: Limit = Limit { what: "files of the walk of a result", most: 15 };
 /// The heading of that walk in ARCHITECTURE.md.
