@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use tasker_orchestration::lifecycle::admission;
+use tasker_orchestration::retention::statements as retention;
+use tasker_shared::metrics::oldest_rows;
 use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::tx::{self, PoolOptions};
-use tasker_shared::store::{HOT_PATH_SETTINGS, details, retention, views};
+use tasker_shared::store::{HOT_PATH_SETTINGS, details, views};
 use tasker_tests::worker::Answer;
 use uuid::Uuid;
 
@@ -333,7 +335,7 @@ async fn counts_of_queues_and_the_look_for_stuck_tasks_read_nothing_that_is_fini
     let queues = views::queues(&mut tx).await.expect("queues");
     assert_eq!(queues.iter().map(|queue| queue.held).sum::<i64>(), 0);
     assert_eq!(reads.of(&mut tx, "steps").await, 0);
-    retention::oldest_rows(&mut tx).await.expect("rows");
+    oldest_rows(&mut tx).await.expect("rows");
     assert_eq!(retention::stuck_tasks(&mut tx).await.expect("looked"), 0);
     assert!(reads.of(&mut tx, "tasks").await <= 4);
     assert_eq!(reads.of(&mut tx, "steps").await, 0);

@@ -5,7 +5,9 @@
 
 pub mod export;
 pub mod lifecycle;
+pub mod limits;
 pub mod retention;
 pub mod runtime;
+pub mod schedules;
 
 pub use runtime::{Options, Orchestrator};

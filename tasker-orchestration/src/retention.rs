@@ -3,6 +3,8 @@
 //! One process at a time, by an advisory lock. It walks the tasks of each template in the order they were
 //! created, never touches one that is open, and never makes the hot path wait: it skips what is locked.
 
+pub mod statements;
+
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgPool;
 use tasker_shared::metrics::metrics;
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::store::{self, Fault, retention};
+use tasker_shared::store::{self, Fault};
 use tokio_util::sync::CancellationToken;
 
 use crate::lifecycle::Shared;
@@ -74,28 +76,28 @@ pub async fn pass(
 ) -> Result<Removed, Error> {
     let archiving = archive.is_some();
     let mut removed = Removed::default();
-    let mut place = retention::START;
+    let mut place = statements::START;
     let mut weeks = None;
     while !stop.is_cancelled() {
-        let found = retention::find(&mut *pool.acquire().await?, place, archiving).await?;
-        for tasks in found.tasks.chunks(retention::BATCH) {
+        let found = statements::find(&mut *pool.acquire().await?, place, archiving).await?;
+        for tasks in found.tasks.chunks(statements::BATCH) {
             if stop.is_cancelled() {
                 break;
             }
             let weeks = match &weeks {
                 Some(weeks) => weeks,
-                None => weeks.insert(retention::expired_weeks(&mut *pool.acquire().await?, archiving).await?),
+                None => weeks.insert(statements::expired_weeks(&mut *pool.acquire().await?, archiving).await?),
             };
             let done = in_tx(pool, async |conn| {
-                if !retention::lock(conn).await? {
+                if !statements::lock(conn).await? {
                     return Ok(None);
                 }
-                let tasks = retention::lock_tasks(conn, tasks, archiving).await?;
+                let tasks = statements::lock_tasks(conn, tasks, archiving).await?;
                 if let Some(path) = archive {
-                    let lines = retention::archive(conn, &tasks).await?;
+                    let lines = statements::archive(conn, &tasks).await?;
                     append(path, &lines).map_err(|source| Error::Archive { path: path.to_owned(), source })?;
                 }
-                Ok::<_, Error>(Some(retention::remove(conn, &tasks, weeks).await?))
+                Ok::<_, Error>(Some(statements::remove(conn, &tasks, weeks).await?))
             })
             .await;
             match done {
@@ -128,15 +130,15 @@ async fn rest(pause: Duration, stop: &CancellationToken) {
 /// log that a pass has emptied.
 pub async fn tidy(pool: &PgPool, removed: &mut Removed) -> Result<(), Error> {
     let mut conn = pool.acquire().await?;
-    removed.messages += retention::tidy(&mut conn).await?;
-    retention::forget_due(&mut conn).await?;
-    removed.weeks += retention::drop_weeks(&mut conn).await?;
+    removed.messages += statements::tidy(&mut conn).await?;
+    statements::forget_due(&mut conn).await?;
+    removed.weeks += statements::drop_weeks(&mut conn).await?;
     Ok(())
 }
 
 /// Looks for tasks that nothing will move, and tells the log and the metric how many there are.
 pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
-    let stuck = retention::stuck_tasks(&mut *pool.acquire().await?).await?;
+    let stuck = statements::stuck_tasks(&mut *pool.acquire().await?).await?;
     metrics().tasks_stuck.set(stuck);
     if stuck > 0 {
         tracing::error!(stuck, "tasks are stuck: tasker.stuck_tasks() names them");
@@ -146,9 +148,9 @@ pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
 
 /// What a pass would remove: how many tasks have expired.
 pub async fn expired(pool: &PgPool, archiving: bool) -> Result<i64, Error> {
-    let (mut count, mut place) = (0, retention::START);
+    let (mut count, mut place) = (0, statements::START);
     loop {
-        let found = retention::find(&mut *pool.acquire().await?, place, archiving).await?;
+        let found = statements::find(&mut *pool.acquire().await?, place, archiving).await?;
         count += i64::try_from(found.tasks.len()).unwrap_or(i64::MAX);
         match found.next {
             Some(next) => place = next,
@@ -194,7 +196,7 @@ pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: Can
                 tidy(pool, &mut removed).await?;
                 tidied = Some(Instant::now());
             } else if removed.tasks > 0 {
-                removed.weeks += retention::drop_weeks(&mut *pool.acquire().await?).await?;
+                removed.weeks += statements::drop_weeks(&mut *pool.acquire().await?).await?;
             }
             Ok::<_, Error>(removed)
         };

@@ -23,7 +23,7 @@ use prometheus_client::registry::{Registry, Unit};
 pub use self::bounded::{Bounded, Labels};
 use self::exports::Exports;
 pub use self::exports::{Newest, Stats};
-pub use self::gauges::Scrape;
+pub use self::gauges::{OldestRow, Scrape, oldest_rows};
 pub use self::serve::{CONTENT_TYPE, Listen, Serving, serve};
 use crate::trace::backend::Problem;
 use crate::trace::span::TraceId;

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant, SystemTime};
 use sqlx::PgPool;
 use tasker_shared::store::Error;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::protocol::{self, Claim};
 use tasker_shared::telemetry::live::{self, Area};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::executor::Executor;
 use crate::line::{Line, backoff, jittered};
 use crate::measure;
+use crate::protocol::{self, Claim};
 
 /// In one call; a longer transaction would keep the first of its attempts waiting.
 const MAX_BATCH: usize = 500;

@@ -11,13 +11,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sqlx::PgPool;
 use tasker_shared::redact::clipped;
-use tasker_shared::store::protocol::{self, Claim};
 use tasker_shared::trace::context::inject_current;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::handler::StepError;
 use crate::held::{Held, Stop};
+use crate::protocol::{self, Claim};
 use crate::recorder::{Recorder, SHORT};
 use crate::span::{Artifact, ModelCall, Span};
 

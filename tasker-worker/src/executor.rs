@@ -13,7 +13,6 @@ use opentelemetry::context::FutureExt as _;
 use serde_json::Value;
 use sqlx::PgPool;
 use tasker_shared::redact;
-use tasker_shared::store::protocol::{Claim, Outcome, Report, ReportedError};
 use tasker_shared::trace::context::{Incoming, to_otel_context};
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -21,6 +20,7 @@ use crate::context::{Capture, StepContext};
 use crate::handler::{Handler, Output, StepError};
 use crate::held::{Held, Stop};
 use crate::measure::Numbers;
+use crate::protocol::{Claim, Outcome, Report, ReportedError};
 use crate::recorder::{MAX_CAPTURE_BYTES, Recorder};
 use crate::registry::Registry;
 use crate::report::Results;

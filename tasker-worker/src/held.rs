@@ -12,13 +12,13 @@ use serde_json::Value;
 use sqlx::PgPool;
 use tasker_shared::payload;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::protocol::{self, Beat, Beaten, Claim};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::line::{Line, backoff};
 use crate::measure;
+use crate::protocol::{self, Beat, Beaten, Claim};
 use crate::report::is_of_the_content;
 
 /// A template with a lease of nothing must not make the loop spin.

@@ -42,6 +42,7 @@ mod held;
 mod line;
 mod measure;
 mod presence;
+mod protocol;
 mod recorder;
 mod registry;
 mod report;

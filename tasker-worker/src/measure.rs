@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tasker_shared::metrics::{AttemptEnd, Exemplar, OfCall, OfHandler, OfNamespace, OfResult, metrics};
-use tasker_shared::store::protocol::Outcome;
 use tasker_shared::trace::context::Traceparent;
+
+use crate::protocol::Outcome;
 
 /// The numbers of one worker; its slots count for as long as this lives.
 pub(crate) struct Numbers {

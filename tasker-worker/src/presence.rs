@@ -8,13 +8,13 @@ use sqlx::PgPool;
 use sqlx::postgres::PgListener;
 use tasker_shared::store::Error as StoreError;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::protocol::{self, Hello};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::held::Held;
 use crate::line::{Line, backoff};
+use crate::protocol::{self, Hello};
 
 /// Results get at least this long to reach the database when the drain's time is up.
 pub(crate) const LAST_REPORTS: Duration = Duration::from_secs(2);

@@ -10,13 +10,13 @@ use sqlx::PgPool;
 use tasker_shared::metrics::metrics;
 use tasker_shared::store::Error;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::protocol::{self, Outcome, Report, ReportedError};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::held::Held;
 use crate::line::{Line, backoff};
 use crate::measure;
+use crate::protocol::{self, Outcome, Report, ReportedError};
 
 /// In one call.
 const MAX_BATCH: usize = 500;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tasker_orchestration::retention;
+use tasker_shared::metrics::{OldestRow, oldest_rows};
 use tasker_shared::store::retention as policies;
 use tasker_shared::template::{format_duration, parse_duration};
 use tokio_util::sync::CancellationToken;
@@ -90,7 +91,7 @@ impl Retention {
             }
             Self::List => {
                 let mut conn = pool.acquire().await?;
-                list(global, &policies::list(&mut conn).await?, &policies::oldest_rows(&mut conn).await?)
+                list(global, &policies::list(&mut conn).await?, &oldest_rows(&mut conn).await?)
             }
             Self::Run { dry_run: true, archive } => {
                 let tasks = retention::expired(pool, archive.is_some()).await?;
@@ -118,7 +119,7 @@ impl Retention {
     }
 }
 
-fn list(global: &Global, policies: &[policies::Policy], oldest: &[policies::OldestRow]) -> anyhow::Result<()> {
+fn list(global: &Global, policies: &[policies::Policy], oldest: &[OldestRow]) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::json(&json!({"policies": policies, "oldest": oldest}));
     }

@@ -12,7 +12,6 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use tasker_shared::state_machine::Event;
 use tasker_shared::state_machine::plan::{QueueRoom, Room};
-use tasker_shared::store::flow::Lane;
 use tasker_shared::store::{Error, flow};
 use tokio::sync::Notify;
 use tracing::instrument;
@@ -21,6 +20,7 @@ use uuid::Uuid;
 use super::Shared;
 use super::batch::{self, Tally};
 use super::turns::{self, Candidate, Left, Turns};
+use crate::limits::{self, Lane};
 
 /// Steps admitted in one pass, at most.
 const PASS: usize = 1000;
@@ -78,7 +78,7 @@ impl Admission {
 pub async fn refresh(shared: &Shared) -> Result<Vec<RoomRow>, Error> {
     let mut conn = shared.reads.acquire().await?;
     let rows = self::room(&mut conn).await?;
-    let rules = flow::rules(&mut conn).await?;
+    let rules = limits::rules(&mut conn).await?;
     drop(conn);
     shared.admission.with_room(|room| {
         let mut fresh = Room::default();
@@ -151,7 +151,7 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
     let after = shared.admission.waiting(&row.queue, |waiting| waiting.after.clone());
     let most = i32::try_from(max).unwrap_or(i32::MAX);
     let plain = held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
-    let found = flow::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
+    let found = limits::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
     let unlooked = found.len() >= usize::try_from(LANES).unwrap_or(usize::MAX);
     // Those that were not looked at come first next time.
     let last = found.last().filter(|_| unlooked).map(|lane| lane.lane.clone());
@@ -191,7 +191,7 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
     let mut candidates = plain;
     if !quotas.is_empty() {
         let asked: Vec<(&Lane, i32)> = quotas.iter().map(|quota| (&lanes[quota.lane].0, quota.most)).collect();
-        for first in flow::first_in_lanes(&mut conn, &row.queue, &asked).await? {
+        for first in limits::first_in_lanes(&mut conn, &row.queue, &asked).await? {
             let place = usize::try_from(first.place - 1).unwrap_or_default();
             let Some((lane, names)) = quotas.get(place).map(|quota| &lanes[quota.lane]) else {
                 continue;

@@ -7,11 +7,11 @@ use sqlx::PgConnection;
 use tasker_shared::state_machine::Event;
 use tasker_shared::state_machine::flow::Places;
 use tasker_shared::state_machine::plan::Plan;
-use tasker_shared::store::flow::{self, Wanted};
 use uuid::Uuid;
 
 use super::loaded::LoadedTask;
 use super::{About, Error, Shared};
+use crate::limits::{self, Wanted};
 
 /// Takes the locks of the limits that apply to the held steps these hints admit: none to lock
 /// costs nothing. After the tasks and steps, before any queue.
@@ -52,14 +52,14 @@ pub(super) async fn lock_limits(
         return Ok(Places::default());
     }
     let wanted: Vec<Wanted> = wanted.into_values().collect();
-    Ok(flow::lock(conn, &wanted).await?)
+    Ok(limits::lock(conn, &wanted).await?)
 }
 
 /// Writes what only held and limited steps have: their lanes, and the places that were taken.
 pub(super) async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places: &Places) -> Result<(), Error> {
     let lanes: Vec<(Uuid, String)> = plans.iter().flat_map(|plan| plan.lanes.iter().cloned()).collect();
     if !lanes.is_empty() {
-        flow::set_lanes(conn, &lanes).await?;
+        limits::set_lanes(conn, &lanes).await?;
     }
-    Ok(flow::record(conn, places).await?)
+    Ok(limits::record(conn, places).await?)
 }

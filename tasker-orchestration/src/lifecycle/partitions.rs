@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
-use tasker_shared::store::{Error, flow};
+use tasker_shared::store::Error;
 
 use super::Shared;
+use crate::limits;
 
 /// Between two looks at the weeks of the log: they are made four weeks ahead.
 const CHECK_PARTITIONS: Duration = Duration::from_hours(6);
@@ -54,7 +55,7 @@ impl Partitions {
             }
         }
         loop {
-            match flow::forget_limits(conn).await {
+            match limits::forget_limits(conn).await {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) => {

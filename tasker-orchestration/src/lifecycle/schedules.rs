@@ -4,13 +4,13 @@
 //! because submitting it and moving `next_at` on are one transaction under the row's lock.
 
 use tasker_shared::store::Fault;
-use tasker_shared::store::schedules::{self, Fired};
 use tasker_shared::store::tx::in_tx;
 use tracing::instrument;
 use uuid::Uuid;
 
 use super::queue::{self, QueueChanges};
 use super::{Error, Shared, locks};
+use crate::schedules::{self, Fired};
 
 /// Fires what is due, and forgets the hints that said so; not if some of it was left, because somebody
 /// else holds it.

@@ -9,8 +9,9 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::flow::{Free, LANE_SEPARATOR};
-use tasker_shared::store::flow::Lane;
 use uuid::Uuid;
+
+use crate::limits::Lane;
 
 /// What limits have left, by name; a limit without a row is not used at all.
 pub(super) type Left = HashMap<String, Free>;

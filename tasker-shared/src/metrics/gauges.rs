@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use tokio::sync::Mutex;
 
 use super::metrics;
-use crate::store::{self, retention, views};
+use crate::store::{self, views};
 
 /// What was read is shown again for this long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -197,7 +197,7 @@ impl Gauges {
         let mut conn = pool.acquire().await?;
         let queues = views::queues(&mut conn).await?;
         let workers = views::live_workers(&mut conn).await?;
-        let oldest = retention::oldest_rows(&mut conn).await?;
+        let oldest = oldest_rows(&mut conn).await?;
         self.set_aside.set(count_set_aside(&mut conn).await?);
         for (what, n) in views::counters(&mut conn).await? {
             self.counted.get_or_create(&OfTable { what }).set(n);
@@ -237,4 +237,25 @@ async fn count_set_aside(conn: &mut sqlx::PgConnection) -> Result<i64, store::Er
     Ok(sqlx::query_scalar!(r#"select count(*) as "batches!" from (select from tasker.refused_exports limit 10000) r"#)
         .fetch_one(conn)
         .await?)
+}
+
+/// The oldest row of a table that grows or drains: see `tasker.oldest_rows`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct OldestRow {
+    /// A table.
+    pub what: String,
+    /// When that row was made.
+    pub oldest_at: chrono::DateTime<chrono::Utc>,
+    /// How long ago.
+    pub age_s: f64,
+}
+
+/// How old the oldest row of each table is, for a metric.
+pub async fn oldest_rows(conn: &mut sqlx::PgConnection) -> Result<Vec<OldestRow>, store::Error> {
+    Ok(sqlx::query_as!(
+        OldestRow,
+        r#"select what as "what!", oldest_at as "oldest_at!", age_s as "age_s!" from tasker.oldest_rows()"#
+    )
+    .fetch_all(conn)
+    .await?)
 }

@@ -7,7 +7,6 @@ pub mod keys;
 pub mod listing;
 pub mod outage;
 pub mod pages;
-pub mod protocol;
 pub mod redaction;
 pub mod requests;
 pub mod retention;

@@ -10,9 +10,8 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgExecutor};
+use tasker_shared::store::Error;
 use uuid::Uuid;
-
-use super::Error;
 
 /// Who works, and what it offers.
 #[derive(Debug, Clone)]
@@ -33,13 +32,13 @@ pub struct Hello<'a> {
     pub version: &'a str,
 }
 
-/// A lease on one attempt of a step.
+/// A lease on one attempt of a step: what `claim_steps` returns, explained in docs/worker-protocol.md.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "what claim_steps returns, explained in docs/worker-protocol.md")]
 pub struct Claim {
     pub task: Uuid,
     pub step: Uuid,
     pub step_name: String,
+    #[expect(dead_code, reason = "a column of the answer")]
     pub generation: i32,
     pub attempt: i32,
     pub token: Uuid,
