@@ -8,7 +8,8 @@ use tasker_shared::metrics::Listen;
 use tasker_shared::trace::config::Sources;
 
 use crate::context::{Capture, StepContext};
-use crate::handler::{StepError, Typed};
+use crate::error::StepError;
+use crate::handler::Typed;
 use crate::handlers::{self, Http};
 use crate::registry::Registry;
 use crate::runtime::{Error, Worker};

@@ -1,25 +1,20 @@
 //! What a handler may know and do beyond its input.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use opentelemetry::KeyValue;
-use opentelemetry::trace::SpanKind;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sqlx::PgPool;
-use tasker_shared::redact::clipped;
 use tasker_shared::trace::context::inject_current;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::handler::StepError;
+use crate::error::StepError;
 use crate::held::{Held, Stop};
 use crate::protocol::{self, Claim};
 use crate::recorder::{Recorder, SHORT};
-use crate::span::{Artifact, ModelCall, Span};
 
 /// The attempt that a handler runs for. Cheap to clone.
 #[derive(Clone)]
@@ -44,6 +39,19 @@ pub struct Capture {
     pub input: bool,
     /// Outputs of handlers, and what models answered.
     pub output: bool,
+}
+
+/// Something that a step made and that lives elsewhere.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Artifact {
+    /// For people.
+    pub name: String,
+    /// Where it is; a password in it is not kept.
+    pub uri: String,
+    /// In bytes.
+    pub size: Option<u64>,
+    /// Such as `sha256:9f86d0…`.
+    pub digest: Option<String>,
 }
 
 impl StepContext {
@@ -204,48 +212,6 @@ impl StepContext {
     /// `pages`. The numbers of all attempts add up to those of the step and of the task.
     pub fn add_usage(&self, name: &str, amount: f64) {
         self.0.recorder.add_usage(name, amount);
-    }
-
-    /// A live span below this attempt: see [`Span`].
-    pub fn span(&self, name: impl Into<Cow<'static, str>>) -> Span {
-        Span::start(self, name.into(), SpanKind::Internal, Vec::new())
-    }
-
-    /// A span of a call to another service: `name` says what is called, `server` where it is.
-    pub fn external_call(&self, name: impl Into<Cow<'static, str>>, server: &str) -> Span {
-        Span::start(self, name.into(), SpanKind::Client, vec![KeyValue::new("server.address", clipped(server, 255))])
-    }
-
-    /// A span of a database's operation, such as `SELECT` on `orders`. Never its parameters.
-    pub fn database_call(&self, system: &str, operation: &str, collection: &str) -> Span {
-        let name = clipped(&format!("{operation} {collection}"), 255);
-        let attributes = vec![
-            KeyValue::new("db.system.name", clipped(system, 64)),
-            KeyValue::new("db.operation.name", clipped(operation, 64)),
-            KeyValue::new("db.collection.name", clipped(collection, 255)),
-            KeyValue::new("db.query.summary", name.clone()),
-        ];
-        Span::start(self, name.into(), SpanKind::Client, attributes)
-    }
-
-    /// A span of a tool that an agent runs.
-    pub fn tool_call(&self, tool: &str) -> Span {
-        let attributes = vec![
-            KeyValue::new("gen_ai.operation.name", "execute_tool"),
-            KeyValue::new("gen_ai.tool.name", clipped(tool, 255)),
-        ];
-        Span::start(self, format!("execute_tool {}", clipped(tool, 100)).into(), SpanKind::Internal, attributes)
-    }
-
-    /// A span of a call of a language model; tell its tokens with [`Span::usage`].
-    pub fn model_call(&self, call: ModelCall<'_>) -> Span {
-        let attributes = vec![
-            KeyValue::new("gen_ai.operation.name", clipped(call.operation, 64)),
-            KeyValue::new("gen_ai.provider.name", clipped(call.provider, 64)),
-            KeyValue::new("gen_ai.request.model", clipped(call.model, 255)),
-        ];
-        let name = format!("{} {}", clipped(call.operation, 64), clipped(call.model, 100));
-        Span::start(self, name.into(), SpanKind::Client, attributes)
     }
 
     /// What is kept of payloads here.

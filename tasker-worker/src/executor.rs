@@ -17,7 +17,8 @@ use tasker_shared::trace::context::{Incoming, to_otel_context};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::context::{Capture, StepContext};
-use crate::handler::{Handler, Output, StepError};
+use crate::error::StepError;
+use crate::handler::{Handler, Output};
 use crate::held::{Held, Stop};
 use crate::measure::Numbers;
 use crate::protocol::{Claim, Outcome, Report, ReportedError};
@@ -37,7 +38,7 @@ pub(crate) struct Executor {
     pub(crate) registry: Registry,
     pub(crate) namespace: Arc<str>,
     pub(crate) held: Arc<Held>,
-    pub(crate) results: Results,
+    pub(crate) results: Arc<Results>,
     /// For `parent_output`.
     pub(crate) pool: PgPool,
     pub(crate) cancel_grace: Duration,

@@ -19,7 +19,6 @@ use uuid::Uuid;
 use crate::line::{Line, backoff};
 use crate::measure;
 use crate::protocol::{self, Beat, Beaten, Claim};
-use crate::report::is_of_the_content;
 
 /// A template with a lease of nothing must not make the loop spin.
 const SHORTEST: Duration = Duration::from_millis(20);
@@ -196,7 +195,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken)
                     tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
                 }
                 // What the database objects to can only be what handlers said: without it the call is good.
-                if !is_of_the_content(&error) {
+                if !protocol::is_of_the_content(&error) {
                     held.take_back(beats);
                 }
                 if all {

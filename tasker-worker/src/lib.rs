@@ -35,6 +35,7 @@
 mod builder;
 mod claim;
 mod context;
+mod error;
 mod executor;
 mod handler;
 pub mod handlers;
@@ -50,9 +51,9 @@ mod runtime;
 mod span;
 
 pub use builder::Builder;
-pub use context::{Capture, StepContext};
-pub use handler::StepError;
+pub use context::{Artifact, Capture, StepContext};
+pub use error::StepError;
 pub use runtime::{Error, Worker};
-pub use span::{Artifact, Failed, ModelCall, Span, Usage};
+pub use span::{Failed, ModelCall, Span, Usage};
 pub use tasker_shared::metrics::Listen;
 pub use tokio_util::sync::CancellationToken;

@@ -221,3 +221,15 @@ fn one_each<T>(function: &'static str, asked: usize, answers: Vec<T>) -> Result<
     }
     Err(Error::bad_row(function, "*", asked, format!("{} answers to {asked} items", answers.len())))
 }
+
+/// Whether the database objects to what was sent, so that sending it again is no use: data
+/// exceptions (such as JSON that `jsonb` cannot hold) and exceeded limits.
+pub(crate) fn is_of_the_content(error: &Error) -> bool {
+    match error {
+        Error::Database(sqlx::Error::Database(error)) => {
+            error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+        }
+        Error::Database(sqlx::Error::Encode(_)) => true,
+        _ => false,
+    }
+}

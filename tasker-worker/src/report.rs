@@ -44,10 +44,10 @@ pub(crate) struct Results {
 pub(crate) type Inbox = Arc<Mutex<mpsc::UnboundedReceiver<Report>>>;
 
 impl Results {
-    pub(crate) fn new() -> (Self, Inbox) {
+    pub(crate) fn new() -> (Arc<Self>, Inbox) {
         // Bounded by what may be claimed while results wait.
         let (sender, receiver) = mpsc::unbounded_channel();
-        (Self { sender, waiting: watch::Sender::default() }, Arc::new(Mutex::new(receiver)))
+        (Arc::new(Self { sender, waiting: watch::Sender::default() }), Arc::new(Mutex::new(receiver)))
     }
 
     pub(crate) fn push(&self, report: Report) {
@@ -93,7 +93,8 @@ fn bytes(report: &Report) -> usize {
 /// One of the [`REPORTERS`].
 pub(crate) struct Reporter {
     pub(crate) inbox: Inbox,
-    pub(crate) executor: Arc<crate::executor::Executor>,
+    pub(crate) results: Arc<Results>,
+    pub(crate) held: Arc<Held>,
     /// No attempt will push any more.
     pub(crate) all_ran: CancellationToken,
     /// The drain is over; what the database has not taken by now is given up.
@@ -149,14 +150,14 @@ impl Reporter {
                     }
                     self.answered(&part);
                 }
-                Err(error) if is_of_the_content(&error) => {
+                Err(error) if protocol::is_of_the_content(&error) => {
                     if part.len() > 1 {
                         let rest = part.split_off(part.len() / 2);
                         parts.extend([rest, part]);
                     } else if let Some((less, what)) = less(&part[0], &error) {
                         tracing::warn!(step_uuid = %part[0].step, %error, "the database refuses {what}");
-                        self.executor.results.push(less);
-                        self.executor.results.answered(&part);
+                        self.results.push(less);
+                        self.results.answered(&part);
                     } else {
                         tracing::error!(step_uuid = %part[0].step, %error, "the database refuses a report; its lease will expire");
                         self.answered(&part);
@@ -181,9 +182,8 @@ impl Reporter {
     }
 
     fn answered(&self, reports: &[Report]) {
-        let held: &Held = &self.executor.held;
-        held.remove(reports.iter().map(|report| &report.token));
-        self.executor.results.answered(reports);
+        self.held.remove(reports.iter().map(|report| &report.token));
+        self.results.answered(reports);
     }
 }
 
@@ -191,18 +191,6 @@ impl Reporter {
 async fn send(line: &mut Line, reports: &[Report]) -> Result<Vec<bool>, Error> {
     let reports: Vec<&Report> = reports.iter().collect();
     protocol::report_results(line.get().await?, &reports).await
-}
-
-/// Whether the database objects to what was sent, so that sending it again is no use: data
-/// exceptions (such as JSON that `jsonb` cannot hold) and exceeded limits.
-pub(crate) fn is_of_the_content(error: &Error) -> bool {
-    match error {
-        Error::Database(sqlx::Error::Database(error)) => {
-            error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
-        }
-        Error::Database(sqlx::Error::Encode(_)) => true,
-        _ => false,
-    }
 }
 
 /// A refused report with less in it, and what was left out: first what the handler told of itself, then

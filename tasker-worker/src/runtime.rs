@@ -213,7 +213,8 @@ impl Worker {
         for _ in 0..REPORTERS {
             let reporter = Reporter {
                 inbox: Arc::clone(&inbox),
-                executor: Arc::clone(&executor),
+                results: Arc::clone(&executor.results),
+                held: Arc::clone(&executor.held),
                 all_ran: all_ran.clone(),
                 give_up: give_up.clone(),
             };

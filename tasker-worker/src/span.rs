@@ -49,12 +49,12 @@ use opentelemetry::context::FutureExt as _;
 use opentelemetry::trace::{SpanKind, Status, TraceContextExt as _, Tracer as _};
 use opentelemetry::{Context, KeyValue, Value, global};
 use tasker_shared::metrics::{SpanEnd, metrics};
-use tasker_shared::redact;
+use tasker_shared::redact::{self, clipped};
 use tasker_shared::trace::context::inject_current;
 use tasker_shared::trace::names;
 
 use crate::context::StepContext;
-use crate::handler::StepError;
+use crate::error::{StepError, short_type_name};
 
 /// Longest text of an attribute.
 const MAX_TEXT_BYTES: usize = 4096;
@@ -88,19 +88,6 @@ pub struct Usage {
     pub output_tokens: u64,
 }
 
-/// Something that a step made and that lives elsewhere.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Artifact {
-    /// For people.
-    pub name: String,
-    /// Where it is; a password in it is not kept.
-    pub uri: String,
-    /// In bytes.
-    pub size: Option<u64>,
-    /// Such as `sha256:9f86d0…`.
-    pub digest: Option<String>,
-}
-
 /// An error that a span can bear. Implemented for [`StepError`] and for every `std::error::Error`.
 pub trait Failed {
     /// Its class, for `error.type`, and its words.
@@ -118,7 +105,51 @@ impl Failed for StepError {
 
 impl<E: std::error::Error> Failed for E {
     fn class_and_message(&self) -> (String, String) {
-        (crate::handler::short_type_name(std::any::type_name::<E>()).to_owned(), self.to_string())
+        (short_type_name(std::any::type_name::<E>()).to_owned(), self.to_string())
+    }
+}
+
+impl StepContext {
+    /// A live span below this attempt: see [`Span`].
+    pub fn span(&self, name: impl Into<Cow<'static, str>>) -> Span {
+        Span::start(self, name.into(), SpanKind::Internal, Vec::new())
+    }
+
+    /// A span of a call to another service: `name` says what is called, `server` where it is.
+    pub fn external_call(&self, name: impl Into<Cow<'static, str>>, server: &str) -> Span {
+        Span::start(self, name.into(), SpanKind::Client, vec![KeyValue::new("server.address", clipped(server, 255))])
+    }
+
+    /// A span of a database's operation, such as `SELECT` on `orders`. Never its parameters.
+    pub fn database_call(&self, system: &str, operation: &str, collection: &str) -> Span {
+        let name = clipped(&format!("{operation} {collection}"), 255);
+        let attributes = vec![
+            KeyValue::new("db.system.name", clipped(system, 64)),
+            KeyValue::new("db.operation.name", clipped(operation, 64)),
+            KeyValue::new("db.collection.name", clipped(collection, 255)),
+            KeyValue::new("db.query.summary", name.clone()),
+        ];
+        Span::start(self, name.into(), SpanKind::Client, attributes)
+    }
+
+    /// A span of a tool that an agent runs.
+    pub fn tool_call(&self, tool: &str) -> Span {
+        let attributes = vec![
+            KeyValue::new("gen_ai.operation.name", "execute_tool"),
+            KeyValue::new("gen_ai.tool.name", clipped(tool, 255)),
+        ];
+        Span::start(self, format!("execute_tool {}", clipped(tool, 100)).into(), SpanKind::Internal, attributes)
+    }
+
+    /// A span of a call of a language model; tell its tokens with [`Span::usage`].
+    pub fn model_call(&self, call: ModelCall<'_>) -> Span {
+        let attributes = vec![
+            KeyValue::new("gen_ai.operation.name", clipped(call.operation, 64)),
+            KeyValue::new("gen_ai.provider.name", clipped(call.provider, 64)),
+            KeyValue::new("gen_ai.request.model", clipped(call.model, 255)),
+        ];
+        let name = format!("{} {}", clipped(call.operation, 64), clipped(call.model, 100));
+        Span::start(self, name.into(), SpanKind::Client, attributes)
     }
 }
 
