@@ -6,6 +6,7 @@ mod commands;
 mod failure;
 mod output;
 mod run;
+mod trace_flags;
 mod waterfall;
 
 use clap::{Parser, Subcommand, ValueEnum};

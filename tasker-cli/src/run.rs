@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::Global;
-use crate::commands::trace::settings::TraceFlags;
 use crate::failure::{NOT_FOUND, UNREACHABLE, failure};
+use crate::trace_flags::TraceFlags;
 
 /// A migrated database, and a client of it. The managed server runs as long as this lives.
 pub struct Connected {
@@ -27,6 +27,11 @@ pub struct Connected {
     /// For everything else.
     pub client: Client,
     _server: Database,
+}
+
+/// Who is asking, for the audit; the database's user otherwise.
+pub fn actor() -> Option<String> {
+    std::env::var("USER").ok().filter(|user| !user.is_empty())
 }
 
 /// Opens the database that the flags or the environment name, and migrates it.

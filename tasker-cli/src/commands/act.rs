@@ -7,11 +7,11 @@ use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::requests::Act;
 use uuid::Uuid;
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// One task, or every task that matches.
 #[derive(Debug, clap::Args)]

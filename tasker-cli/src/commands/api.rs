@@ -11,7 +11,7 @@ use tasker_shared::store::keys;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::Role as Process;
 
-use super::trace::settings::TraceFlags;
+use crate::trace_flags::TraceFlags;
 use crate::{Global, run};
 
 /// Serve the HTTP API and the web page.

@@ -26,11 +26,11 @@ use uuid::Uuid;
 use super::orchestrator::FLUSH;
 use super::task::progress;
 use super::trace::output_width;
-use super::trace::settings::TraceFlags;
 use crate::Global;
 use crate::failure::{FAILED, TIMEOUT, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::trace_flags::TraceFlags;
 use crate::waterfall::{Detail, Waterfall};
 
 /// The target of the spans that stand for user code: they are exported as a user's spans are.

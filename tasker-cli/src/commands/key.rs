@@ -9,11 +9,11 @@ use tasker_api::auth::{KeyRefused, KeySpec, Role, Scope, create_key};
 use tasker_shared::store::keys::{self, KeyView};
 use tasker_shared::template::parse_duration;
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{FAILED, NOT_FOUND, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Make and revoke the keys of the HTTP API.
 #[derive(Debug, clap::Subcommand)]

@@ -8,11 +8,11 @@ use tasker_shared::store::flow::{LimitUse, SetLimit};
 use tasker_shared::store::why::duration;
 use tasker_shared::template::parse_duration;
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Limit how much of a namespace or a handler is in flight, or begins in a time.
 #[derive(Debug, clap::Subcommand)]

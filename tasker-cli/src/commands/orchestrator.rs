@@ -6,7 +6,7 @@ use std::time::Duration;
 use tasker_orchestration::{Options, Orchestrator as Running};
 use tasker_shared::telemetry::Role;
 
-use super::trace::settings::TraceFlags;
+use crate::trace_flags::TraceFlags;
 use crate::{Global, run};
 
 /// How long the spans of the last batches may take to be acknowledged.

@@ -7,11 +7,11 @@ use tasker_shared::store::details::{self, QuarantineFilter};
 use tasker_shared::store::why::duration;
 use tasker_shared::store::{requests, views};
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{NOT_FOUND, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Look at queues, and at messages that nobody could use.
 #[derive(Debug, clap::Subcommand)]

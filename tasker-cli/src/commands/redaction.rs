@@ -7,9 +7,9 @@ use tasker_shared::redact::{self, Definition, Policy};
 use tasker_shared::store::redaction;
 
 use crate::Global;
-use crate::commands::task::actor;
 use crate::output::{self, Format};
 use crate::run;
+use crate::run::actor;
 
 /// Say what is hidden from logs, traces and screens.
 #[derive(Debug, clap::Subcommand)]

@@ -10,11 +10,11 @@ use tasker_shared::store::retention as policies;
 use tasker_shared::template::{format_duration, parse_duration};
 use tokio_util::sync::CancellationToken;
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Say how long finished tasks are kept, and remove what is past its time.
 #[derive(Debug, clap::Subcommand)]

@@ -11,12 +11,13 @@ use tasker_shared::schedule::{Missed, Overlap, Schedule as Definition};
 use tasker_shared::store::schedules::ScheduleView;
 use tasker_shared::template::format_duration;
 
-use super::task::{actor, read_input};
+use super::task::read_input;
 use super::template::TemplateName;
 use crate::Global;
 use crate::failure::{FAILED, NOT_FOUND, WRONG, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Submit tasks by the clock: cron, an interval, or once.
 #[derive(Debug, clap::Subcommand)]

@@ -270,7 +270,7 @@ impl Task {
             }
             Self::Signal { task, name, .. } => {
                 let id = run::find_task(client, &task).await?;
-                client.signal(id, &name, &input.unwrap_or_default(), actor().as_deref()).await?;
+                client.signal(id, &name, &input.unwrap_or_default(), run::actor().as_deref()).await?;
                 act::accepted(global, id)
             }
             Self::Why { task } => {
@@ -285,11 +285,6 @@ impl Task {
             }
         }
     }
-}
-
-/// Who is asking, for the audit; the database's user otherwise.
-pub fn actor() -> Option<String> {
-    std::env::var("USER").ok().filter(|user| !user.is_empty())
 }
 
 pub fn read_input(text: &str) -> anyhow::Result<Value> {

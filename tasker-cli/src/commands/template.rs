@@ -9,11 +9,11 @@ use tasker_shared::store::templates::{self, TemplateError};
 use tasker_shared::store::{tx, views};
 use tasker_shared::template::{self, Checked, Template as Definition, format_duration};
 
-use super::task::actor;
 use crate::Global;
 use crate::failure::{FAILED, NOT_FOUND, failure};
 use crate::output::{self, Format, Table};
 use crate::run;
+use crate::run::actor;
 
 /// Register and look at templates: the definitions of workflows.
 #[derive(Debug, clap::Subcommand)]

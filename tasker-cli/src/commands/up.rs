@@ -16,11 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::api::Serve;
 use super::orchestrator::FLUSH;
-use super::trace::settings::TraceFlags;
 use super::worker::BUILTINS;
 use crate::Global;
 use crate::output::{self, Format};
 use crate::run;
+use crate::trace_flags::TraceFlags;
 
 /// How often new templates are looked for, so that `template apply` needs no restart.
 const LOOK_EVERY: Duration = Duration::from_secs(2);

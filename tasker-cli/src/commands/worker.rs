@@ -5,7 +5,7 @@ use std::time::Duration;
 use tasker_shared::telemetry::Role;
 
 use super::orchestrator::FLUSH;
-use super::trace::settings::TraceFlags;
+use crate::trace_flags::TraceFlags;
 use crate::{Global, run};
 
 /// The handlers that every `tasker worker` offers.

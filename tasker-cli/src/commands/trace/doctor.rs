@@ -10,11 +10,11 @@ use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::settings;
 use tasker_shared::trace::transport::{self, Transport};
 
-use super::settings::TraceFlags;
 use crate::Global;
 use crate::failure::{FAILED, failure};
 use crate::output::{self, Format};
 use crate::run;
+use crate::trace_flags::TraceFlags;
 
 /// Spans older than this that still wait are worth a word.
 const LATE_SECONDS: f64 = 60.0;
