@@ -3,12 +3,16 @@
 //! The export, the recovery, the CLI and the tests all call this one function, so that two
 //! views of a task can never disagree. It reads no clock and draws no random number.
 
+mod ending;
+
 use std::collections::HashMap;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use serde_json::Value as Json;
 use uuid::Uuid;
 
+use self::ending::{Ending, is, opens, task_outcome};
+pub use self::ending::{closes, outcome};
 use super::context::Traceparent;
 use super::ids::{SpanKey, span_id};
 use super::log::{Attempt, Head, StepInfo, TaskLog, Transition};
@@ -16,7 +20,6 @@ use super::names;
 use super::span::{Event, Kind, Link, Service, Span, SpanId, TaskSpans, Value};
 use crate::state_machine::plan::Wait;
 use crate::state_machine::states::{StepEvent, StepState, TaskEvent, TaskState};
-use crate::state_machine::wait::CHILD;
 
 /// The most links one result.evaluation carries; the rest is counted in `links_omitted`.
 pub const MAX_LINKS: usize = 128;
@@ -502,128 +505,6 @@ impl<'a> Tree<'a> {
     fn link(&self, span_id: SpanId) -> Link {
         Link { trace_id: self.log.head.trace_id, span_id }
     }
-}
-
-/// How an attempt ended.
-struct Ending {
-    outcome: &'static str,
-    /// Class and words; an attempt that will be retried is an error too.
-    error: Option<(String, String)>,
-    last_heartbeat_at: Option<DateTime<Utc>>,
-}
-
-impl Ending {
-    fn of(closing: &Transition, attempt: Option<&Attempt>) -> Option<Self> {
-        let (_, event, to) = closing.of_step()?;
-        let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
-        let detail = closing.detail.as_ref();
-        let kind = || detail.and_then(|d| d.error_type.clone());
-        let reason = || detail.and_then(|d| d.reason.clone());
-        let error = match event {
-            StepEvent::Complete | StepEvent::CompleteManually | StepEvent::Skip => None,
-            StepEvent::ChildFinished if to == StepState::Complete => None,
-            StepEvent::LeaseExpired => {
-                Some(("lease_expired".to_owned(), "the worker was silent for its whole lease".to_owned()))
-            }
-            StepEvent::Cancel => {
-                Some(("cancelled".to_owned(), reason().unwrap_or_else(|| "the task ended".to_owned())))
-            }
-            StepEvent::RunTimeout | StepEvent::QueueTimeout | StepEvent::TotalTimeout => Some((
-                kind().unwrap_or_else(|| "timeout".to_owned()),
-                reason().unwrap_or_else(|| "it took too long".to_owned()),
-            )),
-            StepEvent::ChildFinished
-            | StepEvent::Enqueue
-            | StepEvent::Claim
-            | StepEvent::Report
-            | StepEvent::ScheduleRetry
-            | StepEvent::RetryReady
-            | StepEvent::Fail
-            | StepEvent::BeginWait
-            | StepEvent::TimerFired
-            | StepEvent::SignalReceived
-            | StepEvent::ItemsDone
-            | StepEvent::ResolveManually
-            | StepEvent::OperatorRetry
-            | StepEvent::Rerun => Some(failure.map_or_else(
-                || (kind().unwrap_or_else(|| "error".to_owned()), reason().unwrap_or_default()),
-                |failure| (failure.kind.clone(), failure.message.clone()),
-            )),
-        };
-        Some(Self {
-            outcome: outcome(event, to, failure.map(|failure| &*failure.kind)),
-            error,
-            last_heartbeat_at: detail.and_then(|d| d.last_heartbeat_at),
-        })
-    }
-}
-
-/// How a generation of a task ended, in one word, and whether that is an error; `None`: this move ends none.
-fn task_outcome(event: TaskEvent, to: TaskState) -> Option<(&'static str, bool)> {
-    match to {
-        TaskState::Error if event == TaskEvent::TotalTimeout => Some(("timeout", true)),
-        TaskState::Error => Some(("failure", true)),
-        TaskState::Cancelled => Some(("cancellation", false)),
-        TaskState::Complete | TaskState::ResolvedManually => Some(("success", false)),
-        TaskState::Pending
-        | TaskState::Initializing
-        | TaskState::EnqueuingSteps
-        | TaskState::StepsInProcess
-        | TaskState::EvaluatingResults
-        | TaskState::WaitingForDependencies
-        | TaskState::WaitingForRetry
-        | TaskState::BlockedByFailures
-        | TaskState::Suspended => None,
-    }
-}
-
-/// How an attempt ended, in one word, by the move that closed it and the class of its failure. One
-/// that failed and is tried again is an `error`, one that ends its step a `failure`.
-pub fn outcome(event: StepEvent, to: StepState, failure: Option<&str>) -> &'static str {
-    match event {
-        StepEvent::Complete | StepEvent::CompleteManually => "success",
-        StepEvent::ChildFinished if to == StepState::Complete => "success",
-        StepEvent::Skip => "skip",
-        StepEvent::LeaseExpired => "lost",
-        StepEvent::Cancel => "cancellation",
-        StepEvent::RunTimeout | StepEvent::QueueTimeout | StepEvent::TotalTimeout => "timeout",
-        StepEvent::ChildFinished
-        | StepEvent::Enqueue
-        | StepEvent::Claim
-        | StepEvent::Report
-        | StepEvent::ScheduleRetry
-        | StepEvent::RetryReady
-        | StepEvent::Fail
-        | StepEvent::BeginWait
-        | StepEvent::TimerFired
-        | StepEvent::SignalReceived
-        | StepEvent::ItemsDone
-        | StepEvent::ResolveManually
-        | StepEvent::OperatorRetry
-        | StepEvent::Rerun => match failure {
-            Some("timeout") => "timeout",
-            _ if to == StepState::WaitingForRetry => "error",
-            _ => "failure",
-        },
-    }
-}
-
-/// The attempt that a move opens.
-fn opens(row: &Transition) -> Option<i32> {
-    let (_, event, to) = row.of_step()?;
-    let waits_for_child = || row.detail.as_ref().is_some_and(|detail| detail.waiting.as_deref() == Some(CHILD));
-    let opens = to == StepState::Enqueued || (to == StepState::Waiting && waits_for_child());
-    let attempt = row.attempt.filter(|_| opens)?;
-    Some(if event == StepEvent::LeaseExpired { attempt + 1 } else { attempt })
-}
-
-/// Whether a move ends the attempt that was open before it.
-pub fn closes(event: StepEvent, to: StepState) -> bool {
-    event == StepEvent::LeaseExpired || (!to.is_in_flight() && to != StepState::Pending)
-}
-
-fn is(row: &Transition, event: StepEvent) -> bool {
-    matches!(row.of_step(), Some((_, made, _)) if made == event)
 }
 
 fn link_to(traceparent: &str) -> Option<Link> {
