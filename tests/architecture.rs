@@ -179,8 +179,15 @@ fn quoted(text: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn each_row_of_the_features_names_a_test_and_examples_that_exist() {
     let document = std::fs::read_to_string(root().join("docs/features.md")).expect("the document");
-    let folders =
-        ["tests", "tasker-shared/src", "tasker-orchestration/src", "tasker-worker", "tasker-api", "tasker-cli"];
+    let folders = [
+        "tests",
+        "tasker-shared/src",
+        "tasker-orchestration/src",
+        "tasker-testing",
+        "tasker-worker",
+        "tasker-api",
+        "tasker-cli",
+    ];
     let sources: Vec<PathBuf> = folders.into_iter().flat_map(|folder| files(folder, &["rs"])).collect();
     let tests: Vec<(String, String)> = sources
         .iter()

@@ -8,9 +8,9 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use tasker_orchestration::lifecycle::admission;
 use tasker_orchestration::retention::statements as retention;
 use tasker_shared::metrics::oldest_rows;
-use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{HOT_PATH_SETTINGS, details, views};
+use tasker_testing::TestDatabase;
 use tasker_tests::worker::Answer;
 use uuid::Uuid;
 

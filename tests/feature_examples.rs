@@ -10,9 +10,9 @@ use tasker_shared::schedule::Schedule;
 use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::requests::Act;
 use tasker_shared::template;
-use tasker_shared::testing::{Harness, MockError, Run};
+use tasker_testing::{Harness, MockError, Run};
+use tasker_testing::{Rules, Trace, assert_trace};
 use tasker_tests::worker::NAMESPACE;
-use tasker_trace_testing::{Rules, Trace, assert_trace};
 use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually, trace};

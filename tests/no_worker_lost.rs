@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection};
+use tasker_testing::assert_trace;
 use tasker_tests::worker::{self, HANDLERS};
-use tasker_trace_testing::assert_trace;
 use uuid::Uuid;
 
 use crate::harness::{Setup, World, eventually, trace};

@@ -1,7 +1,7 @@
 //! A failure that a retry heals leaves its mark in the trace and nowhere else.
 
+use tasker_testing::{Rules, assert_trace, span};
 use tasker_tests::worker::Answer;
-use tasker_trace_testing::{Rules, assert_trace, span};
 
 use crate::harness::{Setup, World, trace};
 

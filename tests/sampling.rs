@@ -11,9 +11,9 @@ use tasker_orchestration::export::{log, sampling};
 use tasker_orchestration::{Options, Orchestrator};
 use tasker_shared::store::transitions;
 use tasker_shared::trace::otlp::ServiceNames;
+use tasker_testing::{Rules, Trace, assert_trace, compare};
 use tasker_tests::receiver::Behaviour;
 use tasker_tests::trace_config;
-use tasker_trace_testing::{Rules, Trace, assert_trace, compare};
 use tonic::Code;
 use uuid::Uuid;
 

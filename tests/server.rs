@@ -3,7 +3,7 @@
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use tasker_shared::migrate::migrate;
-use tasker_shared::postgres::testing::TestDatabase;
+use tasker_testing::TestDatabase;
 use uuid::Uuid;
 
 use crate::harness::{Setup, World};

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tasker_shared::store::views;
+use tasker_testing::Span;
 use tasker_tests::receiver::Received;
 use tasker_tests::worker::{self, Answer};
-use tasker_trace_testing::Span;
 use tasker_worker::{Artifact, Capture, StepContext, StepError, Worker};
 use tokio_util::sync::CancellationToken;
 

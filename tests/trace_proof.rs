@@ -15,8 +15,8 @@ use tasker_shared::telemetry::live;
 use tasker_shared::trace::otlp::{self, Encoder, ServiceNames};
 use tasker_shared::trace::read::{self, Include, Sources};
 use tasker_shared::trace::{names, tree};
+use tasker_testing::{Difference, Rules, Trace, compare};
 use tasker_tests::receiver::{Behaviour, Received};
-use tasker_trace_testing::{Difference, Rules, Trace, compare};
 use tonic::Code;
 use uuid::Uuid;
 

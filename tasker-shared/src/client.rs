@@ -679,9 +679,9 @@ mod tests {
     use sqlx::Connection as _;
 
     use super::*;
-    use crate::postgres::testing::TestDatabase;
     use crate::store::templates;
     use crate::template;
+    use tasker_testing::TestDatabase;
 
     const TEMPLATE: &str = r#"
 namespace: shop

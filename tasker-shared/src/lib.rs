@@ -16,6 +16,4 @@ pub mod state_machine;
 pub mod store;
 pub mod telemetry;
 pub mod template;
-#[cfg(any(test, feature = "testing"))]
-pub mod testing;
 pub mod trace;

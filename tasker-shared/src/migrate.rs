@@ -346,8 +346,7 @@ pub fn print() -> String {
 }
 
 /// Differs whenever the schema that [`migrate`] makes may differ.
-#[cfg(any(test, feature = "testing"))]
-pub(crate) fn fingerprint() -> String {
+pub fn fingerprint() -> String {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
     hash.update(PGMQ_VERSION);
@@ -366,9 +365,9 @@ pub(crate) fn fingerprint() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::postgres::testing::TestDatabase;
     use sqlx::migrate::MigrationType;
     use sqlx::{AssertSqlSafe, Connection as _, SqlSafeStr};
+    use tasker_testing::TestDatabase;
 
     fn files(sql: &[(i64, &'static str, &'static str)]) -> Migrator {
         Migrator::with_migrations(

@@ -170,7 +170,7 @@ mod tests {
     use sqlx::{AssertSqlSafe, Connection as _};
 
     use super::*;
-    use crate::postgres::testing::TestDatabase;
+    use tasker_testing::TestDatabase;
 
     async fn set(database: &TestDatabase, setting: &str) {
         let mut conn = PgConnection::connect(&database.url()).await.expect("connected");

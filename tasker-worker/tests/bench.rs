@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sqlx::postgres::PgListener;
 use sqlx::{AssertSqlSafe, Executor as _, PgPool};
-use tasker_shared::postgres::testing::TestDatabase;
+use tasker_testing::TestDatabase;
 use tasker_worker::{Builder, CancellationToken, Error, Worker};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;

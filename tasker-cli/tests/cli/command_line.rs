@@ -1,9 +1,9 @@
 //! What the command line itself says: help, exit codes, templates, the schema.
 
 use serde_json::json;
-use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::templates;
 use tasker_shared::template;
+use tasker_testing::TestDatabase;
 
 use crate::shop::{Shop, TEMPLATE, command, offline, run};
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tasker_orchestration::{Options, Orchestrator};
-use tasker_shared::postgres::testing::TestDatabase;
+use tasker_testing::TestDatabase;
 use tokio_util::sync::CancellationToken;
 
 use crate::shop::{command, run};

@@ -5,9 +5,9 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::templates;
 use tasker_shared::template;
+use tasker_testing::TestDatabase;
 
 /// One step for each built-in way to end.
 pub const TEMPLATE: &str = r#"

@@ -1,9 +1,9 @@
 //! Tasks, and what is done to them.
 
 use serde_json::{Value, json};
-use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::store::templates;
 use tasker_shared::template;
+use tasker_testing::TestDatabase;
 
 use crate::shop::{Shop, Up, command, run};
 use crate::traces::{both_views_show_the_same_spans, traces_are_verified_opened_and_replayed};

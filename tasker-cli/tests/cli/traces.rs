@@ -1,7 +1,7 @@
 //! Traces at the command line.
 
 use serde_json::{Value, json};
-use tasker_shared::postgres::testing::TestDatabase;
+use tasker_testing::TestDatabase;
 use tasker_tests::receiver::Receiver;
 
 use crate::shop::{Shop, command, run};

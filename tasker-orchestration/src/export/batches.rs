@@ -188,9 +188,9 @@ pub async fn waiting(conn: &mut PgConnection) -> Result<Waiting, Error> {
 #[cfg(test)]
 mod tests {
     use sqlx::{AssertSqlSafe, Executor};
-    use tasker_shared::postgres::testing::TestDatabase;
     use tasker_shared::store::HOT_PATH_SETTINGS;
     use tasker_shared::store::tx::{self, PoolOptions};
+    use tasker_testing::TestDatabase;
 
     use super::*;
 

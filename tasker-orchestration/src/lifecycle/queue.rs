@@ -192,9 +192,9 @@ pub async fn notify_cancelled(conn: &mut PgConnection, workers: &[String]) -> Re
 mod tests {
     use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
-    use tasker_shared::postgres::testing::TestDatabase;
     use tasker_shared::store::HOT_PATH_SETTINGS;
     use tasker_shared::store::tx::{self, PoolOptions};
+    use tasker_testing::TestDatabase;
 
     /// The plan that a session of the hot path makes and keeps.
     async fn plan(conn: &mut PgConnection, statement: &str, arguments: &str) -> String {

@@ -99,9 +99,9 @@ pub async fn stuck_tasks(conn: &mut PgConnection) -> Result<i64, Error> {
 #[cfg(test)]
 mod tests {
     use sqlx::{AssertSqlSafe, Row as _};
-    use tasker_shared::postgres::testing::TestDatabase;
     use tasker_shared::store::HOT_PATH_SETTINGS;
     use tasker_shared::store::tx::{self, PoolOptions};
+    use tasker_testing::TestDatabase;
 
     #[tokio::test]
     async fn look_for_stuck_tasks_compares_nothing_one_by_one_in_a_session_of_the_hot_path() {

@@ -7,8 +7,6 @@
 mod account;
 mod binaries;
 mod local;
-#[cfg(any(test, feature = "testing"))]
-pub mod testing;
 
 pub use local::{Local, Status, Stopped};
 

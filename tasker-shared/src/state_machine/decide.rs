@@ -576,8 +576,3 @@ fn seed(step: &Step) -> u64 {
     let (high, low) = step.uuid.as_u64_pair();
     high ^ low ^ u64::from(step.attempt.unsigned_abs())
 }
-
-#[cfg(test)]
-pub(crate) mod properties;
-#[cfg(test)]
-mod tests;

@@ -12,9 +12,6 @@ pub mod graph;
 pub mod input;
 pub mod plan;
 pub mod retry;
-#[cfg(any(test, feature = "testing"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "the test kit for users needs a part of it"))]
-pub(crate) mod simulation;
 pub mod states;
 pub mod wait;
 

@@ -295,7 +295,7 @@ pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> 
 
 #[cfg(test)]
 mod tests {
-    use crate::postgres::testing::TestDatabase;
+    use tasker_testing::TestDatabase;
 
     #[tokio::test]
     async fn templates_of_before_are_the_owners_but_for_those_that_a_key_had_no_right_to() {

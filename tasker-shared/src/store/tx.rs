@@ -317,10 +317,10 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::postgres::testing::TestDatabase;
     use std::future::{Future, poll_fn};
     use std::pin::pin;
     use std::task::Poll;
+    use tasker_testing::TestDatabase;
 
     /// Polls `future` at most `polls` times, each time when it was woken, and
     /// drops it where it then stands. Says whether it finished.

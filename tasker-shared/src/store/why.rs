@@ -427,9 +427,9 @@ mod tests {
     use sqlx::AssertSqlSafe;
 
     use super::*;
-    use crate::postgres::testing::TestDatabase;
     use crate::store::{tasks, templates};
     use crate::template;
+    use tasker_testing::TestDatabase;
 
     const TEMPLATE: &str = r#"
 namespace: shop

@@ -625,6 +625,3 @@ fn milliseconds(ms: Option<f64>) -> TimeDelta {
     #[expect(clippy::cast_possible_truncation, reason = "clamped on the line above")]
     TimeDelta::microseconds(micros as i64)
 }
-
-#[cfg(test)]
-mod tests;

@@ -166,7 +166,7 @@ fn tags(attributes: &Value) -> Vec<Value> {
 mod tests {
     use chrono::{DateTime, TimeDelta, Utc};
     use tasker_shared::trace::span::{Event, Kind, Link, Service, Span};
-    use tasker_trace_testing::Trace;
+    use tasker_testing::Trace;
 
     use super::*;
 

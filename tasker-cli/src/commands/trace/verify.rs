@@ -11,7 +11,7 @@ use tasker_shared::trace::config::TraceConfig;
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::TraceId;
 use tasker_shared::trace::transport::tls_config;
-use tasker_trace_testing::{Difference, Trace, compare};
+use tasker_testing::{Difference, Trace, compare};
 
 use super::Which;
 use crate::Global;

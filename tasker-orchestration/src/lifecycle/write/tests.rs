@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Encode, PgPool, Type, TypeInfo as _};
-use tasker_shared::postgres::testing::TestDatabase;
 use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::plan::Room;
 use tasker_shared::state_machine::{Event, Snapshot, decide};
@@ -12,6 +11,7 @@ use tasker_shared::store::tasks;
 use tasker_shared::store::templates::{self, Loaded};
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::template;
+use tasker_testing::TestDatabase;
 
 use super::*;
 use crate::lifecycle::read::{load_all_steps, lock_tasks};

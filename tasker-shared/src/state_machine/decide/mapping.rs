@@ -298,6 +298,3 @@ fn item_uuid(map: Uuid, item: u32) -> Uuid {
         .with_version(uuid::Version::SortRand)
         .into_uuid()
 }
-
-#[cfg(test)]
-mod tests;

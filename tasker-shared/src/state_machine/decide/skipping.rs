@@ -193,6 +193,3 @@ impl Pass<'_, '_> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -11,17 +11,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::super::flow::{Allows, Free, Places, Rule};
-use super::super::input::InputTemplate;
-use super::super::plan::{HeldBy, Outcome, Plan, Room};
-use super::super::retry::OnExhausted;
-use super::super::simulation::{
+use crate::simulation::{
     LEASE, QUEUE, World, failure, id, is_held, operator, permanent, room_for, signal_wait, success, template, with,
     with_input, with_wait,
 };
-use super::super::states::{StepState, TaskState};
-use super::super::wait::{OnTimeout, WaitFor};
-use super::Event;
+use tasker_shared::state_machine::decide::Event;
+use tasker_shared::state_machine::flow::{Allows, Free, Places, Rule};
+use tasker_shared::state_machine::input::InputTemplate;
+use tasker_shared::state_machine::plan::{HeldBy, Outcome, Plan, Room};
+use tasker_shared::state_machine::retry::OnExhausted;
+use tasker_shared::state_machine::states::{StepState, TaskState};
+use tasker_shared::state_machine::wait::{OnTimeout, WaitFor};
 
 /// Settles the events and compares what the plan says, line by line; the simulated world
 /// checks every general rule on the way.

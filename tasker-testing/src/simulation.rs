@@ -23,11 +23,13 @@ use uuid::Uuid;
 pub(crate) use self::templates::{
     signal_wait, template, with, with_branches, with_input, with_join, with_map, with_task, with_wait, with_when,
 };
-use super::decide::{Event, Operator, decide};
-use super::definition::Definition;
-use super::plan::{ChildEnd, Failure, HeldBy, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task};
-use super::states::{Change, StepEvent, StepState, TaskState, step_move_is_legal};
-use super::wait::ChildTask;
+use tasker_shared::state_machine::decide::{Event, Operator, decide};
+use tasker_shared::state_machine::definition::Definition;
+use tasker_shared::state_machine::plan::{
+    ChildEnd, Failure, HeldBy, Map, Move, Outcome, Plan, QueueRoom, Room, Signal, Step, Task,
+};
+use tasker_shared::state_machine::states::{Change, StepEvent, StepState, TaskState, step_move_is_legal};
+use tasker_shared::state_machine::wait::ChildTask;
 
 pub(crate) const QUEUE: &str = "worker_shop";
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
@@ -377,6 +379,7 @@ impl World {
     }
 
     /// One settle: decide, apply, check every rule.
+    #[expect(clippy::needless_pass_by_value, reason = "a test says in one expression what happens")]
     pub fn settle(&mut self, events: Vec<Event>, room: &mut Room) -> Plan {
         let began_at = self.tick();
         let events: Vec<&Event> = events.iter().collect();

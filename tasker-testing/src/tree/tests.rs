@@ -9,18 +9,18 @@ use chrono::{DateTime, Utc};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 
-use super::super::ids::SpanKey;
-use super::super::log::{Head, TaskLog, Transition};
-use super::super::span::{Span, SpanId, TaskSpans, Value};
-use super::{MAX_LINKS, in_parts, names, root_id, span_id, spans, spans_so_far};
-use crate::state_machine::decide::Event;
-use crate::state_machine::decide::properties::{Driver, Story, story};
-use crate::state_machine::plan::Room;
-use crate::state_machine::simulation::{
-    LEASE, Settled, World, failure, id, operator, permanent, success, template, with,
-};
-use crate::state_machine::states::TaskState;
-use crate::testing::{log, transition};
+use crate::decide::properties::{Driver, Story, story};
+use crate::harness::{log, transition};
+use crate::simulation::{LEASE, Settled, World, failure, id, operator, permanent, success, template, with};
+use tasker_shared::state_machine::decide::Event;
+use tasker_shared::state_machine::plan::Room;
+use tasker_shared::state_machine::states::TaskState;
+use tasker_shared::trace::ids::SpanKey;
+use tasker_shared::trace::ids::span_id;
+use tasker_shared::trace::log::{Head, TaskLog, Transition};
+use tasker_shared::trace::names;
+use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};
+use tasker_shared::trace::tree::{MAX_LINKS, in_parts, root_id, spans, spans_so_far};
 
 fn head(world: &World) -> Head {
     Head {

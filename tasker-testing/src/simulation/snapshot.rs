@@ -6,9 +6,9 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 
 use super::{World, id, leaves};
-use crate::state_machine::decide::{Event, NEVER_PASSED, Snapshot, decide};
-use crate::state_machine::plan::{Lacks, Outcome, Room, Step};
-use crate::state_machine::states::StepState;
+use tasker_shared::state_machine::decide::{Event, NEVER_PASSED, Snapshot, decide};
+use tasker_shared::state_machine::plan::{Lacks, Outcome, Room, Step};
+use tasker_shared::state_machine::states::StepState;
 
 impl World {
     /// Loads what an orchestrator loads for these events, and then what deciding them lacked, and no more.

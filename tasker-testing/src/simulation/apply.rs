@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Message, Row, Settled, World};
-use crate::state_machine::definition::Join;
-use crate::state_machine::earlier::{Claimed, earlier_moves};
-use crate::state_machine::input::{BY_REFERENCE, Scope};
-use crate::state_machine::plan::{Detail, Due, Map, Move, Plan, Step, Task, Wait};
-use crate::state_machine::states::{Change, StepEvent, StepState, TaskEvent};
-use crate::state_machine::wait::Work;
+use tasker_shared::state_machine::definition::Join;
+use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
+use tasker_shared::state_machine::input::{BY_REFERENCE, Scope};
+use tasker_shared::state_machine::plan::{Detail, Due, Map, Move, Plan, Step, Task, Wait};
+use tasker_shared::state_machine::states::{Change, StepEvent, StepState, TaskEvent};
+use tasker_shared::state_machine::wait::Work;
 
 impl World {
     /// `store/apply.rs`.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::state_machine::states::{StepState, TaskState};
+use tasker_shared::state_machine::states::{StepState, TaskState};
 
 const DIAMOND: &str = r#"
 namespace: shop

@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Call;
-use crate::state_machine::plan::Outcome;
-use crate::state_machine::simulation::{AttemptRow, Row, World};
-use crate::state_machine::states::{StepState, TaskState};
-use crate::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
+use crate::simulation::{AttemptRow, Row, World};
+use tasker_shared::state_machine::plan::Outcome;
+use tasker_shared::state_machine::states::{StepState, TaskState};
+use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
 /// What became of a task.
 #[derive(Debug, Clone)]
@@ -74,7 +74,7 @@ impl Run {
     }
 
     /// The log of its moves, out of which its trace is made: `Trace::of_log` of the crate
-    /// `tasker-trace-testing` reads it.
+    /// `Trace::of_log` reads it.
     pub fn log(&self) -> TaskLog {
         let (world, task) = (&self.world, &self.world.task);
         let head = Head {

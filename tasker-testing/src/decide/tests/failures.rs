@@ -1,7 +1,7 @@
 //! Failures and losses: retries, leases, timeouts, and what follows where nothing is left to try.
 
-use super::super::super::states::StepEvent;
 use super::*;
+use tasker_shared::state_machine::states::StepEvent;
 
 #[test]
 fn failure_is_retried_with_backoff() {

@@ -5,12 +5,12 @@
 //! never meets an old template. Tests may run in any number of threads and
 //! processes.
 
-use super::Database;
-use crate::migrate::{fingerprint, migrate};
-use crate::store::tx::{self, PoolOptions};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
 use std::str::FromStr;
+use tasker_shared::migrate::{fingerprint, migrate};
+use tasker_shared::postgres::Database;
+use tasker_shared::store::tx::{self, PoolOptions};
 use tokio::sync::OnceCell;
 
 /// Key of the advisory lock under which the template is made: "taskerT" in

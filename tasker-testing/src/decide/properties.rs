@@ -12,18 +12,18 @@ use proptest::test_runner::TestCaseResult;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::super::definition::{Definition, Join, OnItemFailure};
-use super::super::flow::{Allows, Free, Limit, Places, Rule, namespace_limit};
-use super::super::input::InputTemplate;
-use super::super::plan::{ChildEnd, HeldBy, Outcome, Plan, Room, Step};
-use super::super::retry::OnExhausted;
-use super::super::simulation::{
+use crate::simulation::{
     Claim, LEASE, QUEUE, World, failure, id, operator, permanent, room_for, signal_wait, success, template, with,
     with_branches, with_input, with_join, with_map, with_task, with_wait, with_when,
 };
-use super::super::states::{StepState, TaskState};
-use super::super::wait::{OnTimeout, WaitFor};
-use super::{ByHand, Event, decide};
+use tasker_shared::state_machine::decide::{ByHand, Event, decide};
+use tasker_shared::state_machine::definition::{Definition, Join, OnItemFailure};
+use tasker_shared::state_machine::flow::{Allows, Free, Limit, Places, Rule, namespace_limit};
+use tasker_shared::state_machine::input::InputTemplate;
+use tasker_shared::state_machine::plan::{ChildEnd, HeldBy, Outcome, Plan, Room, Step};
+use tasker_shared::state_machine::retry::OnExhausted;
+use tasker_shared::state_machine::states::{StepState, TaskState};
+use tasker_shared::state_machine::wait::{OnTimeout, WaitFor};
 
 /// What a handler does in one attempt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -1029,7 +1029,7 @@ proptest! {
 #[test]
 fn a_step_that_is_lost_too_often_fails() {
     let mut world = World::started(template("a"));
-    for _ in 0..=super::MAX_LOST {
+    for _ in 0..=tasker_shared::state_machine::decide::MAX_LOST {
         world.claim_step("a");
         world.pass(LEASE + Duration::from_secs(1));
         world.due.clear();

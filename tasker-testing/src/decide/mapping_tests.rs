@@ -2,14 +2,12 @@
 
 use serde_json::{Value, json};
 
-use super::super::super::definition::{Definition, OnItemFailure};
-use super::super::super::plan::{Outcome, Room};
-use super::super::super::retry::OnExhausted;
-use super::super::super::simulation::{
-    World, failure, operator, permanent, success, template, with, with_input, with_map,
-};
-use super::super::super::states::{StepState, TaskState};
-use super::super::{ByHand, Event};
+use crate::simulation::{World, failure, operator, permanent, success, template, with, with_input, with_map};
+use tasker_shared::state_machine::decide::{ByHand, Event};
+use tasker_shared::state_machine::definition::{Definition, OnItemFailure};
+use tasker_shared::state_machine::plan::{Outcome, Room};
+use tasker_shared::state_machine::retry::OnExhausted;
+use tasker_shared::state_machine::states::{StepState, TaskState};
 
 fn list(items: &Value) -> Outcome {
     Outcome::Success(json!({ "list": items }))

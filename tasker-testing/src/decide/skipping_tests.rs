@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use super::super::super::definition::{Definition, Join};
-use super::super::super::plan::Outcome;
-use super::super::super::simulation::{
+use crate::simulation::{
     World, failure, id, permanent, success, template, with, with_branches, with_input, with_join, with_when,
 };
-use super::super::super::states::TaskState;
+use tasker_shared::state_machine::definition::{Definition, Join};
+use tasker_shared::state_machine::plan::Outcome;
+use tasker_shared::state_machine::states::TaskState;
 
 fn output(value: Value) -> Outcome {
     Outcome::Success(value)
@@ -83,7 +83,7 @@ fn joins_are_skipped_when_nothing_was_taken() {
 #[test]
 fn what_was_exhausted_and_continued_counts_as_taken() {
     let definition = with(fork(Join::Taken), "x", |step| {
-        step.retry.on_exhausted = super::super::super::retry::OnExhausted::Continue;
+        step.retry.on_exhausted = tasker_shared::state_machine::retry::OnExhausted::Continue;
     });
     let mut world = World::started(with_when(definition, "z", "${input.total} == 0"));
     world.finish_step("route", chooses(&["x"]));
@@ -114,7 +114,7 @@ fn a_decision_that_an_operator_retries_decides_again() {
     let mut world = World::started(fork(Join::Taken));
     world.finish_step("route", output(json!({"branch": "w"})));
     let retry = World::retry_event();
-    world.settle(vec![retry], &mut super::super::super::plan::Room::unlimited());
+    world.settle(vec![retry], &mut tasker_shared::state_machine::plan::Room::unlimited());
     world.finish_step("route", chooses(&["y"]));
     assert_eq!(states(&world), "route:complete x:skipped y:enqueued z:enqueued end:pending");
 }
@@ -140,8 +140,10 @@ fn a_condition_that_waited_for_a_retry_sees_the_last_output() {
     let due = world.step("a").due_at.expect("a retry");
     world.clock = due;
     world.due.clear();
-    world
-        .settle(vec![super::super::Event::RetryDue { step: id(0) }], &mut super::super::super::plan::Room::unlimited());
+    world.settle(
+        vec![tasker_shared::state_machine::Event::RetryDue { step: id(0) }],
+        &mut tasker_shared::state_machine::plan::Room::unlimited(),
+    );
     world.finish_step("a", output(json!({"ok": true})));
     assert_eq!(states(&world), "a:complete b:enqueued");
 }

@@ -7,10 +7,12 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::World;
-use crate::state_machine::definition::Join;
-use crate::state_machine::plan::{Map, Plan, Step};
-use crate::state_machine::retry::OnExhausted;
-use crate::state_machine::states::{Change, StepEvent, StepState, TaskState, step_move_is_legal, task_move_is_legal};
+use tasker_shared::state_machine::definition::Join;
+use tasker_shared::state_machine::plan::{Map, Plan, Step};
+use tasker_shared::state_machine::retry::OnExhausted;
+use tasker_shared::state_machine::states::{
+    Change, StepEvent, StepState, TaskState, step_move_is_legal, task_move_is_legal,
+};
 
 impl World {
     /// Every move is legal, follows the one before it, and leaves a terminal state only by an operator.

@@ -6,12 +6,12 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::QUEUE;
-use crate::state_machine::condition::Condition;
-use crate::state_machine::definition::{Definition, ForEach, Join, OnItemFailure, StepDefinition};
-use crate::state_machine::graph::Graph;
-use crate::state_machine::input::{InputTemplate, Reference};
-use crate::state_machine::retry::RetryPolicy;
-use crate::state_machine::wait::{ChildTask, OnTimeout, SignalWait, WaitFor, Work};
+use tasker_shared::state_machine::condition::Condition;
+use tasker_shared::state_machine::definition::{Definition, ForEach, Join, OnItemFailure, StepDefinition};
+use tasker_shared::state_machine::graph::Graph;
+use tasker_shared::state_machine::input::{InputTemplate, Reference};
+use tasker_shared::state_machine::retry::RetryPolicy;
+use tasker_shared::state_machine::wait::{ChildTask, OnTimeout, SignalWait, WaitFor, Work};
 
 /// Builds a template out of `name` or `name<parent,parent` words.
 pub(crate) fn template(words: &str) -> Definition {

@@ -7,9 +7,9 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 
 use super::{Harness, Run};
-use crate::state_machine::decide::{ByHand, Event, Operator};
-use crate::state_machine::plan::Room;
-use crate::state_machine::states::TaskState;
+use tasker_shared::state_machine::decide::{ByHand, Event, Operator};
+use tasker_shared::state_machine::plan::Room;
+use tasker_shared::state_machine::states::TaskState;
 
 /// More decisions than this mean that a task never ends.
 const MOST_DECISIONS: usize = 1_000_000;

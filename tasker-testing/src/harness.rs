@@ -9,7 +9,7 @@
 //! ```
 //! use std::time::Duration;
 //! use serde_json::json;
-//! use tasker_shared::testing::{Harness, MockError};
+//! use tasker_testing::{Harness, MockError};
 //!
 //! let mut order = Harness::from_yaml(r#"
 //! namespace: shop
@@ -39,7 +39,7 @@
 //! ```
 //! # use std::time::Duration;
 //! # use serde_json::json;
-//! # use tasker_shared::testing::Harness;
+//! # use tasker_testing::Harness;
 //! let mut refund = Harness::from_yaml(r#"
 //! namespace: shop
 //! name: refund
@@ -73,12 +73,12 @@ pub use self::run::Run;
 #[cfg(test)]
 pub(crate) use self::run::{log, transition};
 pub use self::started::Started;
-use crate::state_machine::decide::Event;
-use crate::state_machine::input::BY_REFERENCE;
-use crate::state_machine::plan::{ChildEnd, Failure, Outcome};
-use crate::state_machine::simulation::World;
-use crate::store::templates::{self, Loaded, TemplateError};
-use crate::template;
+use crate::simulation::World;
+use tasker_shared::state_machine::decide::Event;
+use tasker_shared::state_machine::input::BY_REFERENCE;
+use tasker_shared::state_machine::plan::{ChildEnd, Failure, Outcome};
+use tasker_shared::store::templates::{self, Loaded, TemplateError};
+use tasker_shared::template;
 
 /// One attempt, as a mock sees it.
 #[derive(Debug, Clone, PartialEq)]
