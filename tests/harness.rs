@@ -175,7 +175,7 @@ impl World {
         let yaml = format!("namespace: {namespace}\nname: {name}\nversion: \"{version}\"\n{rest}");
         let checked = template::parse("test.yaml", &yaml).unwrap_or_else(|problems| panic!("{problems:#?}\n{yaml}"));
         let mut conn = self.pool.acquire().await.expect("a connection");
-        templates::register(&mut conn, &checked.template).await.expect("registered");
+        templates::register(&mut conn, &checked).await.expect("registered");
     }
 
     /// Registers a template of steps `name: handler <- parents`, one a line, with quick retries.

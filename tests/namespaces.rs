@@ -26,11 +26,11 @@ async fn world() -> World {
 }
 
 /// A template of `tests` that awaits one of `billing`.
-fn crossing(name: &str) -> template::Template {
+fn crossing(name: &str) -> template::Checked {
     let yaml = format!(
         "namespace: tests\nname: {name}\nversion: \"1\"\nsteps: [{{name: pay, task: {{template: charge, namespace: billing}}, input: {{}}}}]\n"
     );
-    template::parse("test.yaml", &yaml).expect("a good template").template
+    template::parse("test.yaml", &yaml).expect("a good template")
 }
 
 async fn apply(world: &World, name: &str, key: Option<&str>) -> Result<Registration, TemplateError> {

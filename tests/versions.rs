@@ -12,7 +12,7 @@ async fn register(world: &World, version: &str, steps: &str) {
     let yaml = format!("namespace: {NAMESPACE}\nname: order\nversion: \"{version}\"\nsteps: [{steps}]\n");
     let checked = template::parse("order.yaml", &yaml).expect("a template");
     let mut conn = world.pool.acquire().await.expect("a connection");
-    templates::register(&mut conn, &checked.template).await.expect("registered");
+    templates::register(&mut conn, &checked).await.expect("registered");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -283,7 +283,7 @@ impl From<TemplateError> for Problem {
         match error {
             TemplateError::Immutable { .. } => IMMUTABLE.because(error.to_string()).field("version"),
             TemplateError::Store(error) => error.into(),
-            TemplateError::Stored(_) | TemplateError::StoredSchema(_) => {
+            TemplateError::Stored(_) => {
                 tracing::error!(%error, "a stored template cannot be read");
                 INTERNAL.because("the stored template cannot be read by this version of the server")
             }

@@ -196,7 +196,7 @@ async fn no_planted_secret_is_seen_anywhere() {
     let (url, client) = (database.url(), Client::from_pool(database.pool().await));
     let mut conn = client.pool().acquire().await.expect("a connection");
     let checked = template::parse("cage.yaml", TEMPLATE).expect("a template");
-    templates::register(&mut conn, &checked.template).await.expect("registered");
+    templates::register(&mut conn, &checked).await.expect("registered");
 
     let log = "info,tasker=debug,tasker_orchestration=debug,tasker_worker=debug,tasker_shared=debug";
     let orchestrator = Speaking::start(

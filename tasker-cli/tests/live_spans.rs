@@ -263,7 +263,7 @@ async fn context_comes_in_and_goes_out_and_live_spans_arrive_as_the_settings_say
     let mut conn = client.pool().acquire().await.expect("a connection");
     for yaml in [SMALL, TEMPLATE] {
         let checked = template::parse("live.yaml", yaml).expect("a template");
-        templates::register(&mut conn, &checked.template).await.expect("registered");
+        templates::register(&mut conn, &checked).await.expect("registered");
     }
     let spec = KeySpec { name: "live".into(), role: Role::Operator, scopes: None, namespaces: None, expires_at: None };
     let key = auth::create_key(&mut conn, &spec, "the test").await.expect("a key").key;

@@ -695,7 +695,7 @@ steps: [{name: only, handler: noop}]
         let client = Client::connect(&database.url()).await.unwrap();
         let checked = template::parse("order.yaml", TEMPLATE).unwrap();
         let mut conn = client.pool.acquire().await.unwrap();
-        templates::register(&mut conn, &checked.template).await.unwrap();
+        templates::register(&mut conn, &checked).await.unwrap();
         client
     }
 

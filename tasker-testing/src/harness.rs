@@ -77,8 +77,7 @@ use crate::simulation::World;
 use tasker_shared::state_machine::decide::Event;
 use tasker_shared::state_machine::input::BY_REFERENCE;
 use tasker_shared::state_machine::plan::{ChildEnd, Failure, Outcome};
-use tasker_shared::store::templates::{self, Loaded, TemplateError};
-use tasker_shared::template;
+use tasker_shared::template::{self, Compiled};
 
 /// One attempt, as a mock sees it.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,7 +137,7 @@ type Mock = Box<dyn FnMut(&Call) -> Result<Value, MockError>>;
 
 /// A template and the mocks of its handlers.
 pub struct Harness {
-    loaded: Loaded,
+    template: Compiled,
     mocks: HashMap<String, Mock>,
     tasks: HashMap<String, Mock>,
     unoffered: HashSet<String>,
@@ -146,7 +145,7 @@ pub struct Harness {
 
 impl fmt::Debug for Harness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Harness").field("template", &self.loaded.definition.name).finish_non_exhaustive()
+        f.debug_struct("Harness").field("template", &self.template.definition.name).finish_non_exhaustive()
     }
 }
 
@@ -156,17 +155,13 @@ pub enum HarnessError {
     /// What `tasker template lint` would say, a line each.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Template(Vec<template::Problem>),
-    /// It passes the checks of a file, but cannot be loaded.
-    #[error(transparent)]
-    Load(#[from] TemplateError),
 }
 
 impl Harness {
     /// Reads a template file's text. Errors with everything that is wrong with it.
     pub fn from_yaml(text: &str) -> Result<Self, HarnessError> {
         let checked = template::parse("template.yaml", text).map_err(HarnessError::Template)?;
-        let loaded = templates::loaded(1, template::to_json(&checked.template))?;
-        Ok(Self { loaded, mocks: HashMap::new(), tasks: HashMap::new(), unoffered: HashSet::new() })
+        Ok(Self { template: checked.compiled, mocks: HashMap::new(), tasks: HashMap::new(), unoffered: HashSet::new() })
     }
 
     /// What a handler does; the latest mock of a name counts.
@@ -207,9 +202,9 @@ impl Harness {
     /// # Panics
     /// If a step needs a handler that has no mock, or if a rule of the state machine is broken.
     pub fn start(&mut self, input: Value) -> Started<'_> {
-        let schema = self.loaded.schema.as_ref();
+        let schema = self.template.schema.as_ref();
         let invalid = schema.and_then(|schema| schema.check(&input).err()).map(|problems| problems.join("; "));
-        let mut world = World::new(self.loaded.definition.clone());
+        let mut world = World::new(self.template.definition.clone());
         world.task.input = input;
         world.invalid_input = invalid;
         let mut started = Started { harness: self, run: Run { world, calls: Vec::new() } };

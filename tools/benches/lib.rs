@@ -9,7 +9,6 @@ use serde_json::json;
 use tasker_shared::state_machine::plan::{Outcome, Step, Task};
 use tasker_shared::state_machine::states::{Change, TaskMove};
 use tasker_shared::state_machine::{Definition, Snapshot, StepEvent as E, StepState as S, TaskEvent, TaskState};
-use tasker_shared::store::templates;
 use tasker_shared::template;
 use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 use uuid::Uuid;
@@ -24,8 +23,7 @@ pub fn chain(steps: u32) -> Arc<Definition> {
         let parent = index.checked_sub(1).map(|parent| format!("step_{parent}")).unwrap_or_default();
         let _ = writeln!(yaml, "  - {{name: step_{index}, handler: noop, depends_on: [{parent}]}}");
     }
-    let template = template::parse("chain.yaml", &yaml).expect("a chain is a template").template;
-    templates::loaded(1, template::to_json(&template)).expect("what was parsed").definition
+    template::parse("chain.yaml", &yaml).expect("a chain is a template").compiled.definition
 }
 
 /// The task's row in this state, with so many steps open.

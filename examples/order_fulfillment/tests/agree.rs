@@ -17,9 +17,10 @@ fn template() -> Checked {
 fn run(checked: &Checked, order: &Order) -> Result<HashMap<String, (Value, u32)>, Failure> {
     let input = serde_json::to_value(order).unwrap();
     let mut done: HashMap<String, (Value, u32)> = HashMap::new();
-    for &step in checked.graph.topological_order() {
-        let step = &checked.template.steps[step as usize];
-        let references = step.input_template().unwrap().expect("every step has an input");
+    let definition = &checked.compiled.definition;
+    for &index in definition.graph.topological_order() {
+        let step = &checked.template.steps[index as usize];
+        let references = definition.steps[index as usize].input.as_ref().expect("every step has an input");
         let resolved = references
             .resolve(&input, &|name| done.get(name).map(|(output, _)| output))
             .unwrap_or_else(|missing| panic!("{}: {missing}", step.name));
@@ -85,7 +86,7 @@ fn template_uses_every_handler_and_no_other() {
     let checked = template();
     let used: BTreeSet<&str> = checked.template.steps.iter().map(|step| step.handler.as_str()).collect();
     assert_eq!(used, handlers::NAMES.into_iter().collect());
-    assert!(checked.graph.len() >= 8);
+    assert!(checked.compiled.definition.graph.len() >= 8);
 }
 
 #[test]

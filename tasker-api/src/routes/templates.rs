@@ -203,18 +203,18 @@ pub(crate) struct Applied {
 }
 
 async fn apply(call: Call<Nothing, Nothing, TemplateFile>) -> Answer<Applied> {
-    let template = match parse(call.body.yaml).await? {
-        Ok(checked) => checked.template,
+    let checked = match parse(call.body.yaml).await? {
+        Ok(checked) => checked,
         Err(problems) => {
             let found = findings(problems);
             let first = found.first().map_or_else(String::new, |first| format!("{}: {}", first.field, first.detail));
             return Err(INVALID_REQUEST.because(format!("yaml: {first}")).field("yaml").findings(found));
         }
     };
-    call.who.require(Scope::TemplatesWrite, &template.namespace)?;
+    call.who.require(Scope::TemplatesWrite, &checked.template.namespace)?;
     let key = Some(call.who.name.as_str());
     let registered =
-        tx::in_tx(call.state.pool(), async |conn| templates::apply(conn, &template, key, key).await).await?;
-    let Template { namespace, name, version, .. } = template;
+        tx::in_tx(call.state.pool(), async |conn| templates::apply(conn, &checked, key, key).await).await?;
+    let Template { namespace, name, version, .. } = checked.template;
     Ok(Applied { namespace, name, version, is_new: registered.is_new }.into())
 }

@@ -110,7 +110,7 @@ impl World {
     pub async fn register(&self, yaml: &str) {
         let checked = template::parse("test.yaml", yaml).expect("a good template");
         let mut conn = self.pool().acquire().await.expect("a connection");
-        templates::register(&mut conn, &checked.template).await.expect("registered");
+        templates::register(&mut conn, &checked).await.expect("registered");
     }
 
     pub async fn submit(&self, namespace: &str, correlation_id: &str) -> Uuid {

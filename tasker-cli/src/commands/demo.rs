@@ -109,8 +109,7 @@ impl Demo {
             return Err(failure(130, "interrupted"));
         };
         let client = &connected.client;
-        let template =
-            template::parse("order.yaml", TEMPLATE).map_err(|problems| anyhow::anyhow!("{problems:?}"))?.template;
+        let template = template::parse("order.yaml", TEMPLATE).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
         tx::in_tx(client.pool(), async |conn| templates::register(conn, &template).await).await?;
 
         eprintln!("starting an orchestrator and a worker");

@@ -19,11 +19,11 @@ const PACE: Duration = Duration::from_millis(700);
 
 /// Registers the template and says what the page's button submits.
 pub async fn register(client: &Client) -> anyhow::Result<Example> {
-    let template =
-        template::parse("order.yaml", TEMPLATE).map_err(|problems| anyhow::anyhow!("{problems:?}"))?.template;
-    tx::in_tx(client.pool(), async |conn| templates::register(conn, &template).await).await?;
+    let checked = template::parse("order.yaml", TEMPLATE).map_err(|problems| anyhow::anyhow!("{problems:?}"))?;
+    tx::in_tx(client.pool(), async |conn| templates::register(conn, &checked).await).await?;
     let inputs: Vec<Value> = serde_json::from_str(ORDERS)?;
-    Ok(Example { namespace: template.namespace, template: template.name, inputs })
+    let template::Template { namespace, name, .. } = checked.template;
+    Ok(Example { namespace, template: name, inputs })
 }
 
 /// A worker with the handlers of the example.

@@ -20,6 +20,7 @@ use crate::run::actor;
 #[command(after_help = "\
 Examples:
   tasker template lint order.yaml
+  tasker template schema > template.schema.json
   tasker template apply order.yaml
   tasker template show fulfillment/order@1.0.0
   tasker template diff fulfillment/order 1.0.0 1.1.0")]
@@ -36,6 +37,8 @@ pub enum Template {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Print the JSON Schema of a template file, for editors
+    Schema,
     /// List the registered templates
     List {
         /// Of this namespace only
@@ -96,6 +99,7 @@ impl Template {
     pub async fn run(self, global: &Global) -> anyhow::Result<()> {
         match self {
             Self::Lint { files } => lint(global, &files),
+            Self::Schema => output::line(serde_json::to_string_pretty(template::schema())?),
             Self::Apply { files } => apply(global, &files).await,
             Self::List { namespace } => list(global, namespace.as_deref()).await,
             Self::Show { template } => show(global, &template).await,
@@ -159,16 +163,16 @@ async fn apply(global: &Global, files: &[PathBuf]) -> anyhow::Result<()> {
     let connected = run::connect(global).await?;
     let mut answers = Vec::new();
     let who = actor();
-    for Checked { template, .. } in &checked {
+    for checked in &checked {
         let registered = tx::in_tx(connected.client.pool(), async |conn| {
-            templates::apply(conn, template, who.as_deref(), None).await
+            templates::apply(conn, checked, who.as_deref(), None).await
         })
         .await
         .map_err(|error| match error {
             refused @ TemplateError::Immutable { .. } => failure(FAILED, refused.to_string()),
             other => other.into(),
         })?;
-        let Definition { namespace, name, version, .. } = template;
+        let Definition { namespace, name, version, .. } = &checked.template;
         if global.output == Format::Table {
             let what = if registered.is_new { "registered" } else { "was registered already, unchanged" };
             output::line(format!("{namespace}/{name} {version} {what}"))?;

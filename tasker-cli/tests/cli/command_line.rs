@@ -94,6 +94,16 @@ fn an_unreachable_database_exits_with_4_and_says_why() {
 }
 
 #[test]
+fn the_schema_of_a_template_is_printed_for_editors() {
+    let schema = offline(&["template", "schema"]).exits_with(0).json();
+    assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
+    assert_eq!(schema["additionalProperties"], false);
+    let concurrency = &schema["properties"]["concurrency"];
+    assert_eq!(concurrency["properties"]["key"]["type"], "string");
+    assert!(concurrency["description"].as_str().unwrap().contains("in flight"));
+}
+
+#[test]
 fn lint_names_file_line_and_key_of_every_problem() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("order.yaml");
@@ -201,7 +211,7 @@ async fn a_template_diff_says_what_changed() {
         .replace("depends_on: [try], ", "")
         .replace("handler: echo, input: {try: \"${steps.try.output}\"}", "handler: noop");
     let checked = template::parse("order.yaml", &later).unwrap();
-    templates::register(&mut shop.conn, &checked.template).await.unwrap();
+    templates::register(&mut shop.conn, &checked).await.unwrap();
     let text = shop.tasker(&["template", "diff", "shop/order", "1", "2"]).exits_with(0).stdout;
     assert!(text.contains("handler: \"echo\" → \"noop\"") && text.contains("- done depends on try"), "{text}");
     let json = shop.json(&["template", "diff", "shop/order", "2", "1"]);

@@ -71,7 +71,7 @@ impl Shop {
         let database = TestDatabase::fresh().await;
         let mut conn = PgConnection::connect(&database.url()).await.unwrap();
         let checked = template::parse("order.yaml", TEMPLATE).unwrap();
-        templates::register(&mut conn, &checked.template).await.unwrap();
+        templates::register(&mut conn, &checked).await.unwrap();
         Self { database, conn }
     }
 

@@ -283,7 +283,7 @@ async fn operators_repair_tasks_from_the_command_line() {
         ("leaf", "steps: [{name: only, handler: noop}]"),
     ] {
         let yaml = format!("namespace: shop\nname: {name}\nversion: \"1\"\n{yaml}\n");
-        templates::register(&mut shop.conn, &template::parse("t.yaml", &yaml).unwrap().template).await.unwrap();
+        templates::register(&mut shop.conn, &template::parse("t.yaml", &yaml).unwrap()).await.unwrap();
     }
     let up = Up::start(&shop);
     let submit = |template: &str, id: &str| {

@@ -8,7 +8,7 @@ use tasker_shared::state_machine::Snapshot;
 use tasker_shared::state_machine::definition::MAX_ITEMS;
 use tasker_shared::state_machine::plan::{Lacks, Plan, Step, Task};
 use tasker_shared::store;
-use tasker_shared::store::templates::Loaded;
+use tasker_shared::template::Compiled;
 use tasker_shared::trace::log::Attempt;
 use uuid::Uuid;
 
@@ -19,7 +19,7 @@ use super::read::{StepRow, TaskRow};
 pub(super) struct LoadedTask {
     /// What its trace and its messages say of it.
     pub row: TaskRow,
-    pub template: Arc<Loaded>,
+    pub template: Arc<Compiled>,
     /// What `decide` reads.
     pub snapshot: Snapshot,
     /// The current attempts of the steps that events are about, by step.
@@ -36,7 +36,7 @@ pub(super) struct LoadedTask {
 
 impl LoadedTask {
     /// A task of which nothing but its row was loaded.
-    pub fn new(task: Task, row: TaskRow, template: Arc<Loaded>, whole: bool) -> Self {
+    pub fn new(task: Task, row: TaskRow, template: Arc<Compiled>, whole: bool) -> Self {
         Self {
             snapshot: Snapshot::of_row(task, template.definition.clone()),
             row,

@@ -34,9 +34,10 @@ use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::Event;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::templates::{self, Loaded, TemplateError};
+use tasker_shared::store::templates::{self, TemplateError};
 use tasker_shared::store::tx::Lines;
 use tasker_shared::store::{self, Fault};
+use tasker_shared::template::Compiled;
 use tokio::sync::Notify;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use uuid::Uuid;
@@ -79,7 +80,7 @@ pub struct Shared {
     pub trace_settings: Arc<Notify>,
     /// Wakes who watches the workers: one of them may hold a claim soon.
     pub claims: Notify,
-    templates: Mutex<HashMap<i32, Arc<Loaded>>>,
+    templates: Mutex<HashMap<i32, Arc<Compiled>>>,
 }
 
 impl Shared {
@@ -118,7 +119,7 @@ impl Shared {
         &self,
         conn: &mut PgConnection,
         ids: &[i32],
-    ) -> Result<HashMap<i32, Arc<Loaded>>, TemplateError> {
+    ) -> Result<HashMap<i32, Arc<Compiled>>, TemplateError> {
         let mut found = HashMap::new();
         let mut missing = Vec::new();
         {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -11,6 +12,7 @@ use super::condition::Condition;
 use super::flow::{Allows, LANE_SEPARATOR, Limit, Rule, resolve_key};
 use super::graph::Graph;
 use super::input::{InputTemplate, Reference};
+use super::kinds::Share;
 use super::retry::RetryPolicy;
 use super::wait::Work;
 
@@ -20,7 +22,7 @@ pub const MAX_ITEMS: u32 = 100_000;
 /// One version of a template, immutable.
 #[derive(Debug, Clone)]
 pub struct Definition {
-    /// Its row.
+    /// Its row; 0 before it is registered.
     pub template_id: i32,
     /// The namespace that owns it.
     pub namespace: Arc<str>,
@@ -32,7 +34,7 @@ pub struct Definition {
     pub block_on_failure: bool,
     /// The longest a task may take, waits included.
     pub total: Option<Duration>,
-    /// In file order; a step's index is its place here.
+    /// In file order; a step's index is its position here.
     pub steps: Vec<StepDefinition>,
     /// Who depends on whom.
     pub graph: Graph,
@@ -161,8 +163,8 @@ pub struct ForEach {
 }
 
 /// What items that have failed for good mean for their map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", try_from = "OnItemFailureForm")]
 pub enum OnItemFailure {
     /// The first one fails the map.
     #[default]
@@ -175,8 +177,50 @@ pub enum OnItemFailure {
     Percent(u32),
 }
 
+/// What failed items mean, as it is written: in a file, or where it is stored.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum OnItemFailureForm {
+    /// The first one fails the map.
+    Fail,
+    /// Their places in the output hold null.
+    Continue,
+    /// As `continue`, unless more items than this have failed: a count, or a share of all such as `5%`.
+    Threshold(Threshold),
+    #[schemars(skip)]
+    Count(u32),
+    #[schemars(skip)]
+    Percent(u32),
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum Threshold {
+    Count(#[schemars(range(min = 1, max = MAX_ITEMS))] u32),
+    Percent(#[schemars(with = "Share")] String),
+}
+
+impl TryFrom<OnItemFailureForm> for OnItemFailure {
+    type Error = String;
+
+    fn try_from(form: OnItemFailureForm) -> Result<Self, String> {
+        Ok(match form {
+            OnItemFailureForm::Fail => Self::Fail,
+            OnItemFailureForm::Continue => Self::Continue,
+            OnItemFailureForm::Threshold(Threshold::Count(items)) | OnItemFailureForm::Count(items) => {
+                Self::Count(items)
+            }
+            OnItemFailureForm::Threshold(Threshold::Percent(text)) => {
+                let percent = text.strip_suffix('%').and_then(|number| number.parse().ok());
+                Self::Percent(percent.ok_or_else(|| format!("`{text}` is not a share in percent"))?)
+            }
+            OnItemFailureForm::Percent(percent) => Self::Percent(percent),
+        })
+    }
+}
+
 /// Which of a step's dependencies must be done before it runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Join {
     /// All of them; it is skipped as soon as one is skipped.

@@ -6,10 +6,12 @@
 pub mod condition;
 pub mod decide;
 pub mod definition;
+pub mod duration;
 pub mod earlier;
 pub mod flow;
 pub mod graph;
 pub mod input;
+pub mod kinds;
 pub mod plan;
 pub mod retry;
 pub mod states;

@@ -7,35 +7,37 @@
 use std::fmt;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The longest duration a template or a handler may ask for: ten years.
-/// Anything longer is a mistake, and would overflow the database's timestamps.
-pub const LONGEST: Duration = Duration::from_hours(3650 * 24);
+pub use super::duration::LONGEST;
+use super::kinds::{ErrorType, Milliseconds};
 
 /// How a step is tried again after an attempt failed.
-///
-/// In JSON the intervals are whole milliseconds. Fields that are absent take
-/// the defaults, which are part of the published template format: changing one
-/// would change the meaning of templates that are already stored.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+// The defaults are part of the published format: changing one would change the meaning of
+// templates that are already stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetryPolicy {
-    /// Attempts in one generation, the first included; at least 1.
+    /// How many attempts one generation of the step has, the first included; 1 to 1,000,000, 3 by default.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max_attempts: u32,
-    /// Delay after the first failure.
-    #[serde(with = "milliseconds")]
+    /// The delay after the first failure; 1s by default.
+    #[serde(with = "Milliseconds")]
     pub initial_interval: Duration,
-    /// What each further failure multiplies the delay by; at least 1.
+    /// What each further failure multiplies the delay by; 1 to 1,000, 2.0 by default.
+    #[schemars(range(min = 1, max = 1000))]
     pub backoff_coefficient: f64,
-    /// The delay never grows beyond this, jitter apart.
-    #[serde(with = "milliseconds")]
+    /// The longest delay, jitter apart; at least `initial_interval`, 1m by default.
+    #[serde(with = "Milliseconds")]
     pub max_interval: Duration,
-    /// Fraction, 0 to 1, by which a delay may differ either way.
+    /// The fraction by which a delay may differ either way; 0 to 1, 0.2 by default.
+    #[schemars(range(min = 0, max = 1))]
     pub jitter: f64,
-    /// Error types that are never retried, compared exactly.
+    /// Error types that are never retried, compared exactly; at most 100.
+    #[schemars(with = "Vec<ErrorType>", length(max = 100))]
     pub non_retryable_errors: Vec<String>,
-    /// What becomes of the task once the step has no attempt left.
+    /// What becomes of the task once the step has no attempt left; `fail` by default.
     pub on_exhausted: OnExhausted,
 }
 
@@ -54,7 +56,7 @@ impl Default for RetryPolicy {
 }
 
 /// What becomes of the task once a step has failed for good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExhausted {
     /// The step ends in error, and the template's `on_failure` decides.
@@ -64,42 +66,6 @@ pub enum OnExhausted {
     Block,
     /// The step's dependents run as if it had succeeded without output.
     Continue,
-}
-
-/// Durations as whole milliseconds in JSON, so that SQL can compute with them.
-pub mod milliseconds {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    /// Writes whole milliseconds; finer parts are dropped.
-    pub fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_u64(u64::try_from(value.as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// Reads whole milliseconds.
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        u64::deserialize(from).map(Duration::from_millis)
-    }
-
-    /// The same for a duration that may be absent; pair it with
-    /// `#[serde(default, skip_serializing_if = "Option::is_none")]`.
-    pub mod optional {
-        use super::{Deserialize, Deserializer, Duration, Serializer};
-
-        /// Writes whole milliseconds, or null.
-        pub fn serialize<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
-            match value {
-                Some(value) => super::serialize(value, to),
-                None => to.serialize_none(),
-            }
-        }
-
-        /// Reads whole milliseconds, or null.
-        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-            Ok(Option::<u64>::deserialize(from)?.map(Duration::from_millis))
-        }
-    }
 }
 
 /// What follows a failed attempt.

@@ -1,15 +1,11 @@
 //! Templates: registered once under a version, immutable from then on.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use serde_json::Value;
 use sqlx::PgConnection;
 
 use super::Error;
-use crate::state_machine::wait::Work;
-use crate::state_machine::{Definition, StepDefinition};
-use crate::template::{self, InputSchema, Join, Keep, OnFailure, Template};
+use crate::template::{self, Checked, Compiled};
 
 /// A template could not be registered or read.
 #[derive(Debug, thiserror::Error)]
@@ -29,9 +25,6 @@ pub enum TemplateError {
     /// What the database holds is not a definition.
     #[error(transparent)]
     Stored(#[from] template::Error),
-    /// The input schema that the database holds does not compile.
-    #[error("the input_schema of template {0} does not compile; register the template again under a new version")]
-    StoredSchema(i32),
     /// The database.
     #[error(transparent)]
     Store(#[from] Error),
@@ -57,17 +50,18 @@ pub struct Registration {
 /// # Errors
 /// If the version exists with another content, or a step starts tasks in a namespace that the role of
 /// this connection may not use.
-pub async fn register(conn: &mut PgConnection, template: &Template) -> Result<Registration, TemplateError> {
-    register_by(conn, template, None).await
+pub async fn register(conn: &mut PgConnection, checked: &Checked) -> Result<Registration, TemplateError> {
+    register_by(conn, checked, None).await
 }
 
 /// The database asks whether who registers it may use every namespace that its steps name, now and
 /// whenever one of them starts a task there: the role, and the key if there is one.
 async fn register_by(
     conn: &mut PgConnection,
-    template: &Template,
+    checked: &Checked,
     key: Option<&str>,
 ) -> Result<Registration, TemplateError> {
+    let template = &checked.template;
     let definition = template::to_json(template);
     let made = sqlx::query_scalar!(
         "insert into tasker.templates (namespace, name, version, definition, registered_key) values ($1, $2, $3, $4, $5)
@@ -98,7 +92,7 @@ async fn register_by(
         }
         return Ok(Registration { template_id: known.template_id, is_new: false });
     };
-    insert_steps(conn, template_id, template).await?;
+    insert_steps(conn, template_id, checked).await?;
     Ok(Registration { template_id, is_new: true })
 }
 
@@ -110,11 +104,12 @@ async fn register_by(
 /// As [`register`], and if that key may not use a namespace that a step names.
 pub async fn apply(
     conn: &mut PgConnection,
-    template: &Template,
+    checked: &Checked,
     actor: Option<&str>,
     key: Option<&str>,
 ) -> Result<Registration, TemplateError> {
-    let registered = register_by(&mut *conn, template, key).await?;
+    let template = &checked.template;
+    let registered = register_by(&mut *conn, checked, key).await?;
     if !registered.is_new && template.crossings().next().is_some() {
         sqlx::query!(
             "select tasker.adopt_template($1, $2, coalesce($3, session_user::text)) as adopted",
@@ -137,8 +132,9 @@ pub async fn apply(
     Ok(registered)
 }
 
-async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Template) -> Result<(), TemplateError> {
-    let graph = template.graph()?;
+async fn insert_steps(conn: &mut PgConnection, template_id: i32, checked: &Checked) -> Result<(), TemplateError> {
+    let Checked { template, compiled } = checked;
+    let graph = &compiled.definition.graph;
     let steps = &template.steps;
     let milliseconds = |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
     let indexes: Vec<i32> = (0_i32..).take(steps.len()).collect();
@@ -188,109 +184,13 @@ async fn insert_steps(conn: &mut PgConnection, template_id: i32, template: &Temp
     Ok(())
 }
 
-/// A template as orchestrators keep it in memory; it never changes.
-#[derive(Debug)]
-pub struct Loaded {
-    /// What decisions read.
-    pub definition: Arc<Definition>,
-    /// The steps that wait for a signal, by index, with its name.
-    pub signals: Vec<(u32, Arc<str>)>,
-    /// Whether any of its steps starts tasks.
-    pub starts_tasks: bool,
-    /// Whether anything may be due for its tasks that outlasts them.
-    pub has_timers: bool,
-    /// Checks inputs; `None` accepts any object.
-    pub schema: Option<InputSchema>,
-    /// Ends whose trace is exported although sampling did not choose it.
-    pub keep: Vec<Keep>,
-}
-
 /// Reads templates by id.
-pub async fn load(conn: &mut PgConnection, template_ids: &[i32]) -> Result<Vec<Arc<Loaded>>, TemplateError> {
+pub async fn load(conn: &mut PgConnection, template_ids: &[i32]) -> Result<Vec<Arc<Compiled>>, TemplateError> {
     let rows =
         sqlx::query!("select template_id, definition from tasker.templates where template_id = any($1)", template_ids)
             .fetch_all(conn)
             .await?;
-    rows.into_iter().map(|row| loaded(row.template_id, row.definition).map(Arc::new)).collect()
-}
-
-/// What a stored definition (see [`template::to_json`]) says, in the form that decisions read.
-pub fn loaded(template_id: i32, stored: Value) -> Result<Loaded, TemplateError> {
-    let template = template::from_json(stored)?;
-    let graph = template.graph()?;
-    let names: Vec<Arc<str>> = template.steps.iter().map(|step| step.name.as_str().into()).collect();
-    let by_name: HashMap<Arc<str>, u32> = names.iter().cloned().zip(0_u32..).collect();
-    let mut steps = Vec::with_capacity(template.steps.len());
-    let mut limits = template.limits()?.into_iter();
-    for (index, step) in (0_u32..).zip(&template.steps) {
-        let input = step.input_template()?;
-        let work = step.work();
-        let mut needs: Vec<u32> = match &input {
-            _ if !work.takes_input() => Vec::new(),
-            Some(input) => input.references().filter_map(|name| by_name.get(name).copied()).collect(),
-            None if step.for_each.is_some() => Vec::new(),
-            None => graph.parents(index).to_vec(),
-        };
-        let when = step.condition()?;
-        let looked_at = when.as_ref().and_then(|when| by_name.get(when.reference().step()?).copied());
-        needs.extend(looked_at.filter(|step| !needs.contains(step)));
-        let item_needs = if input.is_some() { needs.clone() } else { Vec::new() };
-        let for_each = step.map(item_needs)?;
-        if let Some(for_each) = &for_each {
-            needs.extend(for_each.reference.step().and_then(|name| by_name.get(name).copied()));
-        }
-        steps.push(StepDefinition {
-            name: names[index as usize].clone(),
-            work,
-            handler: step.handler.as_str().into(),
-            queue: template::step_queue(&template.namespace, step).into(),
-            priority: step.priority,
-            retry: step.retry.clone(),
-            queue_timeout: step.timeouts.queue,
-            total: step.timeouts.total,
-            run_timeout: Some(step.timeouts.run),
-            input,
-            needs,
-            when,
-            branches: step.branches.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect(),
-            join: step.join,
-            limits: limits.next().unwrap_or_default(),
-            for_each,
-        });
-    }
-    let reaches_far = steps.iter().any(|step| {
-        step.when.is_some() || step.for_each.is_some() || !step.branches.is_empty() || step.join == Join::Any
-    });
-    let schema = template
-        .input_schema
-        .as_ref()
-        .map(|schema| InputSchema::compile(schema).map_err(|_| TemplateError::StoredSchema(template_id)))
-        .transpose()?;
-    let definition = Definition {
-        template_id,
-        namespace: template.namespace.as_str().into(),
-        name: template.name.as_str().into(),
-        version: template.version.as_str().into(),
-        block_on_failure: template.on_failure == OnFailure::Block,
-        total: template.timeouts.total,
-        fair_key: template.fair_key_template()?,
-        steps,
-        graph,
-        by_name,
-        reaches_far,
-    };
-    let signals = (0_u32..).zip(&definition.steps);
-    let signals = signals.filter_map(|(index, step)| Some((index, step.work.signal()?.name.as_str().into()))).collect();
-    let starts_tasks = definition.steps.iter().any(|step| matches!(step.work, Work::Task(_)));
-    let has_timers = definition.total.is_some() || definition.steps.iter().any(StepDefinition::has_timers);
-    Ok(Loaded {
-        definition: Arc::new(definition),
-        signals,
-        starts_tasks,
-        has_timers,
-        schema,
-        keep: template.trace.keep.clone(),
-    })
+    rows.into_iter().map(|row| Ok(Arc::new(template::load(row.template_id, row.definition)?))).collect()
 }
 
 #[cfg(test)]

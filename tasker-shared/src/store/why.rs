@@ -455,7 +455,7 @@ steps:
             let database = TestDatabase::fresh().await;
             let mut conn = PgConnection::connect(&database.url()).await.unwrap();
             let checked = template::parse("order.yaml", TEMPLATE).unwrap();
-            templates::register(&mut conn, &checked.template).await.unwrap();
+            templates::register(&mut conn, &checked).await.unwrap();
             let request = serde_json::json!({"namespace": "shop", "template": "order"});
             let task = tasks::submit(&mut conn, &[request]).await.unwrap()[0].task_uuid.unwrap();
             let mut shop = Self { conn, task, _database: database };

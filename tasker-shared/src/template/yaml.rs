@@ -18,14 +18,14 @@ use crate::state_machine::input::Segment;
 /// shallow enough for any thread's stack.
 const MAX_YAML_DEPTH: usize = 100;
 
-/// A place in the file, from 1.
+/// A line and a column of the file, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct Position {
     pub line: u64,
     pub column: u64,
 }
 
-impl From<Location> for Place {
+impl From<Location> for Position {
     fn from(location: Location) -> Self {
         Self { line: location.line(), column: location.column() }
     }
@@ -33,7 +33,7 @@ impl From<Location> for Place {
 
 #[derive(Debug)]
 pub(super) struct Node {
-    pub place: Place,
+    pub at: Position,
     pub kind: Kind,
 }
 
@@ -50,7 +50,7 @@ pub(super) enum Kind {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub key: String,
-    pub key_place: Place,
+    pub key_at: Position,
     pub value: Node,
 }
 
@@ -59,8 +59,8 @@ pub(super) struct Entry {
 const STACK_BYTES: usize = 16 * 1024 * 1024;
 
 /// Reads one document. The error is the first thing that is not YAML.
-pub(super) fn read(text: &str) -> Result<Node, (Place, String)> {
-    let start = Place { line: 1, column: 1 };
+pub(super) fn read(text: &str) -> Result<Node, (Position, String)> {
+    let start = Position { line: 1, column: 1 };
     thread::scope(|scope| {
         let reader = thread::Builder::new().stack_size(STACK_BYTES);
         match reader.spawn_scoped(scope, || parse(text)) {
@@ -70,7 +70,7 @@ pub(super) fn read(text: &str) -> Result<Node, (Place, String)> {
     })
 }
 
-fn parse(text: &str) -> Result<Node, (Place, String)> {
+fn parse(text: &str) -> Result<Node, (Position, String)> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: MAX_YAML_DEPTH,
@@ -95,10 +95,10 @@ fn parse(text: &str) -> Result<Node, (Place, String)> {
     read.map_err(|error| explain(error.without_snippet()))
 }
 
-fn explain(error: &Error) -> (Place, String) {
-    let place = error.location().map_or(Place { line: 1, column: 1 }, Place::from);
+fn explain(error: &Error) -> (Position, String) {
+    let at = error.location().map_or(Position { line: 1, column: 1 }, Position::from);
     let message = error.render_with_formatter(&UserMessageFormatter);
-    // The rendering ends with the place, which a problem shows in front.
+    // The rendering ends with the position, which a problem shows in front.
     let message = message.split(" at line ").next().unwrap_or_default();
     let message = match message {
         "expected string scalar" => "a key must be a plain text",
@@ -106,7 +106,7 @@ fn explain(error: &Error) -> (Place, String) {
         several if several.contains("Documents {") => "the file holds more than one document",
         other => other,
     };
-    (place, message.replace('\n', " "))
+    (at, message.replace('\n', " "))
 }
 
 impl Node {
@@ -120,6 +120,14 @@ impl Node {
             Kind::List(_) => "a list",
             Kind::Map(_) => "a mapping",
         }
+    }
+
+    /// The value of a key of a mapping.
+    pub(super) fn get(&self, key: &str) -> Option<&Self> {
+        let Kind::Map(entries) = &self.kind else {
+            return None;
+        };
+        entries.iter().find(|entry| entry.key == key).map(|entry| &entry.value)
     }
 
     /// The node as JSON.
@@ -137,27 +145,25 @@ impl Node {
         }
     }
 
-    /// The place of what `path` leads to, or of the last node on the way.
-    pub(super) fn place_of(&self, path: &[Segment]) -> Place {
+    /// The position of what `path` leads to, or of the last node on the way.
+    pub(super) fn position_of(&self, path: &[Segment]) -> Position {
         let Some((first, rest)) = path.split_first() else {
-            return self.place;
+            return self.at;
         };
         let inner = match (&self.kind, first) {
             (Kind::List(items), Segment::Index(index)) => items.get(*index),
-            (Kind::Map(entries), Segment::Key(key)) => {
-                entries.iter().find(|entry| entry.key == *key).map(|entry| &entry.value)
-            }
+            (Kind::Map(_), Segment::Key(key)) => self.get(key),
             _ => None,
         };
-        inner.map_or(self.place, |inner| inner.place_of(rest))
+        inner.map_or(self.at, |inner| inner.position_of(rest))
     }
 
-    /// The place of the first node that nests more than `levels` levels of
+    /// The position of the first node that nests more than `levels` levels of
     /// lists and mappings down.
-    pub(super) fn deeper_than(&self, levels: usize) -> Option<Place> {
+    pub(super) fn deeper_than(&self, levels: usize) -> Option<Position> {
         let below = |node: &Self| node.deeper_than(levels - 1);
         match &self.kind {
-            Kind::List(_) | Kind::Map(_) if levels == 0 => Some(self.place),
+            Kind::List(_) | Kind::Map(_) if levels == 0 => Some(self.at),
             Kind::List(items) => items.iter().find_map(below),
             Kind::Map(entries) => entries.iter().map(|entry| &entry.value).find_map(below),
             _ => None,
@@ -168,7 +174,7 @@ impl Node {
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<Kind>::deserialize(from)?;
-        Ok(Self { place: spanned.referenced.into(), kind: spanned.value })
+        Ok(Self { at: spanned.referenced.into(), kind: spanned.value })
     }
 }
 
@@ -232,7 +238,7 @@ impl<'de> Visitor<'de> for KindVisitor {
         let mut entries = Vec::new();
         while let Some(key) = from.next_key::<Spanned<String>>()? {
             let value = from.next_value()?;
-            entries.push(Entry { key: key.value, key_place: key.referenced.into(), value });
+            entries.push(Entry { key: key.value, key_at: key.referenced.into(), value });
         }
         Ok(Kind::Map(entries))
     }
@@ -244,21 +250,21 @@ mod tests {
 
     use super::*;
 
-    fn place(line: u64, column: u64) -> Place {
-        Place { line, column }
+    fn position(line: u64, column: u64) -> Position {
+        Position { line, column }
     }
 
     #[test]
-    fn every_node_knows_its_place() {
+    fn every_node_knows_its_position() {
         let node = read("a: 1\nb:\n  - x\n  - {c: [true]}\n").unwrap();
         let key = |key: &str| Segment::Key(key.to_owned());
         assert_eq!(node.to_value(), json!({"a": 1, "b": ["x", {"c": [true]}]}));
-        assert_eq!(node.place, place(1, 1));
-        assert_eq!(node.place_of(&[key("a")]), place(1, 4));
-        assert_eq!(node.place_of(&[key("b"), Segment::Index(0)]), place(3, 5));
-        assert_eq!(node.place_of(&[key("b"), Segment::Index(1), key("c")]), place(4, 9));
+        assert_eq!(node.at, position(1, 1));
+        assert_eq!(node.position_of(&[key("a")]), position(1, 4));
+        assert_eq!(node.position_of(&[key("b"), Segment::Index(0)]), position(3, 5));
+        assert_eq!(node.position_of(&[key("b"), Segment::Index(1), key("c")]), position(4, 9));
         let Kind::Map(entries) = &node.kind else { panic!("a mapping") };
-        assert_eq!(entries[1].key_place, place(2, 1));
+        assert_eq!(entries[1].key_at, position(2, 1));
     }
 
     #[test]
@@ -277,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_yaml_is_refused_with_its_place() {
+    fn what_is_not_yaml_is_refused_with_its_position() {
         for (text, line, expected) in [
             ("a: 1\nb: [1, 2\n", 2, "unclosed bracket '['"),
             ("a: 1\na: 2\n", 2, "duplicate mapping key: a not allowed here"),
@@ -290,8 +296,8 @@ mod tests {
             ("a: 'x\n", 2, "invalid indentation in multiline quoted scalar"),
             ("a:\n  ? [1]\n  : 2\n", 2, "a key must be a plain text"),
         ] {
-            let (place, message) = read(text).unwrap_err();
-            assert_eq!((place.line, message.as_str()), (line, expected), "{text:?}");
+            let (at, message) = read(text).unwrap_err();
+            assert_eq!((at.line, message.as_str()), (line, expected), "{text:?}");
         }
     }
 
@@ -313,7 +319,7 @@ mod tests {
     fn depth_is_found_where_it_begins() {
         let node = read("a:\n  b: [1]\n").unwrap();
         assert_eq!(node.deeper_than(3), None);
-        assert_eq!(node.deeper_than(2), Some(place(2, 6)));
-        assert_eq!(node.deeper_than(0), Some(place(1, 1)));
+        assert_eq!(node.deeper_than(2), Some(position(2, 6)));
+        assert_eq!(node.deeper_than(0), Some(position(1, 1)));
     }
 }

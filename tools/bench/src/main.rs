@@ -320,7 +320,7 @@ async fn register(pool: &PgPool, name: &str, steps: &str) -> Result<()> {
 async fn register_in(pool: &PgPool, namespace: &str, name: &str, steps: &str) -> Result<()> {
     let yaml = format!("namespace: {namespace}\nname: {name}\nversion: \"1\"\nsteps:\n{steps}");
     let checked = parse(name, &yaml).map_err(|problems| anyhow::anyhow!("{}", problems[0]))?;
-    store::templates::register(&mut *pool.acquire().await?, &checked.template).await?;
+    store::templates::register(&mut *pool.acquire().await?, &checked).await?;
     Ok(())
 }
 

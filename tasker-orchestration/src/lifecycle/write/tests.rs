@@ -8,9 +8,9 @@ use tasker_shared::state_machine::decide::Operator;
 use tasker_shared::state_machine::plan::Room;
 use tasker_shared::state_machine::{Event, Snapshot, decide};
 use tasker_shared::store::tasks;
-use tasker_shared::store::templates::{self, Loaded};
+use tasker_shared::store::templates;
 use tasker_shared::store::tx::in_tx;
-use tasker_shared::template;
+use tasker_shared::template::{self, Compiled};
 use tasker_testing::TestDatabase;
 
 use super::*;
@@ -28,16 +28,16 @@ steps:
 
 type Failure = Box<dyn std::error::Error>;
 
-async fn submitted(conn: &mut PgConnection) -> Result<(Uuid, Arc<Loaded>), Failure> {
+async fn submitted(conn: &mut PgConnection) -> Result<(Uuid, Arc<Compiled>), Failure> {
     let checked = template::parse("order.yaml", TEMPLATE).expect("the template is good");
-    let id = templates::register(conn, &checked.template).await?.template_id;
+    let id = templates::register(conn, &checked).await?.template_id;
     let request = json!({"namespace": "shop", "template": "order", "input": {}});
     let task = tasks::submit(conn, &[request]).await?[0].task_uuid.expect("the request is good");
     Ok((task, templates::load(conn, &[id]).await?.remove(0)))
 }
 
 /// Decides on the task's row alone and applies the plan.
-async fn settle(conn: &mut PgConnection, task: Uuid, template: &Loaded, events: Vec<Event>) -> Result<Plan, Failure> {
+async fn settle(conn: &mut PgConnection, task: Uuid, template: &Compiled, events: Vec<Event>) -> Result<Plan, Failure> {
     let (task, row) = lock_tasks(conn, &[task]).await?.remove(0);
     let new_step_uuids = (0..3).map(|_| Uuid::new_v4()).collect();
     let snapshot = Snapshot { new_step_uuids, ..Snapshot::of_row(task.clone(), template.definition.clone()) };

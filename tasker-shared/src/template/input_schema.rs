@@ -58,7 +58,7 @@ impl InputSchema {
         }
     }
 
-    /// Checks a task's input. Each message names the place in the input and
+    /// Checks a task's input. Each message names the path in the input and
     /// the rule, never the value; at most 20 of them.
     pub fn check(&self, input: &Value) -> Result<(), Vec<String>> {
         if self.0.is_valid(input) {
@@ -74,7 +74,7 @@ impl InputSchema {
 }
 
 fn message(error: &ValidationError<'_>) -> String {
-    let place = error.instance_path().as_str();
+    let path = error.instance_path().as_str();
     let rule = match error.kind() {
         // Its own masking shows the offending name through the inner error.
         ValidationErrorKind::PropertyNames { error } => {
@@ -82,8 +82,8 @@ fn message(error: &ValidationError<'_>) -> String {
         }
         _ => error.masked_with("the value").to_string(),
     };
-    let place = shortened(format!("input{place}"), MAX_MESSAGE_CHARS);
-    format!("{place}: {}", shortened(rule, MAX_MESSAGE_CHARS))
+    let path = shortened(format!("input{path}"), MAX_MESSAGE_CHARS);
+    format!("{path}: {}", shortened(rule, MAX_MESSAGE_CHARS))
 }
 
 fn shortened(mut text: String, most: usize) -> String {
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn violations_name_place_and_rule() {
+    fn violations_name_path_and_rule() {
         let schema = json!({
             "type": "object",
             "required": ["order_id"],

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::state_machine::retry::LONGEST;
+/// The longest duration a template or a handler may ask for: ten years.
+/// Anything longer is a mistake, and would overflow the database's timestamps.
+pub const LONGEST: Duration = Duration::from_hours(3650 * 24);
 
 /// Units, largest first, in milliseconds.
 const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
