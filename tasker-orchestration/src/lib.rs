@@ -1,13 +1,13 @@
 //! Moves tasks and steps through their state machines.
 //!
-//! [`lifecycle::settle`] is the one transaction; [`lifecycle::initialize`] and
-//! [`lifecycle::sweep`] feed it, [`runtime`] runs the loops.
+//! `lifecycle/settle.rs` is the one transaction; `lifecycle/inbox.rs`, `lifecycle/sweep.rs` and
+//! `lifecycle/admission.rs` bring it events, [`runtime`] runs the loops.
 
 pub mod export;
 pub mod lifecycle;
-pub mod limits;
+mod partitions;
 pub mod retention;
 pub mod runtime;
-pub mod schedules;
+mod schedules;
 
 pub use runtime::{Options, Orchestrator};

@@ -27,10 +27,10 @@ use uuid::Uuid;
 use crate::lifecycle::admission::Found;
 use crate::lifecycle::inbox::{settle_requests, settle_results};
 use crate::lifecycle::locks::{self, LOCK_TIMEOUT};
-use crate::lifecycle::partitions::Partitions;
 use crate::lifecycle::queue::{self, Message, STEP_RESULTS, TASK_REQUESTS};
 use crate::lifecycle::{Shared, admission, sweep};
-use crate::retention;
+use crate::partitions::Partitions;
+use crate::{retention, schedules};
 
 /// How an orchestrator runs.
 #[derive(Debug, Clone)]
@@ -501,7 +501,11 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
     let mut partitions = Partitions::new();
     while !stop.is_cancelled() {
         let turn = async {
-            if sweep::sweep(&shared).await? > 0 {
+            let swept = sweep::sweep(&shared).await?;
+            if !swept.schedules.is_empty() {
+                schedules::run(&shared, &swept.schedules).await?;
+            }
+            if swept.taken > 0 {
                 return Ok(Duration::ZERO);
             }
             let mut conn = shared.reads.acquire().await.map_err(store::Error::from)?;

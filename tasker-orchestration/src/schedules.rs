@@ -1,10 +1,77 @@
-//! The statements of due schedules: find what is due, submit it, and move each schedule on to its next tick.
+//! Schedules whose time has come: their tasks are submitted and their next ticks planned.
+//!
+//! A timer of the kind `schedule` says only that some schedule is due; the rows say which. A tick runs
+//! once, because submitting it and moving `next_at` on are one transaction under the row's lock.
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use tasker_shared::schedule::{Look, Missed, Timing, look};
-use tasker_shared::store::Error;
+use tasker_shared::store::tx::in_tx;
+use tasker_shared::store::{Error, Fault};
+use tracing::instrument;
 use uuid::Uuid;
+
+use crate::lifecycle::queue::{self, QueueChanges};
+use crate::lifecycle::{self, Shared, locks};
+
+/// Fires what is due, and forgets the hints that said so; not if some of it was left, because somebody
+/// else holds it.
+#[instrument(level = "debug", skip_all)]
+pub async fn run(shared: &Shared, hints: &[i64]) -> Result<(), lifecycle::Error> {
+    let mut left = false;
+    loop {
+        match fire(shared, None).await {
+            Ok(fired) => {
+                left |= fired.left;
+                if !fired.is_full() {
+                    break;
+                }
+            }
+            // A key of one of them is somebody else's for now, and nothing says of which.
+            Err(error) if error.fault() == Fault::Locked => {
+                left = true;
+                let due = due(&mut *shared.reads.acquire().await?).await?;
+                for schedule in due {
+                    match fire(shared, Some(schedule)).await {
+                        Ok(_) => {}
+                        Err(error) if error.fault() == Fault::Locked => shared.locks.met("schedules", 1),
+                        Err(error) => return Err(error),
+                    }
+                }
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if left {
+        // The hint comes back.
+        return Ok(());
+    }
+    // Only now: a hint that nobody could deal with comes back.
+    queue::conclude(&mut *shared.pool.acquire().await?, &QueueChanges { due: hints, ..QueueChanges::default() })
+        .await?;
+    Ok(())
+}
+
+async fn fire(shared: &Shared, only: Option<Uuid>) -> Result<Fired, lifecycle::Error> {
+    let fired = in_tx(&shared.pool, async |conn| {
+        locks::wait_briefly(conn).await?;
+        Ok::<Fired, lifecycle::Error>(fire_due(conn, only).await?)
+    })
+    .await?;
+    for problem in &fired.problems {
+        tracing::warn!(problem, "a schedule's tick brought no task");
+    }
+    if !fired.tasks.is_empty() {
+        tracing::debug!(tasks = fired.tasks.len(), "schedules submitted tasks");
+    }
+    if fired.left && only.is_none() {
+        shared.locks.met("schedules", 1);
+    }
+    Ok(fired)
+}
+
+// The statements.
 
 /// Schedules that are looked at in one transaction.
 const MANY: i64 = 100;

@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::batch::{self, Tally};
+use super::limits::{self, Lane};
 use super::turns::{self, Candidate, Left, Turns};
-use crate::limits::{self, Lane};
 
 /// Steps admitted in one pass, at most.
 const PASS: usize = 1000;

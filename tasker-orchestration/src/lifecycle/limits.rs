@@ -1,17 +1,19 @@
-//! The limits that apply to the held steps which a batch admits: locked before they are decided on,
-//! written after.
+//! Limits and pauses: what applies to the held steps that a batch admits, locked before they are decided
+//! on and written after; and whose turn there is to look at.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use tasker_shared::state_machine::Event;
-use tasker_shared::state_machine::flow::Places;
+use tasker_shared::state_machine::flow::{Allows, Free, Places};
 use tasker_shared::state_machine::plan::Plan;
+use tasker_shared::store::Error;
 use uuid::Uuid;
 
 use super::loaded::LoadedTask;
-use super::{About, Error, Shared};
-use crate::limits::{self, Wanted};
+use super::{About, Shared};
 
 /// Takes the locks of the limits that apply to the held steps these hints admit: none to lock
 /// costs nothing. After the tasks and steps, before any queue.
@@ -52,14 +54,184 @@ pub(super) async fn lock_limits(
         return Ok(Places::default());
     }
     let wanted: Vec<Wanted> = wanted.into_values().collect();
-    Ok(limits::lock(conn, &wanted).await?)
+    Ok(lock(conn, &wanted).await?)
 }
 
 /// Writes what only held and limited steps have: their lanes, and the places that were taken.
 pub(super) async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places: &Places) -> Result<(), Error> {
     let lanes: Vec<(Uuid, String)> = plans.iter().flat_map(|plan| plan.lanes.iter().cloned()).collect();
     if !lanes.is_empty() {
-        limits::set_lanes(conn, &lanes).await?;
+        set_lanes(conn, &lanes).await?;
     }
-    Ok(limits::record(conn, places).await?)
+    Ok(record(conn, places).await?)
+}
+
+// The statements.
+
+/// What every orchestrator knows of what is paused and limited, a moment late at most.
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    /// The queues that are paused.
+    pub paused: HashSet<String>,
+    /// The limits of namespaces and handlers, by name.
+    pub limits: HashSet<String>,
+}
+
+/// Reads what is paused and limited.
+pub async fn rules(conn: &mut PgConnection) -> Result<Rules, Error> {
+    let rows = sqlx::query!(
+        r#"select true as "paused!", queue as "name!" from tasker.paused_queues
+           union all select false, name from tasker.limits where kind <> 'template'"#
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut rules = Rules::default();
+    for row in rows {
+        if row.paused {
+            rules.paused.insert(row.name)
+        } else {
+            rules.limits.insert(row.name)
+        };
+    }
+    Ok(rules)
+}
+
+/// A limit to lock: its namespace, and what a template says it allows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wanted {
+    /// The namespace that it belongs to.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: String,
+    /// `None`: its row says it.
+    pub allows: Option<Allows>,
+}
+
+/// Takes the locks of these limits, in the order of their ids, and says what they have left.
+/// Must come after the locks of tasks and steps.
+pub async fn lock(conn: &mut PgConnection, wanted: &[Wanted]) -> Result<Places, Error> {
+    let namespaces: Vec<&str> = wanted.iter().map(|limit| &*limit.namespace).collect();
+    let names: Vec<&str> = wanted.iter().map(|limit| limit.name.as_str()).collect();
+    let of_template: Vec<bool> = wanted.iter().map(|limit| limit.allows.is_some()).collect();
+    let (mut at_once, mut rate, mut per) = (Vec::new(), Vec::new(), Vec::new());
+    for limit in wanted {
+        let (most, times) = match limit.allows {
+            Some(Allows::AtOnce(most)) => (Some(most), None),
+            Some(Allows::Rate(times, each)) => (None, Some((times, each))),
+            None => (None, None),
+        };
+        at_once.push(most);
+        rate.push(times.map(|(times, _)| times));
+        per.push(times.map(|(_, each)| i64::try_from(each.as_millis()).unwrap_or(i64::MAX).max(1)));
+    }
+    let rows = sqlx::query!(
+        r#"select limit_id as "limit_id!", name as "name!", places, tokens
+           from tasker.lock_limits($1, $2, $3, $4, $5, $6)"#,
+        &namespaces as &[&str],
+        &names as &[&str],
+        &of_template,
+        &at_once as &[Option<i32>],
+        &rate as &[Option<i32>],
+        &per as &[Option<i64>]
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut places = Places::default();
+    for row in rows {
+        places.set(row.name, Free { limit_id: row.limit_id, places: row.places, tokens: row.tokens });
+    }
+    Ok(places)
+}
+
+/// Writes what was taken, under the locks of [`lock`].
+pub async fn record(conn: &mut PgConnection, places: &Places) -> Result<(), Error> {
+    let (steps, limits): (Vec<Uuid>, Vec<i64>) = places.taken().iter().copied().unzip();
+    if steps.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "with taken as (
+           insert into tasker.places (limit_id, step_uuid)
+           select t.limit_id, t.step_uuid from unnest($1::uuid[], $2::bigint[]) t(step_uuid, limit_id)
+           join tasker.limits l on l.limit_id = t.limit_id and l.concurrency is not null
+           on conflict do nothing
+         )
+         update tasker.limits l set filled_at = c.now, tokens = least(l.rate, coalesce(l.tokens, l.rate)
+             + greatest(extract(epoch from c.now - coalesce(l.filled_at, c.now)), 0) * 1000 * l.rate / l.per_ms) - n.count
+         from (select clock_timestamp() as now) c,
+           (select t.limit_id, count(*) as count from unnest($2::bigint[]) t(limit_id) group by t.limit_id) n
+         where l.limit_id = n.limit_id and l.rate is not null",
+        &steps,
+        &limits
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Writes in which lanes held steps wait.
+pub async fn set_lanes(conn: &mut PgConnection, lanes: &[(Uuid, String)]) -> Result<(), Error> {
+    let (steps, lanes): (Vec<Uuid>, Vec<&str>) = lanes.iter().map(|(step, lane)| (*step, lane.as_str())).unzip();
+    sqlx::query!(
+        "update tasker.steps s set lane = n.lane from unnest($1::uuid[], $2::text[]) n(step_uuid, lane)
+         where s.step_uuid = n.step_uuid and s.lane is distinct from n.lane",
+        &steps,
+        &lanes as &[&str]
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Where held steps wait: those of one lane are subject to the same limits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lane {
+    /// Of all its steps.
+    pub priority: i32,
+    /// As [`tasker_shared::state_machine::Definition::lane`] makes it.
+    pub lane: String,
+}
+
+/// The lanes of a queue, most urgent first, those behind `after` before the others, at most `look`.
+pub async fn held_lanes(conn: &mut PgConnection, queue: &str, after: &str, look: i32) -> Result<Vec<Lane>, Error> {
+    let lanes = sqlx::query_as!(
+        Lane,
+        r#"select priority as "priority!", lane as "lane!" from tasker.held_lanes($1, $2, $3)"#,
+        queue,
+        after,
+        look
+    );
+    Ok(lanes.fetch_all(conn).await?)
+}
+
+/// A held step at the head of its lane.
+#[derive(Debug, Clone)]
+pub struct First {
+    pub task_uuid: Uuid,
+    pub step_uuid: Uuid,
+    /// The place of its lane in the question, from 1.
+    pub place: i32,
+    pub ready_at: DateTime<Utc>,
+}
+
+/// The first steps of each of these lanes, at most as many as its quota.
+pub async fn first_in_lanes(conn: &mut PgConnection, queue: &str, lanes: &[(&Lane, i32)]) -> Result<Vec<First>, Error> {
+    let priorities: Vec<i32> = lanes.iter().map(|(lane, _)| lane.priority).collect();
+    let names: Vec<&str> = lanes.iter().map(|(lane, _)| lane.lane.as_str()).collect();
+    let quotas: Vec<i32> = lanes.iter().map(|(_, quota)| *quota).collect();
+    let steps = sqlx::query_as!(
+        First,
+        r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", place as "place!", ready_at as "ready_at!"
+           from tasker.first_in_lanes($1, $2, $3, $4)"#,
+        queue,
+        &priorities,
+        &names as &[&str],
+        &quotas
+    );
+    Ok(steps.fetch_all(conn).await?)
+}
+
+/// Forgets limits of templates that are not in use any more; answers how many.
+pub async fn forget_limits(conn: &mut PgConnection) -> Result<i32, Error> {
+    Ok(sqlx::query_scalar!(r#"select tasker.forget_limits() as "n!""#).fetch_one(conn).await?)
 }

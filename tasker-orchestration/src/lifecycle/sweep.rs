@@ -9,23 +9,29 @@ use tasker_shared::store::Error as StoreError;
 use tracing::instrument;
 use uuid::Uuid;
 
-use super::{Error, Shared, batch, schedules};
+use super::{Error, Shared, batch};
 
 /// Hints taken in one go.
 const TAKE: i32 = 500;
 
-/// Settles what is due; answers how many hints were taken.
+/// What a sweep found.
+#[derive(Debug)]
+pub struct Swept {
+    /// How many timers were taken.
+    pub taken: usize,
+    /// Those that say that a schedule is due: they are not settled here.
+    pub schedules: Vec<i64>,
+}
+
+/// Settles what is due of tasks.
 #[instrument(level = "debug", skip_all)]
-pub async fn sweep(shared: &Shared) -> Result<usize, Error> {
+pub async fn sweep(shared: &Shared) -> Result<Swept, Error> {
     let due = take_due(&mut *shared.reads.acquire().await.map_err(StoreError::from)?, TAKE).await?;
     let taken = due.len();
     // What is deferred stays put off and comes back.
     batch::run_found(shared, due.iter().filter_map(event)).await?;
-    let schedules: Vec<i64> = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
-    if !schedules.is_empty() {
-        schedules::run(shared, &schedules).await?;
-    }
-    Ok(taken)
+    let schedules = due.iter().filter(|due| due.kind == "schedule").map(|due| due.due_id).collect();
+    Ok(Swept { taken, schedules })
 }
 
 /// Looks at the locks of the workers that hold claims. The claims of those among the suspects that

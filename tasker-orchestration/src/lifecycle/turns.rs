@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 use tasker_shared::state_machine::flow::{Free, LANE_SEPARATOR};
 use uuid::Uuid;
 
-use crate::limits::Lane;
+use super::limits::Lane;
 
 /// What limits have left, by name; a limit without a row is not used at all.
 pub(super) type Left = HashMap<String, Free>;

@@ -33,8 +33,6 @@ pub const PRODUCT: [&str; 5] = ["tasker-shared", "tasker-orchestration", "tasker
 pub const CORE: &[&str] = &[
     "tasker-shared/src/state_machine",
     "tasker-orchestration/src/lifecycle",
-    "tasker-orchestration/src/limits.rs",
-    "tasker-shared/src/store/tasks.rs",
     "tasker-shared/src/trace/tree.rs",
     "tasker-shared/src/trace/ids.rs",
     "tasker-shared/src/trace/log.rs",

@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgConnection;
 use tasker_shared::store::Error;
 
-use super::Shared;
-use crate::limits;
+use crate::lifecycle::{Shared, limits};
 
 /// Between two looks at the weeks of the log: they are made four weeks ahead.
 const CHECK_PARTITIONS: Duration = Duration::from_hours(6);
