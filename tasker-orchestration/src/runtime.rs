@@ -429,8 +429,8 @@ fn settle_span(queue: &str, began: SystemTime, messages: &[Message]) -> Option<l
 
 /// Marks the live span of what has failed, and ends it.
 fn end<T, E>(span: Option<live::LiveSpan>, done: Result<T, E>) -> Result<T, E> {
-    if let (Some(span), Err(_)) = (&span, &done) {
-        live::failed(span, "error");
+    if let (Some(span), Err(_)) = (span, &done) {
+        live::failed(&span, "error");
     }
     done
 }

@@ -44,16 +44,18 @@ pub(crate) fn top(path: &str) -> &str {
     path.split('/').next().unwrap_or(path).trim_end_matches(".rs")
 }
 
-/// Lines of each path of the core.
+/// Lines of each path of the core; what a file's module has below it belongs to it.
 ///
 /// # Errors
 /// If one of them does not exist.
 pub fn core(root: &Path) -> Result<Vec<(&'static str, usize)>, Error> {
     let measure = |path: &'static str| {
-        let lines = files(root, path, &CODE)?
-            .iter()
-            .map(|file| lines::of(root, file, Counted::Product))
-            .sum::<Result<_, _>>()?;
+        let mut inside = files(root, path, &CODE)?;
+        let below = path.trim_end_matches(".rs");
+        if below != path && root.join(below).is_dir() {
+            inside.extend(files(root, below, &CODE)?);
+        }
+        let lines = inside.iter().map(|file| lines::of(root, file, Counted::Product)).sum::<Result<_, _>>()?;
         Ok((path, lines))
     };
     CORE.iter().copied().map(measure).collect()
