@@ -5,9 +5,9 @@ use std::collections::HashMap;
 
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Executor, PgConnection};
+use tasker_api::gauges::oldest_rows;
 use tasker_orchestration::lifecycle::admission;
 use tasker_orchestration::retention::statements as retention;
-use tasker_shared::metrics::oldest_rows;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::store::{HOT_PATH_SETTINGS, details, views};
 use tasker_testing::TestDatabase;

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use tasker_shared::metrics::{CONTENT_TYPE, Scrape, serve};
+use tasker_api::gauges::Scrape;
+use tasker_shared::metrics::{CONTENT_TYPE, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -79,7 +80,8 @@ async fn a_scrape_counts_what_happened_and_the_dashboard_and_the_alerts_name_not
         .execute(&world.pool)
         .await
         .expect("counted");
-    let serving = serve("127.0.0.1:0".parse().expect("an address"), Scrape::new(Some(world.pool.clone()))).await;
+    let serving =
+        serve("127.0.0.1:0".parse().expect("an address"), Scrape::new(Some(world.pool.clone())).served()).await;
     let serving = serving.expect("a listener");
     let text = eventually("the attempts are counted", async || {
         let answer = get(serving.address, "/metrics").await;

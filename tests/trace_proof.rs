@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use http::StatusCode;
 use serde_json::json;
+use tasker_api::trace::read::{self, Include, Sources};
 use tasker_shared::redact;
 use tasker_shared::store::transitions;
 use tasker_shared::telemetry::live;
 use tasker_shared::trace::otlp::{self, Encoder, ServiceNames};
-use tasker_shared::trace::read::{self, Include, Sources};
 use tasker_shared::trace::{names, tree};
 use tasker_testing::{Difference, Rules, Trace, compare};
 use tasker_tests::receiver::{Behaviour, Received};
@@ -312,7 +312,7 @@ async fn jaeger_shows_what_the_log_says() {
         query_url: Some(query.trim_end_matches('/').to_owned()),
         ..tasker_shared::trace::config::TraceConfig::default()
     };
-    let backend = tasker_shared::trace::backend::Backend::of(&config).expect("a URL");
+    let backend = tasker_api::trace::backend::Backend::of(&config).expect("a URL");
     let client = tasker_shared::client::Client::from_pool(world.pool.clone());
     let (log, _) = client.log(task).await.unwrap();
     let own = read::flat(tree::spans(&log), &ServiceNames::default(), &redact::policy());

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use tasker_orchestration::{Options, Orchestrator};
-use tasker_shared::metrics::Scrape;
+use tasker_shared::metrics;
 use tasker_shared::store::{Error, Fault};
 use tasker_tests::trace_config;
 use uuid::Uuid;
@@ -147,11 +147,10 @@ async fn a_grant_that_is_missing_for_a_while_quarantines_nothing() {
 
     run(&world, &[&format!("revoke insert on tasker.transitions from {role}")]).await;
     tasks.extend(several(&world, 20).await);
-    let scrape = Scrape::new(None);
     let mut paused = 0;
     eventually("it waits, and says so", async || {
         assert_eq!(quarantined(&world).await, [""; 0]);
-        let text = scrape.text().await;
+        let text = metrics::text().await;
         let line = text.lines().find(|line| line.starts_with("tasker_settling_paused"))?;
         paused += i32::from(!line.ends_with(" 0"));
         (paused > 50).then_some(())

@@ -17,8 +17,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use sqlx::PgPool;
 use subtle::ConstantTimeEq as _;
 use tasker_shared::store::outage::Outage;
-use tasker_shared::store::{keys, tx};
+use tasker_shared::store::tx;
 
+use crate::auth::keys;
 use crate::auth::{self, Principal, cookie_of, csrf_of, sha256};
 use crate::problem::{Away, CROSS_SITE, INTERNAL, Problem, RATE_LIMITED, TIMEOUT, UNAUTHENTICATED, UNKNOWN_HOST};
 use crate::{Config, State};

@@ -4,14 +4,17 @@
 //! neither of the two kinds of process. [`operation::Api`] is the one way to make a route.
 
 pub mod auth;
+pub mod gauges;
 pub mod guard;
 pub mod hub;
 pub mod operation;
 pub mod page;
 pub mod problem;
 pub mod routes;
+pub mod sampling;
 mod serve;
 mod shares;
+pub mod trace;
 mod traced;
 
 use std::net::{IpAddr, SocketAddr};
@@ -21,10 +24,10 @@ use std::sync::Arc;
 
 use sqlx::PgPool;
 use tasker_shared::client::Client;
-use tasker_shared::metrics::Scrape;
 use tasker_shared::store::outage::Outage;
 use tokio_util::sync::CancellationToken;
 
+use self::gauges::Scrape;
 pub use self::guard::Caller;
 pub use self::serve::{Error, Server};
 

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use sqlx::{Connection as _, PgConnection, PgPool};
+use tasker_api::gauges::Scrape;
 use tasker_shared::client::Client;
-use tasker_shared::metrics::{self, Listen, Scrape, Serving};
+use tasker_shared::metrics::{self, Listen, Serving};
 use tasker_shared::migrate;
 use tasker_shared::postgres::Database;
 use tasker_shared::server;
@@ -122,7 +123,7 @@ impl Metrics {
         let Some(listen) = self.metrics_listen else {
             return Ok(None);
         };
-        let serving = metrics::serve(listen, Scrape::new(pool)).await;
+        let serving = metrics::serve(listen, Scrape::new(pool).served()).await;
         Ok(Some(serving.with_context(|| format!("--metrics-listen: {listen} cannot be listened on"))?))
     }
 }

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use console::{Style, measure_text_width, pad_str};
-use tasker_shared::store::why::duration;
+use tasker_shared::duration::in_words;
 use tasker_shared::trace::names;
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};
@@ -68,7 +68,7 @@ pub fn told(spans: &TaskSpans, width: usize) -> String {
         let handler = handler.map_or_else(String::new, |(_, value)| plain(value));
         let said: Vec<String> =
             event.attributes.iter().map(|(key, value)| format!("{key}={}", clip(&plain(value), 60))).collect();
-        let line = format!("+{}  {handler}  {}  {}", duration(event.at - began), event.name, said.join(" "));
+        let line = format!("+{}  {handler}  {}  {}", in_words(event.at - began), event.name, said.join(" "));
         text.push_str("\n  ");
         text.push_str(&clip(&cell(Some(line.trim_end())), width.saturating_sub(2)));
     }
@@ -190,7 +190,7 @@ impl<'a> Waterfall<'a> {
         let note = if self.axis.shortened().next().is_some() { "(╌ is shortened)" } else { "" };
         let axis: String = cells.into_iter().collect();
         let dim = Style::new().dim();
-        format!("{}  {} {}", pad(note, name_width), dim.apply_to(axis), dim.apply_to(duration(self.axis.length())))
+        format!("{}  {} {}", pad(note, name_width), dim.apply_to(axis), dim.apply_to(in_words(self.axis.length())))
     }
 
     fn row(&self, span: &Span, label: &str, name_width: usize, bar_width: usize) -> String {
@@ -219,7 +219,7 @@ impl<'a> Waterfall<'a> {
             () if span.name == names::HANDLER_EXECUTION => Style::new().green(),
             () => Style::new().cyan(),
         };
-        let took = duration(span.end - span.start);
+        let took = in_words(span.end - span.start);
         let took = if open { format!("{took} …") } else { took };
         format!("{}  {} {took}", pad(label, name_width), style.apply_to(bar))
     }

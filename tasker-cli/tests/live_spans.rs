@@ -12,7 +12,7 @@ use tasker_api::auth::{self, KeySpec, Role};
 use tasker_api::{Config, Server};
 use tasker_orchestration::{Options, Orchestrator};
 use tasker_shared::client::Client;
-use tasker_shared::metrics::Scrape;
+use tasker_shared::metrics;
 use tasker_shared::store::templates;
 use tasker_shared::telemetry::{self, LogFormat};
 use tasker_shared::template;
@@ -317,7 +317,7 @@ async fn context_comes_in_and_goes_out_and_live_spans_arrive_as_the_settings_say
         assert_eq!(trace == theirs, headers[0].1 == valid);
         assert!(world.of(&trace).iter().all(|span| span.span.trace_state.is_empty()), "{headers:?}");
     }
-    let scrape = Scrape::new(None).text().await;
+    let scrape = metrics::text().await;
     assert!(scrape.contains("tasker_http_context_ignored_total 3"), "{scrape}");
 
     // Off, nothing is live and everything works; the tree's export is not concerned here.
@@ -332,7 +332,7 @@ async fn context_comes_in_and_goes_out_and_live_spans_arrive_as_the_settings_say
             .all(|span| span.span.kind != SERVER && span.scope == "tasker" && span.span.name.contains('.'))
     );
     assert_eq!((telemetry::live_spans(), before.failed, before.dropped), (before, 0, 0));
-    let scrape = Scrape::new(None).text().await;
+    let scrape = metrics::text().await;
     assert!(scrape.contains(&format!("tasker_live_spans_exported_total {}", before.exported)), "{scrape}");
 
     stop.cancel();

@@ -29,7 +29,7 @@ use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};
-use crate::store::{self, audit, flow, requests, retention, signals, tasks, transitions};
+use crate::store::{self, audit, flow, listing, requests, retention, signals, tasks, transitions};
 use crate::template::InputSchema;
 use crate::trace::context::{BAGGAGE, TRACEPARENT, TRACESTATE, inject_current};
 use crate::trace::log::TaskLog;
@@ -506,7 +506,7 @@ impl Client {
 
     /// The latest tasks that match, newest first.
     pub async fn list(&self, filter: &TaskFilter) -> Result<Vec<TaskView>, ClientError> {
-        Ok(views::tasks(&mut *self.pool.acquire().await?, filter).await?)
+        Ok(listing::latest(&mut *self.pool.acquire().await?, filter).await?)
     }
 
     /// The task's steps in template order.

@@ -7,12 +7,12 @@
 
 mod bounded;
 mod exports;
-mod gauges;
 mod serve;
 
 use std::fmt::{self, Write as _};
 use std::sync::{Arc, LazyLock};
 
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::exemplar::HistogramWithExemplars;
@@ -23,9 +23,7 @@ use prometheus_client::registry::{Registry, Unit};
 pub use self::bounded::{Bounded, Labels};
 use self::exports::Exports;
 pub use self::exports::{Newest, Stats};
-pub use self::gauges::{OldestRow, Scrape, oldest_rows};
 pub use self::serve::{CONTENT_TYPE, Listen, Serving, serve};
-use crate::trace::backend::Problem;
 use crate::trace::span::TraceId;
 
 /// Points at the trace of one observation.
@@ -222,6 +220,15 @@ pub fn metrics() -> &'static Metrics {
     &METRICS
 }
 
+/// The process's numbers as `OpenMetrics` text of type [`CONTENT_TYPE`].
+pub async fn text() -> String {
+    let mut text = String::with_capacity(16 << 10);
+    // Writing to a String cannot fail.
+    let _ = metrics().write(&mut text);
+    let _ = encode_eof(&mut text);
+    text
+}
+
 impl Metrics {
     #[expect(clippy::too_many_lines, reason = "the table of all metrics, one line each")]
     fn new() -> Self {
@@ -362,8 +369,8 @@ impl Metrics {
         for call in ["claim", "heartbeat", "report"] {
             worker_call_failures.of(&OfCall { call });
         }
-        for problem in Problem::ALL {
-            trace_fetch_failures.of(&OfReason { reason: problem.word() });
+        for reason in ["unreachable", "timeout", "refused", "bad_answer", "left_alone"] {
+            trace_fetch_failures.of(&OfReason { reason });
         }
         let exports = Exports::default();
         registry.register_collector(Box::new(exports.clone()));
@@ -402,6 +409,11 @@ impl Metrics {
             http_refused,
             exports,
         }
+    }
+
+    /// Writes them all as `OpenMetrics` text, without its end.
+    pub fn write(&self, text: &mut String) -> fmt::Result {
+        encode_registry(text, &self.registry)
     }
 }
 

@@ -11,7 +11,7 @@ pub(crate) mod installed;
 pub use installed::Pgmq;
 
 use chrono::{DateTime, Utc};
-use installed::{Action, LEAST_PGMQ, PGMQ_VERSION};
+use installed::{Action, PGMQ_VERSION};
 use pgmq::PgmqError;
 use sqlx::migrate::{Migration, Migrator};
 use sqlx::postgres::PgPoolOptions;
@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
+use crate::server::{LEAST_PGMQ, missing};
 use crate::{server, store::tx};
 
 static FILES: Migrator = sqlx::migrate!("../migrations");
@@ -231,7 +232,7 @@ async fn nothing_to_do(conn: &mut PgConnection, files: &Migrator) -> Result<Opti
     let Some(pgmq) = installed::installed(conn).await? else {
         return Ok(None);
     };
-    let lacks = installed::missing(conn).await?.is_some();
+    let lacks = missing(conn).await?.is_some();
     let done = installed::decide(Some(&pgmq), lacks, None) == Action::Keep && due(conn, files).await?.is_empty();
     Ok(done.then_some(pgmq))
 }

@@ -193,7 +193,7 @@ impl Policy {
 
     /// From YAML or JSON.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        Self::new(serde_saphyr::from_str(text).map_err(|error| Error::Shape(error.to_string()))?)
+        Self::new(read_as_yaml(text).map_err(Error::Shape)?)
     }
 
     /// From a file of YAML or JSON.
@@ -474,6 +474,18 @@ fn parts(path: &str) -> Option<Vec<Part>> {
     }
     let ends_well = !matches!(parts.last(), None | Some(Part::Deep));
     ends_well.then_some(parts)
+}
+
+/// Reads YAML, of which JSON is a part.
+#[cfg(feature = "yaml")]
+fn read_as_yaml(text: &str) -> Result<Definition, String> {
+    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+}
+
+/// Reads JSON alone.
+#[cfg(not(feature = "yaml"))]
+fn read_as_yaml(text: &str) -> Result<Definition, String> {
+    serde_json::from_str(text).map_err(|error| format!("{error} (without the feature `yaml` the file must be JSON)"))
 }
 
 #[cfg(test)]

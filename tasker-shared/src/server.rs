@@ -6,11 +6,14 @@
 
 use sqlx::{Executor, PgConnection, PgPool, Row, raw_sql};
 
-use crate::migrate::installed::{LEAST_PGMQ, missing};
 use crate::store::tx;
 
 /// The oldest server that has what our SQL needs.
 const LEAST_SERVER: i32 = 14;
+/// The oldest PGMQ that our statements can use: with headers of messages, and with the number of
+/// visible messages among its metrics.
+pub(crate) const LEAST_PGMQ: &str = "1.5.0";
+
 /// How often each of two connections is asked for its session, so that a pooler that serves
 /// others at the same time is seen, too.
 const LOOKS: usize = 3;
@@ -163,6 +166,35 @@ async fn look(conn: &mut PgConnection) -> Result<Server, Error> {
         return Err(Error::Pooler(format!("it drops the settings of sessions: {name} is {value}")));
     }
     Ok(Server { role: row.try_get(4)?, database, standby: row.try_get(5)?, read_only: row.try_get(6)? })
+}
+
+/// What the catalog shows to be missing: a function, or a column of one of our queues. Reads the
+/// catalog alone, so that every role may ask.
+pub(crate) async fn missing(conn: &mut PgConnection) -> Result<Option<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "with of_pgmq as (
+           select c.oid, c.relname from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+           where n.nspname = 'pgmq' and c.relkind in ('r', 'p')
+         ), queues as (
+           select relname from of_pgmq where relname ~ '^q_(task_requests|step_results|worker_.*)$'
+           -- Our two are there once our tables are.
+           union select q from unnest('{q_task_requests,q_step_results}'::name[]) q
+           where exists (select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                         where n.nspname = 'tasker' and c.relname = 'readers')
+         )
+         select what from (
+           select 1 as place, 'function pgmq.' || f as what from unnest('{create,send,metrics_all}'::text[]) f
+           where not exists (select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+                             where n.nspname = 'pgmq' and p.proname = f)
+           union all
+           select 2, 'column ' || a || ' of pgmq.' || q.relname
+           from queues q, unnest('{msg_id,read_ct,enqueued_at,vt,message,headers}'::text[]) a
+           where not exists (select from of_pgmq o join pg_catalog.pg_attribute t on t.attrelid = o.oid
+                             where o.relname = q.relname and t.attname = a and not t.attisdropped)
+         ) m order by place, what limit 1",
+    )
+    .fetch_optional(conn)
+    .await
 }
 
 #[cfg(test)]

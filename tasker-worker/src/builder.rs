@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+#[cfg(feature = "metrics")]
 use tasker_shared::metrics::Listen;
+#[cfg(feature = "otlp")]
 use tasker_shared::trace::config::Sources;
 
 use crate::context::{Capture, StepContext};
@@ -27,8 +29,10 @@ pub struct Builder {
     cancel_grace: Duration,
     name: Option<String>,
     version: String,
+    #[cfg(feature = "metrics")]
     metrics: Option<Listen>,
     capture: Capture,
+    #[cfg(feature = "otlp")]
     trace_settings: Option<Sources>,
 }
 
@@ -55,8 +59,10 @@ impl Builder {
             cancel_grace: Duration::from_secs(10),
             name: None,
             version: env!("CARGO_PKG_VERSION").into(),
+            #[cfg(feature = "metrics")]
             metrics: None,
             capture: Capture::default(),
+            #[cfg(feature = "otlp")]
             trace_settings: None,
         }
     }
@@ -147,6 +153,7 @@ impl Builder {
 
     /// Serves the process's metrics there, at `/metrics`: `9464` on this machine only, or
     /// `0.0.0.0:9464`. Not served if not given.
+    #[cfg(feature = "metrics")]
     #[must_use]
     pub fn metrics_listen(mut self, listen: Listen) -> Self {
         self.metrics = Some(listen);
@@ -163,6 +170,7 @@ impl Builder {
     /// Lets this process follow the trace settings that are stored in the database; see
     /// `tasker_shared::telemetry::start`. Without it the spans of handlers go where
     /// `telemetry::init` was told.
+    #[cfg(feature = "otlp")]
     #[must_use]
     pub fn trace_settings(mut self, sources: Sources) -> Self {
         self.trace_settings = Some(sources);
@@ -214,8 +222,10 @@ impl Builder {
             cancel_grace: self.cancel_grace,
             name,
             version: self.version,
+            #[cfg(feature = "metrics")]
             metrics: self.metrics,
             capture: self.capture,
+            #[cfg(feature = "otlp")]
             trace_settings: self.trace_settings,
         })
     }

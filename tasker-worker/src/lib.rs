@@ -41,6 +41,10 @@ mod handler;
 pub mod handlers;
 mod held;
 mod line;
+#[cfg(feature = "metrics")]
+mod measure;
+#[cfg(not(feature = "metrics"))]
+#[path = "unmeasured.rs"]
 mod measure;
 mod presence;
 mod protocol;
@@ -55,5 +59,6 @@ pub use context::{Artifact, Capture, StepContext};
 pub use error::StepError;
 pub use runtime::{Error, Worker};
 pub use span::{Failed, ModelCall, Span, Usage};
+#[cfg(feature = "metrics")]
 pub use tasker_shared::metrics::Listen;
 pub use tokio_util::sync::CancellationToken;

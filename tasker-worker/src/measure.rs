@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tasker_shared::metrics::{AttemptEnd, Exemplar, OfCall, OfHandler, OfNamespace, OfResult, metrics};
+use tasker_shared::metrics::{AttemptEnd, Exemplar, OfCall, OfHandler, OfNamespace, OfResult, SpanEnd, metrics};
 use tasker_shared::trace::context::Traceparent;
 
 use crate::protocol::Outcome;
@@ -82,4 +82,20 @@ pub(crate) fn answered(accepted: &[bool]) {
 /// A call of the database failed: claim, heartbeat or report.
 pub(crate) fn call_failed(call: &'static str) {
     metrics().worker_call_failures.of(&OfCall { call }).inc();
+}
+
+/// A result waits for the database.
+pub(crate) fn waits() {
+    metrics().worker_results_waiting.inc();
+}
+
+/// So many results wait no longer.
+pub(crate) fn waited(results: usize) {
+    metrics().worker_results_waiting.dec_by(i64::try_from(results).unwrap_or(0));
+}
+
+/// A span of a handler ended in an error.
+pub(crate) fn span_failed(name: &Arc<str>, namespace: Arc<str>, handler: &str) {
+    let of = SpanEnd { span_name: Arc::clone(name), namespace, handler: handler.into() };
+    metrics().span_errors.of(&of).inc();
 }

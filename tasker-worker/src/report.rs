@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use sqlx::PgPool;
-use tasker_shared::metrics::metrics;
 use tasker_shared::store::Error;
 use tasker_shared::store::outage::Outage;
 use tokio::sync::{Mutex, mpsc, watch};
@@ -55,7 +54,7 @@ impl Results {
             waiting.results += 1;
             waiting.bytes += bytes(&report);
         });
-        metrics().worker_results_waiting.inc();
+        measure::waits();
         // The receiver lives as long as the worker runs.
         let _ = self.sender.send(report);
     }
@@ -73,7 +72,7 @@ impl Results {
     }
 
     fn answered(&self, reports: &[Report]) {
-        metrics().worker_results_waiting.dec_by(i64::try_from(reports.len()).unwrap_or(0));
+        measure::waited(reports.len());
         self.waiting.send_modify(|waiting| {
             waiting.results -= reports.len();
             waiting.bytes -= reports.iter().map(bytes).sum::<usize>();

@@ -6,14 +6,18 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use sqlx::PgPool;
-use tasker_shared::metrics::{Listen, Scrape, serve};
+#[cfg(feature = "metrics")]
+use tasker_shared::metrics::{self, Listen};
 use tasker_shared::server;
 use tasker_shared::state_machine::retry::LONGEST;
 use tasker_shared::store::HOT_PATH_SETTINGS;
 use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
+#[cfg(feature = "otlp")]
 use tasker_shared::telemetry;
+#[cfg(feature = "otlp")]
 use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
+#[cfg(feature = "otlp")]
 use tasker_shared::trace::settings::{Applying, Follower};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
@@ -73,6 +77,7 @@ pub enum Error {
     #[error(transparent)]
     Redaction(#[from] tasker_shared::redact::Error),
     /// The listener of metrics.
+    #[cfg(feature = "metrics")]
     #[error("metrics_listen: {0}; give another address, or none")]
     Metrics(std::io::Error),
     /// A loop of the worker panicked.
@@ -100,8 +105,10 @@ pub struct Worker {
     pub(crate) cancel_grace: Duration,
     pub(crate) name: String,
     pub(crate) version: String,
+    #[cfg(feature = "metrics")]
     pub(crate) metrics: Option<Listen>,
     pub(crate) capture: Capture,
+    #[cfg(feature = "otlp")]
     pub(crate) trace_settings: Option<Sources>,
 }
 
@@ -118,9 +125,10 @@ impl Worker {
     ///
     /// Errors if the database is not reached at the start; later it may come and go.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        #[cfg(feature = "metrics")]
         let _metrics = match self.metrics {
             // A worker's role may read no table: what the database knows, orchestrators tell.
-            Some(listen) => Some(serve(listen, Scrape::new(None)).await.map_err(Error::Metrics)?),
+            Some(listen) => Some(metrics::serve(listen, metrics::text).await.map_err(Error::Metrics)?),
             None => None,
         };
         let pools = Pools::open(&self.url, self.queues.len()).await.map_err(server::Error::from)?;
@@ -153,6 +161,7 @@ impl Worker {
             capture: self.capture,
         });
         let trace_changed: Arc<Notify> = Arc::default();
+        #[cfg(feature = "otlp")]
         let follower = self.trace_settings.map(|sources| Follower {
             pool: pools.reports.clone(),
             kind: "worker",
@@ -205,6 +214,7 @@ impl Worker {
         }
         let mut upkeep = JoinSet::new();
         upkeep.spawn(presence.listen(pools.session.clone(), all_reported.clone()));
+        #[cfg(feature = "otlp")]
         if let Some(follower) = follower {
             upkeep.spawn(follow_settings(follower, all_reported.clone()));
         }
@@ -345,6 +355,7 @@ impl Drop for Running {
 }
 
 /// Follows the stored settings of traces: those that concern live spans.
+#[cfg(feature = "otlp")]
 async fn follow_settings(follower: Follower, stop: CancellationToken) {
     let apply = |config: TraceConfig| -> Applying {
         Box::pin(async move { telemetry::apply(&config).map_err(|error| error.to_string()) })

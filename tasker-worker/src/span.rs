@@ -48,13 +48,13 @@ use std::time::Duration;
 use opentelemetry::context::FutureExt as _;
 use opentelemetry::trace::{SpanKind, Status, TraceContextExt as _, Tracer as _};
 use opentelemetry::{Context, KeyValue, Value, global};
-use tasker_shared::metrics::{SpanEnd, metrics};
 use tasker_shared::redact::{self, clipped};
 use tasker_shared::trace::context::inject_current;
 use tasker_shared::trace::names;
 
 use crate::context::StepContext;
 use crate::error::{StepError, short_type_name};
+use crate::measure;
 
 /// Longest text of an attribute.
 const MAX_TEXT_BYTES: usize = 4096;
@@ -279,12 +279,7 @@ impl Span {
     }
 
     fn mark(&self, class: &str, message: &str) {
-        let of = SpanEnd {
-            span_name: Arc::clone(&self.name),
-            namespace: self.ctx.shared_namespace(),
-            handler: self.ctx.handler_name().into(),
-        };
-        metrics().span_errors.of(&of).inc();
+        measure::span_failed(&self.name, self.ctx.shared_namespace(), self.ctx.handler_name());
         let span = self.at.span();
         if span.is_recording() {
             self.set(names::ERROR_TYPE, class.to_owned());

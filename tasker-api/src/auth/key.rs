@@ -4,8 +4,8 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use subtle::ConstantTimeEq as _;
 use tasker_shared::store;
-use tasker_shared::store::keys::{self, NewKey};
 
+use super::keys::{self, NewKey};
 use super::{Principal, Role, Scope, secret, sha256};
 
 /// A key that is to be made.

@@ -5,6 +5,7 @@
 //! end in one, too, and begin a session as [`sign_in`] does: nothing behind this module asks how.
 
 mod key;
+pub mod keys;
 mod principal;
 mod session;
 

@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::str::FromStr;
 
-use tasker_shared::store::keys::ValidKey;
-
+use super::keys::ValidKey;
 use crate::problem::{FORBIDDEN, Problem};
 
 macro_rules! scopes {

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use http::{HeaderMap, header};
 use sqlx::{PgConnection, PgPool};
-use tasker_shared::store::{self, keys, tx};
+use tasker_shared::store::{self, tx};
 
+use super::keys;
 use super::{authenticate, secret, sha256};
 
 /// The name of the cookie.

@@ -8,16 +8,18 @@ use axum::body::Bytes;
 use axum::extract::Path;
 use axum::response::{IntoResponse as _, Response};
 use http::{HeaderMap, StatusCode, header};
-use tasker_shared::store::{pages, views};
+use tasker_shared::store::views;
 use tasker_shared::trace::span::{Span, SpanId};
-use tasker_shared::trace::{read, tree};
+use tasker_shared::trace::tree;
 use uuid::Uuid;
 
 use super::Page;
-use super::task::{GOOD_FOR, Seen, TRACE_WITH_PAGE, may_look, read_log};
+use super::rows;
+use super::seen::{GOOD_FOR, Seen, TRACE_WITH_PAGE, may_look, read_log};
 use super::timeline::Timeline;
 use crate::auth::Scope;
 use crate::problem::Problem;
+use crate::trace::read;
 
 /// How long the timeline of a task is kept that has ended: of a large one it is seconds of work.
 const ENDED_GOOD_FOR: Duration = Duration::from_mins(1);
@@ -71,7 +73,7 @@ async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Draw
         Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
         Err(problem) => return Err(problem),
     };
-    let waits = pages::open_waits(&mut *page.database.conn().await?, task).await?;
+    let waits = rows::open_waits(&mut *page.database.conn().await?, task).await?;
     // The tree is work for the processor alone; others go on meanwhile.
     let drawn = tokio::task::spawn_blocking(move || {
         let mut spans = tree::spans_so_far(&log, now);

@@ -12,8 +12,9 @@ use tasker_shared::trace::log::TaskLog;
 use uuid::Uuid;
 
 use super::Page;
+use super::seen::{may_look, read_log};
 use super::shell::Section;
-use super::task::{Asked, may_look, read_log};
+use super::task::Asked;
 use super::words::{self, counted};
 use crate::auth::Scope;
 use crate::problem::Problem;

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use tasker_shared::store::pages::{Around, QueueTotals, Tally, TaskFilter};
 use tasker_shared::store::views;
 use uuid::Uuid;
 
+use super::rows::{Around, QueueTotals, Rates, Tally, TaskFilter};
 use super::tasks::Listing;
 use crate::State;
 use crate::problem::Problem;
@@ -86,7 +86,7 @@ pub(super) struct Memory {
     pub tallies: Memo<(Visible, Option<String>), Arc<Vec<Tally>>>,
     pub names: Memo<Visible, Arc<Vec<(String, String)>>>,
     pub queues: Memo<Visible, Arc<super::queues::Overview>>,
-    pub tasks: Memo<Uuid, Option<Arc<super::task::Seen>>>,
+    pub tasks: Memo<Uuid, Option<Arc<super::seen::Seen>>>,
     pub around: Memo<Uuid, Option<Arc<Around>>>,
     pub steps: Memo<(Uuid, Uuid), Option<Arc<super::step::Detail>>>,
     /// With what errors say, and without.
@@ -111,13 +111,6 @@ struct Look {
     sent: i64,
     depth: i64,
     rates: Option<Rates>,
-}
-
-/// Messages a second, over the last seconds that somebody looked.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Rates {
-    pub into: f64,
-    pub out: f64,
 }
 
 impl Memory {

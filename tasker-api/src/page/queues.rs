@@ -10,13 +10,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 use maud::{Markup, html};
 use tasker_shared::redact;
 use tasker_shared::store::details::{self, OrchestratorRow, QuarantineFilter, Quarantined, WorkerRow};
-use tasker_shared::store::pages::{self, Unoffered};
 use tasker_shared::store::views::{self, QueueView};
 use tasker_shared::store::{flow, requests};
 
-use super::memo::Rates;
+use super::payload::payload;
+use super::rows::{self, Rates, Unoffered};
 use super::shell::{Section, command, empty};
-use super::task::payload;
 use super::words::{self, count, counted, when};
 use super::{Form, Page, accepted, forbidden, hidden, may_read};
 use crate::auth::Scope;
@@ -60,14 +59,14 @@ pub(super) async fn show(page: Page) -> Result<Response, Problem> {
         let mut conn = page.database.conn().await?;
         let mut queues = views::queues(&mut conn).await?;
         queues.retain(|queue| reaches(&page, &queue.queue));
-        let rates = page.memory.rates(&pages::queue_totals(&mut conn).await?);
+        let rates = page.memory.rates(&rows::queue_totals(&mut conn).await?);
         let lately = now - SHOWN_FOR;
         let mut workers = details::workers(&mut conn, page.namespaces()).await?;
         workers.retain(|worker| worker.seen_at > lately);
         let mut orchestrators = details::orchestrators(&mut conn).await?;
         orchestrators.retain(|one| one.seen_at > lately);
-        let orchestrator_runs = pages::orchestrator_runs(&mut conn).await?;
-        let unoffered = pages::unoffered(&mut conn, page.namespaces()).await?;
+        let orchestrator_runs = rows::orchestrator_runs(&mut conn).await?;
+        let unoffered = rows::unoffered(&mut conn, page.namespaces()).await?;
         let own = QuarantineFilter { namespaces: page.namespaces(), ..QuarantineFilter::default() };
         let quarantine = details::quarantine(&mut conn, own, false, LISTED).await?;
         Ok(Arc::new(Overview { queues, rates, workers, orchestrators, orchestrator_runs, unoffered, quarantine }))

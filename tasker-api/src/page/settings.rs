@@ -3,20 +3,22 @@
 use axum::response::Response;
 use maud::{Markup, html};
 use tasker_shared::store::retention::Policy;
-use tasker_shared::store::{flow, pages, retention, sampling};
+use tasker_shared::store::{flow, retention};
 
+use super::rows;
 use super::shell::{Section, command};
 use super::words::{count, counted, took, when};
 use super::{Page, may_read};
 use crate::auth::Scope;
 use crate::problem::Problem;
+use crate::sampling;
 
 /// `GET /settings`
 pub(super) async fn show(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::LimitsRead)?;
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.database.conn().await?;
-    let backlog = pages::export_backlog(&mut conn).await?;
+    let backlog = rows::export_backlog(&mut conn).await?;
     let mut ratios = sampling::all(&mut conn).await?;
     let mut policies = retention::list(&mut conn).await?;
     let mut limits = flow::limits(&mut conn, None).await?;

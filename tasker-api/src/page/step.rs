@@ -8,16 +8,18 @@ use chrono::{DateTime, TimeDelta, Utc};
 use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
+use tasker_shared::duration::in_words;
 use tasker_shared::redact;
-use tasker_shared::store::pages::{self, AttemptDetail, ItemLine, StepDetail};
-use tasker_shared::store::why::duration;
 use tasker_shared::trace::ids::{SpanKey, span_id};
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::{Span, SpanId, Value as SpanValue};
 use uuid::Uuid;
 
+use super::payload::payload;
+use super::rows::{self, AttemptDetail, ItemLine, StepDetail};
+use super::seen::{GOOD_FOR, Seen, seen};
 use super::shell::Section;
-use super::task::{self, GOOD_FOR, Seen, payload, seen};
+use super::task;
 use super::words::{self, copyable, counted, pill, when};
 use super::{Page, drawn, hidden};
 use crate::auth::Scope;
@@ -47,12 +49,12 @@ pub(super) async fn show(
     let seen = seen(&page, task).await?;
     let found = page.memory.steps.get((task, step), page.good_for(GOOD_FOR, 6), async || {
         let mut conn = page.database.conn().await?;
-        let Some(step) = pages::step(&mut conn, task, step).await? else {
+        let Some(step) = rows::step(&mut conn, task, step).await? else {
             return Ok(None);
         };
-        let attempts = pages::attempts(&mut conn, task, step.step_uuid).await?;
+        let attempts = rows::attempts(&mut conn, task, step.step_uuid).await?;
         let items = if step.item < 0 && is_map(&seen, &step) {
-            pages::items(&mut conn, task, step.step_index).await?
+            rows::items(&mut conn, task, step.step_index).await?
         } else {
             Vec::new()
         };
@@ -333,7 +335,7 @@ fn milestone_table(milestones: &[&Value]) -> Markup {
 
 fn milliseconds(ms: f64) -> String {
     #[expect(clippy::cast_possible_truncation, reason = "a length for people")]
-    duration(TimeDelta::microseconds((ms * 1000.0) as i64))
+    in_words(TimeDelta::microseconds((ms * 1000.0) as i64))
 }
 
 /// What every backend has of the attempt's `handler.execution`.

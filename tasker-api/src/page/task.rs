@@ -1,8 +1,5 @@
 //! One task: why it is where it is, its graph, its timeline, and what can be done to it.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use axum::extract::{Path, Query};
 use axum::response::Response;
 use chrono::{DateTime, Utc};
@@ -11,15 +8,16 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tasker_shared::redact;
 use tasker_shared::state_machine::decide::ByHand;
-use tasker_shared::store::pages::{self, Around, StepLine};
 use tasker_shared::store::views::{self, TaskView};
-use tasker_shared::store::why::{self, Situation};
-use tasker_shared::store::{requests, signals, transitions};
-use tasker_shared::trace::log::TaskLog;
+use tasker_shared::store::why::Situation;
+use tasker_shared::store::{requests, signals};
 use uuid::Uuid;
 
 use super::drawn::drawn;
 use super::graph::{self, Node};
+use super::payload::payload;
+use super::rows::StepLine;
+use super::seen::{Seen, TRACE_WITH_PAGE, seen};
 use super::shell::Section;
 use super::timeline::Timeline;
 use super::words::{self, copyable, count, counted, pill, when};
@@ -27,49 +25,8 @@ use super::{Form, Page, accepted, hidden, json_of};
 use crate::auth::Scope;
 use crate::problem::Problem;
 
-/// How old the picture of a task may be that many look at.
-pub(super) const GOOD_FOR: Duration = Duration::from_millis(800);
-/// How long what surrounds a task is believed: it never changes, but the task may be removed.
-const AROUND_GOOD_FOR: Duration = Duration::from_mins(1);
 /// Steps of a list; the rest is a page away.
 const STEPS: usize = 200;
-/// With more steps than this the page does not wait for the trace: the script fetches it.
-pub(super) const TRACE_WITH_PAGE: usize = 150;
-/// Bytes of a payload that a page shows.
-pub(super) const SHOWN: usize = 64 * 1024;
-
-/// What the page of a task is drawn from.
-#[derive(Debug)]
-pub(super) struct Seen {
-    pub situation: Situation,
-    pub around: Arc<Around>,
-    pub steps: Vec<StepLine>,
-    pub children: Vec<TaskView>,
-}
-
-/// A task that the caller may look at, or "not found" whatever the reason.
-pub(super) async fn seen(page: &Page, task: Uuid) -> Result<Arc<Seen>, Problem> {
-    page.who.require_scope(Scope::TasksRead)?;
-    let seen = page.memory.tasks.get(task, page.good_for(GOOD_FOR, 6), async || {
-        let around = page.memory.around.get(task, AROUND_GOOD_FOR, async || {
-            Ok(pages::around(&mut *page.database.conn().await?, task).await?.map(Arc::new))
-        });
-        let Some(around) = around.await? else {
-            return Ok(None);
-        };
-        let mut conn = page.database.conn().await?;
-        let Some(situation) = why::situation(&mut conn, task).await? else {
-            return Ok(None);
-        };
-        let steps = pages::step_lines(&mut conn, task).await?;
-        let children = pages::children(&mut conn, task, &situation.task.correlation_id).await?;
-        Ok(Some(Arc::new(Seen { situation, around, steps, children })))
-    });
-    let missing = || Problem::not_found(format!("task {task}"));
-    let seen = seen.await?.ok_or_else(missing)?;
-    if page.who.may(Scope::TasksRead, &seen.situation.task.namespace) { Ok(seen) } else { Err(missing()) }
-}
-
 /// The address of a task's page.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Asked {
@@ -438,20 +395,6 @@ fn facts(page: &Page, seen: &Seen) -> Markup {
     }
 }
 
-/// A payload, indented, with a button to copy it.
-pub(super) fn payload(id: &str, value: &Value) -> Markup {
-    let cleaned = redact::shown(value);
-    let (text, clipped) = words::pretty(cleaned.as_ref().unwrap_or(value), SHOWN);
-    html! {
-        pre id={ "json-" (id) } tabindex="0" { (text) }
-        div.actions {
-            button.plain.js-only type="button" data-copy-from={ "json-" (id) } { (words::copy_sign()) "Copy" }
-            @if cleaned.is_some() { span.pill.suspended { "secrets hidden" } }
-            @if clipped { span.quiet.small { "Only the first " (count(SHOWN / 1024)) " KiB are shown; the API gives all of it." } }
-        }
-    }
-}
-
 /// `POST /tasks/{task}/act`: one wish about a task or one of its steps.
 pub(super) async fn act(Path(task): Path<Uuid>, form: Form) -> Result<Response, Problem> {
     let page = &form.page;
@@ -518,22 +461,4 @@ async fn operate(page: &Page, task: Uuid, scope: Scope) -> Result<(), Problem> {
         Some(view) if page.who.reaches(&view.namespace) => Ok(()),
         _ => Err(Problem::not_found(format!("task {task}"))),
     }
-}
-
-pub(super) async fn read_log(page: &Page, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), Problem> {
-    let now = page.memory.now(&page.state).await?;
-    let log = transitions::logs(&mut *page.database.conn().await?, &[task]).await?.pop();
-    Ok((log.ok_or_else(|| Problem::not_found(format!("task {task}")))?, now))
-}
-
-/// Refuses who may not look at this task, with "not found" whatever the reason.
-/// Answers its namespace.
-pub(super) async fn may_look(page: &Page, task: Uuid) -> Result<String, Problem> {
-    page.who.require_scope(Scope::TasksRead)?;
-    let home = page.memory.homes.get(task, AROUND_GOOD_FOR, async || {
-        let found = views::these(&mut *page.database.conn().await?, &[task]).await?.pop();
-        Ok(found.map(|view| view.namespace))
-    });
-    let home = home.await?.filter(|home| page.who.reaches(home));
-    home.ok_or_else(|| Problem::not_found(format!("task {task}")))
 }

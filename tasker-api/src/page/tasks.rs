@@ -13,11 +13,11 @@ use std::sync::Arc;
 use tasker_shared::client::Submit;
 use tasker_shared::redact;
 use tasker_shared::state_machine::states::TaskState;
-use tasker_shared::store::pages::{self, CurrentStep, LATEST, Tally, TaskFilter};
 use tasker_shared::store::requests::{self, Act};
 use tasker_shared::store::views::{self, TaskView};
 use uuid::Uuid;
 
+use super::rows::{self, CurrentStep, LATEST, Tally, TaskFilter};
 use super::shell::{Section, command, empty};
 use super::words::{self, STATUSES, count, counted, pill, when};
 use super::{Form, Page, forbidden, may_read};
@@ -106,9 +106,9 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let listing =
         page.memory.listings.get((visible.clone(), filter.clone()), page.good_for(LIST_GOOD_FOR, 4), async || {
             let mut conn = page.database.conn().await?;
-            let (tasks, next) = pages::tasks(&mut conn, page.namespaces(), &filter, PAGE).await?;
+            let (tasks, next) = rows::tasks(&mut conn, page.namespaces(), &filter, PAGE).await?;
             let open: Vec<Uuid> = tasks.iter().filter(|task| !task.is_finished()).map(|task| task.task_uuid).collect();
-            let current = if open.is_empty() { Vec::new() } else { pages::current_steps(&mut conn, &open).await? };
+            let current = if open.is_empty() { Vec::new() } else { rows::current_steps(&mut conn, &open).await? };
             Ok(Arc::new(Listing {
                 tasks,
                 next,
@@ -118,11 +118,11 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
     let listing = listing.await?;
     let tally = page.memory.tallies.get((visible.clone(), filter.namespace.clone()), TALLY_GOOD_FOR, async || {
         let mut conn = page.database.conn().await?;
-        Ok(Arc::new(pages::tally(&mut conn, page.namespaces(), filter.namespace.as_deref()).await?))
+        Ok(Arc::new(rows::tally(&mut conn, page.namespaces(), filter.namespace.as_deref()).await?))
     });
     let tally = tally.await?;
     let names = page.memory.names.get(visible, NAMES_GOOD_FOR, async || {
-        Ok(Arc::new(pages::names(&mut *page.database.conn().await?, page.namespaces()).await?))
+        Ok(Arc::new(rows::names(&mut *page.database.conn().await?, page.namespaces()).await?))
     });
     let names = names.await?;
 
@@ -440,13 +440,13 @@ pub(super) async fn search(page: Page, Query(asked): Query<BTreeMap<String, Stri
     }
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.database.conn().await?;
-    let ids = if word.is_empty() { Vec::new() } else { pages::search(&mut conn, page.namespaces(), word).await? };
+    let ids = if word.is_empty() { Vec::new() } else { rows::search(&mut conn, page.namespaces(), word).await? };
     if let [only] = ids.as_slice() {
         return Ok(super::see_other(&page.link(format!("/tasks/{only}"))));
     }
     let mut tasks = views::these(&mut conn, &ids).await?;
     tasks.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));
-    let current = pages::current_steps(&mut conn, &ids).await?;
+    let current = rows::current_steps(&mut conn, &ids).await?;
     drop(conn);
     let listing =
         Listing { tasks, next: None, current: current.into_iter().map(|step| (step.task_uuid, step)).collect() };
@@ -516,7 +516,7 @@ pub(super) async fn bulk(form: Form) -> Result<Response, Problem> {
                 other => requests::act(&mut conn, task.task_uuid, act_of(other), actor, reason).await?,
             }
         } else {
-            pages::act_problem(&mut conn, action, task.state).await?.unwrap_or_else(|| "accepted".into())
+            rows::act_problem(&mut conn, action, task.state).await?.unwrap_or_else(|| "accepted".into())
         };
         rows.push((task, answer));
     }

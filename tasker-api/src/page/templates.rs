@@ -8,10 +8,11 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
 use tasker_shared::client::Submit;
-use tasker_shared::store::{pages, views};
+use tasker_shared::store::views;
 use tasker_shared::template::Template;
 use tasker_shared::template::diff::diff;
 
+use super::rows;
 use super::shell::{Section, command, empty};
 use super::task::template_nodes;
 use super::words::{self, counted, when};
@@ -23,7 +24,7 @@ use crate::problem::Problem;
 pub(super) async fn list(page: Page) -> Result<Response, Problem> {
     may_read(&page, Scope::TemplatesRead)?;
     let now = page.memory.now(&page.state).await?;
-    let found = pages::templates(&mut *page.database.conn().await?, page.namespaces()).await?;
+    let found = rows::templates(&mut *page.database.conn().await?, page.namespaces()).await?;
     let body = html! {
         div.head { h1 { "Templates" } span.quiet { "what tasks are runs of" } }
         div.panel.flush {
@@ -69,7 +70,7 @@ pub(super) async fn show(
     }
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.database.conn().await?;
-    let versions = pages::versions(&mut conn, &namespace, &name).await?;
+    let versions = rows::versions(&mut conn, &namespace, &name).await?;
     let chosen = asked.version.as_deref().filter(|version| !version.is_empty());
     let (_, definition) = views::definition(&mut conn, &namespace, &name, chosen).await?.ok_or_else(missing)?;
     let before = match asked.since.as_deref() {
@@ -112,7 +113,7 @@ pub(super) async fn show(
             }
             section.panel aria-labelledby="definition-title" {
                 h2 id="definition-title" { "Definition" }
-                (super::task::payload("definition", &definition))
+                (super::payload::payload("definition", &definition))
             }
         }
     };

@@ -9,13 +9,13 @@ use std::collections::HashMap;
 use chrono::{DateTime, Utc};
 use maud::{Markup, html};
 use serde::Serialize;
-use tasker_shared::store::pages::OpenWait;
-use tasker_shared::store::why::duration;
+use tasker_shared::duration::in_words;
 use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::names;
 use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};
 use uuid::Uuid;
 
+use super::rows::OpenWait;
 use super::words;
 
 /// A stretch in which nothing ran is shortened past this share of all the others together.
@@ -190,7 +190,7 @@ impl Timeline {
                                 (self.breaks())
                                 @for bar in &row.bars { (self.rect(bar)) }
                             }
-                            span.tl-took { (duration(chrono::TimeDelta::microseconds(row.took_us))) }
+                            span.tl-took { (in_words(chrono::TimeDelta::microseconds(row.took_us))) }
                         }
                     }
                 }
@@ -202,7 +202,7 @@ impl Timeline {
     }
 
     fn ticks(&self) -> Markup {
-        let length = duration(chrono::TimeDelta::microseconds(self.length_us));
+        let length = in_words(chrono::TimeDelta::microseconds(self.length_us));
         html! {
             svg.tl-bars.tl-scale viewBox="0 0 1000 16" preserveAspectRatio="none" {
                 (self.breaks())
@@ -217,7 +217,7 @@ impl Timeline {
             @for (from, to) in &self.gaps {
                 @let (x0, x1) = (self.place(*from) * 1000.0, self.place(*to) * 1000.0);
                 rect.b-gap x=(digits(x0)) y="0" width=(digits(x1 - x0)) height="16" {
-                    title { "nothing ran for " (duration(chrono::TimeDelta::microseconds(to - from))) "; shortened" }
+                    title { "nothing ran for " (in_words(chrono::TimeDelta::microseconds(to - from))) "; shortened" }
                 }
             }
         }
@@ -245,7 +245,7 @@ fn said(bar: &Bar) -> String {
     let attempt = if bar.attempt > 0 { format!("attempt {}: ", bar.attempt) } else { String::new() };
     let note = if bar.note.is_empty() { String::new() } else { format!(", {}", bar.note) };
     let open = if bar.open { " so far" } else { "" };
-    let took = duration(chrono::TimeDelta::microseconds(bar.to - bar.from));
+    let took = in_words(chrono::TimeDelta::microseconds(bar.to - bar.from));
     format!("{attempt}{} {took}{open}{note}", bar.kind.word())
 }
 

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use maud::{Markup, html};
-use tasker_shared::store::why::duration;
+use tasker_shared::duration::in_words;
 
 /// How a state looks: never by its colour alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,7 +151,7 @@ pub fn when(now: DateTime<Utc>, at: DateTime<Utc>) -> Markup {
 
 /// A length of time as people say it, without a second unit that is zero; nothing for what has none.
 pub fn took(length: Option<TimeDelta>) -> String {
-    let text = length.map_or_else(|| "–".into(), duration);
+    let text = length.map_or_else(|| "–".into(), in_words);
     let short = [" 0 s", " 0 min", " 0 h"].iter().find_map(|zero| text.strip_suffix(zero));
     short.map_or_else(|| text.clone(), str::to_owned)
 }

@@ -10,10 +10,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tasker_shared::redact;
 use tasker_shared::store::{trace_settings, transitions, views};
-use tasker_shared::trace::backend::Backend;
 use tasker_shared::trace::config::{Sources as Configured, Stored, TraceConfig};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::read::{self, Include, MOST_SPANS, Sources, TraceView};
 use tasker_shared::trace::settings::EVERYWHERE;
 use tasker_shared::trace::span::TraceId;
 use tasker_shared::trace::{names, otlp, tree};
@@ -27,6 +25,8 @@ use crate::auth::Scope;
 use crate::guard::Caller;
 use crate::operation::{Answer, Api, Call, Nothing, Operation};
 use crate::problem::Problem;
+use crate::trace::backend::Backend;
+use crate::trace::read::{self, Include, MOST_SPANS, Sources, TraceView};
 
 /// Spans in one line of OTLP JSON: a few milliseconds of work.
 const SPANS_A_LINE: usize = 512;

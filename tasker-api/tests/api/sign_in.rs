@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use tasker_api::Config;
+use tasker_api::auth::keys;
 use tasker_api::auth::{self, Role};
-use tasker_shared::store::keys;
 
 use crate::harness::{World, order, send};
 

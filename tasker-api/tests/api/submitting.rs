@@ -223,7 +223,7 @@ async fn who_watches_hears_of_every_task_that_is_theirs() {
     assert!(!heard.contains(&depot), "{heard}");
     // A revoked key hears no more.
     let id = own.split('_').nth(1).unwrap();
-    tasker_shared::store::keys::revoke(&mut world.pool().acquire().await.unwrap(), id, "the test").await.unwrap();
+    tasker_api::auth::keys::revoke(&mut world.pool().acquire().await.unwrap(), id, "the test").await.unwrap();
     let ended = async { while some.chunk().await.unwrap().is_some() {} };
     tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it ends");
     world.stop.cancel();

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
+use tasker_api::auth::keys;
 use tasker_api::auth::{self, Role};
-use tasker_shared::store::keys;
 use tokio::task::JoinSet;
 
 use crate::harness::{World, order, send};

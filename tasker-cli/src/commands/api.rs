@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use chrono::{TimeDelta, Utc};
+use tasker_api::auth::keys;
 use tasker_api::auth::{self, KeySpec, Role};
 use tasker_api::{Config, Error, Example, Server};
 use tasker_shared::client::Client;
-use tasker_shared::store::keys;
 use tasker_shared::store::tx::{self, PoolOptions};
 use tasker_shared::telemetry::Role as Process;
 

@@ -11,8 +11,8 @@ use order_fulfillment_example::{Order, TEMPLATE, handlers, orders};
 use serde_json::{Value, json};
 use tasker_orchestration::{Options, Orchestrator};
 use tasker_shared::client::{Client, ClientError, Submit};
+use tasker_shared::duration::in_words;
 use tasker_shared::store::views::{self, AttemptView, TaskView};
-use tasker_shared::store::why::duration;
 use tasker_shared::store::{templates, transitions, tx};
 use tasker_shared::telemetry::Role;
 use tasker_shared::template;
@@ -411,7 +411,7 @@ fn print_orders(checked: &[Checked]) -> anyhow::Result<()> {
     let mut table =
         Table::new(["ORDER", "SUBMITTED BY", "STATUS", "TOTAL", "ATTEMPTS", "SPANS", "TOOK", "AS EXPECTED"]);
     for Checked { sent, task, attempts, spans, problems } in checked {
-        let took = task.finished_at.map_or("-".into(), |end| duration(end - task.created_at));
+        let took = task.finished_at.map_or("-".into(), |end| in_words(end - task.created_at));
         let total = expected(&sent.order).map_or("-".into(), |closed| {
             format!("{}.{:02} {}", closed.total_cents / 100, closed.total_cents % 100, closed.currency)
         });

@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chrono::{TimeDelta, Utc};
 use serde_json::json;
+use tasker_api::auth::keys::{self, KeyView};
 use tasker_api::auth::{KeyRefused, KeySpec, Role, Scope, create_key};
-use tasker_shared::store::keys::{self, KeyView};
 use tasker_shared::template::parse_duration;
 
 use crate::Global;

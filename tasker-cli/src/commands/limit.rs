@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use chrono::TimeDelta;
 use serde_json::json;
+use tasker_shared::duration::in_words;
 use tasker_shared::store::flow::{LimitUse, SetLimit};
-use tasker_shared::store::why::duration;
 use tasker_shared::template::parse_duration;
 
 use crate::Global;
@@ -123,7 +123,7 @@ fn list(global: &Global, limits: &[LimitUse]) -> anyhow::Result<()> {
     }
     let mut table = Table::new(["LIMIT", "OF A", "IN USE", "CONCURRENCY", "RATE", "LEFT NOW"]);
     for limit in limits {
-        let per = duration(TimeDelta::milliseconds(limit.per_ms.unwrap_or_default()));
+        let per = in_words(TimeDelta::milliseconds(limit.per_ms.unwrap_or_default()));
         table.row([
             output::cell(Some(&limit.name)),
             limit.kind.clone(),

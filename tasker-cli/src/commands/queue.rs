@@ -3,8 +3,8 @@
 use chrono::TimeDelta;
 use serde_json::json;
 use sqlx::PgConnection;
+use tasker_shared::duration::in_words;
 use tasker_shared::store::details::{self, QuarantineFilter};
-use tasker_shared::store::why::duration;
 use tasker_shared::store::{requests, views};
 
 use crate::Global;
@@ -132,7 +132,7 @@ async fn list(global: &Global, conn: &mut PgConnection) -> anyhow::Result<()> {
             queue.queue,
             queue.depth.to_string(),
             queue.visible.to_string(),
-            queue.oldest_s.map_or("-".into(), |seconds| duration(TimeDelta::seconds(seconds.into()))),
+            queue.oldest_s.map_or("-".into(), |seconds| in_words(TimeDelta::seconds(seconds.into()))),
             if of_workers { queue.held.to_string() } else { "-".into() },
             if of_workers { queue.workers.to_string() } else { "-".into() },
             queue.quarantined.to_string(),

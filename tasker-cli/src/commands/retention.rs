@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
+use tasker_api::gauges::{OldestRow, oldest_rows};
 use tasker_orchestration::retention;
-use tasker_shared::metrics::{OldestRow, oldest_rows};
 use tasker_shared::store::retention as policies;
 use tasker_shared::template::{format_duration, parse_duration};
 use tokio_util::sync::CancellationToken;

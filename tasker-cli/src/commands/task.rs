@@ -8,10 +8,10 @@ use chrono::{DateTime, Utc};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tasker_shared::client::{Client, Submit as Request};
+use tasker_shared::duration::in_words;
 use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::views::{self, TaskFilter, TaskView};
-use tasker_shared::store::why::duration;
 use tasker_shared::template::parse_duration;
 use uuid::Uuid;
 
@@ -369,7 +369,7 @@ fn list(global: &Global, tasks: &[TaskView]) -> anyhow::Result<()> {
             output::status(task.status),
             output::cell(Some(&task.correlation_id)),
             output::time(task.created_at),
-            task.finished_at.map_or("-".into(), |end| duration(end - task.created_at)),
+            task.finished_at.map_or("-".into(), |end| in_words(end - task.created_at)),
         ]);
     }
     table.print("no task matches")

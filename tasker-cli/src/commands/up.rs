@@ -7,8 +7,8 @@ use chrono::Utc;
 use serde_json::json;
 use tasker_orchestration::{Options, Orchestrator};
 use tasker_shared::client::Client;
+use tasker_shared::duration::in_words;
 use tasker_shared::store::views::{self, TaskView};
-use tasker_shared::store::why::duration;
 use tasker_shared::telemetry::Role;
 use tasker_shared::trace::settings;
 use tokio::task::JoinSet;
@@ -172,7 +172,7 @@ fn print(global: &Global, task: &TaskView) -> anyhow::Result<()> {
         task.namespace,
         task.template,
         output::cell(Some(&task.correlation_id)),
-        duration(took),
+        in_words(took),
     ))
 }
 

@@ -127,13 +127,9 @@ pub struct HttpClient {
 impl HttpClient {
     /// A client of the server at `url` (with its base path, if it has one) that shows this API key.
     pub fn new(url: &str, key: &str) -> Result<Self, HttpError> {
-        let roots = rustls::RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-        let tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map(|builder| builder.with_root_certificates(roots).with_no_client_auth());
         let unusable = |rule: String| HttpError::Unusable { field: "http client", rule };
         let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls.map_err(|error| unusable(error.to_string()))?)
+            .tls_backend_preconfigured(crate::tls::web().map_err(|error| unusable(error.to_string()))?)
             // A redirect would carry the key to another host.
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT)

@@ -155,7 +155,10 @@ impl Collector for Exports {
         counter("tasker_otlp_batches_released", "Batches given back because memory was full", |s| {
             s.released.load(Relaxed)
         })?;
+        #[cfg(feature = "otlp")]
         let live = crate::telemetry::live_spans();
+        #[cfg(not(feature = "otlp"))]
+        let live = crate::telemetry::LiveSpans::default();
         let cleaned: u64 = known.iter().map(|stats| stats.cleaned.load(Relaxed)).sum();
         for (name, help, value) in [
             ("tasker_live_spans_exported", "Live spans of this process that a receiver acknowledged", live.exported),

@@ -18,9 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::Scrape;
-
-/// The media type of [`Scrape::text`].
+/// The media type of what is served.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Connections at one time; a scraper needs one.
@@ -64,19 +62,27 @@ pub struct Serving {
     _stop: DropGuard,
 }
 
+/// What is read at each scrape: [`text`](super::text), or more than that.
+pub trait Text<T>: Fn() -> T + Clone + Send + Sync + 'static {}
+
+impl<T, F: Fn() -> T + Clone + Send + Sync + 'static> Text<T> for F {}
+
 /// Serves `GET /metrics` until the answer is dropped.
 ///
 /// Errors if the address cannot be listened on.
-pub async fn serve(Listen(address): Listen, scrape: Scrape) -> std::io::Result<Serving> {
+pub async fn serve<T>(Listen(address): Listen, text: impl Text<T>) -> std::io::Result<Serving>
+where
+    T: Future<Output = String> + Send + 'static,
+{
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?;
     let stop = CancellationToken::new();
-    tokio::spawn(stop.clone().run_until_cancelled_owned(accept(listener, scrape)));
+    tokio::spawn(stop.clone().run_until_cancelled_owned(accept(listener, text)));
     tracing::info!(%address, "metrics are served at /metrics");
     Ok(Serving { address, _stop: stop.drop_guard() })
 }
 
-async fn accept(listener: TcpListener, scrape: Scrape) {
+async fn accept<T: Future<Output = String> + Send + 'static>(listener: TcpListener, text: impl Text<T>) {
     let room = Arc::new(Semaphore::new(MOST));
     loop {
         let Ok(place) = Arc::clone(&room).acquire_owned().await else {
@@ -84,9 +90,9 @@ async fn accept(listener: TcpListener, scrape: Scrape) {
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let scrape = scrape.clone();
+                let text = text.clone();
                 tokio::spawn(async move {
-                    let _ = tokio::time::timeout(PATIENCE * 20, talk(stream, scrape)).await;
+                    let _ = tokio::time::timeout(PATIENCE * 20, talk(stream, text)).await;
                     drop(place);
                 });
             }
@@ -96,10 +102,10 @@ async fn accept(listener: TcpListener, scrape: Scrape) {
     }
 }
 
-async fn talk(stream: TcpStream, scrape: Scrape) {
+async fn talk<T: Future<Output = String> + Send + 'static>(stream: TcpStream, text: impl Text<T>) {
     let answer = service_fn(|request| {
-        let scrape = scrape.clone();
-        async move { Ok::<_, Infallible>(answer(&request, &scrape).await) }
+        let text = text.clone();
+        async move { Ok::<_, Infallible>(answer(&request, &text).await) }
     });
     // A client that breaks off is no concern of ours.
     let _ = http1::Builder::new()
@@ -109,7 +115,10 @@ async fn talk(stream: TcpStream, scrape: Scrape) {
         .await;
 }
 
-async fn answer(request: &Request<Incoming>, scrape: &Scrape) -> Response<Full<Bytes>> {
+async fn answer<T: Future<Output = String> + Send + 'static>(
+    request: &Request<Incoming>,
+    text: &impl Text<T>,
+) -> Response<Full<Bytes>> {
     let plain = |status, text: &'static str| {
         let mut response = Response::new(Full::from(text));
         *response.status_mut() = status;
@@ -123,7 +132,7 @@ async fn answer(request: &Request<Incoming>, scrape: &Scrape) -> Response<Full<B
         response.headers_mut().insert(ALLOW, http::HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    let mut response = Response::new(Full::from(scrape.text().await));
+    let mut response = Response::new(Full::from(text().await));
     response.headers_mut().insert(CONTENT_TYPE_HEADER, http::HeaderValue::from_static(CONTENT_TYPE));
     response
 }

@@ -5,10 +5,7 @@
 use sqlx::{Connection as _, Executor as _, PgConnection, PgPool, raw_sql};
 
 use super::Error;
-
-/// The oldest PGMQ that our statements can use: with headers of messages, and with the number of
-/// visible messages among its metrics.
-pub(crate) const LEAST_PGMQ: &str = "1.5.0";
+use crate::server::{LEAST_PGMQ, missing};
 
 /// The version of PGMQ's SQL inside the `pgmq` crate.
 pub(super) const PGMQ_VERSION: &str = "1.13.0";
@@ -70,35 +67,6 @@ pub(super) fn decide(found: Option<&Pgmq>, lacks: bool, offered: Option<&str>) -
 fn numbers(version: &str) -> [u32; 3] {
     let mut parts = version.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
     std::array::from_fn(|_| parts.next().unwrap_or(0))
-}
-
-/// What the catalog shows to be missing: a function, or a column of one of our queues. Reads the
-/// catalog alone, so that every role may ask.
-pub(crate) async fn missing(conn: &mut PgConnection) -> Result<Option<String>, sqlx::Error> {
-    sqlx::query_scalar(
-        "with of_pgmq as (
-           select c.oid, c.relname from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-           where n.nspname = 'pgmq' and c.relkind in ('r', 'p')
-         ), queues as (
-           select relname from of_pgmq where relname ~ '^q_(task_requests|step_results|worker_.*)$'
-           -- Our two are there once our tables are.
-           union select q from unnest('{q_task_requests,q_step_results}'::name[]) q
-           where exists (select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-                         where n.nspname = 'tasker' and c.relname = 'readers')
-         )
-         select what from (
-           select 1 as place, 'function pgmq.' || f as what from unnest('{create,send,metrics_all}'::text[]) f
-           where not exists (select from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-                             where n.nspname = 'pgmq' and p.proname = f)
-           union all
-           select 2, 'column ' || a || ' of pgmq.' || q.relname
-           from queues q, unnest('{msg_id,read_ct,enqueued_at,vt,message,headers}'::text[]) a
-           where not exists (select from of_pgmq o join pg_catalog.pg_attribute t on t.attrelid = o.oid
-                             where o.relname = q.relname and t.attname = a and not t.attisdropped)
-         ) m order by place, what limit 1",
-    )
-    .fetch_optional(conn)
-    .await
 }
 
 /// Which PGMQ is there.

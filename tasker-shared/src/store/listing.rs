@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Error;
-use super::views::{self, TaskView};
+use super::views::{self, TaskFilter, TaskView};
 use crate::state_machine::states::TaskState;
 
 /// How many rows one look reads at most. What is rare may lie behind them: the answer then says
@@ -108,6 +108,30 @@ pub async fn tasks(conn: &mut PgConnection, filter: &Filter) -> Result<Listed, E
     let mut tasks = views::these(conn, &ids).await?;
     tasks.sort_unstable_by_key(|task| std::cmp::Reverse(task.task_uuid));
     Ok(Listed { tasks, next })
+}
+
+/// The latest tasks that match, newest first: a look along an index after the other, until there are enough.
+pub async fn latest(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<TaskView>, Error> {
+    let limit = if filter.limit == 0 { 50 } else { filter.limit };
+    let mut wanted = Filter {
+        namespaces: filter.namespace.clone().map(|namespace| vec![namespace]),
+        template: filter.template.clone(),
+        statuses: filter.status.clone().into_iter().collect(),
+        correlation_id: filter.correlation_id.clone(),
+        after: filter.before,
+        limit,
+        ..Filter::default()
+    };
+    let mut found = Vec::new();
+    loop {
+        let listed = tasks(conn, &wanted).await?;
+        found.extend(listed.tasks);
+        let left = limit.saturating_sub(u32::try_from(found.len()).unwrap_or(u32::MAX));
+        if left == 0 || listed.next.is_none() {
+            return Ok(found);
+        }
+        (wanted.after, wanted.limit) = (listed.next, left);
+    }
 }
 
 /// The parts of a list: an index each, and the states that are looked for along it.

@@ -1,24 +1,34 @@
 //! Every SQL statement we own. Functions here take the caller's connection; only `tx` begins a transaction.
 
+#[cfg(feature = "server")]
 pub mod audit;
+#[cfg(feature = "server")]
 pub mod details;
+#[cfg(feature = "server")]
 pub mod flow;
-pub mod keys;
+#[cfg(feature = "server")]
 pub mod listing;
 pub mod outage;
-pub mod pages;
 pub mod redaction;
+#[cfg(feature = "server")]
 pub mod requests;
+#[cfg(feature = "server")]
 pub mod retention;
-pub mod sampling;
+#[cfg(feature = "server")]
 pub mod schedules;
+#[cfg(feature = "server")]
 pub mod signals;
+#[cfg(feature = "server")]
 pub mod tasks;
+#[cfg(feature = "server")]
 pub mod templates;
 pub mod trace_settings;
+#[cfg(feature = "server")]
 pub mod transitions;
 pub mod tx;
+#[cfg(feature = "server")]
 pub mod views;
+#[cfg(feature = "server")]
 pub mod why;
 
 /// What a row held that it must not hold, or what the database answered.

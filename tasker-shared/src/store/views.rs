@@ -10,7 +10,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{Error, listing};
+use super::Error;
 use crate::state_machine::states::TaskState;
 use crate::trace::otlp::hex;
 
@@ -88,30 +88,6 @@ pub struct TaskFilter {
     pub before: Option<Uuid>,
     /// How many at most; 0 counts as 50.
     pub limit: u32,
-}
-
-/// The latest tasks that match, newest first: a look along an index after the other, until there are enough.
-pub async fn tasks(conn: &mut PgConnection, filter: &TaskFilter) -> Result<Vec<TaskView>, Error> {
-    let limit = if filter.limit == 0 { 50 } else { filter.limit };
-    let mut wanted = listing::Filter {
-        namespaces: filter.namespace.clone().map(|namespace| vec![namespace]),
-        template: filter.template.clone(),
-        statuses: filter.status.clone().into_iter().collect(),
-        correlation_id: filter.correlation_id.clone(),
-        after: filter.before,
-        limit,
-        ..listing::Filter::default()
-    };
-    let mut found = Vec::new();
-    loop {
-        let listed = listing::tasks(conn, &wanted).await?;
-        found.extend(listed.tasks);
-        let left = limit.saturating_sub(u32::try_from(found.len()).unwrap_or(u32::MAX));
-        if left == 0 || listed.next.is_none() {
-            return Ok(found);
-        }
-        (wanted.after, wanted.limit) = (listed.next, left);
-    }
 }
 
 /// The states that people see under one word; none for a word that is no status.

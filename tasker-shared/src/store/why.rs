@@ -4,13 +4,14 @@
 
 use std::fmt::Write as _;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::views::{self, TaskView};
 use super::{Error, flow};
+use crate::duration::in_words;
 use crate::state_machine::flow::{LANE_SEPARATOR, handler_limit, namespace_limit};
 
 /// What the sentence is made from.
@@ -290,7 +291,7 @@ impl Situation {
     fn group(&self, group: &OpenSteps) -> String {
         let OpenSteps { name, queue, handler, max_attempts, .. } = group;
         let attempt = group.failures + 1;
-        let since = duration(self.now - group.since);
+        let since = in_words(self.now - group.since);
         let who = if group.count == 1 { format!("{name} needs") } else { format!("{} steps need", group.count) };
         match (group.state.as_str(), group.held_by.as_deref()) {
             ("in_progress", _) => {
@@ -349,7 +350,7 @@ impl Situation {
 
     /// What a step without a handler waits for.
     fn waiting(&self, group: &OpenSteps) -> String {
-        let (name, since) = (&group.name, duration(self.now - group.since));
+        let (name, since) = (&group.name, in_words(self.now - group.since));
         let ends = group.due_at.map(|at| self.clock(at));
         let late = if group.due_at.is_some_and(|at| at < self.now) && !self.orchestrator {
             "; no orchestrator is running"
@@ -391,7 +392,7 @@ impl Situation {
     }
 
     fn took(&self) -> String {
-        duration(self.task.finished_at.unwrap_or(self.now) - self.task.created_at)
+        in_words(self.task.finished_at.unwrap_or(self.now) - self.task.created_at)
     }
 
     /// The time of day in UTC, with the date unless it is today.
@@ -405,25 +406,9 @@ fn with_error(group: &OpenSteps) -> String {
     group.error.as_deref().map_or_else(String::new, |error| format!(" with {error}"))
 }
 
-/// A duration as people say it, in its two largest units: `0.3 ms`, `1.25 s`, `2 min 5 s`, `1 d 3 h`.
-pub fn duration(length: TimeDelta) -> String {
-    let us = length.num_microseconds().unwrap_or(i64::MAX).max(0);
-    let s = us / 1_000_000;
-    #[expect(clippy::cast_precision_loss, reason = "it is rounded to three digits anyway")]
-    match s {
-        0 if us < 1000 => format!("{us} µs"),
-        0 if us < 10_000 => format!("{:.1} ms", us as f64 / 1e3),
-        0 => format!("{} ms", us / 1000),
-        1..60 if us % 1_000_000 < 5000 => format!("{s} s"),
-        1..60 => format!("{:.2} s", us as f64 / 1e6),
-        60..3600 => format!("{} min {} s", s / 60, s % 60),
-        3600..86_400 => format!("{} h {} min", s / 3600, s % 3600 / 60),
-        _ => format!("{} d {} h", s / 86_400, s % 86_400 / 3600),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use chrono::TimeDelta;
     use sqlx::AssertSqlSafe;
 
     use super::*;
@@ -621,7 +606,7 @@ steps:
             (97_200_000_000, "1 d 3 h"),
             (-5, "0 µs"),
         ] {
-            assert_eq!(duration(TimeDelta::microseconds(us)), text);
+            assert_eq!(in_words(TimeDelta::microseconds(us)), text);
         }
     }
 }

@@ -18,8 +18,21 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Filter, Layer};
 use tracing_subscriber::registry::LookupSpan;
 
-use super::{LogFormat, OWN, crate_of};
 use crate::redact::{self, Action, Policy};
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One flat JSON object a line.
+    Json,
+}
+
+/// Crates whose spans and events stay out of the user's trace. Our own spans
+/// lend their fields to log lines; the tree says in our name what happened.
+pub(super) const OWN: [&str; 6] =
+    ["tasker", "tasker_shared", "tasker_orchestration", "tasker_worker", "tasker_api", "tasker_cli"];
 
 /// The filter of log lines, and what was wrong with the one asked for.
 pub(super) fn env_filter(lookup: impl Fn(&str) -> Option<String>) -> (EnvFilter, Option<String>) {
@@ -338,4 +351,9 @@ fn push_printable(out: &mut String, text: &str) {
             out.push(c);
         }
     }
+}
+
+/// The crate that a target names.
+pub(super) fn crate_of(target: &str) -> &str {
+    target.split("::").next().unwrap_or_default()
 }

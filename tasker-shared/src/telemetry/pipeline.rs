@@ -13,10 +13,35 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanExporter, SpanProcessor};
 
-use super::{Error, LIVE_TIMEOUT, Role};
 use crate::redact;
 use crate::trace::config::{Compression, Protocol, TraceConfig};
 use crate::trace::{clean, transport};
+
+/// Longest wait for one export of live spans.
+pub(super) const LIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which kind of process this is; gives live spans their `service.name`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum Role {
+    Orchestrator,
+    Worker,
+    Cli,
+}
+
+/// Live spans cannot be exported.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration names no usable way to the collector.
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    /// The SDK's exporter refused its configuration.
+    #[error("the exporter of live spans cannot be built: {0}")]
+    Exporter(String),
+    /// No thread for the exporter.
+    #[error("the exporter of live spans has no thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
 
 /// The pipeline that takes spans at the moment.
 #[derive(Debug, Default)]

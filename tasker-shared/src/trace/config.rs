@@ -17,7 +17,7 @@ pub use self::setting::{Key, SETTINGS, STORED, Setting};
 use self::vars::{Vars, boolean, list, otlp_of_old_jaeger, pairs, query_url, resolve_endpoint};
 use super::context::{DEFAULT_BAGGAGE_KEYS, Propagators};
 use super::otlp::ServiceNames;
-use crate::template::parse_duration;
+use crate::duration::parse_duration;
 
 /// What exports the spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -372,7 +372,7 @@ impl Sources {
             tracing: BTreeMap<String, serde_json::Value>,
         }
         let document: Document =
-            serde_saphyr::from_str(text).map_err(|_| "it must be YAML with a mapping `tracing`".to_owned())?;
+            from_yaml(text).ok_or_else(|| "it must be YAML with a mapping `tracing`".to_owned())?;
         Ok(document
             .tracing
             .into_iter()
@@ -535,6 +535,14 @@ impl TraceConfig {
         let host = authority.rsplit('@').next().unwrap_or_default();
         format!("{scheme}://{host}{path}")
     }
+}
+
+/// Reads YAML, of which JSON is a part; without the feature `yaml` only JSON.
+fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
+    #[cfg(feature = "yaml")]
+    return serde_saphyr::from_str(text).ok();
+    #[cfg(not(feature = "yaml"))]
+    serde_json::from_str(text).ok()
 }
 
 #[cfg(test)]

@@ -10,8 +10,7 @@ mod json;
 use std::borrow::Cow;
 
 use chrono::{DateTime, Utc};
-use prost::bytes::Bytes;
-use prost::encoding::{encode_varint, encoded_len_varint};
+use tokio_util::bytes::Bytes;
 
 pub use self::json::{json_line, to_json};
 use super::span::{Event, Link, Service, Span, TaskSpans, Value};
@@ -346,6 +345,20 @@ pub(super) fn clean<'a>(text: &'a str, lines: bool, cleaned: &mut u64) -> Cow<'a
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]).map(char::from).collect()
+}
+
+/// A number as protobuf writes it: seven bits a byte, the least first.
+fn encode_varint(mut value: u64, out: &mut Vec<u8>) {
+    while value >= 0x80 {
+        out.push(u8::try_from(value & 0x7f).unwrap_or_default() | 0x80);
+        value >>= 7;
+    }
+    out.push(u8::try_from(value).unwrap_or_default());
+}
+
+/// How many bytes [`encode_varint`] writes.
+fn encoded_len_varint(value: u64) -> usize {
+    ((70 - (value | 1).leading_zeros()) / 7) as usize
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use super::config::{Compression, Exporter, Protocol, TraceConfig};
+use crate::tls;
 
 const EXPORT_PATH: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
 const USER_AGENT: &str = concat!("Tasker-OTLP-Exporter/", env!("CARGO_PKG_VERSION"));
@@ -384,27 +385,19 @@ pub(crate) fn channel(config: &TraceConfig) -> Result<Channel, Error> {
     Ok(endpoint.connect_lazy())
 }
 
-/// TLS with ring and the web's certificate authorities, or with only those of
-/// the configured file. Given to every HTTP client explicitly: the HTTP crate
-/// is built without a default provider and panics when it has to choose one.
+/// TLS that trusts the web's certificate authorities, or only those of the configured file.
 pub fn tls_config(config: &TraceConfig) -> Result<rustls::ClientConfig, Error> {
+    let Some(pem) = certificate(config)? else {
+        return tls::web().map_err(|e| Error::Client(e.to_string()));
+    };
     let mut roots = rustls::RootCertStore::empty();
-    match certificate(config)? {
-        None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
-        Some(pem) => {
-            for certificate in CertificateDer::pem_slice_iter(&pem) {
-                certificate
-                    .map_err(|e| e.to_string())
-                    .and_then(|c| roots.add(c).map_err(|e| e.to_string()))
-                    .map_err(|problem| bad_certificate(config, problem))?;
-            }
-        }
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        certificate
+            .map_err(|e| e.to_string())
+            .and_then(|c| roots.add(c).map_err(|e| e.to_string()))
+            .map_err(|problem| bad_certificate(config, problem))?;
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map(|builder| builder.with_root_certificates(roots).with_no_client_auth())
-        .map_err(|e| Error::Client(e.to_string()))
+    tls::trusting(roots).map_err(|e| Error::Client(e.to_string()))
 }
 
 /// The configured certificate file, which holds at least one certificate.

@@ -14,8 +14,7 @@ use reqwest::{Client, Method, StatusCode, Url, redirect};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tasker_shared::telemetry::live::{self, Area, Kind};
-use tasker_shared::trace::config::TraceConfig;
-use tasker_shared::trace::transport::tls_config;
+use tasker_shared::tls;
 
 use crate::{StepContext, StepError};
 
@@ -125,8 +124,7 @@ impl Http {
                 next.error(refusal)
             }
         });
-        let tls =
-            tls_config(&TraceConfig::default()).map_err(|error| StepError::fail("http_client", error.to_string()))?;
+        let tls = tls::web().map_err(|error| StepError::fail("http_client", error.to_string()))?;
         let client = Client::builder()
             .tls_backend_preconfigured(tls)
             .connect_timeout(CONNECT_TIMEOUT)

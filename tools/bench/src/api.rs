@@ -9,12 +9,13 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tasker_api::auth::{KeySpec, Role, create_key};
+use tasker_api::page::rows;
 use tasker_api::{Config, Server};
 use tasker_shared::client::http::{HttpClient, TaskQuery};
 use tasker_shared::client::{Client, Submit};
+use tasker_shared::store;
 use tasker_shared::store::details::STATUSES;
 use tasker_shared::store::tx::{PoolOptions, pool};
-use tasker_shared::store::{self, pages};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -285,13 +286,13 @@ async fn lists(bench: &PgPool, http: &HttpClient, tasks: i64) -> Result<Vec<List
     figures.push(
         timed("the page's search box, a correlation id".into(), async |look| {
             let word = format!("ORD-{}", spread(look));
-            Ok(pages::search(&mut *bench.acquire().await?, None, &word).await?.len())
+            Ok(rows::search(&mut *bench.acquire().await?, None, &word).await?.len())
         })
         .await?,
     );
     figures.push(
         timed("the page's search box, a word that is nowhere".into(), async |look| {
-            Ok(pages::search(&mut *bench.acquire().await?, None, &format!("nowhere-{look}")).await?.len())
+            Ok(rows::search(&mut *bench.acquire().await?, None, &format!("nowhere-{look}")).await?.len())
         })
         .await?,
     );
@@ -299,19 +300,19 @@ async fn lists(bench: &PgPool, http: &HttpClient, tasks: i64) -> Result<Vec<List
         ("the page's list", None, None),
         ("the page's list, failed in a namespace without", text("rare"), text("failed")),
     ] {
-        let filter = pages::TaskFilter { namespace, status, ..pages::TaskFilter::default() };
-        let look = async |_| Ok(pages::tasks(&mut *bench.acquire().await?, None, &filter, 50).await?.0.len());
+        let filter = rows::TaskFilter { namespace, status, ..rows::TaskFilter::default() };
+        let look = async |_| Ok(rows::tasks(&mut *bench.acquire().await?, None, &filter, 50).await?.0.len());
         figures.push(timed(what.into(), look).await?);
     }
     figures.push(
         timed("the page's counts".into(), async |_| {
-            Ok(pages::tally(&mut *bench.acquire().await?, None, None).await?.len())
+            Ok(rows::tally(&mut *bench.acquire().await?, None, None).await?.len())
         })
         .await?,
     );
     figures.push(
         timed("the page's counts of a namespace".into(), async |_| {
-            Ok(pages::tally(&mut *bench.acquire().await?, None, Some("rare")).await?.len())
+            Ok(rows::tally(&mut *bench.acquire().await?, None, Some("rare")).await?.len())
         })
         .await?,
     );

@@ -1,7 +1,7 @@
 //! `tasker trace sample`.
 
 use serde_json::json;
-use tasker_shared::store::sampling;
+use tasker_api::sampling;
 
 use crate::Global;
 use crate::output::{self, Format, Table};

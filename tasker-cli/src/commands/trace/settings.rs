@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::bail;
 use serde_json::{Value, json};
+use tasker_api::sampling;
 use tasker_orchestration::export::batches;
-use tasker_shared::store::{sampling, trace_settings};
+use tasker_shared::store::trace_settings;
 use tasker_shared::trace::config::{Key, Sources, Stored};
 use tasker_shared::trace::settings::{self, EVERYWHERE};
 

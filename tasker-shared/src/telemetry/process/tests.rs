@@ -5,7 +5,7 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, SpanData, SpanExporter};
 use tracing::Instrument;
 
-use super::pipeline::Counted;
+use super::super::pipeline::Counted;
 use super::*;
 use crate::trace::context::{Baggage, Traceparent, to_otel_context};
 

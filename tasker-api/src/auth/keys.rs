@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::PgConnection;
 
-use super::Error;
+use tasker_shared::store::Error;
 
 /// A key that is to be made.
 #[derive(Debug, Clone)]

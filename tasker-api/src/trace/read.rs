@@ -19,9 +19,9 @@ use serde_json::{Map, Value as Json};
 use self::flat::Shown;
 pub use self::flat::{Attributes, Flat, flat};
 use self::nodes::Tree;
-use super::names;
-use super::span::Span;
-use crate::redact::Policy;
+use tasker_shared::redact::Policy;
+use tasker_shared::trace::names;
+use tasker_shared::trace::span::Span;
 
 /// The most spans of one answer.
 pub const MOST_SPANS: usize = 10_000;

@@ -2,7 +2,7 @@
 
 use sqlx::PgConnection;
 
-use super::Error;
+use tasker_shared::store::Error;
 
 /// Sets the share of a namespace (or of `*`, every other one) from 0 to 1; `None` forgets it.
 /// Answers what holds: a share outside is clamped. Audited.

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Map, Value as Json};
 
-use super::config::TraceConfig;
-use super::otlp::hex;
 use super::read::{Attributes, Flat, ReadEvent, ReadLink};
-use super::span::TraceId;
-use super::transport::tls_config;
-use crate::metrics::{OfReason, metrics};
-use crate::redact::Policy;
+use tasker_shared::metrics::{OfReason, metrics};
+use tasker_shared::redact::Policy;
+use tasker_shared::trace::config::TraceConfig;
+use tasker_shared::trace::otlp::hex;
+use tasker_shared::trace::span::TraceId;
+use tasker_shared::trace::transport::tls_config;
 
 /// The longest that one trace is waited for, all tries together.
 const LONGEST: Duration = Duration::from_secs(3);
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn the_same_span_is_read_from_each_form() {
-        let policy = crate::redact::policy();
+        let policy = tasker_shared::redact::policy();
         let otlp = json!({"resourceSpans": [{
             "resource": {"attributes": [{"key": "service.name", "value": {"stringValue": "shop"}}]},
             "scopeSpans": [{"spans": [{

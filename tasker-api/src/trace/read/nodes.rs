@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 
 use super::flat::Shown;
 use super::{DEEPEST, Flat, Include, Node, is_open, ms};
-use crate::trace::names;
+use tasker_shared::trace::names;
 
 pub(super) struct Tree<'a> {
     spans: &'a [Flat],

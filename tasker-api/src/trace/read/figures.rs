@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::flat::Shown;
 use super::{Flat, Gap, MOST_LINES, SummaryLine, Tokens, WaitLine, ms};
-use crate::trace::names;
+use tasker_shared::trace::names;
 
 pub(super) fn tokens(spans: &[Flat]) -> Option<Tokens> {
     let mut sum = Tokens::default();

@@ -1,5 +1,6 @@
 //! What only the database knows, read when somebody asks.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,8 @@ use prometheus_client::registry::{Registry, Unit};
 use sqlx::PgPool;
 use tokio::sync::Mutex;
 
-use super::metrics;
-use crate::store::{self, views};
+use tasker_shared::metrics::metrics;
+use tasker_shared::store::{self, views};
 
 /// What was read is shown again for this long.
 const FRESH: Duration = Duration::from_secs(5);
@@ -47,12 +48,20 @@ impl Scrape {
         }))
     }
 
-    /// Everything this process knows, as `OpenMetrics` text of type [`CONTENT_TYPE`](super::CONTENT_TYPE).
+    /// What [`serve`](tasker_shared::metrics::serve) asks at each scrape.
+    pub fn served(self) -> impl Fn() -> Pin<Box<dyn Future<Output = String> + Send>> + Clone + Send + Sync + 'static {
+        move || {
+            let scrape = self.clone();
+            Box::pin(async move { scrape.text().await })
+        }
+    }
+
+    /// Everything this process knows, as `OpenMetrics` text of type [`CONTENT_TYPE`](tasker_shared::metrics::CONTENT_TYPE).
     /// A database that does not answer costs its own numbers and sets `tasker_database_up` to 0.
     pub async fn text(&self) -> String {
         let mut text = String::with_capacity(16 << 10);
         // Writing to a String cannot fail.
-        let _ = encode_registry(&mut text, &metrics().registry);
+        let _ = metrics().write(&mut text);
         if let Some(database) = &self.0 {
             // Scrapes at the same moment read once.
             let mut read = database.read.lock().await;

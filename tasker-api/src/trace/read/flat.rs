@@ -8,9 +8,9 @@ use chrono::{DateTime, Utc};
 use serde_json::{Map, Value as Json, json};
 
 use super::{ReadEvent, ReadLink};
-use crate::redact::Policy;
-use crate::trace::otlp::{ServiceNames, hex};
-use crate::trace::span::{Kind, TaskSpans, Value};
+use tasker_shared::redact::Policy;
+use tasker_shared::trace::otlp::{ServiceNames, hex};
+use tasker_shared::trace::span::{Kind, TaskSpans, Value};
 
 /// A span from anywhere.
 #[derive(Debug, Clone, PartialEq)]

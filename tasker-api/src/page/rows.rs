@@ -9,9 +9,9 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::Error;
-use super::listing;
-use super::views::{self, TaskView};
+use tasker_shared::store::Error;
+use tasker_shared::store::listing;
+use tasker_shared::store::views::{self, TaskView};
 
 /// How many of the latest tasks an overview looks at.
 pub const LATEST: i64 = 10_000;
@@ -473,6 +473,13 @@ pub async fn unoffered(conn: &mut PgConnection, namespaces: Option<&[String]>) -
     )
     .fetch_all(conn)
     .await?)
+}
+
+/// Messages a second, over the last seconds that somebody looked.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rates {
+    pub into: f64,
+    pub out: f64,
 }
 
 /// What was ever sent to a queue, and what is in it: two looks give its rates.
