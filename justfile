@@ -43,7 +43,7 @@ trace-proof:
 flood-proof:
     cargo test --release -p tasker-tests --test promises -- --ignored --nocapture a_flood_at_its_limit
 
-# Throughput, latency and cost, beside this machine's limits; see docs/performance.md.
+# Throughput, latency and cost, beside this machine's limits; see docs/explanations/performance.md.
 bench *ARGS:
     cargo run --release -p tasker-bench -- {{ARGS}}
 
@@ -54,3 +54,7 @@ benches *ARGS:
 # Load at full size while processes and the database are killed. Takes minutes.
 storm:
     TASKER_STORM=1 cargo test --release -p tasker-tests --test promises -- every_feature_under_kills orchestrator_killed_under_load two_orchestrators database_killed export_recovery
+
+# The documents as a site in target/site. Needs mdBook 0.5: cargo install mdbook --locked
+site:
+    mdbook build

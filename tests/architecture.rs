@@ -150,8 +150,8 @@ fn every_variable_that_is_read_is_documented_and_the_other_way_round() {
 
 #[test]
 fn the_table_of_telemetry_names_every_row_and_what_shows_it() {
-    let text = std::fs::read_to_string(root().join("docs/telemetry.md")).expect("the document");
-    let (_, table) = text.split_once("## What traced workflow systems are asked for").expect("the table");
+    let text = std::fs::read_to_string(root().join("docs/reference/trace-checklist.md")).expect("the document");
+    let (_, table) = text.split_once("# What traced workflow systems are asked for").expect("the table");
     let mut named: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
     for line in table.lines().filter(|line| line.starts_with("| 0")) {
         let cells: Vec<&str> = line.split(" | ").collect();
@@ -178,7 +178,7 @@ fn quoted(text: &str) -> impl Iterator<Item = &str> {
 
 #[test]
 fn each_row_of_the_features_names_a_test_and_examples_that_exist() {
-    let document = std::fs::read_to_string(root().join("docs/features.md")).expect("the document");
+    let document = std::fs::read_to_string(root().join("docs/reference/features.md")).expect("the document");
     let folders = [
         "tests",
         "tasker-shared/src",

@@ -21,3 +21,12 @@ pub fn trace_config(endpoint: &str, protocol: &str) -> TraceConfig {
     assert_eq!(warnings, []);
     config
 }
+
+/// The Rust of these documents compiles.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../docs/tutorial.md")]
+    struct Tutorial;
+    #[doc = include_str!("../docs/guides/embed-a-worker.md")]
+    struct EmbedAWorker;
+}

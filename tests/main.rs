@@ -16,6 +16,7 @@ mod cancel;
 mod cost;
 mod database_away;
 mod database_killed;
+mod documents;
 mod every_feature_under_kills;
 mod export_recovery;
 mod export_wire;

@@ -1,4 +1,4 @@
-//! Every command of README.md and of docs/api.md, run as a reader would, with a local PostgreSQL of its own.
+//! Every command of README.md and of docs/reference/api.md, run as a reader would, with a local PostgreSQL of its own.
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
@@ -174,7 +174,7 @@ fn is_like(output: &str, shown: &str) -> bool {
 #[test]
 fn every_command_of_the_api_manual_answers_what_it_says() {
     assert!(is_like("abc", "a…c") && is_like("abc", "a…") && !is_like("abc", "a…b") && !is_like("abc", "bc"));
-    let manual = include_str!("../../docs/api.md");
+    let manual = include_str!("../../docs/reference/api.md");
     let home = Home::new("api-manual");
     let template = "namespace: shop\nname: order\nversion: '1'\nsteps: [{name: charge, handler: shop.charge}]";
     let apply = format!(

@@ -3,7 +3,7 @@
 //! The format is declared once, in `document.rs`. A file goes from YAML through the published schema
 //! into the document, is checked and compiled; a stored definition joins at the document. It reads
 //! text and never a file, a clock or a database. Every mistake is reported with file, line, column
-//! and key; `docs/templates.md` is the reference of the format, and a test compares the two.
+//! and key; `docs/reference/templates.md` is the reference of the format, and a test compares the two.
 
 mod compile;
 mod cross_checks;

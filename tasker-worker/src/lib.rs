@@ -30,7 +30,7 @@
 //! outside system can tell a repetition by a key.
 //!
 //! This crate decides nothing about tasks. It knows them only through the SQL
-//! functions of `docs/worker-protocol.md`, as a worker in any language does.
+//! functions of `docs/reference/worker-protocol.md`, as a worker in any language does.
 
 mod builder;
 mod claim;

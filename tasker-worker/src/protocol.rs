@@ -32,7 +32,7 @@ pub struct Hello<'a> {
     pub version: &'a str,
 }
 
-/// A lease on one attempt of a step: what `claim_steps` returns, explained in docs/worker-protocol.md.
+/// A lease on one attempt of a step: what `claim_steps` returns, explained in docs/reference/worker-protocol.md.
 #[derive(Debug, Clone)]
 pub struct Claim {
     pub task: Uuid,

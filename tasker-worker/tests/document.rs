@@ -1,4 +1,4 @@
-//! `docs/worker-protocol.md` says what the database does.
+//! `docs/reference/worker-protocol.md` says what the database does, and `docs/guides/worker-in-python.md` how to use it.
 
 use std::process::Stdio;
 
@@ -7,7 +7,8 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 
 use crate::bench::{Bench, step};
 
-const DOCUMENT: &str = include_str!("../../docs/worker-protocol.md");
+const DOCUMENT: &str = include_str!("../../docs/reference/worker-protocol.md");
+const PYTHON: &str = include_str!("../../docs/guides/worker-in-python.md");
 const FUNCTIONS: [&str; 6] =
     ["claim_steps", "heartbeat", "report_results", "step_output", "worker_bye", "worker_hello"];
 
@@ -75,7 +76,7 @@ async fn the_worker_in_python_works() {
     let bench = Bench::new().await;
     let slow = crate::bench::Step { lease_ms: 150, ..step("shout", json!({"text": "hey"})) };
     let (_, steps) = bench.enqueue(&[slow, step("shout", json!({"wrong": 1}))]).await;
-    let program = blocks("python")[0];
+    let program = PYTHON.split("```python\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the program");
     let mut worker = tokio::process::Command::new(&python)
         .args(["-c", program])
         .env("DATABASE_URL", bench.db.url())

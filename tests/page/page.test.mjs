@@ -771,7 +771,7 @@ test("everything is reached by keys", async () => {
   await page.close();
 });
 
-// Pictures for docs/web.md, of what the tests above have left and of examples.
+// Pictures for docs/reference/web.md, of what the tests above have left and of examples.
 test("pictures for the guide", { skip: !images }, async () => {
   fs.mkdirSync(images, { recursive: true });
   const page = await open("/");

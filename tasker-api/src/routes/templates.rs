@@ -151,7 +151,7 @@ async fn compare(call: Call<TemplatePath, DiffQuery, Nothing>) -> Answer<diff::D
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TemplateFile {
-    /// Its text, as docs/templates.md describes it.
+    /// Its text, as docs/reference/templates.md describes it.
     yaml: String,
 }
 

@@ -187,9 +187,13 @@ async fn every_answer_has_the_schema_of_its_operation() {
     // What removes something comes last.
     let mut all = operations(&fixture.document);
     all.sort_by_key(|operation| (operation.method == Method::DELETE, operation.id == "discard_message"));
-    let manual = include_str!("../../../docs/api.md");
+    let manual = include_str!("../../../docs/reference/api.md");
     for operation in &all {
-        assert!(manual.contains(&format!("`{}`", operation.id)), "docs/api.md does not list {}", operation.id);
+        assert!(
+            manual.contains(&format!("`{}`", operation.id)),
+            "docs/reference/api.md does not list {}",
+            operation.id
+        );
     }
     for operation in all.iter().filter(|operation| !streams(operation)) {
         if operation.id == "discard_message" {
@@ -301,12 +305,20 @@ async fn every_operation_lets_in_whom_it_says_and_nobody_else() {
 
 #[test]
 fn the_manual_names_every_code_and_every_scope() {
-    let manual = include_str!("../../../docs/api.md");
+    let manual = include_str!("../../../docs/reference/api.md");
     for code in tasker_api::problem::CODES {
-        assert!(manual.contains(&format!("`{}`", code.code)), "docs/api.md does not name the code {}", code.code);
+        assert!(
+            manual.contains(&format!("`{}`", code.code)),
+            "docs/reference/api.md does not name the code {}",
+            code.code
+        );
     }
     for scope in Scope::ALL {
-        assert!(manual.contains(&format!("`{}`", scope.as_str())), "docs/api.md does not name {}", scope.as_str());
+        assert!(
+            manual.contains(&format!("`{}`", scope.as_str())),
+            "docs/reference/api.md does not name {}",
+            scope.as_str()
+        );
     }
 }
 

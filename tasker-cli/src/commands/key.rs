@@ -19,7 +19,7 @@ use crate::run::actor;
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "\
 Roles: a viewer looks but sees no payloads, an operator also submits and operates, an admin may do all.
-Scopes take the place of the role's own; see docs/api.md.
+Scopes take the place of the role's own; see docs/reference/api.md.
 
 Examples:
   tasker key create grafana --role viewer --expires 90d

@@ -1,7 +1,7 @@
 //! What the two queues bring: each message becomes the event that it tells of. A message is a hint to
 //! look: the row is the truth.
 //!
-//! `docs/messages.md` is written against this. Unknown fields are ignored; a message that cannot be read
+//! `docs/reference/messages.md` is written against this. Unknown fields are ignored; a message that cannot be read
 //! is quarantined with the reason given here, never a crash.
 
 use std::time::Duration;

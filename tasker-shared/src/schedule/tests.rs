@@ -181,7 +181,8 @@ proptest! {
 
 #[test]
 fn the_table_of_the_document_lists_every_key() {
-    let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/schedules.md")).unwrap();
+    let document =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/schedules.md")).unwrap();
     let quoted = |text: &str| text.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
     let rows = document.lines().filter_map(|line| line.strip_prefix("| `"));
     let mut told: Vec<String> =

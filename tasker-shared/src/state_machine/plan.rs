@@ -137,7 +137,7 @@ fn yes() -> bool {
 
 /// Why a ready step was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "explained in docs/lifecycle.md")]
+#[expect(missing_docs, reason = "explained in docs/reference/lifecycle.md")]
 pub enum HeldBy {
     Room,
     Worker,
@@ -436,7 +436,7 @@ pub struct StartChild {
 
 /// A step message to send.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(missing_docs, reason = "the fields of the message, see docs/messages.md")]
+#[expect(missing_docs, reason = "the fields of the message, see docs/reference/messages.md")]
 pub struct Send {
     pub priority: i32,
     pub queue: Arc<str>,

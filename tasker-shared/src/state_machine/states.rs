@@ -1,13 +1,13 @@
 //! Every state, every event, and every legal move, read as a table.
 //!
-//! `docs/lifecycle.md` is compared with these tables by a test.
+//! `docs/reference/lifecycle.md` is compared with these tables by a test.
 
 /// Declares an enum whose variants have one spelling in the database, the log and the trace.
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        #[expect(missing_docs, reason = "the words are explained in docs/lifecycle.md")]
+        #[expect(missing_docs, reason = "the words are explained in docs/reference/lifecycle.md")]
         pub enum $name { $($variant),+ }
 
         impl $name {

@@ -49,7 +49,7 @@ pub async fn retry(
 
 /// What an operator may ask of a task as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "explained in docs/lifecycle.md")]
+#[expect(missing_docs, reason = "explained in docs/reference/lifecycle.md")]
 pub enum Act {
     Suspend,
     Resume,

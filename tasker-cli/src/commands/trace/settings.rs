@@ -41,7 +41,7 @@ pub struct Enable {
     /// Only for this namespace: its detail and areas
     #[arg(long, value_name = "NAME", conflicts_with_all = ["exporter", "otlp_endpoint", "jaeger_endpoint", "sample_rate", "service_name", "trace_file"])]
     namespace: Option<String>,
-    /// Any setting of docs/telemetry.md by its key; `KEY=default` forgets it; may be repeated
+    /// Any setting of docs/reference/settings.md by its key; `KEY=default` forgets it; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -71,7 +71,9 @@ impl Enable {
             };
             let key = tasker_shared::trace::config::STORED.into_iter().find(|key| key.setting().name == name);
             let Some(key) = key else {
-                bail!("--set {name}: there is no such setting, or it cannot be stored; docs/telemetry.md lists them");
+                bail!(
+                    "--set {name}: there is no such setting, or it cannot be stored; docs/reference/settings.md lists them"
+                );
             };
             match value {
                 "default" => forgotten.push(key),

@@ -8,7 +8,7 @@ use super::super::plan::HeldBy;
 use super::super::retry::OnExhausted;
 use super::*;
 
-const DOCUMENT: &str = include_str!("../../../../docs/lifecycle.md");
+const DOCUMENT: &str = include_str!("../../../../docs/reference/lifecycle.md");
 
 /// The rows of the table below a heading, without its head.
 fn table(heading: &str) -> Vec<Vec<&'static str>> {

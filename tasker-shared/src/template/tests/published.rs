@@ -8,8 +8,8 @@ use super::mistakes::mistakes;
 use super::*;
 
 fn document() -> String {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/templates.md");
-    std::fs::read_to_string(path).expect("docs/templates.md is part of the repository")
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/templates.md");
+    std::fs::read_to_string(path).expect("docs/reference/templates.md is part of the repository")
 }
 
 /// The code blocks with this info string, each with its line number.
@@ -50,7 +50,7 @@ fn every_yaml_block_of_the_document_is_a_good_template() {
     assert!(blocks.len() >= 5, "{} blocks", blocks.len());
     for (line, block) in blocks {
         if let Err(problems) = parse("block", &completed(&block)) {
-            panic!("docs/templates.md:{line}\n{}", told(&problems));
+            panic!("docs/reference/templates.md:{line}\n{}", told(&problems));
         }
     }
 }
@@ -62,7 +62,7 @@ fn refused_example_of_the_document_is_told_as_it_says() {
     assert!(!refused.is_empty());
     for ((line, block), (_, expected)) in refused.iter().zip(&told_there) {
         let problems = parse("order.yaml", block).unwrap_err();
-        assert_eq!(told(&problems) + "\n", *expected, "docs/templates.md:{line}");
+        assert_eq!(told(&problems) + "\n", *expected, "docs/reference/templates.md:{line}");
     }
 }
 
@@ -186,7 +186,7 @@ fn the_schema_accepts_every_template_of_the_documents_and_the_examples() {
     let validator = validator();
     let mut good: Vec<(String, String)> = Vec::new();
     for (line, block) in blocks(&document(), "yaml") {
-        good.push((format!("docs/templates.md:{line}"), completed(&block)));
+        good.push((format!("docs/reference/templates.md:{line}"), completed(&block)));
     }
     let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples");
     let mut folders = vec![std::path::PathBuf::from(examples)];

@@ -6,7 +6,7 @@ type Vars = &'static [(&'static str, &'static str)];
 
 #[test]
 fn the_document_lists_every_setting_as_it_is() {
-    let document = include_str!("../../../../docs/telemetry.md");
+    let document = include_str!("../../../../docs/reference/settings.md");
     for setting in SETTINGS {
         let variables: Vec<String> = setting.variables.iter().map(|name| format!("`{name}`")).collect();
         let row = format!(
@@ -16,7 +16,7 @@ fn the_document_lists_every_setting_as_it_is() {
             setting.default.replace('|', "\\|"),
             setting.about.replace('|', "\\|")
         );
-        assert!(document.contains(&row), "docs/telemetry.md lacks this row:\n{row}");
+        assert!(document.contains(&row), "docs/reference/settings.md lacks this row:\n{row}");
     }
 }
 
