@@ -28,6 +28,7 @@ mod harmless;
 mod held_steps;
 mod hierarchy;
 mod hostile_arguments;
+mod hostile_roles;
 mod idempotency;
 mod input_schema;
 mod large_payloads;

@@ -54,7 +54,7 @@ pub(super) async fn lock_limits(
         return Ok(Places::default());
     }
     let wanted: Vec<Wanted> = wanted.into_values().collect();
-    Ok(lock(conn, &wanted).await?)
+    lock(conn, &wanted).await
 }
 
 /// Writes what only held and limited steps have: their lanes, and the places that were taken.
@@ -63,7 +63,7 @@ pub(super) async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places:
     if !lanes.is_empty() {
         set_lanes(conn, &lanes).await?;
     }
-    Ok(record(conn, places).await?)
+    record(conn, places).await
 }
 
 // The statements.

@@ -10,13 +10,13 @@ pub struct Limit {
 }
 
 /// Lines of code of the core: `decide`, settle with its SQL, and the tree.
-pub const CORE_LINES: Limit = Limit { what: "lines of code of the core", most: 10_218 };
+pub const CORE_LINES: Limit = Limit { what: "lines of code of the core", most: 10_077 };
 /// Lines of code of the longest file, tests included.
 pub const FILE_LINES: Limit = Limit { what: "lines of code of the longest file", most: 710 };
 /// Groups of files of a crate that import each other.
-pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 5 };
+pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 0 };
 /// What a worker's user compiles.
-pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 282 };
+pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 200 };
 /// Functions of ours between the reader of results and the one that runs the transaction's statements.
 pub const FRAMES: Limit = Limit { what: "frames between the reader of results and the transaction", most: 6 };
 /// Files of the walk from a result to the next step's message.
