@@ -9,6 +9,7 @@
 #   deny     licences, bans and sources of dependencies (deny.toml; needs cargo-deny)
 #   sqlx     the data of checked queries is that of the queries and the migrations
 #   clippy   lints
+#   features a worker's crate compiles without its features, and with each alone
 #   doc      the documentation of the crates builds
 #   test     all tests
 #   pooler   the same database through a real PgBouncer (needs pgbouncer)
@@ -29,6 +30,7 @@ run() {
     deny) cargo deny --locked --log-level error check bans licenses sources ;;
     sqlx) scripts/sqlx.sh check ;;
     clippy) cargo clippy --workspace --all-targets --locked -- -D warnings ;;
+    features) cargo check --locked -p tasker-worker && cargo check --locked -p tasker-worker --features metrics && cargo check --locked -p tasker-worker --features otlp ;;
     doc) RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --locked ;;
     test) cargo test --workspace --locked ;;
     pooler) cargo test --workspace --locked --test cli -- --ignored pooler ;;
@@ -37,11 +39,11 @@ run() {
   esac
 }
 
-all=(fmt measure deny sqlx clippy doc test pooler demo page)
+all=(fmt measure deny sqlx clippy features doc test pooler demo page)
 steps=("$@")
 [[ $# -gt 0 ]] || steps=("${all[@]}")
 for step in "${steps[@]}"; do
-  [[ " ${all[*]} " == *" $step "* ]] || { sed -n '2,16p' "$0" >&2; exit 2; }
+  [[ " ${all[*]} " == *" $step "* ]] || { sed -n '2,17p' "$0" >&2; exit 2; }
 done
 for step in "${steps[@]}"; do
   printf '\n=== %s (at %dm%02ds)\n' "$step" $((SECONDS / 60)) $((SECONDS % 60))

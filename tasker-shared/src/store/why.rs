@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::views::{self, TaskView};
 use super::{Error, flow};
-use crate::duration::in_words;
+use crate::state_machine::duration::in_words;
 use crate::state_machine::flow::{LANE_SEPARATOR, handler_limit, namespace_limit};
 
 /// What the sentence is made from.

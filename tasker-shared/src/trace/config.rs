@@ -17,7 +17,7 @@ pub use self::setting::{Key, SETTINGS, STORED, Setting};
 use self::vars::{Vars, boolean, list, otlp_of_old_jaeger, pairs, query_url, resolve_endpoint};
 use super::context::{DEFAULT_BAGGAGE_KEYS, Propagators};
 use super::otlp::ServiceNames;
-use crate::duration::parse_duration;
+use crate::state_machine::duration::parse_duration;
 
 /// What exports the spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

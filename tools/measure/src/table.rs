@@ -16,7 +16,7 @@ pub const FILE_LINES: Limit = Limit { what: "lines of code of the longest file",
 /// Groups of files of a crate that import each other.
 pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 0 };
 /// What a worker's user compiles.
-pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 200 };
+pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 179 };
 /// Functions of ours between the reader of results and the one that runs the transaction's statements.
 pub const FRAMES: Limit = Limit { what: "frames between the reader of results and the transaction", most: 6 };
 /// Files of the walk from a result to the next step's message.
