@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use console::{Style, measure_text_width, pad_str};
-use tasker_shared::state_machine::duration::in_words;
+use tasker_shared::duration::in_words;
 use tasker_shared::trace::names;
 use tasker_shared::trace::otlp::hex;
 use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};

@@ -6,7 +6,7 @@
 
 #[cfg(feature = "server")]
 pub mod client;
-pub use state_machine::duration;
+pub mod duration;
 #[cfg(feature = "metrics")]
 pub mod metrics;
 #[cfg(feature = "server")]

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use chrono::{DateTime, Utc};
 use maud::{Markup, html};
 use serde::Serialize;
-use tasker_shared::state_machine::duration::in_words;
+use tasker_shared::duration::in_words;
 use tasker_shared::trace::log::TaskLog;
 use tasker_shared::trace::names;
 use tasker_shared::trace::span::{Span, SpanId, TaskSpans, Value};

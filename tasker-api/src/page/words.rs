@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use maud::{Markup, html};
-use tasker_shared::state_machine::duration::in_words;
+use tasker_shared::duration::in_words;
 
 /// How a state looks: never by its colour alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

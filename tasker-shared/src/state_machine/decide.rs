@@ -320,8 +320,6 @@ struct Pass<'a, 'r> {
     touched: BTreeSet<u32>,
     outcomes: HashMap<u32, Outcome>,
     outputs: HashMap<u32, Value>,
-    absent: HashSet<u32>,
-    passed: HashSet<u32>,
     signals: Vec<Signal>,
     ready: Vec<Ready>,
     /// To be skipped, and why.
@@ -371,8 +369,6 @@ impl<'a, 'r> Pass<'a, 'r> {
             touched: BTreeSet::new(),
             outcomes: outcomes.clone(),
             outputs,
-            absent: snapshot.absent.clone(),
-            passed: snapshot.passed.clone(),
             signals: snapshot.signals.clone(),
             ready: Vec::new(),
             skips: Vec::new(),

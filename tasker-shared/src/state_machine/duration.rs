@@ -64,23 +64,6 @@ pub fn format_duration(duration: Duration) -> String {
     if text.is_empty() { "0ms".to_owned() } else { text }
 }
 
-/// A duration as people say it, in its two largest units: `0.3 ms`, `1.25 s`, `2 min 5 s`, `1 d 3 h`.
-pub fn in_words(length: chrono::TimeDelta) -> String {
-    let us = length.num_microseconds().unwrap_or(i64::MAX).max(0);
-    let s = us / 1_000_000;
-    #[expect(clippy::cast_precision_loss, reason = "it is rounded to three digits anyway")]
-    match s {
-        0 if us < 1000 => format!("{us} µs"),
-        0 if us < 10_000 => format!("{:.1} ms", us as f64 / 1e3),
-        0 => format!("{} ms", us / 1000),
-        1..60 if us % 1_000_000 < 5000 => format!("{s} s"),
-        1..60 => format!("{:.2} s", us as f64 / 1e6),
-        60..3600 => format!("{} min {} s", s / 60, s % 60),
-        3600..86_400 => format!("{} h {} min", s / 3600, s % 3600 / 60),
-        _ => format!("{} d {} h", s / 86_400, s % 86_400 / 3600),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -67,8 +67,7 @@ impl LimitUse {
                 Some(format!("limit {name} has {} of {most} in use", self.in_use))
             }
             (_, Some(rate)) if self.tokens.is_some_and(|tokens| tokens < 1.0) => {
-                let per =
-                    crate::state_machine::duration::in_words(TimeDelta::milliseconds(self.per_ms.unwrap_or_default()));
+                let per = crate::duration::in_words(TimeDelta::milliseconds(self.per_ms.unwrap_or_default()));
                 Some(format!("limit {name} allows {rate} per {per}, and they are spent for now"))
             }
             _ => None,

@@ -330,7 +330,7 @@ impl Pass<'_, '_> {
 
     /// Whether the steps behind it take it for done. Only known where every step is loaded.
     fn counts_as_done(&self, key: u32) -> bool {
-        let passed = self.passed.contains(&key);
+        let passed = self.snapshot.passed.contains(&key);
         self.steps.get(&key).is_some_and(|step| match step.state {
             StepState::Complete | StepState::ResolvedManually => true,
             StepState::Skipped => passed,

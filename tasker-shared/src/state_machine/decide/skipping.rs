@@ -109,7 +109,7 @@ impl Pass<'_, '_> {
             return false;
         };
         let not_done = |state: StepState| state == StepState::Skipped || !state.is_terminal();
-        self.absent.contains(index) || self.steps.get(index).is_some_and(|step| not_done(step.state))
+        self.snapshot.absent.contains(index) || self.steps.get(index).is_some_and(|step| not_done(step.state))
     }
 
     /// Notes which outputs a ready step reads that are not here. Where nothing can be skipped, all
@@ -125,7 +125,7 @@ impl Pass<'_, '_> {
         };
         for need in needs {
             let known = self.outputs.contains_key(need)
-                || self.absent.contains(need)
+                || self.snapshot.absent.contains(need)
                 || self
                     .steps
                     .get(need)
