@@ -234,21 +234,12 @@ pub struct RoomRow {
 
 /// Estimates the room of every queue that a live worker reads.
 pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
-    let rows = sqlx::query!(
+    Ok(sqlx::query_as!(
+        RoomRow,
         r#"select queue as "queue!", capacity as "capacity!", room as "room!", handlers as "handlers!", holding as "holding!" from tasker.room()"#
     )
     .fetch_all(conn)
-    .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| RoomRow {
-            queue: row.queue,
-            capacity: row.capacity,
-            room: row.room,
-            handlers: row.handlers,
-            holding: row.holding,
-        })
-        .collect())
+    .await?)
 }
 
 /// A held step that waits in no lane.
@@ -269,7 +260,7 @@ pub async fn held_steps(
     handlers: &[String],
     max: i32,
 ) -> Result<Vec<HeldStep>, Error> {
-    let rows = sqlx::query_as!(
+    Ok(sqlx::query_as!(
         HeldStep,
         r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", priority as "priority!", ready_at as "ready_at!",
              handler as "handler!" from tasker.held_steps($1, $2, $3)"#,
@@ -278,6 +269,5 @@ pub async fn held_steps(
         max
     )
     .fetch_all(conn)
-    .await?;
-    Ok(rows)
+    .await?)
 }

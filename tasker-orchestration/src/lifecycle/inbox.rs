@@ -21,16 +21,8 @@ const LONGEST_WAIT: Duration = Duration::from_millis(100);
 /// Settles one batch of results.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
 pub async fn settle_results(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
-    let (mut hints, mut bad) = (Vec::with_capacity(messages.len()), Vec::new());
-    for message in messages {
-        match message.body.as_ref().map_err(Clone::clone).and_then(result_of) {
-            Ok(result) => hints.push(Hint::of(&message, result)),
-            Err(reason) => bad.push((message.msg_id, reason)),
-        }
-    }
-    if !bad.is_empty() {
-        quarantine(shared, STEP_RESULTS, bad).await?;
-    }
+    let hints =
+        read(shared, STEP_RESULTS, messages, |message| result_of(message.body.as_ref().map_err(Clone::clone)?)).await?;
     let (mut entered, mut mine) = shared.busy.enter(hints);
     if mine.is_empty() {
         // All of it waits with others: reading more would only make their next batch longer.
@@ -46,29 +38,37 @@ pub async fn settle_results(shared: &Shared, messages: Vec<Message>) -> Result<(
 /// Deals with one batch of requests.
 #[instrument(level = "debug", skip_all, fields(messages = messages.len()))]
 pub async fn settle_requests(shared: &Shared, messages: Vec<Message>) -> Result<(), Error> {
-    let (mut events, mut submits, mut signals, mut bad) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let request =
+        |message: &Message| request_of(message.body.as_ref().map_err(Clone::clone)?, message.headers.as_ref());
+    let hints = read(shared, TASK_REQUESTS, messages, request).await?;
+    let (submits, others): (Vec<_>, Vec<_>) =
+        hints.into_iter().partition(|hint| matches!(hint.request, Request::Submit(_)));
+    let (signals, events): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|hint| matches!(hint.request, Request::Signal(_)));
+    for hints in [submits, signals, events] {
+        batch::run(shared, TASK_REQUESTS, hints).await?;
+    }
+    Ok(())
+}
+
+/// Reads each message, and quarantines those that cannot be read.
+async fn read(
+    shared: &Shared,
+    queue: &'static str,
+    messages: Vec<Message>,
+    read: impl Fn(&Message) -> Result<Request, String>,
+) -> Result<Vec<Hint>, Error> {
+    let (mut hints, mut bad) = (Vec::with_capacity(messages.len()), Vec::new());
     for message in messages {
-        let request =
-            message.body.as_ref().map_err(Clone::clone).and_then(|body| request_of(body, message.headers.as_ref()));
-        match request {
-            Ok(request) => {
-                let kind = match request {
-                    Request::Submit(_) => &mut submits,
-                    Request::Signal(_) => &mut signals,
-                    Request::Event(..) => &mut events,
-                };
-                kind.push(Hint::of(&message, request));
-            }
+        match read(&message) {
+            Ok(request) => hints.push(Hint::of(&message, request)),
             Err(reason) => bad.push((message.msg_id, reason)),
         }
     }
     if !bad.is_empty() {
-        quarantine(shared, TASK_REQUESTS, bad).await?;
+        quarantine(shared, queue, bad).await?;
     }
-    batch::run(shared, TASK_REQUESTS, submits).await?;
-    batch::run(shared, TASK_REQUESTS, signals).await?;
-    batch::run(shared, TASK_REQUESTS, events).await?;
-    Ok(())
+    Ok(hints)
 }
 
 /// What `type` may say; `start` is ours alone.

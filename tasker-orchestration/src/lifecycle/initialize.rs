@@ -2,12 +2,13 @@
 //! tasks that SQL created are events like others.
 
 use serde_json::Value;
+use sqlx::PgConnection;
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{signals, tasks};
 use uuid::Uuid;
 
 use super::locks::{self, Wait};
-use super::queue::{self, Outbox, QueueChanges, TASK_REQUESTS};
+use super::queue::{self, QueueChanges, TASK_REQUESTS};
 use super::{Error, Hint, Request, SendSignal, Shared};
 
 /// Turns raw submits into tasks; one that cannot become a task is quarantined with its reason.
@@ -34,11 +35,7 @@ pub(super) async fn create(shared: &Shared, hints: &[&Hint], wait: Wait) -> Resu
                 created.extend(answer.task_uuid.filter(|_| answer.is_new));
             }
         }
-        if !bad.is_empty() {
-            queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
-        }
-        let outbox = Outbox::default();
-        queue::conclude(conn, &QueueChanges { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
+        conclude(conn, &done, &bad).await?;
         Ok::<_, Error>(created)
     })
     .await?;
@@ -63,12 +60,15 @@ pub(super) async fn keep_signals(shared: &Shared, hints: &[&Hint], wait: Wait) -
                 refusal => bad.push((id, refusal.to_owned())),
             }
         }
-        if !bad.is_empty() {
-            queue::quarantine(conn, TASK_REQUESTS, &bad).await?;
-        }
-        let outbox = Outbox::default();
-        queue::conclude(conn, &QueueChanges { queue: TASK_REQUESTS, done: &done, due: &[], outbox }).await?;
-        Ok::<_, Error>(())
+        conclude(conn, &done, &bad).await
     })
     .await
+}
+
+/// Deletes the messages that are done, and quarantines the others.
+async fn conclude(conn: &mut PgConnection, done: &[i64], bad: &[(i64, String)]) -> Result<(), Error> {
+    if !bad.is_empty() {
+        queue::quarantine(conn, TASK_REQUESTS, bad).await?;
+    }
+    Ok(queue::conclude(conn, &QueueChanges { queue: TASK_REQUESTS, done, ..QueueChanges::default() }).await?)
 }

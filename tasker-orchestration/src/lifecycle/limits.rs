@@ -85,15 +85,8 @@ pub async fn rules(conn: &mut PgConnection) -> Result<Rules, Error> {
     )
     .fetch_all(conn)
     .await?;
-    let mut rules = Rules::default();
-    for row in rows {
-        if row.paused {
-            rules.paused.insert(row.name)
-        } else {
-            rules.limits.insert(row.name)
-        };
-    }
-    Ok(rules)
+    let names = |paused| rows.iter().filter(move |row| row.paused == paused).map(|row| row.name.clone()).collect();
+    Ok(Rules { paused: names(true), limits: names(false) })
 }
 
 /// A limit to lock: its namespace, and what a template says it allows.

@@ -26,16 +26,12 @@ pub async fn load(conn: &mut PgConnection, steps: &[(Uuid, Uuid)]) -> Result<Has
     .fetch_all(conn)
     .await?;
     let count = |n: i32| u32::try_from(n).unwrap_or_default();
-    let map = |items, next, remaining, failed| Map {
-        items: count(items),
-        next_item: count(next),
-        remaining_items: count(remaining),
-        failed_items: count(failed),
-    };
-    Ok(rows
-        .into_iter()
-        .map(|row| (row.step_uuid, map(row.items, row.next_item, row.remaining_items, row.failed_items)))
-        .collect())
+    let maps = rows.into_iter().map(|row| {
+        let [items, next_item] = [row.items, row.next_item].map(count);
+        let [remaining_items, failed_items] = [row.remaining_items, row.failed_items].map(count);
+        (row.step_uuid, Map { items, next_item, remaining_items, failed_items })
+    });
+    Ok(maps.collect())
 }
 
 /// The open items of those of these steps that are maps.

@@ -22,12 +22,8 @@ use super::write::Committed;
 /// Where these hints came from: their queue, or `due` if no message brought them.
 pub(super) fn source(queue: &str, events: &[About<'_>]) -> OfSource {
     let by_message = events.iter().any(|about| about.msg_id.is_some());
-    let source = match queue {
-        _ if !by_message => "due",
-        TASK_REQUESTS => TASK_REQUESTS,
-        _ => STEP_RESULTS,
-    };
-    OfSource { source }
+    let source = if queue == TASK_REQUESTS { TASK_REQUESTS } else { STEP_RESULTS };
+    OfSource { source: if by_message { source } else { "due" } }
 }
 
 /// A settle of so many hints took so long.

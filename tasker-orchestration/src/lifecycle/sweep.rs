@@ -76,16 +76,13 @@ struct Timer {
 
 /// Takes what is due, up to `max` hints, and puts it off for 5 s: see `tasker.take_due`.
 async fn take_due(conn: &mut PgConnection, max: i32) -> Result<Vec<Timer>, StoreError> {
-    let rows = sqlx::query!(
+    Ok(sqlx::query_as!(
+        Timer,
         r#"select due_id as "due_id!", kind as "kind!", task_uuid, step_uuid from tasker.take_due($1)"#,
         max
     )
     .fetch_all(conn)
-    .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Timer { due_id: row.due_id, kind: row.kind, task_uuid: row.task_uuid, step_uuid: row.step_uuid })
-        .collect())
+    .await?)
 }
 
 /// What the sweep may sleep on.

@@ -9,6 +9,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::flow::{self, Places};
+pub use super::states::HeldBy;
 use super::states::{Change, StepEvent, StepState, TaskState};
 use super::wait::ChildTask;
 
@@ -135,27 +136,7 @@ fn yes() -> bool {
     true
 }
 
-/// Why a ready step was not sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "explained in docs/reference/lifecycle.md")]
-pub enum HeldBy {
-    Room,
-    Worker,
-    Limit,
-    Paused,
-}
-
 impl HeldBy {
-    /// The word in `held_by` and in `wait.reason`.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Room => "room",
-            Self::Worker => "worker",
-            Self::Limit => "limit",
-            Self::Paused => "paused",
-        }
-    }
-
     /// For a person.
     pub const fn in_words(self) -> &'static str {
         match self {
@@ -163,20 +144,6 @@ impl HeldBy {
             Self::Worker => "no worker offers its handler",
             Self::Limit => "a limit held it back",
             Self::Paused => "its queue is paused",
-        }
-    }
-}
-
-impl std::str::FromStr for HeldBy {
-    type Err = String;
-
-    fn from_str(word: &str) -> Result<Self, String> {
-        match word {
-            "room" => Ok(Self::Room),
-            "worker" => Ok(Self::Worker),
-            "limit" => Ok(Self::Limit),
-            "paused" => Ok(Self::Paused),
-            _ => Err(format!("{word:?} is not a reason to hold a step")),
         }
     }
 }

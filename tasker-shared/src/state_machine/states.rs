@@ -2,6 +2,8 @@
 //!
 //! `docs/reference/lifecycle.md` is compared with these tables by a test.
 
+use std::str::FromStr;
+
 /// Declares an enum whose variants have one spelling in the database, the log and the trace.
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
@@ -20,7 +22,7 @@ macro_rules! words {
             }
         }
 
-        impl std::str::FromStr for $name {
+        impl FromStr for $name {
             type Err = UnknownWord;
 
             fn from_str(word: &str) -> Result<Self, UnknownWord> {
@@ -145,6 +147,16 @@ words!(
         CompleteManually = "CompleteManually",
         OperatorRetry = "OperatorRetry",
         Rerun = "Rerun",
+    }
+);
+
+words!(
+    /// Why a ready step was not sent: the word of `held_by` and of `wait.reason`.
+    HeldBy {
+        Room = "room",
+        Worker = "worker",
+        Limit = "limit",
+        Paused = "paused",
     }
 );
 
@@ -355,44 +367,39 @@ impl Change {
     /// # Errors
     /// If one of them is no word of ours; the answer names its column.
     pub fn parse(is_task: bool, from: &str, event: &str, to: &str) -> Result<Self, (&'static str, UnknownWord)> {
-        let column = |name: &'static str| move |unknown| (name, unknown);
-        Ok(if is_task {
-            Self::Task((
-                from.parse().map_err(column("from_state"))?,
-                event.parse().map_err(column("event"))?,
-                to.parse().map_err(column("to_state"))?,
-            ))
-        } else {
-            Self::Step((
-                from.parse().map_err(column("from_state"))?,
-                event.parse().map_err(column("event"))?,
-                to.parse().map_err(column("to_state"))?,
-            ))
-        })
+        fn read<S, E>(from: &str, event: &str, to: &str) -> Result<(S, E, S), (&'static str, UnknownWord)>
+        where
+            S: FromStr<Err = UnknownWord>,
+            E: FromStr<Err = UnknownWord>,
+        {
+            let column = |name: &'static str| move |unknown| (name, unknown);
+            let from = from.parse().map_err(column("from_state"))?;
+            Ok((from, event.parse().map_err(column("event"))?, to.parse().map_err(column("to_state"))?))
+        }
+        if is_task { read(from, event, to).map(Self::Task) } else { read(from, event, to).map(Self::Step) }
+    }
+
+    /// The three words of its row: the state before it, the event, the state after it.
+    const fn words(self) -> [&'static str; 3] {
+        match self {
+            Self::Task((from, event, to)) => [from.as_str(), event.as_str(), to.as_str()],
+            Self::Step((from, event, to)) => [from.as_str(), event.as_str(), to.as_str()],
+        }
     }
 
     /// The state before it, as a word.
     pub const fn from(self) -> &'static str {
-        match self {
-            Self::Task((from, ..)) => from.as_str(),
-            Self::Step((from, ..)) => from.as_str(),
-        }
+        self.words()[0]
     }
 
     /// The event, as a word.
     pub const fn event(self) -> &'static str {
-        match self {
-            Self::Task((_, event, _)) => event.as_str(),
-            Self::Step((_, event, _)) => event.as_str(),
-        }
+        self.words()[1]
     }
 
     /// The state after it, as a word.
     pub const fn to(self) -> &'static str {
-        match self {
-            Self::Task((.., to)) => to.as_str(),
-            Self::Step((.., to)) => to.as_str(),
-        }
+        self.words()[2]
     }
 }
 

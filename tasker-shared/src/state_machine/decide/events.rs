@@ -69,7 +69,7 @@ impl Pass<'_, '_> {
         if step.attempt != attempt {
             return false;
         }
-        match (step.state, self.outcomes.remove(&index)) {
+        match (step.state, self.snapshot.outcomes.get(&index).cloned()) {
             (StepState::EnqueuedForOrchestration, Some(Outcome::Success(output))) => {
                 self.close(index);
                 let not_chosen = match self.not_chosen(index, &output) {

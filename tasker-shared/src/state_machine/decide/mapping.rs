@@ -151,7 +151,7 @@ impl<'a> Pass<'a, '_> {
         } else if map.items == 0 {
             self.end_map(key, Ok(Value::Array(Vec::new())));
         } else if map.remaining_items == 0 {
-            match self.collected.remove(&key) {
+            match self.snapshot.collected.get(&key).cloned() {
                 Some(Ok(output)) => {
                     let output = self.whole_output(key, output);
                     self.end_map(key, Ok(output));
