@@ -11,6 +11,7 @@
 #   clippy   lints
 #   features a worker's crate compiles without its features, and with each alone
 #   doc      the documentation of the crates builds
+#   package  each crate that is published can be packed
 #   test     all tests
 #   pooler   the same database through a real PgBouncer (needs pgbouncer)
 #   demo     the demo of the README
@@ -32,6 +33,11 @@ run() {
     clippy) cargo clippy --workspace --all-targets --locked -- -D warnings ;;
     features) cargo check --locked -p tasker-worker && cargo check --locked -p tasker-worker --features metrics && cargo check --locked -p tasker-worker --features otlp ;;
     doc) RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --locked ;;
+    package)
+      # Tests and tools are not published. Without the lock file it needs no network.
+      cargo package --workspace --no-verify --allow-dirty --locked --exclude-lockfile \
+        --exclude tasker-tests --exclude tasker-bench --exclude tasker-benches --exclude tasker-measure
+      ;;
     test) cargo test --workspace --locked ;;
     pooler) cargo test --workspace --locked --test cli -- --ignored pooler ;;
     demo) cargo run --locked -p tasker-cli -- demo ;;
@@ -39,11 +45,11 @@ run() {
   esac
 }
 
-all=(fmt measure deny sqlx clippy features doc test pooler demo page)
+all=(fmt measure deny sqlx clippy features doc package test pooler demo page)
 steps=("$@")
 [[ $# -gt 0 ]] || steps=("${all[@]}")
 for step in "${steps[@]}"; do
-  [[ " ${all[*]} " == *" $step "* ]] || { sed -n '2,17p' "$0" >&2; exit 2; }
+  [[ " ${all[*]} " == *" $step "* ]] || { sed -n '2,18p' "$0" >&2; exit 2; }
 done
 for step in "${steps[@]}"; do
   printf '\n=== %s (at %dm%02ds)\n' "$step" $((SECONDS / 60)) $((SECONDS % 60))

@@ -2,5 +2,5 @@
 //! changes of the files themselves it sees without help.
 
 fn main() {
-    println!("cargo::rerun-if-changed=../migrations");
+    println!("cargo::rerun-if-changed=migrations");
 }

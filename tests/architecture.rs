@@ -232,3 +232,25 @@ fn each_row_of_the_features_names_a_test_and_examples_that_exist() {
         }
     }
 }
+
+#[test]
+fn a_crate_carries_what_its_statements_and_migrations_compile_from() {
+    let same = |link: PathBuf, top: &str| {
+        let top = root().join(top).canonicalize().expect("a folder at the top");
+        assert_eq!(link.canonicalize().ok(), Some(top), "{} must be a symbolic link to it", link.display());
+    };
+    for name in ["tasker-shared", "tasker-orchestration", "tasker-worker", "tasker-api", "tasker-cli", "tasker-testing"]
+    {
+        let sources = files(&format!("{name}/src"), &["rs"]);
+        let found = |what: &[&str]| {
+            sources.iter().flat_map(|path| code(path)).any(|(_, line)| what.iter().any(|what| line.contains(what)))
+        };
+        if found(&["query!(", "query_as!(", "query_scalar!(", "query_file!(", "query_file_as!(", "query_file_scalar!("])
+        {
+            same(root().join(name).join(".sqlx"), ".sqlx");
+        }
+        if found(&["migrate!("]) {
+            same(root().join(name).join("migrations"), "migrations");
+        }
+    }
+}

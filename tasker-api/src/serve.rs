@@ -106,6 +106,10 @@ impl std::fmt::Debug for Server {
 
 impl Server {
     /// Checks the configuration and listens. What would be unsafe does not start.
+    ///
+    /// # Errors
+    /// The field of the configuration that is not valid or not safe, [`Error::Tls`] or [`Error::Listen`] with the
+    /// system's reason, [`Error::Store`] if the database fails.
     pub async fn bind(client: Client, config: Config) -> Result<Self, Error> {
         let base = &config.base_path;
         let well_formed = base.starts_with('/')

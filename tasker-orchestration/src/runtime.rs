@@ -116,6 +116,10 @@ pub struct Orchestrator {
 
 impl Orchestrator {
     /// Connects and starts the loops; the schema must be migrated.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if the database is not reached, [`Error::Server`] if it is not one that Tasker can use,
+    /// [`Error::Settings`] or [`Error::Export`] if the export of traces cannot start as it is set.
     pub async fn start(url: &str, options: &Options) -> Result<Self, Error> {
         let settlers = options.settlers.max(1);
         let connections = u32::try_from(settlers).unwrap_or(1);

@@ -3,6 +3,8 @@
 //! A thin layer over the public SQL functions: it checks an input before it is sent and adds the
 //! current trace context. It never decides anything, and never writes a row of a task.
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod http;
 pub mod wire;
 
@@ -158,6 +160,18 @@ impl From<sqlx::Error> for ClientError {
 }
 
 /// Submits and follows tasks. Cheap to clone; the clones share connections.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), tasker_shared::client::ClientError> {
+/// use tasker_shared::client::{Client, Submit};
+///
+/// let tasker = Client::connect("postgresql:///shop").await?;
+/// let order = Submit::new("shop", "order", serde_json::json!({"order_id": "4711"}));
+/// let task = tasker.submit(order).await?;
+/// println!("{}", tasker.wait(task, None).await?.status);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Client {
     pool: PgPool,
@@ -167,6 +181,9 @@ pub struct Client {
 
 impl Client {
     /// Opens connections of its own (4 at most); the schema must be migrated.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`] if the URL does not parse or the server does not answer in time.
     pub async fn connect(url: &str) -> Result<Self, ClientError> {
         let options = PoolOptions { max_connections: 4, application_name: "tasker-client", ..PoolOptions::default() };
         let pool = tx::pool(url, &options).await.map_err(ClientError::Connect)?;
@@ -186,8 +203,11 @@ impl Client {
 
     /// Submits one task.
     ///
-    /// With an idempotency key that is known, the first task comes back. [`ClientError::Refused`]
-    /// says what is wrong with the request.
+    /// With an idempotency key that is known, the first task comes back.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says what is wrong with the request. After [`ClientError::Store`], the
+    /// database's failure, the task may exist: with an idempotency key it is safe to ask again.
     pub async fn submit(&self, request: Submit) -> Result<Uuid, ClientError> {
         let mut answers = self.submit_many(vec![request]).await?;
         let answer = answers.pop().ok_or_else(|| ClientError::Refused("the database gave no answer".into()))?;
@@ -195,6 +215,9 @@ impl Client {
     }
 
     /// Submits many tasks in one statement; one answer each, in order. A bad request costs only itself.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails. A request that is refused is the error of its own answer.
     pub async fn submit_many(&self, batch: Vec<Submit>) -> Result<Vec<Result<Submitted, String>>, ClientError> {
         let mut conn = self.pool.acquire().await?;
         let mut answers: Vec<Result<Submitted, String>> = Vec::with_capacity(batch.len());
@@ -262,23 +285,39 @@ impl Client {
     }
 
     /// Asks for the task to end; its running handlers are told to stop. An orchestrator decides a moment later.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn cancel(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::cancel(&mut conn, task, false, actor, reason).await?)
     }
 
     /// Asks for the task to end; its running handlers are dropped.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn terminate(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = tx::live(&self.pool).await?;
         accepted(task, requests::cancel(&mut conn, task, true, actor, reason).await?)
     }
 
     /// Asks for what failed or was cancelled to be tried again, keeping what is done.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn retry(&self, task: Uuid, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         self.retry_steps(task, &[], actor, reason).await
     }
 
     /// Asks for these failed steps of a blocked task to be tried again.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn retry_steps(
         &self,
         task: Uuid,
@@ -291,6 +330,10 @@ impl Client {
     }
 
     /// Asks to suspend or resume a task, or to give up or resolve a blocked one.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn act(
         &self,
         task: Uuid,
@@ -303,6 +346,10 @@ impl Client {
     }
 
     /// Asks for a finished task to run again from these steps, in a new generation.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn rerun(
         &self,
         task: Uuid,
@@ -315,6 +362,10 @@ impl Client {
     }
 
     /// Asks for a step to be settled by hand; the steps behind it read `output`.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Refused`] if its state does not allow it,
+    /// [`ClientError::Store`] if the database fails.
     pub async fn settle_step(
         &self,
         task: Uuid,
@@ -329,6 +380,9 @@ impl Client {
     }
 
     /// Does one act to a page of at most 1000 tasks that match `filter`; see `tasker.act_on_tasks`.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if the filter or the action is not valid, [`ClientError::Store`] if the database fails.
     pub async fn act_on_tasks(
         &self,
         filter: &Value,
@@ -342,12 +396,18 @@ impl Client {
     }
 
     /// What operators did, newest first; to one task if it is named.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn audit(&self, task: Option<Uuid>, limit: u32) -> Result<Vec<AuditRow>, ClientError> {
         Ok(audit::audit_list(&mut *self.pool.acquire().await?, task, limit.into()).await?)
     }
 
     /// Creates a schedule, or changes the one of that name; answers created, changed or unchanged.
-    /// What would never tick is refused.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if the schedule is not valid or would never tick, [`ClientError::Store`] if the
+    /// database fails.
     pub async fn set_schedule(&self, schedule: &Schedule, actor: Option<&str>) -> Result<String, ClientError> {
         let mut conn = tx::live(&self.pool).await?;
         let timing = schedule.timing(views::now(&mut conn).await?);
@@ -359,11 +419,17 @@ impl Client {
     }
 
     /// Every schedule, or those of one namespace, by name.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn schedules(&self, namespace: Option<&str>) -> Result<Vec<ScheduleView>, ClientError> {
         Ok(schedules::list(&mut *self.pool.acquire().await?, namespace, None).await?)
     }
 
     /// One schedule; `None` if there is none of that name.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn schedule(&self, namespace: &str, name: &str) -> Result<Option<ScheduleView>, ClientError> {
         let found = || async { schedules::list(&mut *self.pool.acquire().await?, Some(namespace), Some(name)).await };
         let mut found = match found().await {
@@ -374,6 +440,9 @@ impl Client {
     }
 
     /// Pauses or resumes a schedule. What would have run while it was paused never runs.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn pause_schedule(
         &self,
         (namespace, name): (&str, &str),
@@ -386,6 +455,9 @@ impl Client {
     }
 
     /// Deletes a schedule; the tasks it has submitted stay.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn delete_schedule(
         &self,
         (namespace, name): (&str, &str),
@@ -397,6 +469,9 @@ impl Client {
     }
 
     /// Runs a schedule now and answers the task; its next tick comes as planned.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn trigger_schedule(
         &self,
         (namespace, name): (&str, &str),
@@ -408,12 +483,18 @@ impl Client {
     }
 
     /// Sends nothing more to a queue of steps and claims nothing from it; what runs runs on.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn pause_queue(&self, queue: &str, actor: Option<&str>, reason: Option<&str>) -> Result<(), ClientError> {
         let mut conn = tx::live(&self.pool).await?;
         granted(flow::pause(&mut conn, queue, false, actor, reason).await?)
     }
 
     /// Lets a paused queue go on.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn resume_queue(
         &self,
         queue: &str,
@@ -426,6 +507,9 @@ impl Client {
 
     /// Says how long finished tasks and quarantined messages of a namespace are kept (`*`: of all
     /// that have no policy of their own). With neither time the policy is removed.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn set_retention(
         &self,
         namespace: &str,
@@ -439,6 +523,9 @@ impl Client {
     }
 
     /// Limits a namespace or one handler in it; it takes effect for what is not yet sent.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn set_limit(
         &self,
         limit: &SetLimit,
@@ -450,6 +537,9 @@ impl Client {
     }
 
     /// Removes the limit of a namespace, or of one handler in it.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] says why not, [`ClientError::Store`] if the database fails.
     pub async fn remove_limit(
         &self,
         (namespace, handler): (&str, Option<&str>),
@@ -477,13 +567,18 @@ impl Client {
     }
 
     /// The limits, those of templates among them, and what of each is used.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn limits(&self, namespace: Option<&str>) -> Result<Vec<LimitUse>, ClientError> {
         Ok(flow::limits(&mut *self.pool.acquire().await?, namespace).await?)
     }
 
     /// Sends a signal to the task; the step that waits for it, now or later, completes with the payload.
     ///
-    /// Refused if the task has ended, no step of it waits for this name, or the answer is not allowed.
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task. [`ClientError::Refused`] if it has ended, no step of it
+    /// waits for this name, or the answer is not allowed. [`ClientError::Store`] if the database fails.
     pub async fn signal(
         &self,
         task: Uuid,
@@ -499,37 +594,58 @@ impl Client {
     }
 
     /// The task as it is now.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Store`] if the database fails.
     pub async fn get(&self, task: Uuid) -> Result<TaskView, ClientError> {
         let found = views::these(&mut *self.pool.acquire().await?, &[task]).await?.pop();
         found.ok_or(ClientError::NotFound(task))
     }
 
     /// The latest tasks that match, newest first.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn list(&self, filter: &TaskFilter) -> Result<Vec<TaskView>, ClientError> {
         Ok(listing::latest(&mut *self.pool.acquire().await?, filter).await?)
     }
 
     /// The task's steps in template order.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn steps(&self, task: Uuid) -> Result<Vec<StepView>, ClientError> {
         Ok(views::steps(&mut *self.pool.acquire().await?, task).await?)
     }
 
     /// Every attempt of these tasks.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn attempts(&self, tasks: &[Uuid]) -> Result<Vec<AttemptView>, ClientError> {
         Ok(views::attempts(&mut *self.pool.acquire().await?, tasks).await?)
     }
 
     /// What the task came to: the outputs of its last steps, by step name.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn result(&self, task: Uuid) -> Result<BTreeMap<String, Value>, ClientError> {
         Ok(views::results(&mut *self.pool.acquire().await?, &[task]).await?.remove(&task).unwrap_or_default())
     }
 
     /// What the task waits for; [`Situation::sentence`] says it in one sentence.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Store`] if the database fails.
     pub async fn why(&self, task: Uuid) -> Result<Situation, ClientError> {
         why::situation(&mut *self.pool.acquire().await?, task).await?.ok_or(ClientError::NotFound(task))
     }
 
     /// The committed log of the task, which its trace is a function of, and the database's time after it was read.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if there is no such task, [`ClientError::Store`] if the database fails.
     pub async fn log(&self, task: Uuid) -> Result<(TaskLog, DateTime<Utc>), ClientError> {
         let mut conn = self.pool.acquire().await?;
         let log = transitions::logs(&mut conn, &[task]).await?.pop().ok_or(ClientError::NotFound(task))?;
@@ -537,12 +653,19 @@ impl Client {
     }
 
     /// Waits until the task has ended, in whatever way.
+    ///
+    /// # Errors
+    /// As [`wait_many`](Self::wait_many).
     pub async fn wait(&self, task: Uuid, timeout: Option<Duration>) -> Result<TaskView, ClientError> {
         self.wait_many(&[task], timeout, |_| {}).await?.pop().ok_or(ClientError::NotFound(task))
     }
 
     /// Waits until all of the tasks have ended, and calls `on_end` as each does. The answer has
-    /// the order of `tasks`; an unknown task is [`ClientError::NotFound`].
+    /// the order of `tasks`.
+    ///
+    /// # Errors
+    /// [`ClientError::NotFound`] if one of the tasks does not exist, [`ClientError::Timeout`] if one has not ended in
+    /// time, [`ClientError::Store`] if the database fails.
     pub async fn wait_many(
         &self,
         tasks: &[Uuid],
@@ -592,6 +715,9 @@ impl Client {
     }
 
     /// Hears of every task that ends from now on. A hint: a lost connection loses what ended meanwhile.
+    ///
+    /// # Errors
+    /// [`ClientError::Store`] if the database fails.
     pub async fn watch(&self) -> Result<Watch, ClientError> {
         let reader = format!("client/{}", Uuid::new_v4());
         requests::await_finished(&mut *self.pool.acquire().await?, &reader).await?;
@@ -643,6 +769,9 @@ pub struct Watch {
 
 impl Watch {
     /// The next task that ended. May be dropped at any time without losing one.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`] if the connection breaks off and does not come back.
     pub async fn next(&mut self) -> Result<Uuid, ClientError> {
         loop {
             tokio::select! {

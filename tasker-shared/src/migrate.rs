@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use crate::server::{LEAST_PGMQ, missing};
 use crate::{server, store::tx};
 
-static FILES: Migrator = sqlx::migrate!("../migrations");
+static FILES: Migrator = sqlx::migrate!("./migrations");
 
 /// Key of the advisory lock: "tasker" and a 1 in ASCII. Whoever migrates this database holds it,
 /// never longer than a transaction: so whatever becomes of the connection, or of a pooler behind
@@ -639,7 +639,7 @@ $$ select queue_name::text, 0, 0, 0, 0 from pgmq.meta $$;";
     #[test]
     fn files_that_have_landed_are_never_changed() {
         use sha2::{Digest, Sha256};
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
         let listed = std::fs::read_to_string(folder.join("SHA256SUMS")).expect("the list");
         let mut listed: BTreeMap<&str, &str> = listed
             .lines()

@@ -112,7 +112,10 @@ pub fn check(trace: &Trace, expected: &Tree) {
     }
 }
 
-/// `Err` draws both trees: `+` is not expected, `-` is missing, `~` differs.
+/// Whether the trace is as expected.
+///
+/// # Errors
+/// If it is not, a drawing of both trees: `+` is not expected, `-` is missing, `~` differs.
 pub fn compare(trace: &Trace, expected: &Tree) -> Result<(), String> {
     let forest = Forest::new(trace);
     if fit(&forest, expected, forest.roots()).is_exact(expected) {

@@ -158,7 +158,10 @@ pub enum HarnessError {
 }
 
 impl Harness {
-    /// Reads a template file's text. Errors with everything that is wrong with it.
+    /// Reads a template file's text.
+    ///
+    /// # Errors
+    /// [`HarnessError::Template`] with everything that is wrong with it.
     pub fn from_yaml(text: &str) -> Result<Self, HarnessError> {
         let checked = template::parse("template.yaml", text).map_err(HarnessError::Template)?;
         Ok(Self { template: checked.compiled, mocks: HashMap::new(), tasks: HashMap::new(), unoffered: HashSet::new() })

@@ -32,6 +32,8 @@
 //!
 //! Structure is compared, never the order of siblings. What fails draws both trees.
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod compare;
 mod database;
 pub mod expect;

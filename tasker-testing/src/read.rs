@@ -44,6 +44,9 @@ impl Trace {
     }
 
     /// OTLP JSON, Tempo's or Jaeger's: one document, or one a line.
+    ///
+    /// # Errors
+    /// [`Error::Json`] if it is no JSON, [`Error::Shape`] if it is JSON of another kind.
     pub fn from_json(text: &str) -> Result<Self, Error> {
         let mut trace = Self::default();
         for document in serde_json::Deserializer::from_str(text).into_iter::<Value>() {
@@ -53,6 +56,9 @@ impl Trace {
     }
 
     /// The same from a file.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file cannot be read; otherwise as [`from_json`](Self::from_json).
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let text =
@@ -61,6 +67,9 @@ impl Trace {
     }
 
     /// The same from JSON that is parsed already.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is JSON of another kind.
     pub fn from_value(document: &Value) -> Result<Self, Error> {
         let document = document.get("result").unwrap_or(document);
         if let Some(traces) = document.get("data").and_then(Value::as_array) {

@@ -178,6 +178,17 @@ impl Builder {
     }
 
     /// Checks what was given. Talks to nobody.
+    ///
+    /// ```
+    /// # use tasker_worker::{Error, Worker};
+    /// let empty = Worker::builder("postgresql:///shop").build();
+    /// assert!(matches!(empty, Err(Error::NoHandlers)));
+    /// ```
+    ///
+    /// # Errors
+    /// The field that cannot be used: [`Error::Name`] for the namespace or a queue, [`Error::Slots`],
+    /// [`Error::DuplicateHandler`], [`Error::NoHandlers`], [`Error::Handler`] for a handler's name, or
+    /// [`Error::Label`] for the worker's name or version.
     pub fn build(mut self) -> Result<Worker, Error> {
         check_name("namespace", &self.namespace)?;
         for queue in self.queues.iter().flatten() {

@@ -135,7 +135,15 @@ impl StepContext {
 
     /// The output of an earlier step of the same task.
     ///
-    /// Errors are ready to be returned with `?`: retryable if the database was
+    /// ```no_run
+    /// # async fn example(ctx: tasker_worker::StepContext) -> Result<(), tasker_worker::StepError> {
+    /// let basket: Vec<String> = ctx.parent_output("load_basket").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// They are ready to be returned with `?`: retryable if the database was
     /// not reached, permanent if no step of that name has completed
     /// (`no_parent_output`) or its output does not fit `T` (`invalid_parent_output`).
     pub async fn parent_output<T: DeserializeOwned>(&self, name: &str) -> Result<T, StepError> {

@@ -32,6 +32,8 @@
 //! This crate decides nothing about tasks. It knows them only through the SQL
 //! functions of `docs/reference/worker-protocol.md`, as a worker in any language does.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod builder;
 mod claim;
 mod context;

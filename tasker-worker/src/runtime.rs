@@ -123,7 +123,11 @@ impl Worker {
     /// then are dropped, as all are if this future is, and other workers get their steps when
     /// the leases expire.
     ///
-    /// Errors if the database is not reached at the start; later it may come and go.
+    /// # Errors
+    /// Before it claims anything: [`Error::Connect`] if the database is not reached (later it may come and
+    /// go), [`Error::Server`] if it is not one that Tasker can use, [`Error::Redaction`] if the file of
+    /// `TASKER_REDACTION_FILE` cannot be used, `Error::Metrics` if the listener's address cannot be had. Later
+    /// [`Error::Stopped`], if a loop of the worker panics.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         #[cfg(feature = "metrics")]
         let _metrics = match self.metrics {

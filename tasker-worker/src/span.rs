@@ -254,6 +254,9 @@ impl Span {
     }
 
     /// Runs a future below this span, and ends it with the future's error, if any.
+    ///
+    /// # Errors
+    /// Those of the future.
     pub async fn run<T, E: Failed>(self, future: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let result = self.within(future).await;
         self.finish_with(&result);

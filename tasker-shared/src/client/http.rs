@@ -126,6 +126,9 @@ pub struct HttpClient {
 
 impl HttpClient {
     /// A client of the server at `url` (with its base path, if it has one) that shows this API key.
+    ///
+    /// # Errors
+    /// [`HttpError::Unusable`] names what cannot be used: the URL, the key, or this machine's TLS.
     pub fn new(url: &str, key: &str) -> Result<Self, HttpError> {
         let unusable = |rule: String| HttpError::Unusable { field: "http client", rule };
         let http = reqwest::Client::builder()
@@ -142,6 +145,9 @@ impl HttpClient {
 
     /// With an HTTP client of the caller's: its proxies, its own certificate authority. It should
     /// follow no redirects, since they would carry the key elsewhere.
+    ///
+    /// # Errors
+    /// [`HttpError::Unusable`] if the URL or the key cannot be used.
     pub fn with(http: reqwest::Client, url: &str, key: &str) -> Result<Self, HttpError> {
         let parsed: Url = url.parse().map_err(|_| HttpError::Unusable {
             field: "url",
@@ -158,9 +164,13 @@ impl HttpClient {
         Ok(Self { http, base: parsed.as_str().trim_end_matches('/').into(), key })
     }
 
-    /// Submits a task. What the server refused is [`HttpError::Refused`]; `field` names what is wrong.
+    /// Submits a task.
     ///
     /// The task joins the current trace, or the one in `traceparent`.
+    ///
+    /// # Errors
+    /// [`HttpError::Refused`] if the server refuses the task; `field` of its problem names what is wrong. Otherwise
+    /// as [`get`](Self::get).
     pub async fn submit(&self, task: &Submit) -> Result<Submitted, HttpError> {
         let mut task = task.clone();
         task.add_current_context();
@@ -179,6 +189,9 @@ impl HttpClient {
     }
 
     /// Submits up to 1000 tasks in one statement; one answer each, in order. A bad one costs only itself.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn submit_many(&self, tasks: &[Submit]) -> Result<Vec<BatchItem>, HttpError> {
         let answer: BatchAnswer = self.send(Method::POST, "/v1/tasks/batch", &json!({"tasks": tasks})).await?;
         Ok(answer.results)
@@ -190,16 +203,25 @@ impl HttpClient {
     }
 
     /// One task.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn task(&self, task: Uuid) -> Result<TaskView, HttpError> {
         self.get(&format!("/v1/tasks/{task}"), &()).await
     }
 
     /// What a task waits for, or how it ended.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn why(&self, task: Uuid) -> Result<Why, HttpError> {
         self.get(&format!("/v1/tasks/{task}/why"), &()).await
     }
 
     /// What a task came to: the outputs of its last steps, by step name.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn result(&self, task: Uuid) -> Result<BTreeMap<String, Value>, HttpError> {
         let answer: TaskResult = self.get(&format!("/v1/tasks/{task}/result"), &()).await?;
         Ok(answer.outputs)
@@ -226,28 +248,43 @@ impl HttpClient {
     }
 
     /// Input, progress, output and error of a step; of an item of a map as `ship[3]`.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn step_payloads(&self, task: Uuid, step: &str) -> Result<StepPayloads, HttpError> {
         self.get(&format!("/v1/tasks/{task}/steps/{}/payloads", segment(step)), &()).await
     }
 
     /// Does to a task what needs nothing but a reason: `cancel`, `terminate`, `suspend`, `resume`,
     /// `retry`, `give-up` or `resolve`. An orchestrator decides a moment later.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn act(&self, task: Uuid, act: &str, reason: Option<&str>) -> Result<(), HttpError> {
         let body = reason.map_or_else(|| json!({}), |reason| json!({"reason": reason}));
         self.wish(&format!("/v1/tasks/{task}/{}", segment(act)), &body).await
     }
 
     /// Runs a finished task again from these steps, in a new generation.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn rerun(&self, task: Uuid, from: &[&str], reason: Option<&str>) -> Result<(), HttpError> {
         self.wish(&format!("/v1/tasks/{task}/rerun"), &json!({"from": from, "reason": reason})).await
     }
 
     /// Sends a signal; the step that waits for it completes with the payload.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn signal(&self, task: Uuid, name: &str, payload: &Value) -> Result<(), HttpError> {
         self.wish(&format!("/v1/tasks/{task}/signal"), &json!({"name": name, "payload": payload})).await
     }
 
     /// Acts on up to 1000 tasks that match, or says which those would be.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn bulk(&self, bulk: &Bulk) -> Result<BulkAnswer, HttpError> {
         self.send(Method::POST, "/v1/tasks/bulk", bulk).await
     }
@@ -255,6 +292,9 @@ impl HttpClient {
     /// Waits until the task's generation has ended, in whatever way. Put a timeout around it.
     ///
     /// It is told of by the server's live changes, and asks again when their stream breaks off.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get), if asking again would not help: see [`HttpError::is_transient`].
     pub async fn wait(&self, task: Uuid) -> Result<TaskView, HttpError> {
         loop {
             let begun = self.events(&EventQuery { task: Some(task), ..EventQuery::default() }).await;
@@ -283,6 +323,9 @@ impl HttpClient {
     }
 
     /// Live changes from now on; they end with the server, or with the key.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get). [`HttpError::Unreadable`] also if no answer begins within 40 s.
     pub async fn events(&self, query: &EventQuery) -> Result<Events, HttpError> {
         let request = self.request(Method::GET, "/v1/events", query);
         // The head only: the stream itself has no end.
@@ -299,11 +342,18 @@ impl HttpClient {
     }
 
     /// Any GET of the API that answers JSON. Fields of `query` that are null are left out.
+    ///
+    /// # Errors
+    /// [`HttpError::Refused`] with the server's problem, [`HttpError::NoAnswer`] if no answer came within 40 s or it
+    /// broke off, [`HttpError::Unreadable`] if it is not an answer of this API.
     pub async fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, HttpError> {
         read(answered(with_context(self.request(Method::GET, path, query).timeout(ANSWER))).await?).await
     }
 
     /// Any other operation of the API that answers JSON.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
     pub async fn send<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -413,6 +463,9 @@ pub struct Pages<T> {
 impl<T: DeserializeOwned> Pages<T> {
     /// The next page; `None` behind the last one. A page may be empty and not be the last. After an
     /// error the same page is asked for again.
+    ///
+    /// # Errors
+    /// As [`HttpClient::get`].
     pub async fn next(&mut self) -> Result<Option<Vec<T>>, HttpError> {
         if !self.more {
             return Ok(None);
@@ -474,6 +527,9 @@ pub struct Events {
 impl Events {
     /// The next change; `None`: the stream has ended. Begin it anew, and read what matters once,
     /// since what moved meanwhile is not told.
+    ///
+    /// # Errors
+    /// [`HttpError::NoAnswer`] if the stream breaks off, [`HttpError::Unreadable`] if an event cannot be read.
     pub async fn next(&mut self) -> Result<Option<Event>, HttpError> {
         loop {
             while let Some(end) = self.buffer.windows(2).position(|two| two == b"\n\n") {

@@ -199,7 +199,7 @@ mod tests {
 
     #[tokio::test]
     async fn templates_of_before_are_the_owners_but_for_those_that_a_key_had_no_right_to() {
-        let files = sqlx::migrate!("../migrations");
+        let files = sqlx::migrate!("./migrations");
         let database = TestDatabase::empty().await;
         let pool = database.pool().await;
         pgmq::install::install_sql_from_embedded(&pool).await.expect("PGMQ");

@@ -19,6 +19,9 @@ pub struct Fail {
 
 /// `fail`: fails its first `times` attempts with the retryable error `FailedOnPurpose`, then
 /// returns `then`; with `permanent` it fails for good.
+///
+/// # Errors
+/// `FailedOnPurpose`, as the input says.
 pub async fn fail(ctx: StepContext, input: Fail) -> Result<Value, StepError> {
     if input.permanent {
         return Err(StepError::fail("FailedOnPurpose", "the input says permanent"));

@@ -72,6 +72,9 @@ impl Http {
     }
 
     /// Makes the call, below a live span of its own if anybody wants it.
+    ///
+    /// # Errors
+    /// As [`Http`] describes. Permanent too if the host is not allowed or the request is not valid.
     pub async fn call(self, ctx: StepContext, request: Request) -> Result<Response, StepError> {
         let span = live::is_on(Area::Http, Some(ctx.namespace())).then(|| Url::parse(&request.url).ok()).flatten();
         let method = request.method.as_deref().unwrap_or("GET").to_ascii_uppercase();

@@ -14,6 +14,9 @@ pub struct Sleep {
 }
 
 /// `sleep`: waits `ms` milliseconds and returns null; stops when it is cancelled.
+///
+/// # Errors
+/// [`StepError::Cancel`] if it is cancelled.
 pub async fn sleep(ctx: StepContext, input: Sleep) -> Result<(), StepError> {
     let waited =
         ctx.cancellation_token().run_until_cancelled(tokio::time::sleep(Duration::from_millis(input.ms))).await;
