@@ -88,7 +88,7 @@ fn the_api_runs_nothing_and_its_routes_write_no_sql() {
             ["tasker_worker::", "tasker_orchestration::"]
         };
         if process.iter().any(|name| line.contains(name)) {
-            return Some("it asks the database; the processes read its wishes there");
+            return Some("it asks the database; the processes read its requests there");
         }
         None
     });

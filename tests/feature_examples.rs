@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tasker_shared::client::{Client, Submit};
 use tasker_shared::schedule::Schedule;
 use tasker_shared::state_machine::decide::ByHand;
-use tasker_shared::store::requests::Act;
+use tasker_shared::store::requests::TaskRequest;
 use tasker_shared::template;
 use tasker_testing::{Harness, MockError, Run};
 use tasker_testing::{Rules, Trace, assert_trace};
@@ -220,10 +220,10 @@ async fn what_a_person_stops(world: &World, client: &Client) {
     // Stopped for a while, then ended in good order.
     let task = submit(world, "cancel", json!({"ms": 600_000})).await;
     eventually("it runs", async || world.steps(task).await.contains(&"export: in_progress".into()).then_some(())).await;
-    client.act(task, Act::Suspend, by, why).await.expect("asked");
+    client.act(task, TaskRequest::Suspend, by, why).await.expect("asked");
     let suspended = async || (world.of_task(task, "state").await.as_deref() == Some("suspended")).then_some(());
     eventually("it is suspended", suspended).await;
-    client.act(task, Act::Resume, by, why).await.expect("asked");
+    client.act(task, TaskRequest::Resume, by, why).await.expect("asked");
     eventually("it goes on", async || suspended().await.is_none().then_some(())).await;
     client.cancel(task, by, why).await.expect("asked");
     assert_trace!(ended(world, task, "cancelled").await, {

@@ -7,7 +7,7 @@ use tasker_shared::client::Client;
 use tasker_shared::schedule::{Missed, Schedule};
 use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::flow::SetLimit;
-use tasker_shared::store::requests::Act;
+use tasker_shared::store::requests::TaskRequest;
 use tasker_tests::worker::{self, Answer, Claim, NAMESPACE, answer};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -353,8 +353,8 @@ async fn operate(world: &World, client: &Client, features: &[Feature], tasks: &[
                 client.settle_step(task, "b", ByHand::Skip, None, by, why).await.expect("asked");
                 client.settle_step(task, "c", ByHand::Resolve, output(3), by, why).await
             }
-            ("given_up", "blocked_by_failures") => client.act(task, Act::GiveUp, by, why).await,
-            ("resolved", "blocked_by_failures") => client.act(task, Act::Resolve, by, why).await,
+            ("given_up", "blocked_by_failures") => client.act(task, TaskRequest::GiveUp, by, why).await,
+            ("resolved", "blocked_by_failures") => client.act(task, TaskRequest::Resolve, by, why).await,
             ("unblocked", "blocked_by_failures") => client.retry_steps(task, &steps(&["a"]), by, why).await,
             ("retried", "error") => client.retry(task, by, why).await,
             // Its worker was killed in the attempt that would have failed.

@@ -128,7 +128,7 @@ async fn a_task_that_has_not_begun_is_suspended_too() {
     assert_eq!(ask(&world, "suspend_task", task).await, "accepted");
     let mut world = world;
     world.add_orchestrator().await;
-    // Whichever comes first, the start or the wish: it stands still until it is resumed.
+    // Whichever comes first, the start or the request: it stands still until it is resumed.
     until_state(&world, task, "suspended").await;
     world.assert_sound().await;
     assert_eq!(ask(&world, "resume_task", task).await, "accepted");
@@ -229,7 +229,7 @@ async fn mixed_load_that_is_suspended_and_resumed_loses_nothing() {
             ask(&world, "resume_task", *task).await;
         }
     }
-    // A wish to resume may have been refused because the wish to suspend was not read yet.
+    // A request to resume may have been refused because the request to suspend was not read yet.
     eventually("nothing is suspended and no wish is left", async || {
         for task in &tasks {
             ask(&world, "resume_task", *task).await;
@@ -300,7 +300,7 @@ async fn a_suspension_that_two_orchestrators_read_happens_once() {
     let a = world.claim().await;
     inbox::settle_requests(&shared, first).await.expect("settled");
     assert_eq!(world.of_task(task, "state").await.as_deref(), Some("steps_in_process"));
-    shared.lines.give_back();
+    shared.connections.give_back();
     world.succeed(&a).await;
     assert_eq!(world.finish(&[task]).await, ["complete"]);
     let moves =

@@ -202,7 +202,7 @@ impl Credential {
 /// all credentials that are in use, so that any number of them costs one statement at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
-    seen: Mutex<HashMap<Arc<Credential>, Seen>>,
+    seen: Mutex<HashMap<Arc<Credential>, KnownPrincipal>>,
     /// Who wants to know, and where the answer goes.
     wanted: Mutex<HashMap<Arc<Credential>, Arc<Verdict>>>,
     /// One asks, the others wait for the same answer.
@@ -213,7 +213,7 @@ pub(crate) struct Known {
 type Verdict = OnceLock<Result<Option<Arc<Principal>>, Problem>>;
 
 #[derive(Debug)]
-struct Seen {
+struct KnownPrincipal {
     /// From before the question: the answer was true then.
     asked: Instant,
     used: Instant,
@@ -336,7 +336,7 @@ impl Known {
                     if let Some(known) = seen.get_mut(&credential) {
                         (known.asked, known.principal) = (asked, principal);
                     } else if seen.len() < MOST_KNOWN {
-                        seen.insert(credential, Seen { asked, used: asked, principal });
+                        seen.insert(credential, KnownPrincipal { asked, used: asked, principal });
                     }
                 }
             }

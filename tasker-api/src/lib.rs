@@ -1,6 +1,6 @@
 //! The HTTP API of Tasker, its sign-in, and the web page.
 //!
-//! It asks the database and sends wishes to the orchestrators; it decides nothing, and imports
+//! It asks the database and sends requests to the orchestrators; it decides nothing, and imports
 //! neither of the two kinds of process. [`operation::Api`] is the one way to make a route.
 
 pub mod auth;

@@ -29,7 +29,7 @@ Examples:
   tasker up                                          an orchestrator, a worker and the web page, until Ctrl-C
   tasker task submit shop/order --input @order.json  ask for a task (one run of a workflow)
   tasker task why ORD-4711                           what does it wait for?
-  tasker trace show ORD-4711                         its trace, in the terminal
+  tasker trace show ORD-4711                         the trace of a task, in the terminal
   psql \"$(tasker db url)\"                            the database itself
 
 Without DATABASE_URL or --database-url a local PostgreSQL is started and managed for you.";

@@ -211,7 +211,7 @@ pub(crate) async fn run(shared: Arc<Shared>, archive: Option<PathBuf>, stop: Can
             Ok(Removed { tasks, messages, weeks, .. }) => {
                 tracing::info!(tasks, messages, weeks, "retention removed what was past its time");
             }
-            Err(error) if shared.outage.tells_of(&error) => {}
+            Err(error) if shared.outage.handles(&error) => {}
             Err(error) => tracing::warn!(%error, "retention could not remove what is past its time; trying again"),
         }
         // A pass over very many rows that are all to be kept is not begun again at once.

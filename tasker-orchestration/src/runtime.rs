@@ -200,7 +200,7 @@ impl Orchestrator {
                 let _ = requests::unregister(&mut conn, &reader).await;
             }
         }
-        self.shared.lines.give_back();
+        self.shared.connections.give_back();
         self.shared.pool.close().await;
         self.shared.reads.close().await;
     }
@@ -304,7 +304,7 @@ async fn listen(
         tokio::select! {
             () = stop.cancelled() => return,
             result = listening => if let Err(error) = result
-                && !shared.outage.tells_of(&error)
+                && !shared.outage.handles(&error)
             {
                 tracing::warn!(%error, "the connection that listens for wake-ups was lost; polling meanwhile");
             },
@@ -314,7 +314,7 @@ async fn listen(
                 tokio::time::sleep(shared.outage.pause()).await;
                 match PgListener::connect(&url).await {
                     Ok(fresh) => return fresh,
-                    Err(error) => _ = shared.outage.tells_of(&error),
+                    Err(error) => _ = shared.outage.handles(&error),
                 }
             }
         };
@@ -367,7 +367,7 @@ async fn register(shared: &Shared, inbox: &mut Inbox, stop: &CancellationToken) 
         match async { queue::register(&mut *shared.reads.acquire().await?, queue, reader).await }.await {
             Ok(()) => inbox.registered = Some(Instant::now()),
             Err(error) => {
-                let pause = if shared.outage.tells_of(&error) {
+                let pause = if shared.outage.handles(&error) {
                     shared.outage.pause()
                 } else {
                     tracing::warn!(%error, queue, "this orchestrator could not announce itself as a reader; trying again");
@@ -445,24 +445,24 @@ struct Inbox {
     queue: &'static str,
     reader: String,
     batch: i32,
-    line: Option<PoolConnection<Postgres>>,
-    /// When senders were last told of this reader.
+    connection: Option<PoolConnection<Postgres>>,
+    /// When this reader was last announced to senders.
     registered: Option<Instant>,
 }
 
 impl Inbox {
     fn new(queue: &'static str, reader: String, batch: i32) -> Self {
-        Self { queue, reader, batch, line: None, registered: None }
+        Self { queue, reader, batch, connection: None, registered: None }
     }
 
     async fn receive(&mut self, shared: &Shared) -> Result<Vec<Message>, store::Error> {
-        let mut line = match self.line.take() {
-            Some(line) => line,
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
             None => shared.reads.acquire().await?,
         };
         // A connection that failed is not kept.
-        let messages = queue::receive(&mut line, self.queue, &self.reader, READ_SECONDS, self.batch).await?;
-        self.line = Some(line);
+        let messages = queue::receive(&mut connection, self.queue, &self.reader, READ_SECONDS, self.batch).await?;
+        self.connection = Some(connection);
         Ok(messages)
     }
 }
@@ -489,7 +489,7 @@ async fn after_turn(
         }
         Ok(_) => pause.reset(),
         Err(error) => {
-            let pause = if shared.outage.tells_of(&error) {
+            let pause = if shared.outage.handles(&error) {
                 shared.outage.pause()
             } else {
                 tracing::warn!(%error, queue = inbox.queue, "a batch failed; its messages come back");
@@ -527,7 +527,7 @@ async fn run_sweep(shared: Arc<Shared>, stop: CancellationToken) {
                 shared.outage.answered();
                 pause
             }
-            Err(error) if shared.outage.tells_of(&error) => shared.outage.pause(),
+            Err(error) if shared.outage.handles(&error) => shared.outage.pause(),
             Err(error) => {
                 tracing::warn!(%error, "a sweep failed; what is due stays due");
                 Duration::from_millis(500)
@@ -560,7 +560,7 @@ async fn watch_workers(shared: Arc<Shared>, stop: CancellationToken) {
                 Err(error) => {
                     // Whatever kept us from the server may have cost the workers their sessions too.
                     trusted_from = Instant::now() + RECONNECTING;
-                    shared.outage.tells_of(&error);
+                    shared.outage.handles(&error);
                     tracing::debug!(%error, "the workers' locks could not be looked at; their leases decide meanwhile");
                 }
             }
@@ -578,7 +578,7 @@ async fn run_admission(shared: Arc<Shared>, stop: CancellationToken) {
         let pause = match admission::admit(&shared).await {
             Ok(Found::More) => continue,
             Ok(Found::Nothing(next)) => next.unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE),
-            Err(error) if shared.outage.tells_of(&error) => shared.outage.pause(),
+            Err(error) if shared.outage.handles(&error) => shared.outage.pause(),
             Err(error) => {
                 tracing::warn!(%error, "held steps could not be admitted; trying again");
                 LONGEST_PAUSE

@@ -5,7 +5,7 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
-use tasker_shared::schedule::{Look, Missed, Timing, look};
+use tasker_shared::schedule::{DueRuns, Missed, Timing, due_runs};
 use tasker_shared::store::tx::in_tx;
 use tasker_shared::store::{Error, Fault};
 use tracing::instrument;
@@ -117,9 +117,9 @@ pub async fn fire_due(conn: &mut PgConnection, only: Option<Uuid>) -> Result<Fir
         let timing =
             Timing::new(row.cron.as_deref(), row.time_zone.as_deref(), row.every_ms, row.once_at, row.anchor_at);
         let (found, problem) = match timing {
-            Err(refused) => (Look::default(), Some(refused.to_string())),
+            Err(refused) => (DueRuns::default(), Some(refused.to_string())),
             Ok(timing) if !row.planned => first(&timing, row.now),
-            Ok(timing) => (look(&timing, missed(&row.missed), row.next_at, row.now), None),
+            Ok(timing) => (due_runs(&timing, missed(&row.missed), row.next_at, row.now), None),
         };
         due.extend(found.runs.iter().map(|_| row.schedule_uuid));
         ticks.extend(found.runs);
@@ -173,9 +173,9 @@ pub async fn due(conn: &mut PgConnection) -> Result<Vec<Uuid>, Error> {
 }
 
 /// The first tick of a schedule that was just set or resumed.
-fn first(timing: &Timing, now: DateTime<Utc>) -> (Look, Option<String>) {
+fn first(timing: &Timing, now: DateTime<Utc>) -> (DueRuns, Option<String>) {
     let next = timing.next_after(now);
-    (Look { runs: Vec::new(), next }, next.is_none().then(|| timing.never().to_string()))
+    (DueRuns { runs: Vec::new(), next }, next.is_none().then(|| timing.never().to_string()))
 }
 
 fn missed(word: &str) -> Missed {

@@ -26,7 +26,7 @@ use crate::state_machine::decide::ByHand;
 use crate::state_machine::retry::LONGEST;
 use crate::store::audit::AuditRow;
 use crate::store::flow::{LimitUse, SetLimit};
-use crate::store::requests::Act;
+use crate::store::requests::TaskRequest;
 use crate::store::schedules::{self, ScheduleView};
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
@@ -337,12 +337,12 @@ impl Client {
     pub async fn act(
         &self,
         task: Uuid,
-        act: Act,
+        request: TaskRequest,
         actor: Option<&str>,
         reason: Option<&str>,
     ) -> Result<(), ClientError> {
         let mut conn = tx::live(&self.pool).await?;
-        accepted(task, requests::act(&mut conn, task, act, actor, reason).await?)
+        accepted(task, requests::act(&mut conn, task, request, actor, reason).await?)
     }
 
     /// Asks for a finished task to run again from these steps, in a new generation.
@@ -786,7 +786,7 @@ impl Watch {
                     if let Ok(mut conn) = self.pool.acquire().await
                         && let Err(error) = requests::await_finished(&mut conn, &self.reader).await
                     {
-                        tracing::debug!(%error, "the wish to hear of finished tasks was not renewed; polling goes on");
+                        tracing::debug!(%error, "the subscription to finished tasks was not renewed; polling goes on");
                     }
                 }
             }

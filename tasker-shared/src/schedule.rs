@@ -309,23 +309,23 @@ impl Timing {
     }
 }
 
-/// What a look at a schedule finds.
+/// The runs of a schedule that are due, and its next tick.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Look {
+pub struct DueRuns {
     /// Ticks to run now, in order.
     pub runs: Vec<DateTime<Utc>>,
     /// The next tick; `None` if there is none any more.
     pub next: Option<DateTime<Utc>>,
 }
 
-/// Looks at a schedule whose next tick was to come at `next_at`, which is not after `now`.
-pub fn look(timing: &Timing, missed: Missed, next_at: DateTime<Utc>, now: DateTime<Utc>) -> Look {
+/// Finds the due runs of a schedule whose next tick was to come at `next_at`, which is not after `now`.
+pub fn due_runs(timing: &Timing, missed: Missed, next_at: DateTime<Utc>, now: DateTime<Utc>) -> DueRuns {
     let limit = if missed == Missed::RunAll { MAX_MISSED } else { 1 };
     let mut runs = Vec::from(timing.latest(next_at, now, limit));
     if missed == Missed::Skip {
         runs.retain(|tick| now - *tick <= MISSED_AFTER);
     }
-    Look { runs, next: timing.next_after(now.max(next_at)) }
+    DueRuns { runs, next: timing.next_after(now.max(next_at)) }
 }
 
 #[cfg(test)]

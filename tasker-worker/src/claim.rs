@@ -12,8 +12,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::connection::{Connection, backoff, jittered};
 use crate::executor::Executor;
-use crate::line::{Line, backoff, jittered};
 use crate::measure;
 use crate::protocol::{self, Claim};
 
@@ -44,8 +44,8 @@ impl Claimer {
     /// Claims until `stop` fires; a call that is under way then still counts.
     pub(crate) async fn run(self, pool: PgPool, stop: CancellationToken) {
         let outage = Outage::of(&pool);
-        let mut line = Line::new(pool);
-        let (mut empty, mut failures, mut told, mut more, mut asleep) = (0, 0, false, false, false);
+        let mut connection = Connection::new(pool);
+        let (mut empty, mut failures, mut logged, mut more, mut asleep) = (0, 0, false, false, false);
         loop {
             let room = async {
                 self.executor.results.room().await;
@@ -57,10 +57,10 @@ impl Claimer {
                 slots = room => slots,
             };
             let asked = slots.num_permits();
-            let wait = match self.claim(&mut line, asked).await {
+            let wait = match self.claim(&mut connection, asked).await {
                 Ok(claims) => {
                     outage.answered();
-                    (failures, told) = (0, false);
+                    (failures, logged) = (0, false);
                     empty = if claims.is_empty() { empty + 1 } else { 0 };
                     more = claims.len() == asked;
                     // As the database has marked us: behind a lone step there is hardly another.
@@ -74,10 +74,10 @@ impl Claimer {
                     }
                 }
                 Err(error) => {
-                    line.broken();
+                    connection.broken();
                     measure::call_failed("claim");
                     let missing = is_missing(&error);
-                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
+                    if !outage.handles(&error) && !std::mem::replace(&mut logged, true) {
                         self.complain(&error, missing);
                     }
                     failures += 1;
@@ -99,12 +99,12 @@ impl Claimer {
     }
 
     #[tracing::instrument(name = "claim", skip_all, fields(namespace = &*self.executor.namespace, queue = self.queue, max))]
-    async fn claim(&self, line: &mut Line, max: usize) -> Result<Vec<Claim>, Error> {
+    async fn claim(&self, connection: &mut Connection, max: usize) -> Result<Vec<Claim>, Error> {
         let max = i32::try_from(max).unwrap_or(i32::MAX);
         let (namespace, queue) = (&*self.executor.namespace, self.queue.as_deref());
         let began = SystemTime::now();
         let claims =
-            protocol::claim_steps(line.get().await?, namespace, queue, &self.worker, &self.handlers, max).await?;
+            protocol::claim_steps(connection.get().await?, namespace, queue, &self.worker, &self.handlers, max).await?;
         if live::is_on(Area::Messaging, Some(namespace)) {
             let queue =
                 queue.map_or_else(|| format!("worker_{namespace}"), |name| format!("worker_{namespace}__{name}"));

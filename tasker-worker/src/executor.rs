@@ -93,7 +93,7 @@ impl Executor {
         if self.capture.input {
             ctx.recorder().event("handler.input", [("payload", input.clone())], MAX_CAPTURE_BYTES);
         }
-        let told = ctx.clone();
+        let context = ctx.clone();
         let running = execute(handler, ctx, input, &stop, timeout, self.cancel_grace);
         let output = match &incoming.traceparent {
             Some(parent) => {
@@ -110,9 +110,9 @@ impl Executor {
                 && let Outcome::Success { output } = &outcome
             {
                 let payload = serde_json::from_str(output.get()).unwrap_or(Value::Null);
-                told.recorder().event("handler.output", [("payload", payload)], MAX_CAPTURE_BYTES);
+                context.recorder().event("handler.output", [("payload", payload)], MAX_CAPTURE_BYTES);
             }
-            let (milestones, usage) = told.recorder().take();
+            let (milestones, usage) = context.recorder().take();
             unreported.claim = None;
             self.results.push(Report {
                 step: step_uuid,

@@ -16,16 +16,16 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::line::{Line, backoff};
+use crate::connection::{Connection, backoff};
 use crate::measure;
-use crate::protocol::{self, Beat, Beaten, Claim};
+use crate::protocol::{self, Beat, Claim, Renewal};
 
 /// A template with a lease of nothing must not make the loop spin.
 const SHORTEST: Duration = Duration::from_millis(20);
 /// Of a progress; the database takes no more either.
 const MAX_PROGRESS_BYTES: usize = 4096;
 
-/// How a running handler is told to end.
+/// How a running handler is asked to stop.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Stop {
     /// The handler's own token: please stop.
@@ -132,7 +132,7 @@ impl Held {
         held.looks_at
     }
 
-    fn settle(&self, beats: &[Beat], answers: &[Beaten], sent: Instant) {
+    fn settle(&self, beats: &[Beat], answers: &[Renewal], sent: Instant) {
         let mut held = self.lock();
         for (beat, answer) in beats.iter().zip(answers) {
             if answer.still_yours {
@@ -162,8 +162,8 @@ impl Held {
 /// Renews leases until `stop` fires.
 pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken) {
     let outage = Outage::of(&pool);
-    let mut line = Line::new(pool);
-    let (mut failures, mut told) = (0, false);
+    let mut connection = Connection::new(pool);
+    let (mut failures, mut logged) = (0, false);
     loop {
         let wait = async {
             match held.next_due() {
@@ -182,16 +182,16 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken)
         if beats.is_empty() {
             continue;
         }
-        match send(&mut line, &beats).await {
+        match send(&mut connection, &beats).await {
             Ok(answers) => {
                 outage.answered();
-                (failures, told) = (0, false);
+                (failures, logged) = (0, false);
                 held.settle(&beats, &answers, sent);
             }
             Err(error) => {
-                line.broken();
+                connection.broken();
                 measure::call_failed("heartbeat");
-                if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
+                if !outage.handles(&error) && !std::mem::replace(&mut logged, true) {
                     tracing::warn!(%error, claims = beats.len(), "a heartbeat failed; it is repeated until the database answers");
                 }
                 // What the database objects to can only be what handlers said: without it the call is good.
@@ -211,7 +211,7 @@ pub(crate) async fn beat(held: Arc<Held>, pool: PgPool, stop: CancellationToken)
 }
 
 #[tracing::instrument(skip_all, fields(claims = beats.len()))]
-async fn send(line: &mut Line, beats: &[Beat]) -> Result<Vec<Beaten>, tasker_shared::store::Error> {
-    let conn = line.get().await?;
+async fn send(connection: &mut Connection, beats: &[Beat]) -> Result<Vec<Renewal>, tasker_shared::store::Error> {
+    let conn = connection.get().await?;
     protocol::heartbeat(conn, beats).await
 }

@@ -36,13 +36,13 @@
 
 mod builder;
 mod claim;
+mod connection;
 mod context;
 mod error;
 mod executor;
 mod handler;
 pub mod handlers;
 mod held;
-mod line;
 #[cfg(feature = "metrics")]
 mod measure;
 #[cfg(not(feature = "metrics"))]

@@ -1,4 +1,4 @@
-//! What a worker tells the metrics of its process.
+//! The metrics that a worker counts in its process.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -12,8 +12,8 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::connection::{Connection, backoff};
 use crate::held::Held;
-use crate::line::{Line, backoff};
 use crate::protocol::{self, Hello};
 
 /// Results get at least this long to reach the database when the drain's time is up.
@@ -47,21 +47,21 @@ impl Presence {
     /// Hello at start, every 10 s and after a reconnect; bye when `stop` fires.
     pub(crate) async fn say_hello(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
         let outage = Outage::of(&pool);
-        let mut line = Line::new(pool);
-        let (mut failures, mut told) = (0, false);
+        let mut connection = Connection::new(pool);
+        let (mut failures, mut logged) = (0, false);
         // The lock comes before the hello that names it. Behind a pooler there may be no lock.
         let _ = timeout(Duration::from_secs(2), stop.run_until_cancelled(self.changed.notified())).await;
         while !stop.is_cancelled() {
-            let wait = match self.hello(&mut line).await {
+            let wait = match self.hello(&mut connection).await {
                 Ok(()) => {
                     outage.answered();
-                    (failures, told) = (0, false);
+                    (failures, logged) = (0, false);
                     self.known.cancel();
                     HELLO_EVERY
                 }
                 Err(error) => {
-                    line.broken();
-                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
+                    connection.broken();
+                    if !outage.handles(&error) && !std::mem::replace(&mut logged, true) {
                         tracing::warn!(%error, "the worker cannot announce itself; it is tried until the database answers");
                     }
                     failures += 1;
@@ -76,9 +76,9 @@ impl Presence {
         }
         let bye = async {
             for failures in 0.. {
-                match async { protocol::worker_bye(line.get().await?, &self.worker).await }.await {
+                match async { protocol::worker_bye(connection.get().await?, &self.worker).await }.await {
                     Ok(()) => return,
-                    Err(_) => line.broken(),
+                    Err(_) => connection.broken(),
                 }
                 tokio::time::sleep(backoff(failures)).await;
             }
@@ -87,7 +87,7 @@ impl Presence {
         let _ = timeout(LAST_REPORTS, bye).await;
     }
 
-    async fn hello(&self, line: &mut Line) -> Result<(), StoreError> {
+    async fn hello(&self, connection: &mut Connection) -> Result<(), StoreError> {
         let hello = Hello {
             worker: &self.worker,
             namespace: &self.namespace,
@@ -97,13 +97,13 @@ impl Presence {
             lock_key: self.locked.load(Ordering::Relaxed).then_some(self.lock_key),
             version: &self.version,
         };
-        protocol::worker_hello(line.get().await?, &hello).await
+        protocol::worker_hello(connection.get().await?, &hello).await
     }
 
     /// Holds the lock and listens until `stop` fires; a lost session is made again.
     pub(crate) async fn listen(self: Arc<Self>, pool: PgPool, stop: CancellationToken) {
         let outage = Outage::of(&pool);
-        let (mut failures, mut told) = (0, false);
+        let (mut failures, mut logged) = (0, false);
         loop {
             let session = async {
                 let result = self.listen_once(&pool, &mut failures).await;
@@ -112,9 +112,9 @@ impl Presence {
                 }
                 if let Err(error) = result {
                     if failures == 0 {
-                        told = false;
+                        logged = false;
                     }
-                    if !outage.tells_of(&error) && !std::mem::replace(&mut told, true) {
+                    if !outage.handles(&error) && !std::mem::replace(&mut logged, true) {
                         tracing::warn!(%error, "nobody can wake this worker; it polls until it can listen again");
                     }
                     failures += 1;
@@ -144,16 +144,16 @@ impl Presence {
         listener.listen(CHANNEL).await?;
         *failures = 0;
         self.changed.notify_one();
-        // What happened before we listened was told to nobody.
+        // What happened before we listened reached nobody.
         self.wakes.iter().for_each(|wake| wake.notify_one());
         self.held.beat_now();
         while let Some(notification) = listener.try_recv().await? {
-            self.told(notification.payload());
+            self.notified(notification.payload());
         }
         Ok(())
     }
 
-    fn told(&self, payload: &str) {
+    fn notified(&self, payload: &str) {
         if payload.strip_prefix("cancel:") == Some(&self.worker) {
             self.held.beat_now();
         } else if payload == "trace" {
@@ -190,12 +190,12 @@ mod tests {
         };
         let woken = || wakes.iter().map(|wake| wake.notified().now_or_never().is_some()).collect::<Vec<_>>();
         for other in ["worker_shops", "step_results", "admit", "cancel:w2", "cancel:w1"] {
-            presence.told(other);
+            presence.notified(other);
         }
         assert_eq!(woken(), [false, false]);
-        presence.told("worker_shop__slow");
+        presence.notified("worker_shop__slow");
         assert_eq!(woken(), [false, true]);
-        presence.told("worker_shop");
+        presence.notified("worker_shop");
         assert_eq!(woken(), [true, false]);
     }
 }

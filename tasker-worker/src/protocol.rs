@@ -67,9 +67,9 @@ pub struct Beat {
     pub progress: Option<Value>,
 }
 
-/// What became of a claim that was to be renewed.
+/// The outcome of renewing one claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Beaten {
+pub struct Renewal {
     /// The lease is renewed.
     pub still_yours: bool,
     /// It is not, because somebody cancelled the task: give the handler time to stop.
@@ -93,7 +93,7 @@ pub struct Report {
     /// What it used: numbers by name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Value>,
-    /// What it told of itself: `[{name, at_ms, attributes}]`.
+    /// Milestones: `[{name, at_ms, attributes}]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub milestones: Option<Value>,
 }
@@ -186,9 +186,9 @@ pub async fn claim_steps(
 
 /// Renews leases; the answers are in the order of the claims. May run on a connection that
 /// commits asynchronously.
-pub async fn heartbeat(conn: &mut PgConnection, claims: &[Beat]) -> Result<Vec<Beaten>, Error> {
+pub async fn heartbeat(conn: &mut PgConnection, claims: &[Beat]) -> Result<Vec<Renewal>, Error> {
     let rows = sqlx::query_as!(
-        Beaten,
+        Renewal,
         r#"select still_yours as "still_yours!", cancel_requested as "cancel_requested!"
            from tasker.heartbeat($1)"#,
         Json(claims) as _

@@ -1,4 +1,4 @@
-//! What a handler tells of itself, kept until its result is reported and stored with it: milestones,
+//! What a handler records of its attempt, kept until its result is reported and stored with it: milestones,
 //! timings, artifacts, captured payloads and usage. Unlike spans they are durable, and part of the
 //! task's tree. What no handler uses costs nothing.
 
@@ -20,13 +20,13 @@ const MOST_COUNTERS: usize = 32;
 
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    /// When the claim arrived: events are told from there.
+    /// When the claim arrived: events are timed from there.
     received: Instant,
-    told: Mutex<Told>,
+    recorded: Mutex<Recorded>,
 }
 
 #[derive(Debug, Default)]
-struct Told {
+struct Recorded {
     events: Vec<Value>,
     bytes: usize,
     omitted: u64,
@@ -35,7 +35,7 @@ struct Told {
 
 impl Recorder {
     pub(crate) fn new(received: Instant) -> Self {
-        Self { received, told: Mutex::default() }
+        Self { received, recorded: Mutex::default() }
     }
 
     /// Notes an event that is happening now.
@@ -56,12 +56,12 @@ impl Recorder {
         let at_ms = (self.received.elapsed().as_secs_f64() * 1e6).round() / 1e3;
         let event = json!({"name": name_of(name), "at_ms": at_ms, "attributes": kept});
         let bytes = event.to_string().len();
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.events.len() < MOST_EVENTS && told.bytes + bytes <= MOST_BYTES {
-            told.bytes += bytes;
-            told.events.push(event);
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        if recorded.events.len() < MOST_EVENTS && recorded.bytes + bytes <= MOST_BYTES {
+            recorded.bytes += bytes;
+            recorded.events.push(event);
         } else {
-            told.omitted += 1;
+            recorded.omitted += 1;
         }
     }
 
@@ -70,21 +70,21 @@ impl Recorder {
         if !amount.is_finite() {
             return;
         }
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
         let name = name_of(name);
-        if told.usage.len() < MOST_COUNTERS || told.usage.contains_key(&name) {
-            *told.usage.entry(name).or_default() += amount;
+        if recorded.usage.len() < MOST_COUNTERS || recorded.usage.contains_key(&name) {
+            *recorded.usage.entry(name).or_default() += amount;
         }
     }
 
-    /// Everything that was told: milestones, then usage.
+    /// Everything that was recorded: milestones, then usage.
     pub(crate) fn take(&self) -> (Option<Value>, Option<Value>) {
-        let told = std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut events = told.events;
-        if told.omitted > 0 {
-            events.push(json!({"name": "events_omitted", "attributes": {"count": told.omitted}}));
+        let recorded = std::mem::take(&mut *self.recorded.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut events = recorded.events;
+        if recorded.omitted > 0 {
+            events.push(json!({"name": "events_omitted", "attributes": {"count": recorded.omitted}}));
         }
-        let usage = told.usage.into_iter().map(|(name, amount)| (name, number(amount))).collect::<Map<_, _>>();
+        let usage = recorded.usage.into_iter().map(|(name, amount)| (name, number(amount))).collect::<Map<_, _>>();
         ((!events.is_empty()).then_some(Value::Array(events)), (!usage.is_empty()).then_some(Value::Object(usage)))
     }
 }

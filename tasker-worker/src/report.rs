@@ -12,8 +12,8 @@ use tasker_shared::store::outage::Outage;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::connection::{Connection, backoff};
 use crate::held::Held;
-use crate::line::{Line, backoff};
 use crate::measure;
 use crate::protocol::{self, Outcome, Report, ReportedError};
 
@@ -85,7 +85,7 @@ fn bytes(report: &Report) -> usize {
         Outcome::Success { output } => output.get().len(),
         Outcome::Error { .. } => 0,
     };
-    // What a handler tells of itself has a limit of its own.
+    // Milestones and usage have a limit of their own.
     output + if report.milestones.is_some() { 16 << 10 } else { 0 }
 }
 
@@ -104,9 +104,9 @@ impl Reporter {
     /// Reports until nothing comes any more, on a connection that commits synchronously.
     pub(crate) async fn run(self, pool: PgPool) {
         let outage = Outage::of(&pool);
-        let mut line = Line::new(pool);
+        let mut connection = Connection::new(pool);
         while let Some(batch) = self.next_batch().await {
-            if self.deliver(&mut line, &outage, batch).await.is_none() {
+            if self.deliver(&mut connection, &outage, batch).await.is_none() {
                 return;
             }
         }
@@ -132,15 +132,15 @@ impl Reporter {
     }
 
     /// `None` if the worker gave up.
-    async fn deliver(&self, line: &mut Line, outage: &Outage, batch: Vec<Report>) -> Option<()> {
+    async fn deliver(&self, connection: &mut Connection, outage: &Outage, batch: Vec<Report>) -> Option<()> {
         let mut parts = vec![batch];
-        let (mut failures, mut told) = (0, false);
+        let (mut failures, mut logged) = (0, false);
         while let Some(mut part) = parts.pop() {
-            match send(line, &part).await {
+            match send(connection, &part).await {
                 Ok(accepted) => {
                     outage.answered();
                     failures = 0;
-                    if std::mem::take(&mut told) {
+                    if std::mem::take(&mut logged) {
                         tracing::info!("results are reported again");
                     }
                     measure::answered(&accepted);
@@ -163,10 +163,10 @@ impl Reporter {
                     }
                 }
                 Err(error) => {
-                    line.broken();
+                    connection.broken();
                     measure::call_failed("report");
-                    if !outage.tells_of(&error) && !told {
-                        told = true;
+                    if !outage.handles(&error) && !logged {
+                        logged = true;
                         tracing::warn!(%error, results = part.len(), "results cannot be reported; they are kept until the database takes them");
                     }
                     parts.push(part);
@@ -187,12 +187,12 @@ impl Reporter {
 }
 
 #[tracing::instrument(name = "report", skip_all, fields(results = reports.len()))]
-async fn send(line: &mut Line, reports: &[Report]) -> Result<Vec<bool>, Error> {
+async fn send(connection: &mut Connection, reports: &[Report]) -> Result<Vec<bool>, Error> {
     let reports: Vec<&Report> = reports.iter().collect();
-    protocol::report_results(line.get().await?, &reports).await
+    protocol::report_results(connection.get().await?, &reports).await
 }
 
-/// A refused report with less in it, and what was left out: first what the handler told of itself, then
+/// A refused report with less in it, and what was left out: first its milestones and usage, then
 /// its output, for which the attempt counts as failed. `None` if there is nothing left to leave out.
 fn less(report: &Report, error: &Error) -> Option<(Report, &'static str)> {
     if report.milestones.is_some() || report.usage.is_some() {

@@ -18,9 +18,9 @@ use crate::problem::Problem;
 /// Acts on one page.
 const PAGE: usize = 100;
 
-/// The address of the page.
+/// The query of the page.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Asked {
+pub(super) struct AuditQuery {
     #[serde(default)]
     actor: String,
     #[serde(default)]
@@ -29,26 +29,26 @@ pub(super) struct Asked {
 }
 
 /// `GET /audit`
-pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Response, Problem> {
+pub(super) async fn list(page: Page, Query(params): Query<AuditQuery>) -> Result<Response, Problem> {
     may_read(&page, Scope::AuditRead)?;
-    let actor = Some(asked.actor.trim()).filter(|actor| !actor.is_empty());
-    let task = Some(asked.task.trim()).filter(|task| !task.is_empty());
+    let actor = Some(params.actor.trim()).filter(|actor| !actor.is_empty());
+    let task = Some(params.task.trim()).filter(|task| !task.is_empty());
     let task: Option<Uuid> =
         task.map(|task| task.parse().map_err(|_| Problem::invalid("task", "must be the id of a task"))).transpose()?;
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.database.conn().await?;
     let most = i64::try_from(PAGE + 1).unwrap_or(i64::MAX);
-    let filter = AuditFilter { task, actor, namespaces: page.namespaces(), before: asked.before };
+    let filter = AuditFilter { task, actor, namespaces: page.namespaces(), before: params.before };
     let mut acts = details::audit(&mut conn, filter, page.who.has(Scope::PayloadsRead), most).await?;
     drop(conn);
     let more = acts.len() > PAGE;
     acts.truncate(PAGE);
     let last = acts.last().map(|act| act.audit_id);
     let body = html! {
-        div.head { h1 { "Audit" } span.quiet { "what people did; nothing in it is ever changed" } }
+        div.head { h1 { "Audit" } span.quiet { "requests of people; no row is ever changed" } }
         form.panel.filters method="get" {
-            label { "Who" input type="text" name="actor" value=(asked.actor) maxlength="100"; }
-            label { "Task id" input type="text" name="task" value=(asked.task) maxlength="36"; }
+            label { "Who" input type="text" name="actor" value=(params.actor) maxlength="100"; }
+            label { "Task id" input type="text" name="task" value=(params.task) maxlength="36"; }
             button { "Apply" }
             @if actor.is_some() || task.is_some() { a.button.plain href=(page.link("/audit")) { "Clear" } }
         }
@@ -72,8 +72,8 @@ pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Respo
                 } }
                 div.pages {
                     @if let (true, Some(last)) = (more, last) {
-                        a.button href=(page.link(format!("/audit?before={last}&actor={}&task={}", super::task::encoded(&asked.actor), super::task::encoded(&asked.task)))) { "Older" }
-                    } @else { span.quiet.small { "That is all." } }
+                        a.button href=(page.link(format!("/audit?before={last}&actor={}&task={}", super::task::encoded(&params.actor), super::task::encoded(&params.task)))) { "Older" }
+                    }
                 }
             }
         }

@@ -12,9 +12,9 @@ use tasker_shared::trace::log::TaskLog;
 use uuid::Uuid;
 
 use super::Page;
-use super::seen::{may_look, read_log};
 use super::shell::Section;
-use super::task::Asked;
+use super::task::TaskQuery;
+use super::task_data::{may_look, read_log};
 use super::words::{self, counted};
 use crate::auth::Scope;
 use crate::problem::Problem;
@@ -74,7 +74,11 @@ fn moves(log: &TaskLog, payloads: bool) -> Vec<Move> {
 const MOVES: usize = 500;
 
 /// `GET /tasks/{task}/log`
-pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
+pub(super) async fn show(
+    page: Page,
+    Path(task): Path<Uuid>,
+    Query(params): Query<TaskQuery>,
+) -> Result<Response, Problem> {
     let home = may_look(&page, task).await?;
     let (log, now) = read_log(&page, task).await?;
     let all = moves(&log, page.who.may(Scope::PayloadsRead, &home));
@@ -88,7 +92,7 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
         div.panel.flush {
             div.scroll { table.cards {
                 thead { tr { th.tight { "At" } th { "What" } th { "Move" } th.tight { "Event" } th.tight { "Attempt" } th { "By" } th { "Reason" } } }
-                tbody { @for row in all.iter().skip(asked.from).take(MOVES) { tr {
+                tbody { @for row in all.iter().skip(params.from).take(MOVES) { tr {
                     td.tight data-label="At" { time datetime=(row.at.to_rfc3339_opts(SecondsFormat::Micros, true)) title=(words::relative(now, row.at)) data-keep="" { (row.at.format("%m-%d %H:%M:%S%.6f")) } }
                     td data-label="What" { span.strong { (row.of) } }
                     td data-label="Move" { span { (row.from) " → " (row.to) } }
@@ -101,8 +105,8 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
             div.pages {
                 span.quiet.small { (counted(all.len(), "transition")) }
                 @let link = |from: usize| page.link(format!("/tasks/{task}/log?from={from}"));
-                @if asked.from > 0 { a.button href=(link(asked.from.saturating_sub(MOVES))) { "Before" } }
-                @if asked.from + MOVES < all.len() { a.button href=(link(asked.from + MOVES)) { "After" } }
+                @if params.from > 0 { a.button href=(link(params.from.saturating_sub(MOVES))) { "Before" } }
+                @if params.from + MOVES < all.len() { a.button href=(link(params.from + MOVES)) { "After" } }
             }
         }
     };

@@ -12,7 +12,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use tasker_shared::store::views;
 use uuid::Uuid;
 
-use super::rows::{Around, QueueTotals, Rates, Tally, TaskFilter};
+use super::rows::{QueueTotals, Rates, Tally, TaskDetail, TaskFilter};
 use super::tasks::Listing;
 use crate::State;
 use crate::problem::Problem;
@@ -86,17 +86,17 @@ pub(super) struct Memory {
     pub tallies: Memo<(Visible, Option<String>), Arc<Vec<Tally>>>,
     pub names: Memo<Visible, Arc<Vec<(String, String)>>>,
     pub queues: Memo<Visible, Arc<super::queues::Overview>>,
-    pub tasks: Memo<Uuid, Option<Arc<super::seen::Seen>>>,
-    pub around: Memo<Uuid, Option<Arc<Around>>>,
+    pub tasks: Memo<Uuid, Option<Arc<super::task_data::TaskData>>>,
+    pub details: Memo<Uuid, Option<Arc<TaskDetail>>>,
     pub steps: Memo<(Uuid, Uuid), Option<Arc<super::step::Detail>>>,
     /// With what errors say, and without.
-    pub traces: Memo<(Uuid, bool), Option<Arc<super::drawn::Drawn>>>,
+    pub traces: Memo<(Uuid, bool), Option<Arc<super::task_timeline::TaskTimeline>>>,
     /// The same of tasks that have ended, as they were when they last moved.
-    pub ended_traces: Memo<(Uuid, bool, DateTime<Utc>), Option<Arc<super::drawn::Drawn>>>,
+    pub ended_traces: Memo<(Uuid, bool, DateTime<Utc>), Option<Arc<super::task_timeline::TaskTimeline>>>,
     /// The namespace of a task, which never changes.
     pub homes: Memo<Uuid, Option<String>>,
     skew: Memo<(), TimeDelta>,
-    totals: Mutex<HashMap<String, Look>>,
+    totals: Mutex<HashMap<String, Sample>>,
 }
 
 /// How long an answer is good that is made by so many statements: `alone` while few watch.
@@ -104,9 +104,9 @@ pub(super) fn good_for(state: &State, alone: Duration, statements: u32) -> Durat
     if state.hub().is_crowded() { alone.max(PER_STATEMENT * statements) } else { alone }
 }
 
-/// Two looks at a queue that are some seconds apart.
+/// The first of two samples of a queue, taken some seconds apart.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct Sample {
     at: Instant,
     sent: i64,
     depth: i64,
@@ -124,24 +124,24 @@ impl Memory {
         Ok(Utc::now() + skew.await?)
     }
 
-    /// What passes through each queue, from this look and the one before.
+    /// What passes through each queue, from this sample and the one before.
     pub fn rates(&self, totals: &[QueueTotals]) -> HashMap<String, Rates> {
-        let mut looks = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut samples = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
         let at = Instant::now();
         let mut rates = HashMap::new();
         for QueueTotals { queue, sent, depth } in totals {
-            let look = looks.entry(queue.clone()).or_insert(Look { at, sent: *sent, depth: *depth, rates: None });
-            let s = at.duration_since(look.at).as_secs_f64();
+            let sample = samples.entry(queue.clone()).or_insert(Sample { at, sent: *sent, depth: *depth, rates: None });
+            let s = at.duration_since(sample.at).as_secs_f64();
             if s >= 2.0 {
                 #[expect(clippy::cast_precision_loss, reason = "a rate for the eye")]
                 let per_second = |n: i64| (n.max(0) as f64) / s;
-                let (sent_since, more) = (sent - look.sent, depth - look.depth);
-                // A look from long ago says nothing of now.
+                let (sent_since, more) = (sent - sample.sent, depth - sample.depth);
+                // A sample from long ago says nothing of now.
                 let known = s < 120.0;
                 let found = Rates { into: per_second(sent_since), out: per_second(sent_since - more) };
-                *look = Look { at, sent: *sent, depth: *depth, rates: known.then_some(found) };
+                *sample = Sample { at, sent: *sent, depth: *depth, rates: known.then_some(found) };
             }
-            if let Some(found) = look.rates {
+            if let Some(found) = sample.rates {
                 rates.insert(queue.clone(), found);
             }
         }

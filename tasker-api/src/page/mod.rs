@@ -6,7 +6,6 @@
 
 mod assets;
 mod audit;
-mod drawn;
 mod form;
 mod graph;
 mod log;
@@ -15,11 +14,12 @@ mod payload;
 mod queues;
 pub mod rows;
 mod schedules;
-mod seen;
 mod settings;
 mod shell;
 mod step;
 mod task;
+mod task_data;
+mod task_timeline;
 mod tasks;
 mod templates;
 mod timeline;
@@ -59,7 +59,7 @@ pub(crate) fn routes(state: &State) -> Router<State> {
         .route("/tasks/{task}", get(task::show))
         .route("/tasks/{task}/act", post(task::act))
         .route("/tasks/{task}/signal", post(task::signal))
-        .route("/tasks/{task}/timeline.json", get(drawn::timeline))
+        .route("/tasks/{task}/timeline.json", get(task_timeline::timeline))
         .route("/tasks/{task}/log", get(log::show))
         .route("/tasks/{task}/log.csv", get(log::csv))
         .route("/tasks/{task}/log.json", get(log::json))
@@ -91,9 +91,9 @@ struct Page {
     database: Database,
 }
 
-/// What the error page needs to know of whom it is shown to.
+/// The caller, for the error page, once somebody has found out who it is.
 #[derive(Debug, Clone, Default)]
-struct Seen(Arc<OnceLock<Caller>>);
+struct KnownCaller(Arc<OnceLock<Caller>>);
 
 /// Sentences that a page may begin with, by the word in its address: `?done=…`.
 const DONE: [(&str, &str); 14] = [
@@ -119,9 +119,9 @@ impl Page {
         let of_query = |key: &str| {
             form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == key).map(|(_, value)| value.into_owned())
         };
-        if let Some(seen) = parts.extensions.get::<Seen>() {
-            // Set once a request; a second look is the same caller.
-            let _ = seen.0.set(who.clone());
+        if let Some(known) = parts.extensions.get::<KnownCaller>() {
+            // Set once a request; a second extractor finds the same caller.
+            let _ = known.0.set(who.clone());
         }
         let done = of_query("done").unwrap_or_default();
         Self {
@@ -267,8 +267,8 @@ impl FromRequest<State> for Form {
 
 /// Turns refusals into pages, and who has not signed in to the sign-in page.
 async fn frame(Extract(state): Extract<State>, mut request: Request, next: Next) -> Response {
-    let seen = Seen::default();
-    request.extensions_mut().insert(seen.clone());
+    let known = KnownCaller::default();
+    request.extensions_mut().insert(known.clone());
     let theme = theme(request.headers());
     let reads = request.method().is_safe();
     let wants_json = request.uri().path().rsplit_once('.').is_some_and(|(_, kind)| kind == "json");
@@ -282,12 +282,12 @@ async fn frame(Extract(state): Extract<State>, mut request: Request, next: Next)
     }
     let retry_after = response.headers_mut().remove(header::RETRY_AFTER);
     let body = axum::body::to_bytes(response.into_body(), 64 * 1024).await.unwrap_or_default();
-    let told: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+    let problem: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
     let plain = String::from_utf8_lossy(&body);
-    let detail = told["detail"].as_str().unwrap_or(&plain);
-    let title = told["title"].as_str().unwrap_or_else(|| status.canonical_reason().unwrap_or("It did not work"));
+    let detail = problem["detail"].as_str().unwrap_or(&plain);
+    let title = problem["title"].as_str().unwrap_or_else(|| status.canonical_reason().unwrap_or("It did not work"));
     let asked_by_form = !reads && matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY);
-    let mut page = problem_page(&state, seen.0.get(), theme, asked_by_form, status, title, detail);
+    let mut page = problem_page(&state, known.0.get(), theme, asked_by_form, status, title, detail);
     if let Some(seconds) = retry_after {
         page.headers_mut().insert(header::RETRY_AFTER, seconds);
     }

@@ -179,10 +179,10 @@ pub async fn search(conn: &mut PgConnection, namespaces: Option<&[String]>, word
     .await?)
 }
 
-/// What surrounds a task.
+/// What a page shows of a task besides its view: its parent, its input, its template.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "columns of tasker.tasks")]
-pub struct Around {
+pub struct TaskDetail {
     pub template_id: i32,
     pub parent_task_uuid: Option<Uuid>,
     pub parent_namespace: Option<String>,
@@ -198,10 +198,10 @@ pub struct Around {
     pub definition: Value,
 }
 
-/// What surrounds a task; `None` if there is no such task.
-pub async fn around(conn: &mut PgConnection, task: Uuid) -> Result<Option<Around>, Error> {
+/// The detail of a task; `None` if there is no such task.
+pub async fn task_detail(conn: &mut PgConnection, task: Uuid) -> Result<Option<TaskDetail>, Error> {
     Ok(sqlx::query_as!(
-        Around,
+        TaskDetail,
         r#"select t.template_id, t.parent_task_uuid, t.parent_attempt, t.parent_correlation_id, t.root_span_id, t.ended_by,
              t.suspended_from, t.version, t.input, p.definition,
              (select pt.namespace from tasker.tasks pt where pt.task_uuid = t.parent_task_uuid) as parent_namespace,

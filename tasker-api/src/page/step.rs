@@ -17,11 +17,11 @@ use uuid::Uuid;
 
 use super::payload::payload;
 use super::rows::{self, AttemptDetail, ItemLine, StepDetail};
-use super::seen::{GOOD_FOR, Seen, seen};
 use super::shell::Section;
 use super::task;
+use super::task_data::{GOOD_FOR, TaskData, task_data};
 use super::words::{self, copyable, counted, pill, when};
-use super::{Page, drawn, hidden};
+use super::{Page, hidden, task_timeline};
 use crate::auth::Scope;
 use crate::problem::Problem;
 
@@ -35,7 +35,7 @@ pub(super) struct Detail {
 
 /// The address of a step's page.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Asked {
+pub(super) struct StepQuery {
     /// Which attempt; the latest if not said.
     attempt: Option<i32>,
 }
@@ -44,16 +44,16 @@ pub(super) struct Asked {
 pub(super) async fn show(
     page: Page,
     Path((task, step)): Path<(Uuid, Uuid)>,
-    Query(asked): Query<Asked>,
+    Query(params): Query<StepQuery>,
 ) -> Result<Response, Problem> {
-    let seen = seen(&page, task).await?;
+    let data = task_data(&page, task).await?;
     let found = page.memory.steps.get((task, step), page.good_for(GOOD_FOR, 6), async || {
         let mut conn = page.database.conn().await?;
         let Some(step) = rows::step(&mut conn, task, step).await? else {
             return Ok(None);
         };
         let attempts = rows::attempts(&mut conn, task, step.step_uuid).await?;
-        let items = if step.item < 0 && is_map(&seen, &step) {
+        let items = if step.item < 0 && is_map(&data, &step) {
             rows::items(&mut conn, task, step.step_index).await?
         } else {
             Vec::new()
@@ -62,22 +62,22 @@ pub(super) async fn show(
     });
     let found = found.await?.ok_or_else(|| Problem::not_found(format!("step {step}")))?;
     let Detail { step: detail, attempts, items } = &*found;
-    let now = seen.situation.now;
-    let chosen = match asked.attempt {
+    let now = data.situation.now;
+    let chosen = match params.attempt {
         Some(number) => attempts.iter().find(|attempt| attempt.attempt == number),
         None => attempts.first(),
     };
-    let span = match chosen.and_then(|attempt| handler_span(&seen, detail, attempt)) {
-        Some(id) => Some((id, drawn::handler_span(&page, &seen, id).await?)),
+    let span = match chosen.and_then(|attempt| handler_span(&data, detail, attempt)) {
+        Some(id) => Some((id, task_timeline::handler_span(&page, &data, id).await?)),
         None => None,
     };
-    let view = &seen.situation.task;
+    let view = &data.situation.task;
     let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
     // What a person, a signal or the items of a map gave has no number, and no worker.
     let worked = attempts.iter().any(|attempt| attempt.attempt > 0);
     let name = name_of(detail);
     let body = html! {
-        (head(&page, &seen, detail, now))
+        (head(&page, &data, detail, now))
         div.columns id="step" data-live-part="" {
             section.panel aria-labelledby="input-title" {
                 h2 id="input-title" { "Input" }
@@ -85,7 +85,7 @@ pub(super) async fn show(
                     (_, false) => (hidden()),
                     (Some(input), true) => (payload("input", input)),
                     (None, true) => p.quiet {
-                        @if is_map(&seen, detail) && detail.item < 0 { "Each of its items has an input of its own." }
+                        @if is_map(&data, detail) && detail.item < 0 { "Each of its items has an input of its own." }
                         @else if detail.handler.is_empty() { "It needs none." }
                         @else { "It gets its input when it is sent to a worker." }
                     },
@@ -94,7 +94,7 @@ pub(super) async fn show(
             section.panel aria-labelledby="attempt-title" {
                 h2 id="attempt-title" { @if worked { "Attempts" } @else { "Result" } }
                 @if attempts.is_empty() {
-                    p.quiet { @if detail.handler.is_empty() || is_map(&seen, detail) && detail.item < 0 { "It has none yet." } @else { "No worker has claimed it yet." } }
+                    p.quiet { @if detail.handler.is_empty() || is_map(&data, detail) && detail.item < 0 { "It has none yet." } @else { "No worker has claimed it yet." } }
                 } @else if worked {
                     nav.tabs aria-label="Attempts" {
                         @for attempt in attempts.iter().filter(|attempt| attempt.attempt > 0) {
@@ -106,10 +106,10 @@ pub(super) async fn show(
                     }
                 }
                 @if let Some(attempt) = chosen { (attempt_panel(attempt, span.as_ref().map(|(id, span)| (id, span.as_ref())), may_see, now)) }
-                @else if asked.attempt.is_some() { p.quiet { "There is no such attempt." } }
+                @else if params.attempt.is_some() { p.quiet { "There is no such attempt." } }
             }
         }
-        div id="told" data-live-part="" { @if let Some(attempt) = chosen { (told(attempt, may_see)) } }
+        div id="reported" data-live-part="" { @if let Some(attempt) = chosen { (reported(attempt, may_see)) } }
         @if !items.is_empty() { (item_table(&page, task, items, now)) }
     };
     let events = format!("/v1/events?task={task}");
@@ -120,16 +120,16 @@ fn name_of(step: &StepDetail) -> String {
     if step.item >= 0 { format!("{}[{}]", step.name, step.item) } else { step.name.clone() }
 }
 
-fn is_map(seen: &Seen, step: &StepDetail) -> bool {
-    definition(seen, step)["for_each"].is_string()
+fn is_map(data: &TaskData, step: &StepDetail) -> bool {
+    definition(data, step)["for_each"].is_string()
 }
 
-fn definition<'a>(seen: &'a Seen, step: &StepDetail) -> &'a Value {
-    &seen.around.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]
+fn definition<'a>(data: &'a TaskData, step: &StepDetail) -> &'a Value {
+    &data.detail.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]
 }
 
-fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Markup {
-    let task = &seen.situation.task;
+fn head(page: &Page, data: &TaskData, step: &StepDetail, now: DateTime<Utc>) -> Markup {
+    let task = &data.situation.task;
     html! {
         div.panel id="head" data-live-part="" {
             p.small { a href=(page.link(format!("/tasks/{}", task.task_uuid))) { "← " (task.template) " " (super::tasks::short(task.task_uuid)) } }
@@ -138,14 +138,14 @@ fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Mark
                 h1 { (name_of(step)) }
                 span.grow {}
                 (Page::live_button())
-                (actions(page, seen, step))
+                (actions(page, data, step))
             }
-            (task::waiting_for_person(page, seen, Some(step.step_uuid)))
+            (task::waiting_for_person(page, data, Some(step.step_uuid)))
             dl.facts.wide {
                 @if !step.handler.is_empty() { div { dt { "Handler" } dd { code { (step.handler) } } } }
                 @if !step.handler.is_empty() { div { dt { "Queue" } dd { code { (step.queue) } } } }
                 // A wait and a map make no attempts of their own.
-                @if !(step.handler.is_empty() || is_map(seen, step) && step.item < 0) { div { dt { "Attempts" } dd { (step.attempt) " begun · " (step.failures) " failed of " (step.max_attempts) " allowed" @if step.losses > 0 { " · " (step.losses) " lost" } } } }
+                @if !(step.handler.is_empty() || is_map(data, step) && step.item < 0) { div { dt { "Attempts" } dd { (step.attempt) " begun · " (step.failures) " failed of " (step.max_attempts) " allowed" @if step.losses > 0 { " · " (step.losses) " lost" } } } }
                 @if let Some(worker) = &step.worker { div { dt { "Worker" } dd { (worker) } } }
                 @if let Some(held) = &step.held_by { div { dt { "Held back by" } dd { (held) @if let Some(since) = step.ready_at { ", ready " (when(now, since)) } } } }
                 @if let Some(due) = step.due_at { div { dt { "Due" } dd { (when(now, due)) } } }
@@ -166,8 +166,8 @@ fn head(page: &Page, seen: &Seen, step: &StepDetail, now: DateTime<Utc>) -> Mark
     }
 }
 
-fn actions(page: &Page, seen: &Seen, step: &StepDetail) -> Markup {
-    let task = &seen.situation.task;
+fn actions(page: &Page, data: &TaskData, step: &StepDetail) -> Markup {
+    let task = &data.situation.task;
     if !page.may_change(Scope::TasksOperate, &task.namespace) || step.item >= 0 {
         return html! {};
     }
@@ -254,14 +254,14 @@ fn attempt_panel(
 }
 
 /// The id of the attempt's `handler.execution`: the same in every backend.
-fn handler_span(seen: &Seen, step: &StepDetail, attempt: &AttemptDetail) -> Option<SpanId> {
-    let trace = u128::from_str_radix(&seen.situation.task.trace_id, 16).ok()?.to_be_bytes();
+fn handler_span(data: &TaskData, step: &StepDetail, attempt: &AttemptDetail) -> Option<SpanId> {
+    let trace = u128::from_str_radix(&data.situation.task.trace_id, 16).ok()?.to_be_bytes();
     let number = u64::try_from(attempt.attempt).ok().filter(|number| *number > 0)?;
     Some(span_id(&trace, step.step_uuid, 0, number, SpanKey::Handler, 0))
 }
 
-/// What the handler told on its way: milestones, what it made, and usage where it counts something.
-fn told(attempt: &AttemptDetail, may_see: bool) -> Markup {
+/// What the handler reported of the attempt: milestones, artifacts, and usage where it counts something.
+fn reported(attempt: &AttemptDetail, may_see: bool) -> Markup {
     let usage: Vec<(&str, f64)> = attempt
         .usage
         .as_ref()

@@ -13,12 +13,12 @@ use tasker_shared::store::why::Situation;
 use tasker_shared::store::{requests, signals};
 use uuid::Uuid;
 
-use super::drawn::drawn;
 use super::graph::{self, Node};
 use super::payload::payload;
 use super::rows::StepLine;
-use super::seen::{Seen, TRACE_WITH_PAGE, seen};
 use super::shell::Section;
+use super::task_data::{TRACE_WITH_PAGE, TaskData, task_data};
+use super::task_timeline::task_timeline;
 use super::timeline::Timeline;
 use super::words::{self, copyable, count, counted, pill, when};
 use super::{Form, Page, accepted, hidden, json_of};
@@ -27,9 +27,9 @@ use crate::problem::Problem;
 
 /// Steps of a list; the rest is a page away.
 const STEPS: usize = 200;
-/// The address of a task's page.
+/// The query of a task's page.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Asked {
+pub(super) struct TaskQuery {
     /// Only steps whose name begins so.
     #[serde(default)]
     steps: String,
@@ -38,22 +38,26 @@ pub(super) struct Asked {
 }
 
 /// `GET /tasks/{task}`
-pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query<Asked>) -> Result<Response, Problem> {
-    let seen = seen(&page, task).await?;
-    let now = seen.situation.now;
-    let view = &seen.situation.task;
+pub(super) async fn show(
+    page: Page,
+    Path(task): Path<Uuid>,
+    Query(params): Query<TaskQuery>,
+) -> Result<Response, Problem> {
+    let data = task_data(&page, task).await?;
+    let now = data.situation.now;
+    let view = &data.situation.task;
     let may_see = page.who.may(Scope::PayloadsRead, &view.namespace);
-    let drawn = if page.config().ui_trace && !seen.steps.is_empty() {
-        Some(if seen.steps.len() <= TRACE_WITH_PAGE { Some(drawn(&page, task, may_see).await?) } else { None })
+    let timeline = if page.config().ui_trace && !data.steps.is_empty() {
+        Some(if data.steps.len() <= TRACE_WITH_PAGE { Some(task_timeline(&page, task, may_see).await?) } else { None })
     } else {
         None
     };
     let body = html! {
-        (header(&page, &seen))
-        (graph_panel(&page, &seen))
-        @if let Some(drawn) = &drawn { (timeline_panel(&page, task, drawn.as_ref().map(|drawn| &drawn.timeline))) }
-        (step_table(&page, &seen, &asked))
-        (facts(&page, &seen))
+        (header(&page, &data))
+        (graph_panel(&page, &data))
+        @if let Some(timeline) = &timeline { (timeline_panel(&page, task, timeline.as_ref().map(|ready| &ready.timeline))) }
+        (step_table(&page, &data, &params))
+        (facts(&page, &data))
     };
     let events = format!("/v1/events?task={task}");
     Ok(page.show(
@@ -65,13 +69,13 @@ pub(super) async fn show(page: Page, Path(task): Path<Uuid>, Query(asked): Query
     ))
 }
 
-fn header(page: &Page, seen: &Seen) -> Markup {
-    let task = &seen.situation.task;
-    let now = seen.situation.now;
-    let sentence = sentence(page, &seen.situation);
+fn header(page: &Page, data: &TaskData) -> Markup {
+    let task = &data.situation.task;
+    let now = data.situation.now;
+    let sentence = sentence(page, &data.situation);
     let sentence = redact::text(&sentence);
     let reason = sentence.split_once(": ").map_or(&*sentence, |(_, reason)| reason);
-    let unoffered = seen.situation.open.iter().find(|group| {
+    let unoffered = data.situation.open.iter().find(|group| {
         !group.offered
             && (matches!(group.held_by.as_deref(), Some("worker" | "limit"))
                 || (group.state == "enqueued" && group.held_by.is_none()))
@@ -99,7 +103,7 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                     }
                 }
             }
-            (waiting_for_person(page, seen, None))
+            (waiting_for_person(page, data, None))
             dl.facts.wide {
                 div { dt { "Task" } dd { (copyable(&task.task_uuid.to_string(), "task id")) } }
                 div { dt { "Correlation id" } dd { (copyable(&task.correlation_id, "correlation id")) " " a.small.nowrap href=(page.link(format!("/search?q={}", encoded(&task.correlation_id)))) { "all with it" } } }
@@ -107,16 +111,16 @@ fn header(page: &Page, seen: &Seen) -> Markup {
                 div { dt { "Created" } dd { (when(now, task.created_at)) " · took " (words::took(Some(task.finished_at.unwrap_or(now) - task.created_at))) @if !task.is_finished() { " so far" } } }
                 div { dt { "Namespace" } dd { a href=(page.link(format!("/?namespace={}", encoded(&task.namespace)))) { (task.namespace) } " · priority " (task.priority) } }
                 @if let Some(key) = &task.idempotency_key { div { dt { "Idempotency key" } dd { (copyable(key, "idempotency key")) } } }
-                @if let Some(parent) = seen.around.parent_task_uuid {
+                @if let Some(parent) = data.detail.parent_task_uuid {
                     div { dt { "Started by" } dd {
-                        @if seen.around.parent_namespace.as_ref().is_some_and(|namespace| page.who.reaches(namespace)) {
+                        @if data.detail.parent_namespace.as_ref().is_some_and(|namespace| page.who.reaches(namespace)) {
                             a href=(page.link(format!("/tasks/{parent}"))) { "task " (super::tasks::short(parent)) }
-                            @if let Some(step) = &seen.around.parent_step { ", step " (step) } @if let Some(attempt) = seen.around.parent_attempt { ", attempt " (attempt) }
+                            @if let Some(step) = &data.detail.parent_step { ", step " (step) } @if let Some(attempt) = data.detail.parent_attempt { ", attempt " (attempt) }
                         } @else { "task " (super::tasks::short(parent)) " of another namespace" }
                     } }
                 }
-                @if seen.children.iter().any(|child| page.who.reaches(&child.namespace)) {
-                    div { dt { "Started" } dd { @for child in seen.children.iter().filter(|child| page.who.reaches(&child.namespace)) { a href=(page.link(format!("/tasks/{}", child.task_uuid))) { (child.template) } " " (pill(words::status(child.status))) " " } } }
+                @if data.children.iter().any(|child| page.who.reaches(&child.namespace)) {
+                    div { dt { "Started" } dd { @for child in data.children.iter().filter(|child| page.who.reaches(&child.namespace)) { a href=(page.link(format!("/tasks/{}", child.task_uuid))) { (child.template) } " " (pill(words::status(child.status))) " " } } }
                 }
             }
         }
@@ -167,24 +171,24 @@ fn actions(page: &Page, task: &TaskView) -> Markup {
 }
 
 /// Steps that wait for a signal, or the one, with the answers that count.
-pub(super) fn waiting_for_person(page: &Page, seen: &Seen, only: Option<Uuid>) -> Markup {
-    let task = &seen.situation.task;
+pub(super) fn waiting_for_person(page: &Page, data: &TaskData, only: Option<Uuid>) -> Markup {
+    let task = &data.situation.task;
     let may = page.may_change(Scope::TasksSignal, &task.namespace);
-    let waiting: Vec<&StepLine> = seen
+    let waiting: Vec<&StepLine> = data
         .steps
         .iter()
         .filter(|step| step.state == "waiting" && only.is_none_or(|only| only == step.step_uuid))
         .collect();
     html! {
         @for step in waiting {
-            @let definition = &seen.around.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]["wait"]["signal"];
+            @let definition = &data.detail.definition["steps"][usize::try_from(step.step_index).unwrap_or(usize::MAX)]["wait"]["signal"];
             @if let Some(signal) = definition["name"].as_str() {
                 @let allowed: Vec<&str> = definition["allowed"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 div.banner.warn data-key={ "signal-" (step.step_uuid) } {
                     span aria-hidden="true" { "◷" }
                     div {
                         p { strong { (step.name) } " waits for the signal " code { (signal) }
-                            @if let Some(due) = step.due_at { ", " (when(seen.situation.now, due)) " at the latest" } "." }
+                            @if let Some(due) = step.due_at { ", " (when(data.situation.now, due)) " at the latest" } "." }
                         @if may {
                             form.actions method="post" action=(page.link(format!("/tasks/{}/signal", task.task_uuid))) {
                                 (page.csrf())
@@ -231,9 +235,9 @@ fn detail(step: &StepLine, now: DateTime<Utc>) -> String {
     }
 }
 
-fn graph_panel(page: &Page, seen: &Seen) -> Markup {
-    let task = seen.situation.task.task_uuid;
-    let nodes = nodes(seen, |step| page.link(format!("/tasks/{task}/steps/{}", step.step_uuid)));
+fn graph_panel(page: &Page, data: &TaskData) -> Markup {
+    let task = data.situation.task.task_uuid;
+    let nodes = nodes(data, |step| page.link(format!("/tasks/{task}/steps/{}", step.step_uuid)));
     let drawing = graph::layout(&nodes);
     html! {
         section.panel id="graph" data-live-part="" aria-labelledby="graph-title" {
@@ -251,17 +255,17 @@ fn graph_panel(page: &Page, seen: &Seen) -> Markup {
 }
 
 /// The steps as nodes; those that have no row yet are not begun.
-fn nodes(seen: &Seen, href: impl Fn(&StepLine) -> String) -> Vec<Node> {
-    let mut nodes = template_nodes(&seen.around.definition);
+fn nodes(data: &TaskData, href: impl Fn(&StepLine) -> String) -> Vec<Node> {
+    let mut nodes = template_nodes(&data.detail.definition);
     for node in &mut nodes {
         node.state = Some("pending".into());
         node.detail = "not begun".into();
     }
-    for step in &seen.steps {
+    for step in &data.steps {
         let Some(node) = usize::try_from(step.step_index).ok().and_then(|index| nodes.get_mut(index)) else {
             continue;
         };
-        node.detail = detail(step, seen.situation.now);
+        node.detail = detail(step, data.situation.now);
         node.items = step.items.map(|items| (items, step.items_ended.unwrap_or(0), step.items_failed.unwrap_or(0)));
         node.state = Some(step.state.clone());
         node.href = Some(href(step));
@@ -310,7 +314,7 @@ fn timeline_panel(page: &Page, task: Uuid, trace: Option<&Timeline>) -> Markup {
         section.panel.flush aria-labelledby="timeline-title" {
             div.panel-head {
                 h2 id="timeline-title" { "Timeline" }
-                span.quiet.small { "its trace" }
+                span.quiet.small { "Trace" }
                 div.legend.grow aria-hidden="true" {
                     span { i.i-queue {} "queue" } span { i.i-run {} "run" } span { i.i-settle {} "result on its way" } span { i.i-fail {} "failed" } span { i.i-retry {} "retry wait" }
                     span { i.i-held {} "held back" } span { i.i-wait {} "waiting" } span { i.i-open {} "now" }
@@ -333,20 +337,20 @@ fn timeline_panel(page: &Page, task: Uuid, trace: Option<&Timeline>) -> Markup {
     }
 }
 
-fn step_table(page: &Page, seen: &Seen, asked: &Asked) -> Markup {
-    let task = &seen.situation.task;
-    let found: Vec<&StepLine> = seen.steps.iter().filter(|step| step.name.starts_with(asked.steps.as_str())).collect();
-    let now = seen.situation.now;
-    let shown = found.iter().skip(asked.from).take(STEPS);
+fn step_table(page: &Page, data: &TaskData, params: &TaskQuery) -> Markup {
+    let task = &data.situation.task;
+    let found: Vec<&StepLine> = data.steps.iter().filter(|step| step.name.starts_with(params.steps.as_str())).collect();
+    let now = data.situation.now;
+    let shown = found.iter().skip(params.from).take(STEPS);
     html! {
         section.panel.flush id="steps" data-live-part="" aria-labelledby="steps-title" {
             div.panel-head {
                 h2 id="steps-title" { "Steps" }
-                span.quiet.small.grow { @if found.len() > STEPS { (count(asked.from + 1)) " to " (count((asked.from + STEPS).min(found.len()))) " of " } (counted(found.len(), "step")) }
+                span.quiet.small.grow { @if found.len() > STEPS { (count(params.from + 1)) " to " (count((params.from + STEPS).min(found.len()))) " of " } (counted(found.len(), "step")) }
                 a.button href=(page.link(format!("/tasks/{}/log", task.task_uuid))) { "Transitions" }
             }
             @if found.is_empty() {
-                div.empty { p { @if seen.steps.is_empty() { "The steps appear when an orchestrator has begun the task." } @else { "No step has such a name." } } }
+                div.empty { p { @if data.steps.is_empty() { "The steps appear when an orchestrator has begun the task." } @else { "No step has such a name." } } }
             } @else {
                 div.scroll { table.cards {
                     thead { tr { th { "State" } th { "Step" } th { "Now" } th.tight { "Attempt" } th { "Worker" } th.tight { "Since" } } }
@@ -364,9 +368,9 @@ fn step_table(page: &Page, seen: &Seen, asked: &Asked) -> Markup {
                 } }
                 @if found.len() > STEPS {
                     div.pages {
-                        @let link = |from: usize| page.link(format!("/tasks/{}?steps={}&from={from}#steps", task.task_uuid, encoded(&asked.steps)));
-                        @if asked.from > 0 { a.button href=(link(asked.from.saturating_sub(STEPS))) { "Before" } }
-                        @if asked.from + STEPS < found.len() { a.button href=(link(asked.from + STEPS)) { "After" } }
+                        @let link = |from: usize| page.link(format!("/tasks/{}?steps={}&from={from}#steps", task.task_uuid, encoded(&params.steps)));
+                        @if params.from > 0 { a.button href=(link(params.from.saturating_sub(STEPS))) { "Before" } }
+                        @if params.from + STEPS < found.len() { a.button href=(link(params.from + STEPS)) { "After" } }
                     }
                 }
             }
@@ -374,28 +378,28 @@ fn step_table(page: &Page, seen: &Seen, asked: &Asked) -> Markup {
     }
 }
 
-fn facts(page: &Page, seen: &Seen) -> Markup {
-    let task = &seen.situation.task;
+fn facts(page: &Page, data: &TaskData) -> Markup {
+    let task = &data.situation.task;
     let may_see = page.who.may(Scope::PayloadsRead, &task.namespace);
     html! {
         div.columns {
             section.panel aria-labelledby="input-title" {
                 h2 id="input-title" { "Input" }
-                @if may_see { (payload("input", &seen.around.input)) } @else { (hidden()) }
+                @if may_see { (payload("input", &data.detail.input)) } @else { (hidden()) }
             }
             section.panel aria-labelledby="more-title" {
                 h2 id="more-title" { "On a terminal" }
-                p { "Why it is where it is, and its trace, without this page:" }
+                p { "The reason for its state, and the trace, without this page:" }
                 (super::shell::command(&format!("tasker task why {}", task.task_uuid)))
                 p {}
                 (super::shell::command(&format!("tasker trace show {}", task.task_uuid)))
-                @if page.who.has(Scope::AuditRead) { p {} p { a href=(page.link(format!("/audit?task={}", task.task_uuid))) { "What people did to it" } } }
+                @if page.who.has(Scope::AuditRead) { p {} p { a href=(page.link(format!("/audit?task={}", task.task_uuid))) { "Audit" } } }
             }
         }
     }
 }
 
-/// `POST /tasks/{task}/act`: one wish about a task or one of its steps.
+/// `POST /tasks/{task}/act`: one request about a task or one of its steps.
 pub(super) async fn act(Path(task): Path<Uuid>, form: Form) -> Result<Response, Problem> {
     let page = &form.page;
     operate(page, task, Scope::TasksOperate).await?;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tasker_shared::client::Submit;
 use tasker_shared::redact;
 use tasker_shared::state_machine::states::TaskState;
-use tasker_shared::store::requests::{self, Act};
+use tasker_shared::store::requests::{self, TaskRequest};
 use tasker_shared::store::views::{self, TaskView};
 use uuid::Uuid;
 
@@ -40,9 +40,9 @@ pub(super) struct Listing {
     current: HashMap<Uuid, CurrentStep>,
 }
 
-/// The address of a list.
+/// The query of a list.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Asked {
+pub(super) struct ListQuery {
     #[serde(default)]
     namespace: String,
     #[serde(default)]
@@ -57,7 +57,7 @@ pub(super) struct Asked {
     before: String,
 }
 
-impl Asked {
+impl ListQuery {
     fn filter(&self) -> Result<TaskFilter, Problem> {
         let some = |text: &str| Some(text.trim()).filter(|text| !text.is_empty()).map(str::to_owned);
         if !self.status.is_empty() && !STATUSES.contains(&self.status.as_str()) {
@@ -98,9 +98,9 @@ fn query(filter: &TaskFilter, status: Option<&str>, before: Option<Uuid>) -> Str
 }
 
 /// `GET /`
-pub(super) async fn list(page: Page, Query(asked): Query<Asked>) -> Result<Response, Problem> {
+pub(super) async fn list(page: Page, Query(params): Query<ListQuery>) -> Result<Response, Problem> {
     may_read(&page, Scope::TasksRead)?;
-    let filter = asked.filter()?;
+    let filter = params.filter()?;
     let visible = page.namespaces().map(<[String]>::to_vec);
     let now = page.memory.now(&page.state).await?;
     let listing =
@@ -304,7 +304,7 @@ fn nothing(page: &Page, filter: &TaskFilter, names: &[(String, String)]) -> Mark
         return empty(
             "No template yet",
             &html! {
-                p { "Tasks (runs of a workflow) are started from templates. Register one:" }
+                p { "Tasks are started from templates. Register one:" }
                 (command("tasker template apply order.yaml"))
             },
         );
@@ -359,7 +359,6 @@ fn table(page: &Page, listing: &Listing, now: DateTime<Utc>, filter: &TaskFilter
             div.pages {
                 @if filter.before.is_some() { a.button href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), None)))) { "Newest" } }
                 @if let Some(next) = listing.next { a.button rel="next" href=(page.link(format!("/{}", query(filter, filter.status.as_deref(), Some(next))))) { "Older" } }
-                @else { span.quiet.small { "That is all." } }
             }
         }
     }
@@ -432,9 +431,9 @@ fn at(task: &TaskView, current: Option<&CurrentStep>, now: DateTime<Utc>) -> Mar
 }
 
 /// `GET /search`
-pub(super) async fn search(page: Page, Query(asked): Query<BTreeMap<String, String>>) -> Result<Response, Problem> {
+pub(super) async fn search(page: Page, Query(params): Query<BTreeMap<String, String>>) -> Result<Response, Problem> {
     may_read(&page, Scope::TasksRead)?;
-    let word = asked.get("q").map(|word| word.trim()).unwrap_or_default();
+    let word = params.get("q").map(|word| word.trim()).unwrap_or_default();
     if word.len() > 1000 || word.contains('\0') {
         return Err(Problem::invalid("q", "must be an id or a key of at most 1000 bytes"));
     }
@@ -560,12 +559,12 @@ pub(super) async fn bulk(form: Form) -> Result<Response, Problem> {
     Ok(page.show(now, "Many tasks", Section::Tasks, None, &body))
 }
 
-pub(super) fn act_of(word: &str) -> Act {
+pub(super) fn act_of(word: &str) -> TaskRequest {
     match word {
-        "suspend" => Act::Suspend,
-        "resume" => Act::Resume,
-        "give_up" => Act::GiveUp,
-        _ => Act::Resolve,
+        "suspend" => TaskRequest::Suspend,
+        "resume" => TaskRequest::Resume,
+        "give_up" => TaskRequest::GiveUp,
+        _ => TaskRequest::Resolve,
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
     let now = page.memory.now(&page.state).await?;
     let found = rows::templates(&mut *page.database.conn().await?, page.namespaces()).await?;
     let body = html! {
-        div.head { h1 { "Templates" } span.quiet { "what tasks are runs of" } }
+        div.head { h1 { "Templates" } span.quiet { "workflows that tasks run" } }
         div.panel.flush {
             @if found.is_empty() {
                 (empty("No template yet", &html! { p { "Write one as YAML, check it, and register it:" } (command("tasker template lint order.yaml")) " " (command("tasker template apply order.yaml")) }))
@@ -48,9 +48,9 @@ pub(super) async fn list(page: Page) -> Result<Response, Problem> {
     Ok(page.show(now, "Templates", Section::Templates, None, &body))
 }
 
-/// The address of a template's page.
+/// The query of a template's page.
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Asked {
+pub(super) struct TemplateQuery {
     /// Which version; the latest if not said.
     version: Option<String>,
     /// Shows what changed since this version.
@@ -61,7 +61,7 @@ pub(super) struct Asked {
 pub(super) async fn show(
     page: Page,
     Path((namespace, name)): Path<(String, String)>,
-    Query(asked): Query<Asked>,
+    Query(params): Query<TemplateQuery>,
 ) -> Result<Response, Problem> {
     let missing = || Problem::not_found(format!("template {namespace}/{name}"));
     page.who.require_scope(Scope::TemplatesRead)?;
@@ -71,9 +71,9 @@ pub(super) async fn show(
     let now = page.memory.now(&page.state).await?;
     let mut conn = page.database.conn().await?;
     let versions = rows::versions(&mut conn, &namespace, &name).await?;
-    let chosen = asked.version.as_deref().filter(|version| !version.is_empty());
+    let chosen = params.version.as_deref().filter(|version| !version.is_empty());
     let (_, definition) = views::definition(&mut conn, &namespace, &name, chosen).await?.ok_or_else(missing)?;
-    let before = match asked.since.as_deref() {
+    let before = match params.since.as_deref() {
         Some(since) => views::definition(&mut conn, &namespace, &name, Some(since)).await?,
         None => None,
     };
@@ -93,10 +93,10 @@ pub(super) async fn show(
                 }
             }
             @if let Some(older) = versions.iter().skip_while(|one| one.version != version).nth(1) {
-                @if asked.since.is_none() { a.small href=(page.link(format!("{here}?version={}&since={}#diff", super::task::encoded(&version), super::task::encoded(&older.version)))) { "What changed since " (older.version) } }
+                @if params.since.is_none() { a.small href=(page.link(format!("{here}?version={}&since={}#diff", super::task::encoded(&version), super::task::encoded(&older.version)))) { "What changed since " (older.version) } }
             }
         }
-        @if let (Some((_, before)), Some(since)) = (&before, &asked.since) { (difference(since, &version, before, &definition)) }
+        @if let (Some((_, before)), Some(since)) = (&before, &params.since) { (difference(since, &version, before, &definition)) }
         section.panel aria-labelledby="graph-title" {
             div.head { h2.grow id="graph-title" { "Graph" } span.quiet.small { (counted(nodes.len(), "step")) } button.js-only type="button" data-fit="" { "Fit to width" } }
             @match graph::layout(&nodes) {

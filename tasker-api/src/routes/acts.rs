@@ -1,4 +1,4 @@
-//! What is done to tasks and steps. Each is a wish: it is checked now and decided by an
+//! What is done to tasks and steps. Each is a request: it is checked now and decided by an
 //! orchestrator a moment later, and the audit names the key as the actor.
 
 use schemars::JsonSchema;
@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tasker_shared::client::wire::{Bulk, BulkAnswer};
 use tasker_shared::state_machine::decide::ByHand;
-use tasker_shared::store::requests::Act;
+use tasker_shared::store::requests::TaskRequest;
 
 use super::tasks::{StepPath, TaskPath, visible};
 use super::{Accepted, Reason};
@@ -14,9 +14,9 @@ use crate::auth::Scope;
 use crate::operation::{Answer, Api, Call, Nothing, Operation, Reply};
 use crate::problem::Problem;
 
-/// A wish about a whole task.
+/// A request about a whole task.
 type OfTask<B> = Call<TaskPath, Nothing, B>;
-/// A wish about a step.
+/// A request about a step.
 type OfStep<B> = Call<StepPath, Nothing, B>;
 
 pub(super) fn add(api: &mut Api) {
@@ -44,18 +44,18 @@ pub(super) fn add(api: &mut Api) {
     api.add(
         post("/v1/tasks/{task}/suspend", "suspend_task", "Send nothing more of it until it is resumed"),
         operate,
-        |call| act(call, Act::Suspend),
+        |call| act(call, TaskRequest::Suspend),
     );
     api.add(post("/v1/tasks/{task}/resume", "resume_task", "Let a suspended task go on"), operate, |call| {
-        act(call, Act::Resume)
+        act(call, TaskRequest::Resume)
     });
     api.add(post("/v1/tasks/{task}/give-up", "give_up_task", "End a blocked task as failed"), operate, |call| {
-        act(call, Act::GiveUp)
+        act(call, TaskRequest::GiveUp)
     });
     api.add(
         post("/v1/tasks/{task}/resolve", "resolve_task", "End a blocked task as resolved by hand"),
         operate,
-        |call| act(call, Act::Resolve),
+        |call| act(call, TaskRequest::Resolve),
     );
     api.add(
         post("/v1/tasks/{task}/retry", "retry_task", "Try again what failed, keeping what is done"),
@@ -105,9 +105,9 @@ async fn terminate(call: OfTask<Reason>) -> Answer<Accepted> {
     Ok(Accepted::YES.into())
 }
 
-async fn act(call: OfTask<Reason>, act: Act) -> Answer<Accepted> {
+async fn act(call: OfTask<Reason>, request: TaskRequest) -> Answer<Accepted> {
     visible(&call, call.path.task).await?;
-    call.state.client().act(call.path.task, act, Some(&call.who.name), call.body.reason.as_deref()).await?;
+    call.state.client().act(call.path.task, request, Some(&call.who.name), call.body.reason.as_deref()).await?;
     Ok(Accepted::YES.into())
 }
 

@@ -82,7 +82,7 @@ pub(crate) struct Reason {
     pub reason: Option<String>,
 }
 
-/// A wish was taken; an orchestrator decides a moment later.
+/// A request was accepted; an orchestrator decides a moment later.
 #[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct Accepted {
     /// Always true.

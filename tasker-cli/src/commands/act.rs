@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tasker_shared::client::Client;
 use tasker_shared::state_machine::decide::ByHand;
 use tasker_shared::store::details::STATUSES;
-use tasker_shared::store::requests::Act;
+use tasker_shared::store::requests::TaskRequest;
 use uuid::Uuid;
 
 use crate::Global;
@@ -68,10 +68,10 @@ pub async fn act(global: &Global, client: &Client, word: &str, which: Which, ste
         "cancel" => client.cancel(id, actor.as_deref(), reason).await?,
         "terminate" => client.terminate(id, actor.as_deref(), reason).await?,
         "retry" => client.retry_steps(id, steps, actor.as_deref(), reason).await?,
-        "suspend" => of(Act::Suspend).await?,
-        "resume" => of(Act::Resume).await?,
-        "give_up" => of(Act::GiveUp).await?,
-        _ => of(Act::Resolve).await?,
+        "suspend" => of(TaskRequest::Suspend).await?,
+        "resume" => of(TaskRequest::Resume).await?,
+        "give_up" => of(TaskRequest::GiveUp).await?,
+        _ => of(TaskRequest::Resolve).await?,
     }
     accepted(global, id)
 }
@@ -197,7 +197,7 @@ impl Audit {
     }
 }
 
-/// Says that a wish was accepted.
+/// Says that a request was accepted.
 pub fn accepted(global: &Global, task: Uuid) -> anyhow::Result<()> {
     if global.output == Format::Json {
         return output::json(&json!({"task_uuid": task, "accepted": true}));

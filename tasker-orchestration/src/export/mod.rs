@@ -272,7 +272,7 @@ impl Exporter {
 
     /// Whether an error is one of a database that is away, which is told once for the whole process.
     fn is_outage(&self, error: &store::Error) -> bool {
-        Outage::of(&self.pool).tells_of(error)
+        Outage::of(&self.pool).handles(error)
     }
 
     fn release(&self, batch_ids: Vec<Uuid>) {

@@ -5,7 +5,7 @@
 
 use crate::export::Batch;
 use chrono::{DateTime, Utc};
-use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
+use tasker_shared::state_machine::attempt_history::{Claimed, attempt_history};
 use tasker_shared::state_machine::plan::{Plan, Step};
 use tasker_shared::trace::log::{Attempt, Head, StepInfo, TaskLog, Transition};
 
@@ -94,7 +94,7 @@ fn slice(loaded: &LoadedTask, plan: &Plan, began_at: DateTime<Utc>, at: DateTime
             continue;
         };
         let attempt = loaded.attempts.get(step);
-        transitions.extend(earlier(row, attempt));
+        transitions.extend(history(row, attempt));
         attempts.extend(attempt.cloned());
     }
     transitions.extend(plan.moves.iter().map(|made| Transition::of(made.clone(), began_at, at)));
@@ -119,15 +119,15 @@ fn slice(loaded: &LoadedTask, plan: &Plan, began_at: DateTime<Utc>, at: DateTime
     }
 }
 
-/// The moves of a closed attempt before the one that closed it, out of its rows.
-fn earlier(step: &Step, attempt: Option<&Attempt>) -> impl Iterator<Item = Transition> + use<> {
+/// The history of a closed attempt, made from its rows: the moves before the one that closed it.
+fn history(step: &Step, attempt: Option<&Attempt>) -> impl Iterator<Item = Transition> + use<> {
     let claimed = attempt.map(|attempt| Claimed {
         worker: &attempt.worker,
         began_at: attempt.claim_began_at,
         at: attempt.claimed_at,
         reported: attempt.report_began_at.zip(attempt.reported_at),
     });
-    earlier_moves(step, claimed).into_iter().map(|(made, began_at, at)| Transition::of(made, began_at, at))
+    attempt_history(step, claimed).into_iter().map(|(made, began_at, at)| Transition::of(made, began_at, at))
 }
 
 fn head(loaded: &LoadedTask, plan: &Plan, began_at: DateTime<Utc>) -> Head {

@@ -183,7 +183,7 @@ async fn bisect(
             }
             Fault::System => {
                 // While the database is away there is nothing to be found out.
-                let is_away = shared.outage.tells_of(&error);
+                let is_away = shared.outage.handles(&error);
                 let pause = if is_away { Some(shared.outage.pause()) } else { shared.breaker.failed(&error) };
                 if let Some(pause) = pause {
                     let rest = open.iter().flat_map(|(part, _)| messages(part)).chain(messages(&part)).collect();

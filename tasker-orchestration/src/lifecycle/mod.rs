@@ -33,7 +33,7 @@ use sqlx::{PgConnection, PgPool};
 use tasker_shared::state_machine::Event;
 use tasker_shared::store::outage::Outage;
 use tasker_shared::store::templates::{self, TemplateError};
-use tasker_shared::store::tx::Lines;
+use tasker_shared::store::tx::Connections;
 use tasker_shared::store::{self, Fault};
 use tasker_shared::template::Compiled;
 use tokio::sync::Notify;
@@ -47,7 +47,7 @@ use self::locks::{Locks, Subject};
 use self::queue::Message;
 
 /// Connections kept for settles: as many as usually settle at once.
-const SETTLE_LINES: usize = 3;
+const SETTLE_CONNECTIONS: usize = 3;
 
 /// What every part of one orchestrator shares.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub struct Shared {
     /// For transactions: commits wait for the disk.
     pub pool: PgPool,
     /// For settles: connections of `pool` that are kept.
-    pub lines: Lines,
+    pub connections: Connections,
     /// For queue reads: commits may be asynchronous.
     pub reads: PgPool,
     /// Names this orchestrator in queues' reader lists and in export batches.
@@ -85,7 +85,7 @@ impl Shared {
     /// With nothing cached yet.
     pub fn new(pool: PgPool, reads: PgPool, instance: Uuid, exporter: Option<Exporter>) -> Self {
         Self {
-            lines: Lines::new(pool.clone(), SETTLE_LINES),
+            connections: Connections::new(pool.clone(), SETTLE_CONNECTIONS),
             outage: Outage::of(&pool),
             pool,
             reads,

@@ -51,7 +51,7 @@ pub(super) async fn settle<'a>(
     wait: Wait,
 ) -> Result<Settled<'a>, Error> {
     let (source, count, began) = (measure::source(queue, &events), events.len(), Instant::now());
-    let transaction = shared.lines.in_tx(async |conn| transact(shared, conn, queue, events, wait).await);
+    let transaction = shared.connections.in_tx(async |conn| transact(shared, conn, queue, events, wait).await);
     let result = AssertUnwindSafe(transaction).catch_unwind().await.unwrap_or(Err(Error::Panicked));
     let (settled, committed) = result.inspect_err(|error| {
         measure::failed(&source);

@@ -262,7 +262,7 @@ impl HttpClient {
     /// As [`get`](Self::get).
     pub async fn act(&self, task: Uuid, act: &str, reason: Option<&str>) -> Result<(), HttpError> {
         let body = reason.map_or_else(|| json!({}), |reason| json!({"reason": reason}));
-        self.wish(&format!("/v1/tasks/{task}/{}", segment(act)), &body).await
+        self.post(&format!("/v1/tasks/{task}/{}", segment(act)), &body).await
     }
 
     /// Runs a finished task again from these steps, in a new generation.
@@ -270,7 +270,7 @@ impl HttpClient {
     /// # Errors
     /// As [`get`](Self::get).
     pub async fn rerun(&self, task: Uuid, from: &[&str], reason: Option<&str>) -> Result<(), HttpError> {
-        self.wish(&format!("/v1/tasks/{task}/rerun"), &json!({"from": from, "reason": reason})).await
+        self.post(&format!("/v1/tasks/{task}/rerun"), &json!({"from": from, "reason": reason})).await
     }
 
     /// Sends a signal; the step that waits for it completes with the payload.
@@ -278,7 +278,7 @@ impl HttpClient {
     /// # Errors
     /// As [`get`](Self::get).
     pub async fn signal(&self, task: Uuid, name: &str, payload: &Value) -> Result<(), HttpError> {
-        self.wish(&format!("/v1/tasks/{task}/signal"), &json!({"name": name, "payload": payload})).await
+        self.post(&format!("/v1/tasks/{task}/signal"), &json!({"name": name, "payload": payload})).await
     }
 
     /// Acts on up to 1000 tasks that match, or says which those would be.
@@ -364,7 +364,7 @@ impl HttpClient {
         read(answered(request.json(body)).await?).await
     }
 
-    async fn wish(&self, path: &str, body: &Value) -> Result<(), HttpError> {
+    async fn post(&self, path: &str, body: &Value) -> Result<(), HttpError> {
         self.send::<Value>(Method::POST, path, body).await.map(|_| ())
     }
 

@@ -188,7 +188,7 @@ pub enum BulkAction {
 pub struct BulkAnswer {
     /// Tasks that match and allow the act.
     pub matched: i64,
-    /// Tasks whose wish was sent.
+    /// Tasks whose request was sent.
     pub asked: i64,
     /// Whether nothing was done.
     pub dry_run: bool,

@@ -111,9 +111,9 @@ fn missed_ticks_are_made_up_for_as_the_policy_says() {
         (Missed::Skip, "2026-01-01T05:00:30Z", vec!["2026-01-01T05:00:00Z"]),
     ];
     for (missed, now, runs) in cases {
-        let look = look(&hourly, missed, first, at(now));
-        assert_eq!(look.runs, runs.iter().map(|text| at(text)).collect::<Vec<_>>(), "{missed:?} at {now}");
-        assert!(look.next.is_some_and(|next| next > at(now) && next <= at(now) + TimeDelta::hours(1)));
+        let found = due_runs(&hourly, missed, first, at(now));
+        assert_eq!(found.runs, runs.iter().map(|text| at(text)).collect::<Vec<_>>(), "{missed:?} at {now}");
+        assert!(found.next.is_some_and(|next| next > at(now) && next <= at(now) + TimeDelta::hours(1)));
     }
 }
 
@@ -121,10 +121,10 @@ fn missed_ticks_are_made_up_for_as_the_policy_says() {
 fn a_year_of_missed_seconds_costs_a_moment_and_brings_the_latest_hundred() {
     let secondly = cron("* * * * * *", "UTC");
     let now = at("2027-01-01T00:00:00.5Z");
-    let look = look(&secondly, Missed::RunAll, at("2026-01-01T00:00:00Z"), now);
-    assert_eq!(look.runs.len(), MAX_MISSED);
-    assert_eq!(look.runs.last(), Some(&at("2027-01-01T00:00:00Z")));
-    assert_eq!(look.next, Some(at("2027-01-01T00:00:01Z")));
+    let found = due_runs(&secondly, Missed::RunAll, at("2026-01-01T00:00:00Z"), now);
+    assert_eq!(found.runs.len(), MAX_MISSED);
+    assert_eq!(found.runs.last(), Some(&at("2027-01-01T00:00:00Z")));
+    assert_eq!(found.next, Some(at("2027-01-01T00:00:01Z")));
 }
 
 #[test]
@@ -132,8 +132,8 @@ fn one_time_ticks_once() {
     let once = Timing::new(None, None, None, Some(at("2026-05-01T08:00:00Z")), at("2026-01-01T00:00:00Z")).unwrap();
     let now = at("2026-05-01T08:00:01Z");
     assert_eq!(
-        look(&once, Missed::RunOnce, at("2026-05-01T08:00:00Z"), now),
-        Look { runs: vec![at("2026-05-01T08:00:00Z")], next: None }
+        due_runs(&once, Missed::RunOnce, at("2026-05-01T08:00:00Z"), now),
+        DueRuns { runs: vec![at("2026-05-01T08:00:00Z")], next: None }
     );
 }
 
@@ -164,9 +164,9 @@ proptest! {
         for pause in pauses {
             now += TimeDelta::seconds(pause);
             if let Some(due) = next.filter(|due| *due <= now) {
-                let look = look(&timing, Missed::RunAll, due, now);
-                found.extend(look.runs);
-                next = look.next;
+                let run_now = due_runs(&timing, Missed::RunAll, due, now);
+                found.extend(run_now.runs);
+                next = run_now.next;
             }
         }
         let mut expected = Vec::new();

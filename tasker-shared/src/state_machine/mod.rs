@@ -3,11 +3,11 @@
 //! [`states`] says what may move, [`decide()`] says what moves now. Nothing here imports
 //! anything of ours; a test reads the imports and checks.
 
+pub mod attempt_history;
 pub mod condition;
 pub mod decide;
 pub mod definition;
 pub mod duration;
-pub mod earlier;
 pub mod flow;
 pub mod graph;
 pub mod input;

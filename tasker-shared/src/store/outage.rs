@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
-/// One connection may be lost alone: an outage is told when something fails so long after that.
+/// One connection may be lost alone: an outage is logged when something fails so long after that.
 const ONE_MORE: Duration = Duration::from_millis(100);
 /// The same while others are answered: each loop may hold a connection that died long ago.
 const PARTLY: Duration = Duration::from_secs(3);
@@ -33,7 +33,7 @@ const LONGEST_TRY: Duration = Duration::from_secs(1);
 const DOUBT: Duration = Duration::from_secs(5);
 
 /// Which database: host, port, socket, name.
-type Place = (String, u16, Option<PathBuf>, Option<String>);
+type Address = (String, u16, Option<PathBuf>, Option<String>);
 
 /// Whether the database of this process is away, and what was said of it.
 #[derive(Debug, Default)]
@@ -52,15 +52,15 @@ struct Away {
     failed_at: Instant,
     /// The first answer after the last failure.
     answered_at: Option<Instant>,
-    /// Whether there was a line about it.
-    is_told: bool,
+    /// Whether there was a log line about it.
+    is_logged: bool,
     say_at: Instant,
     pause: Duration,
 }
 
-/// What is worth a line.
+/// What is worth a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Line {
+enum LogLine {
     Began,
     Lasts(Duration),
     Over(Duration),
@@ -75,16 +75,16 @@ impl Outage {
 
     /// The same, of a pool that is about to be made.
     pub(super) fn at(to: &PgConnectOptions) -> Arc<Self> {
-        static ALL: Mutex<BTreeMap<Place, Arc<Outage>>> = Mutex::new(BTreeMap::new());
-        let place =
+        static ALL: Mutex<BTreeMap<Address, Arc<Outage>>> = Mutex::new(BTreeMap::new());
+        let address =
             (to.get_host().into(), to.get_port(), to.get_socket().cloned(), to.get_database().map(str::to_owned));
-        Arc::clone(ALL.lock().unwrap_or_else(PoisonError::into_inner).entry(place).or_default())
+        Arc::clone(ALL.lock().unwrap_or_else(PoisonError::into_inner).entry(address).or_default())
     }
 
     /// Whether an error is one of a database that is away. Then it is dealt with: a line is written
     /// for the first one and after growing pauses, and connections that were made before are tested
     /// before they are used. Any other error is the caller's to log.
-    pub fn tells_of(&self, error: &(dyn StdError + 'static)) -> bool {
+    pub fn handles(&self, error: &(dyn StdError + 'static)) -> bool {
         let away = is_away(error);
         if away {
             self.failed(error);
@@ -97,13 +97,13 @@ impl Outage {
         self.doubt();
         let line = self.note_failure(Instant::now());
         match line {
-            Some(Line::Began) => {
+            Some(LogLine::Began) => {
                 tracing::warn!(%error, "the database does not answer; it is tried until it does");
             }
-            Some(Line::Lasts(since)) => {
+            Some(LogLine::Lasts(since)) => {
                 tracing::warn!(%error, "the database has not answered for {} s", seconds(since));
             }
-            Some(Line::Over(_)) | None => {}
+            Some(LogLine::Over(_)) | None => {}
         }
     }
 
@@ -112,7 +112,7 @@ impl Outage {
         if !self.is_away.load(Ordering::Relaxed) {
             return;
         }
-        if let Some(Line::Over(lasted)) = self.note_answer(Instant::now()) {
+        if let Some(LogLine::Over(lasted)) = self.note_answer(Instant::now()) {
             tracing::info!("the database is back after {} s", seconds(lasted));
         }
     }
@@ -140,41 +140,41 @@ impl Outage {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_failure(&self, at: Instant) -> Option<Line> {
+    fn note_failure(&self, at: Instant) -> Option<LogLine> {
         let mut now = self.now();
         let away = now.get_or_insert_with(|| {
             self.is_away.store(true, Ordering::Relaxed);
             let (say_at, pause) = (at + ONE_MORE, FIRST_PAUSE);
-            Away { since: at, failed_at: at, answered_at: None, is_told: false, say_at, pause }
+            Away { since: at, failed_at: at, answered_at: None, is_logged: false, say_at, pause }
         });
-        if away.answered_at.is_some() && !away.is_told {
+        if away.answered_at.is_some() && !away.is_logged {
             away.say_at = away.since + PARTLY;
         }
         (away.failed_at, away.answered_at) = (at, None);
         if at < away.say_at {
             return None;
         }
-        if !std::mem::replace(&mut away.is_told, true) {
+        if !std::mem::replace(&mut away.is_logged, true) {
             away.say_at = at + away.pause;
-            return Some(Line::Began);
+            return Some(LogLine::Began);
         }
         away.pause = (away.pause * 2).min(LONGEST_PAUSE);
         away.say_at = at + away.pause;
-        Some(Line::Lasts(at.duration_since(away.since)))
+        Some(LogLine::Lasts(at.duration_since(away.since)))
     }
 
-    fn note_answer(&self, at: Instant) -> Option<Line> {
+    fn note_answer(&self, at: Instant) -> Option<LogLine> {
         let mut now = self.now();
         let away = now.as_mut()?;
         let answered_at = *away.answered_at.get_or_insert(at);
         if at.duration_since(away.failed_at) < CALM {
             return None;
         }
-        let over = Line::Over(answered_at.duration_since(away.since));
-        let was_told = away.is_told;
+        let over = LogLine::Over(answered_at.duration_since(away.since));
+        let was_logged = away.is_logged;
         *now = None;
         self.is_away.store(false, Ordering::Relaxed);
-        was_told.then_some(over)
+        was_logged.then_some(over)
     }
 }
 
@@ -227,12 +227,12 @@ mod tests {
         }
         let told: Vec<u64> = lines.iter().map(|(second, _)| *second).collect();
         assert_eq!(told, [0, 1, 3, 7, 15]);
-        assert_eq!(lines[0].1, Line::Began);
+        assert_eq!(lines[0].1, LogLine::Began);
         // One loop is through while another still fails: that is the same outage.
         assert_eq!(outage.note_answer(at(17_000)), None);
         assert_eq!(outage.note_failure(at(17_100)), None);
         assert_eq!(outage.note_answer(at(17_200)), None);
-        assert_eq!(outage.note_answer(at(18_100)), Some(Line::Over(Duration::from_millis(17_200))));
+        assert_eq!(outage.note_answer(at(18_100)), Some(LogLine::Over(Duration::from_millis(17_200))));
         assert_eq!(outage.note_answer(at(18_101)), None);
         // A loop that slept meets its dead connection later; the next one it gets works.
         assert_eq!(outage.note_failure(at(20_000)), None);
@@ -245,7 +245,7 @@ mod tests {
             .filter(|ms| outage.note_answer(at(*ms)).is_none() && outage.note_failure(at(*ms)).is_some())
             .collect();
         assert_eq!(partly, [25_000]);
-        assert_eq!(outage.note_answer(at(28_000)), Some(Line::Over(Duration::from_secs(6))));
+        assert_eq!(outage.note_answer(at(28_000)), Some(LogLine::Over(Duration::from_secs(6))));
         // A day of it is a line a minute.
         let day = (31_000..86_431_000).step_by(1000).filter(|ms| outage.note_failure(at(*ms)).is_some()).count();
         assert!((1440..1450).contains(&day), "{day}");

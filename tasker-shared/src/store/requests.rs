@@ -1,4 +1,4 @@
-//! What people and clients ask for. Nothing here decides: it sends a wish to the
+//! What people and clients ask for. Nothing here decides: it sends a request to the
 //! orchestrators, or moves a message that nobody could use.
 
 use serde_json::Value;
@@ -50,18 +50,18 @@ pub async fn retry(
 /// What an operator may ask of a task as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "explained in docs/reference/lifecycle.md")]
-pub enum Act {
+pub enum TaskRequest {
     Suspend,
     Resume,
     GiveUp,
     Resolve,
 }
 
-/// Asks for an act; `accepted`, or why not.
+/// Sends the request; `accepted`, or why not.
 pub async fn act(
     conn: &mut PgConnection,
     task: Uuid,
-    act: Act,
+    request: TaskRequest,
     actor: Option<&str>,
     reason: Option<&str>,
 ) -> Result<String, Error> {
@@ -74,11 +74,11 @@ pub async fn act(
         task,
         reason,
         actor,
-        match act {
-            Act::Suspend => "suspend",
-            Act::Resume => "resume",
-            Act::GiveUp => "give_up",
-            Act::Resolve => "resolve",
+        match request {
+            TaskRequest::Suspend => "suspend",
+            TaskRequest::Resume => "resume",
+            TaskRequest::GiveUp => "give_up",
+            TaskRequest::Resolve => "resolve",
         }
     )
     .fetch_one(conn)

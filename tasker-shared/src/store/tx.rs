@@ -219,7 +219,7 @@ where
 /// round trip beside what the commit has just woken, and is of no use where the server has just
 /// said that the transaction is over.
 #[derive(Debug)]
-pub struct Lines {
+pub struct Connections {
     pool: PgPool,
     most: usize,
     outage: Arc<Outage>,
@@ -227,7 +227,7 @@ pub struct Lines {
     kept: Mutex<Vec<(PoolConnection<Postgres>, Instant)>>,
 }
 
-impl Lines {
+impl Connections {
     /// Keeps so many connections of the pool, at most.
     pub fn new(pool: PgPool, most: usize) -> Self {
         Self { outage: Outage::of(&pool), pool, most, kept: Mutex::default() }
@@ -270,7 +270,7 @@ impl Lines {
 
 async fn run<T, E>(
     pool: &PgPool,
-    lines: Option<&Lines>,
+    connections: Option<&Connections>,
     work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
 ) -> Result<T, E>
 where
@@ -278,7 +278,7 @@ where
 {
     let mut dead = 0;
     loop {
-        let (conn, since) = match lines.and_then(Lines::take) {
+        let (conn, since) = match connections.and_then(Connections::take) {
             Some((_, since)) if is_retired(since) => continue,
             Some(kept) => kept,
             None => (pool.acquire().await?, Instant::now()),
@@ -307,8 +307,8 @@ where
                 }
             }
         }
-        if let (Some(lines), Some(conn)) = (lines, held.give_back()) {
-            lines.keep(conn, since);
+        if let (Some(connections), Some(conn)) = (connections, held.give_back()) {
+            connections.keep(conn, since);
         }
         return result;
     }
@@ -455,27 +455,27 @@ mod tests {
     async fn kept_connection_is_used_again_and_one_in_doubt_is_not() {
         let database = TestDatabase::fresh().await;
         let pool = table(&database).await;
-        let lines = Lines::new(pool.clone(), 1);
+        let connections = Connections::new(pool.clone(), 1);
         let backend = async || {
-            lines
+            connections
                 .in_tx(async |conn| sqlx::query_scalar::<_, i32>("select pg_backend_pid()").fetch_one(conn).await)
                 .await
                 .expect("a transaction")
         };
         let first = backend().await;
         assert_eq!(backend().await, first);
-        let refused: Result<(), sqlx::Error> = lines.in_tx(async |_| Err(sqlx::Error::RowNotFound)).await;
+        let refused: Result<(), sqlx::Error> = connections.in_tx(async |_| Err(sqlx::Error::RowNotFound)).await;
         assert!(refused.is_err());
         assert_eq!(backend().await, first, "a rollback leaves no doubt");
         for polls in 0..6 {
-            cut_short(polls, lines.in_tx(async |conn| insert_one(conn).await)).await;
+            cut_short(polls, connections.in_tx(async |conn| insert_one(conn).await)).await;
         }
         expect_no_open_transaction(&pool).await;
         // A server that was restarted meanwhile costs nothing but another connection.
         let last = backend().await;
         sqlx::query("select pg_terminate_backend($1, 5000)").bind(last).execute(&pool).await.expect("terminated");
         assert_ne!(backend().await, last);
-        lines.give_back();
+        connections.give_back();
         tokio::time::timeout(Duration::from_secs(10), pool.close()).await.expect("none is kept");
     }
 

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Message, Row, Settled, World};
+use tasker_shared::state_machine::attempt_history::{Claimed, attempt_history};
 use tasker_shared::state_machine::definition::Join;
-use tasker_shared::state_machine::earlier::{Claimed, earlier_moves};
 use tasker_shared::state_machine::input::{BY_REFERENCE, Scope};
 use tasker_shared::state_machine::plan::{Detail, Due, Map, Move, Plan, Step, Task, Wait};
 use tasker_shared::state_machine::states::{Change, StepEvent, StepState, TaskEvent};
@@ -86,7 +86,7 @@ impl World {
         }
         let rebuilt = closed.iter().flat_map(|(step, attempt)| {
             let row = before.iter().find(|row| row.uuid == *step && row.attempt == *attempt && self.has_attempt(row));
-            row.map(|row| self.earlier_moves(row)).unwrap_or_default()
+            row.map(|row| self.attempt_history(row)).unwrap_or_default()
         });
         let rebuilt = rebuilt.collect();
         self.settled.push(Settled {
@@ -261,14 +261,14 @@ impl World {
 
     /// The open attempt's moves as the columns tell them, and as an orchestrator hands them to the
     /// exporter without reading the log.
-    pub(super) fn earlier_moves(&self, step: &Step) -> Vec<Row> {
+    pub(super) fn attempt_history(&self, step: &Step) -> Vec<Row> {
         let claimed = self.attempt(step.uuid, step.attempt).map(|attempt| Claimed {
             worker: &attempt.worker,
             began_at: attempt.claim_began_at,
             at: attempt.claimed_at,
             reported: attempt.report.as_ref().map(|report| (report.began_at, report.at)),
         });
-        let moves = earlier_moves(step, claimed);
+        let moves = attempt_history(step, claimed);
         assert!(!moves.is_empty(), "an open attempt has its Enqueue");
         moves.into_iter().map(|(made, began_at, at)| Row { made, began_at, at }).collect()
     }

@@ -189,7 +189,7 @@ impl World {
         assert!(token, "nothing will ever move it: {step:?}");
         if self.has_attempt(step) {
             // The columns tell of the open attempt what the log tells.
-            for mut row in self.earlier_moves(step) {
+            for mut row in self.attempt_history(step) {
                 row.made.detail = None;
                 let logged = self
                     .log

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::Page;
 use super::rows;
-use super::seen::{GOOD_FOR, Seen, TRACE_WITH_PAGE, may_look, read_log};
+use super::task_data::{GOOD_FOR, TRACE_WITH_PAGE, TaskData, may_look, read_log};
 use super::timeline::Timeline;
 use crate::auth::Scope;
 use crate::problem::Problem;
@@ -28,7 +28,7 @@ const SPANS_KEPT: usize = 5_000;
 
 /// The timeline of a task, and its text once somebody has asked for that.
 #[derive(Debug)]
-pub(super) struct Drawn {
+pub(super) struct TaskTimeline {
     pub timeline: Timeline,
     /// What it was drawn from, of a task of few.
     spans: Vec<Span>,
@@ -36,7 +36,7 @@ pub(super) struct Drawn {
     text: OnceLock<(Bytes, String)>,
 }
 
-impl Drawn {
+impl TaskTimeline {
     fn text(&self) -> &(Bytes, String) {
         self.text.get_or_init(|| {
             let text = serde_json::to_vec(&self.timeline).unwrap_or_default();
@@ -49,8 +49,8 @@ impl Drawn {
 }
 
 /// The timeline of a task that the caller may look at, without what errors say if payloads are not its own.
-pub(super) async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<Drawn>, Problem> {
-    let drawn = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 13), async || {
+pub(super) async fn task_timeline(page: &Page, task: Uuid, payloads: bool) -> Result<Arc<TaskTimeline>, Problem> {
+    let timeline = page.memory.traces.get((task, payloads), page.good_for(GOOD_FOR, 13), async || {
         let Some(view) = views::these(&mut *page.database.conn().await?, &[task]).await?.pop() else {
             return Ok(None);
         };
@@ -64,10 +64,10 @@ pub(super) async fn drawn(page: &Page, task: Uuid, payloads: bool) -> Result<Arc
             .get((task, payloads, view.last_at), ENDED_GOOD_FOR, async || draw(page, task, payloads).await);
         ended.await
     });
-    drawn.await?.ok_or_else(|| Problem::not_found(format!("task {task}")))
+    timeline.await?.ok_or_else(|| Problem::not_found(format!("task {task}")))
 }
 
-async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Drawn>>, Problem> {
+async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<TaskTimeline>>, Problem> {
     let (log, now) = match read_log(page, task).await {
         Ok(read) => read,
         Err(problem) if problem.details().status == StatusCode::NOT_FOUND.as_u16() => return Ok(None),
@@ -75,27 +75,27 @@ async fn draw(page: &Page, task: Uuid, payloads: bool) -> Result<Option<Arc<Draw
     };
     let waits = rows::open_waits(&mut *page.database.conn().await?, task).await?;
     // The tree is work for the processor alone; others go on meanwhile.
-    let drawn = tokio::task::spawn_blocking(move || {
+    let timeline = tokio::task::spawn_blocking(move || {
         let mut spans = tree::spans_so_far(&log, now);
         if !payloads {
             spans.spans.iter_mut().for_each(read::hide_errors_of);
         }
         let timeline = Timeline::new(&log, &spans, &waits, now);
         let spans = if spans.spans.len() <= SPANS_KEPT { spans.spans } else { Vec::new() };
-        Drawn { timeline, spans, text: OnceLock::new() }
+        TaskTimeline { timeline, spans, text: OnceLock::new() }
     });
-    Ok(Some(Arc::new(drawn.await.map_err(|_| undrawn())?)))
+    Ok(Some(Arc::new(timeline.await.map_err(|_| undrawn())?)))
 }
 
 /// The span of an attempt's handler, if the task has not too many for a page.
-pub(super) async fn handler_span(page: &Page, seen: &Seen, id: SpanId) -> Result<Option<Span>, Problem> {
-    let view = &seen.situation.task;
-    if seen.steps.len() > TRACE_WITH_PAGE || !page.config().ui_trace {
+pub(super) async fn handler_span(page: &Page, data: &TaskData, id: SpanId) -> Result<Option<Span>, Problem> {
+    let view = &data.situation.task;
+    if data.steps.len() > TRACE_WITH_PAGE || !page.config().ui_trace {
         return Ok(None);
     }
     let payloads = page.who.may(Scope::PayloadsRead, &view.namespace);
-    let drawn = drawn(page, view.task_uuid, payloads).await?;
-    Ok(drawn.spans.iter().find(|span| span.id == id).cloned())
+    let timeline = task_timeline(page, view.task_uuid, payloads).await?;
+    Ok(timeline.spans.iter().find(|span| span.id == id).cloned())
 }
 
 fn undrawn() -> Problem {
@@ -108,8 +108,8 @@ pub(super) async fn timeline(page: Page, Path(task): Path<Uuid>, headers: Header
     if !page.config().ui_trace {
         return Err(Problem::not_found("timeline; this server was started with --ui-trace false"));
     }
-    let drawn = drawn(&page, task, page.who.may(Scope::PayloadsRead, &home)).await?;
-    let text = tokio::task::spawn_blocking(move || drawn.text().clone());
+    let timeline = task_timeline(&page, task, page.who.may(Scope::PayloadsRead, &home)).await?;
+    let text = tokio::task::spawn_blocking(move || timeline.text().clone());
     let (text, tag) = text.await.map_err(|_| undrawn())?;
     if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == tag.as_bytes()) {
         return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());

@@ -1,5 +1,5 @@
-//! The moves of an open attempt before the one that closes it, out of the rows of its step and of
-//! itself: so a settle need not read the log to tell of them.
+//! The history of an open attempt before the move that closes it, made from the rows of its step and
+//! of itself, so that a settle need not read the log.
 
 use chrono::{DateTime, Utc};
 
@@ -23,9 +23,9 @@ pub struct Claimed<'a> {
 /// A row of the log: its move, `began_at` and `at`.
 pub type Timed = (Move, DateTime<Utc>, DateTime<Utc>);
 
-/// Its Enqueue, its Claim and its Report, as far as it came, or the move that began its wait for a
+/// The Enqueue, Claim and Report of an attempt, as far as it came, or the move that began its wait for a
 /// task; as the log has them, but for the claim's token. Nothing of a step that has no attempt.
-pub fn earlier_moves(step: &Step, claimed: Option<Claimed<'_>>) -> Vec<Timed> {
+pub fn attempt_history(step: &Step, claimed: Option<Claimed<'_>>) -> Vec<Timed> {
     let (Some(version), Some(began_at), Some(at)) = (step.enqueued_version, step.enqueued_began_at, step.enqueued_at)
     else {
         return Vec::new();

@@ -7,12 +7,12 @@ use sqlx::{PgConnection, PgPool, Postgres};
 
 /// A connection that one loop keeps for itself: the pool would ask the server about it each
 /// time it is given back.
-pub(crate) struct Line {
+pub(crate) struct Connection {
     pool: PgPool,
     conn: Option<PoolConnection<Postgres>>,
 }
 
-impl Line {
+impl Connection {
     pub(crate) fn new(pool: PgPool) -> Self {
         Self { pool, conn: None }
     }
