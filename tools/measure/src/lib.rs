@@ -52,6 +52,10 @@ pub fn files(root: &Path, path: &str, endings: &[&str]) -> Result<Vec<String>, E
     }
     let (mut open, mut found) = (vec![start], Vec::new());
     while let Some(at) = open.pop() {
+        // A link is another path to what is counted where it is.
+        if at.is_symlink() {
+            continue;
+        }
         if at.is_dir() {
             if at.file_name().is_some_and(|name| name == "target" || name == ".git") {
                 continue;
