@@ -34,10 +34,10 @@ async fn count(_ctx: StepContext, input: Greeting) -> Result<Count, StepError> {
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let url = std::env::args().nth(1).ok_or("usage: hello DATABASE_URL")?;
     let stop = CancellationToken::new();
-    let told = stop.clone();
+    let token = stop.clone();
     tokio::spawn(async move {
         let _ = tokio::signal::ctrl_c().await;
-        told.cancel();
+        token.cancel();
     });
     let worker =
         Worker::builder(url).namespace("hello").handler("hello.greet", greet).handler("hello.count", count).build()?;

@@ -397,12 +397,12 @@ pub(crate) struct Peer(pub(crate) IpAddr);
 /// of which one machine has all. Behind a proxy that ends TLS, what that proxy saw.
 pub(crate) fn source(config: &Config, parts: &Parts) -> IpAddr {
     let peer = parts.extensions.get::<Peer>().map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0);
-    let told = || {
+    let forwarded = || {
         // Each proxy adds what it saw at the end; what stands before it anybody may have written.
         let last = parts.headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
         last.rsplit(',').next()?.trim().parse().ok()
     };
-    network(if config.behind_tls_proxy { told().unwrap_or(peer) } else { peer })
+    network(if config.behind_tls_proxy { forwarded().unwrap_or(peer) } else { peer })
 }
 
 /// An address as far as it matters for counting.
@@ -479,7 +479,7 @@ pub(crate) async fn around(Extract(state): Extract<State>, request: Request, nex
 }
 
 /// Around every route that asks the database: a read that met a connection that had died is asked
-/// once more, before anything is answered, and an outage is told once and not with every request.
+/// once more, before anything is answered, and an outage is logged once and not with every request.
 pub(crate) async fn once_more(Extract(state): Extract<State>, request: Request, next: Next) -> Response {
     let again = request.method().is_safe().then(|| {
         let mut again = Request::new(Body::empty());

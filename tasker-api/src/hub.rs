@@ -28,7 +28,7 @@ const OVERLAP: TimeDelta = TimeDelta::seconds(2);
 /// More tasks than this in one look are not named one by one.
 const MOST: i64 = 500;
 
-/// What everybody who watches is told.
+/// What every viewer is sent.
 #[derive(Debug, Clone)]
 pub(crate) enum Change {
     /// These tasks moved, or one of their steps did.
@@ -39,7 +39,7 @@ pub(crate) enum Change {
     Ended(Arc<HashSet<Arc<Credential>>>),
 }
 
-/// Who watches, and what they are told.
+/// The viewers, and what they are sent.
 #[derive(Debug)]
 pub struct Hub {
     changes: broadcast::Sender<Change>,
@@ -136,7 +136,7 @@ impl Hub {
 #[derive(Default)]
 struct Looks {
     since: Option<DateTime<Utc>>,
-    told: HashMap<Uuid, DateTime<Utc>>,
+    announced: HashMap<Uuid, DateTime<Utc>>,
 }
 
 impl Looks {
@@ -156,16 +156,20 @@ impl Looks {
         let moved = details::moved_since(&mut conn, self.since, MOST + 1).await?;
         let many = i64::try_from(moved.tasks.len()).is_ok_and(|count| count > MOST);
         let since = moved.now - OVERLAP;
-        let news: Vec<Uuid> =
-            moved.tasks.iter().filter(|(task, at)| self.told.get(task) != Some(at)).map(|(task, _)| *task).collect();
+        let news: Vec<Uuid> = moved
+            .tasks
+            .iter()
+            .filter(|(task, at)| self.announced.get(task) != Some(at))
+            .map(|(task, _)| *task)
+            .collect();
         if many {
             let _ = hub.changes.send(Change::Many);
         } else if !news.is_empty() {
             let tasks = views::these(&mut conn, &news).await?;
             let _ = hub.changes.send(Change::Tasks(Arc::new(tasks)));
         }
-        // Only now: what was not told is looked for again.
-        self.told = moved.tasks.into_iter().filter(|(_, at)| *at > since).collect();
+        // Only now: what was not announced is looked for again.
+        self.announced = moved.tasks.into_iter().filter(|(_, at)| *at > since).collect();
         self.since = Some(since);
         Ok(())
     }

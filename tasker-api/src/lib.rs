@@ -198,7 +198,7 @@ impl Inner {
         &self.stop
     }
 
-    /// Who watches, and what they are told.
+    /// The viewers, and what they are sent.
     pub fn hub(&self) -> &Arc<hub::Hub> {
         &self.hub
     }

@@ -1,4 +1,4 @@
-//! What a caller is told when something is refused: RFC 9457 problem details with a stable code.
+//! Refusals: RFC 9457 problem details with a stable code.
 //!
 //! Nothing internal stands in one: no SQL, no path, no secret, no payload.
 

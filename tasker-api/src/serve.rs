@@ -179,12 +179,12 @@ impl Server {
                     });
                 }
                 Err(full) => {
-                    let told = no_connection(full);
+                    let refusal = no_connection(full);
                     // Without a turn it is merely closed.
                     if let Ok(turn) = Arc::clone(&refusals).try_acquire_owned() {
                         open.spawn(async move {
                             let _turn = turn;
-                            let router = Router::new().fallback(move || async { told });
+                            let router = Router::new().fallback(move || async { refusal });
                             let _ = tokio::time::timeout(
                                 LONGEST_REFUSAL,
                                 connection(stream, peer, tls, router, CancellationToken::new()),

@@ -133,10 +133,10 @@ pub fn stop_signal() -> anyhow::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let stop = CancellationToken::new();
-    let told = stop.clone();
+    let token = stop.clone();
     tokio::spawn(async move {
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        told.cancel();
+        token.cancel();
         tokio::select! { _ = interrupt.recv() => std::process::exit(130), _ = terminate.recv() => std::process::exit(143) }
     });
     Ok(stop)

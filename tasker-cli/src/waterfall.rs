@@ -49,9 +49,9 @@ struct Row<'a> {
 /// Events of handlers that are listed below a drawing.
 const MOST_EVENTS: usize = 30;
 
-/// What handlers told of themselves, a line an event, each with its time since the trace began; empty
-/// if they told nothing.
-pub fn told(spans: &TaskSpans, width: usize) -> String {
+/// Milestones that handlers reported, a line for each, each with its time since the trace began; empty
+/// if there are none.
+pub fn reported(spans: &TaskSpans, width: usize) -> String {
     let Some(began) = spans.spans.iter().map(|span| span.start).min() else {
         return String::new();
     };
@@ -75,7 +75,7 @@ pub fn told(spans: &TaskSpans, width: usize) -> String {
     if events.len() > MOST_EVENTS {
         let _ = write!(text, "\n  … and {} more", events.len() - MOST_EVENTS);
     }
-    if text.is_empty() { text } else { format!("\n\ntold by handlers{text}") }
+    if text.is_empty() { text } else { format!("\n\nreported by handlers{text}") }
 }
 
 fn plain(value: &Value) -> String {

@@ -300,7 +300,7 @@ async fn no_planted_secret_is_seen_anywhere() {
 
     let shown = tasker(&url).args(["trace", "show", &task(0)]).output().expect("the command runs");
     let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
-    assert!(shown.contains("told by handlers") && shown.contains("api_key=[redacted]"), "{shown}");
+    assert!(shown.contains("reported by handlers") && shown.contains("api_key=[redacted]"), "{shown}");
 
     let config = Config { bind: SocketAddr::from(([127, 0, 0, 1], 0)), ..Config::default() };
     let server = Server::bind(client.clone(), config).await.expect("a server");

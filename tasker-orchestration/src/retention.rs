@@ -76,10 +76,10 @@ pub async fn pass(
 ) -> Result<Removed, Error> {
     let archiving = archive.is_some();
     let mut removed = Removed::default();
-    let mut place = statements::START;
+    let mut cursor = statements::START;
     let mut weeks = None;
     while !stop.is_cancelled() {
-        let found = statements::find(&mut *pool.acquire().await?, place, archiving).await?;
+        let found = statements::find(&mut *pool.acquire().await?, cursor, archiving).await?;
         for tasks in found.tasks.chunks(statements::BATCH) {
             if stop.is_cancelled() {
                 break;
@@ -111,7 +111,7 @@ pub async fn pass(
         let Some(next) = found.next else {
             break;
         };
-        place = next;
+        cursor = next;
         if found.tasks.is_empty() {
             rest(pause, stop).await;
         }
@@ -136,7 +136,7 @@ pub async fn tidy(pool: &PgPool, removed: &mut Removed) -> Result<(), Error> {
     Ok(())
 }
 
-/// Looks for tasks that nothing will move, and tells the log and the metric how many there are.
+/// Looks for tasks that nothing will move, and reports their number in the log and the metric.
 pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
     let stuck = statements::stuck_tasks(&mut *pool.acquire().await?).await?;
     metrics().tasks_stuck.set(stuck);
@@ -148,12 +148,12 @@ pub async fn look_for_stuck(pool: &PgPool) -> Result<i64, Error> {
 
 /// What a pass would remove: how many tasks have expired.
 pub async fn expired(pool: &PgPool, archiving: bool) -> Result<i64, Error> {
-    let (mut count, mut place) = (0, statements::START);
+    let (mut count, mut cursor) = (0, statements::START);
     loop {
-        let found = statements::find(&mut *pool.acquire().await?, place, archiving).await?;
+        let found = statements::find(&mut *pool.acquire().await?, cursor, archiving).await?;
         count += i64::try_from(found.tasks.len()).unwrap_or(i64::MAX);
         match found.next {
-            Some(next) => place = next,
+            Some(next) => cursor = next,
             None => return Ok(count),
         }
     }

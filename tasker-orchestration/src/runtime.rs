@@ -217,11 +217,11 @@ fn pool_options<'a>(name: &'a str, connections: u32, settings: &'a [(&'a str, &'
 }
 
 fn readers(instance: Uuid) -> impl Iterator<Item = String> {
-    (0..16).map(move |place| reader(instance, place))
+    (0..16).map(move |number| reader(instance, number))
 }
 
-fn reader(instance: Uuid, place: usize) -> String {
-    format!("{instance}/{place}")
+fn reader(instance: Uuid, number: usize) -> String {
+    format!("{instance}/{number}")
 }
 
 /// What holds for traces at the start.

@@ -216,9 +216,9 @@ impl Client {
     pub async fn submit_many(&self, batch: Vec<Submit>) -> Result<Vec<Result<Submitted, String>>, ClientError> {
         let mut conn = self.pool.acquire().await?;
         let mut answers: Vec<Result<Submitted, String>> = Vec::with_capacity(batch.len());
-        let (mut checked, mut places) = (Vec::new(), Vec::new());
+        let (mut checked, mut indexes) = (Vec::new(), Vec::new());
         let mut known = HashMap::new();
-        for (place, mut request) in batch.into_iter().enumerate() {
+        for (index, mut request) in batch.into_iter().enumerate() {
             if let Some(problem) = request.problem() {
                 answers.push(Err(problem));
                 continue;
@@ -244,17 +244,17 @@ impl Client {
             match schema.as_deref().map_or(Ok(()), |schema| schema.check(&request.input)) {
                 Ok(()) => {
                     request.add_current_context();
-                    places.push(place);
+                    indexes.push(index);
                     checked.push(request);
                 }
-                Err(problems) => answers[place] = Err(problems.join("\n")),
+                Err(problems) => answers[index] = Err(problems.join("\n")),
             }
         }
         if checked.is_empty() {
             return Ok(answers);
         }
-        for (place, row) in places.into_iter().zip(tasks::submit(&mut conn, &checked).await?) {
-            answers[place] = match (row.task_uuid, row.error) {
+        for (index, row) in indexes.into_iter().zip(tasks::submit(&mut conn, &checked).await?) {
+            answers[index] = match (row.task_uuid, row.error) {
                 (Some(task_uuid), None) => Ok(Submitted { task_uuid, is_new: row.is_new }),
                 (_, error) => Err(error.unwrap_or_else(|| "the database gave no task".into())),
             };

@@ -1,7 +1,7 @@
 //! What a server, and the way to it, must be for us: looked at before anything is changed, and
 //! whenever an orchestrator, a worker or the API starts.
 //!
-//! A neighbour that is not as it must be is told of in one sentence, with what to do. It costs two
+//! What is not as it must be is reported in one sentence, with what to do. It costs two
 //! connections and a dozen small statements, once.
 
 use sqlx::{Executor, PgConnection, PgPool, Row, raw_sql};
@@ -70,10 +70,10 @@ pub enum Error {
 impl From<sqlx::Error> for Error {
     /// Knows the errors by which a pooler, or an old server, shows itself.
     fn from(error: sqlx::Error) -> Self {
-        let Some(told) = error.as_database_error() else {
+        let Some(refusal) = error.as_database_error() else {
             return Self::Database(error);
         };
-        let why = match (told.code().as_deref(), told.message()) {
+        let why = match (refusal.code().as_deref(), refusal.message()) {
             (Some("08P01"), text) if text.contains("startup parameter") => text.to_owned(),
             (Some("42P05"), _) => "it mixes the prepared statements of different connections".to_owned(),
             (Some("26000"), _) => "it loses prepared statements".to_owned(),

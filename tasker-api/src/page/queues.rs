@@ -117,8 +117,8 @@ const BUILT_IN: [&str; 5] = ["echo", "fail", "http", "noop", "sleep"];
 pub(super) fn remedy(page: &Page, namespace: &str, queue: &str, handler: &str) -> Markup {
     let of_example = page.config().example.as_ref().is_some_and(|example| example.namespace == namespace);
     if BUILT_IN.contains(&handler) {
-        let lane = queue.split_once("__").map_or_else(String::new, |(_, name)| format!(" --queue {name}"));
-        return html! { "Start one: " (inline_command(&format!("tasker worker run --namespace {namespace}{lane}"))) };
+        let part = queue.split_once("__").map_or_else(String::new, |(_, name)| format!(" --queue {name}"));
+        return html! { "Start one: " (inline_command(&format!("tasker worker run --namespace {namespace}{part}"))) };
     }
     if of_example {
         return html! { "Start one: " (inline_command("tasker worker example")) };

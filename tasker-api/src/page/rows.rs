@@ -428,7 +428,7 @@ pub struct Unoffered {
     pub task_uuid: Uuid,
 }
 
-/// What waits in vain, of the first 1,000 steps that are held for want of a worker, and as many in lanes.
+/// What waits in vain, of the first 1,000 steps that are held for want of a worker, and as many in hold groups.
 pub async fn unoffered(conn: &mut PgConnection, namespaces: Option<&[String]>) -> Result<Vec<Unoffered>, Error> {
     Ok(sqlx::query_as!(
         Unoffered,

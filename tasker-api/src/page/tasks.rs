@@ -151,7 +151,7 @@ pub(super) async fn list(page: Page, Query(params): Query<ListQuery>) -> Result<
     Ok(page.show(now, "Tasks", Section::Tasks, Some(EVENTS), &body))
 }
 
-/// Where changes of any task are told.
+/// The stream of changes of all tasks.
 const EVENTS: &str = "/v1/events";
 
 fn overview(page: &Page, filter: &TaskFilter, tally: &[Tally]) -> Markup {

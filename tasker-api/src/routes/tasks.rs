@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tasker_shared::client::wire::{BatchAnswer, BatchItem, TaskQuery, TaskResult, Why};
 use tasker_shared::client::{Submit, Submitted};
-use tasker_shared::store::details::{self, AttemptRow, StatusCount, StepPayloads, StepPlace, StepRow, TransitionRow};
+use tasker_shared::store::details::{self, AttemptRow, StatusCount, StepCursor, StepPayloads, StepRow, TransitionRow};
 use tasker_shared::store::listing::{self, Filter};
 use tasker_shared::store::tx;
 use tasker_shared::store::views::{self, ChildView, TaskView};
@@ -363,10 +363,10 @@ fn cursor<const N: usize>(after: &str) -> Result<[i32; N], Problem> {
 async fn steps(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<StepRow>> {
     let limit = limit(call.query.limit)?;
     let after = match &call.query.after {
-        None => StepPlace::START,
+        None => StepCursor::START,
         Some(after) => {
             let [step_index, item] = cursor(after)?;
-            StepPlace { step_index, item }
+            StepCursor { step_index, item }
         }
     };
     visible(&call, call.path.task).await?;
@@ -378,17 +378,17 @@ async fn steps(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<StepRow>
 async fn attempts(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<AttemptRow>> {
     let limit = limit(call.query.limit)?;
     let after = match &call.query.after {
-        None => (StepPlace::START, 0),
+        None => (StepCursor::START, 0),
         Some(after) => {
             let [step_index, item, attempt] = cursor(after)?;
-            (StepPlace { step_index, item }, attempt)
+            (StepCursor { step_index, item }, attempt)
         }
     };
     let (_, payloads) = seen(&call, call.path.task).await?;
     let mut conn = call.database.conn().await?;
     let found = details::attempts(&mut conn, call.path.task, after, payloads, i64::from(limit) + 1).await?;
-    let place = |row: &AttemptRow| format!("{}.{}.{}", row.step_index, row.item.unwrap_or(-1), row.attempt);
-    Ok(Page::cut(found, limit, place).into())
+    let cursor = |row: &AttemptRow| format!("{}.{}.{}", row.step_index, row.item.unwrap_or(-1), row.attempt);
+    Ok(Page::cut(found, limit, cursor).into())
 }
 
 async fn transitions(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<TransitionRow>> {
@@ -408,8 +408,8 @@ async fn transitions(call: Call<TaskPath, PageQuery, Nothing>) -> Answer<Page<Tr
     let (_, payloads) = seen(&call, call.path.task).await?;
     let mut conn = call.database.conn().await?;
     let found = details::transitions(&mut conn, call.path.task, after, payloads, i64::from(limit) + 1).await?;
-    let place = |row: &TransitionRow| format!("{}.{}.{}", row.at.timestamp_micros(), row.entity_uuid, row.version);
-    Ok(Page::cut(found, limit, place).into())
+    let cursor = |row: &TransitionRow| format!("{}.{}.{}", row.at.timestamp_micros(), row.entity_uuid, row.version);
+    Ok(Page::cut(found, limit, cursor).into())
 }
 
 /// What a task was given.

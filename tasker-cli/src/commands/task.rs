@@ -384,10 +384,10 @@ async fn get(global: &Global, client: &Client, id: Uuid) -> anyhow::Result<()> {
     if global.output == Format::Json {
         let mut conn = client.pool().acquire().await?;
         let input = views::input(&mut conn, id).await?;
-        let told = views::told(&mut conn, id).await?;
+        let reported = views::reported(&mut conn, id).await?;
         let mut value = serde_json::to_value(&task)?;
         let more = json!({"why": sentence, "input": input, "result": result, "steps": steps, "children": children,
-            "usage": usage, "told": told});
+            "usage": usage, "told": reported});
         if let (Value::Object(all), Value::Object(more)) = (&mut value, more) {
             all.extend(more);
         }

@@ -125,8 +125,8 @@ impl Show {
                 let mut trees = logs.iter().map(|log| tree::spans_so_far(log, now));
                 let mut whole = trees.next().context("the task is gone")?;
                 whole.spans.extend(trees.flat_map(|tree| tree.spans));
-                let told = waterfall::told(&whole, output_width());
-                texts.push(format!("{}{told}", Waterfall::new(&whole, detail).text(output_width())));
+                let reported = waterfall::reported(&whole, output_width());
+                texts.push(format!("{}{reported}", Waterfall::new(&whole, detail).text(output_width())));
             }
             // On a terminal the open bars grow; elsewhere only what has moved is worth a drawing.
             if drawn.replace(moves) != Some(moves) || terminal.is_term() {

@@ -168,7 +168,7 @@ impl Exporter {
         self.target.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether a receiver is there at all, so that one that is not is told of before the first span.
+    /// Whether a receiver is there at all, so that a missing one is reported before the first span.
     async fn probe(self, config: TraceConfig) {
         if let Some(Err(error)) = self.stop.run_until_cancelled(transport::reach(&config)).await {
             self.is_away(&error);
@@ -270,7 +270,7 @@ impl Exporter {
         self.done.cancel();
     }
 
-    /// Whether an error is one of a database that is away, which is told once for the whole process.
+    /// Whether an error is one of a database that is away, which is logged once for the whole process.
     fn is_outage(&self, error: &store::Error) -> bool {
         Outage::of(&self.pool).handles(error)
     }
@@ -302,11 +302,11 @@ pub enum StartError {
 }
 
 fn rows(batch: &Batch) -> usize {
-    batch.slices.iter().map(|slice| slice.transitions.len() + told(slice)).sum::<usize>() + batch.read.len()
+    batch.slices.iter().map(|slice| slice.transitions.len() + reported(slice)).sum::<usize>() + batch.read.len()
 }
 
-/// What handlers told of themselves, as rows of its size.
-fn told(slice: &TaskLog) -> usize {
+/// Milestones that handlers reported, as rows of the same size.
+fn reported(slice: &TaskLog) -> usize {
     const EVENTS_A_ROW: usize = 2;
     let events =
         |attempt: &Attempt| attempt.milestones.as_ref().and_then(serde_json::Value::as_array).map_or(0, Vec::len);

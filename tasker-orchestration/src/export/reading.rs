@@ -59,16 +59,16 @@ macro_rules! retried {
     }};
 }
 
-type Places = HashMap<Uuid, Vec<(DateTime<Utc>, Arc<Open>)>>;
+type OpenSlices = HashMap<Uuid, Vec<(DateTime<Utc>, Arc<Open>)>>;
 
 impl Worker {
     /// Reads what is wanted and writes its spans. Answers `false` if the process stopped first.
     pub(super) async fn read(&mut self, wanted: Vec<Wanted>, again: bool) -> bool {
-        let mut places = Places::new();
+        let mut slices = OpenSlices::new();
         for Wanted { task, at, open } in wanted {
-            places.entry(task).or_default().push((at, open));
+            slices.entry(task).or_default().push((at, open));
         }
-        let tasks: Vec<Uuid> = places.keys().copied().collect();
+        let tasks: Vec<Uuid> = slices.keys().copied().collect();
         let (mut whole, mut done) = (Vec::new(), true);
         for some in tasks.chunks(SIZES_AT_ONCE) {
             let Some(sizes) = retried!(self.exporter, |conn| log::sizes(conn, some)) else {
@@ -80,47 +80,53 @@ impl Worker {
             for page in pages(sampled.iter().map(|size| (size.task, size.rows))) {
                 let is_large = sampled.iter().any(|size| page == [size.task] && size.rows > PAGE_ROWS);
                 done &= if is_large {
-                    self.read_large(page[0], &places, again).await
+                    self.read_large(page[0], &slices, again).await
                 } else {
-                    let times = page.iter().flat_map(|task| &places[task]).map(|(at, _)| *at).collect();
-                    self.read_slices(&page, times, &places, again).await
+                    let times = page.iter().flat_map(|task| &slices[task]).map(|(at, _)| *at).collect();
+                    self.read_slices(&page, times, &slices, again).await
                 };
                 if !done {
                     return false;
                 }
             }
         }
-        self.read_whole(whole, &places, again).await
+        self.read_whole(whole, &slices, again).await
     }
 
     /// A log that does not fit into a page: a part of its transactions at a time.
-    async fn read_large(&mut self, task: Uuid, places: &Places, again: bool) -> bool {
-        let times: Vec<DateTime<Utc>> = places[&task].iter().map(|(at, _)| *at).collect();
+    async fn read_large(&mut self, task: Uuid, slices: &OpenSlices, again: bool) -> bool {
+        let times: Vec<DateTime<Utc>> = slices[&task].iter().map(|(at, _)| *at).collect();
         let counted = retried!(self.exporter, |conn| log::moves_at(conn, task, &times));
         let Some(counted) = counted else { return false };
         let (mut part, mut rows) = (Vec::new(), 0);
         for (at, moves) in counted {
             if rows > 0 && rows + moves > LARGE_LOG_ROWS {
                 rows = 0;
-                if !self.read_slices(&[task], std::mem::take(&mut part), places, again).await {
+                if !self.read_slices(&[task], std::mem::take(&mut part), slices, again).await {
                     return false;
                 }
             }
             part.push(at);
             rows += moves;
         }
-        part.is_empty() || self.read_slices(&[task], part, places, again).await
+        part.is_empty() || self.read_slices(&[task], part, slices, again).await
     }
 
     /// What transactions at these times moved of these tasks.
-    async fn read_slices(&mut self, tasks: &[Uuid], times: Vec<DateTime<Utc>>, places: &Places, again: bool) -> bool {
+    async fn read_slices(
+        &mut self,
+        tasks: &[Uuid],
+        times: Vec<DateTime<Utc>>,
+        slices: &OpenSlices,
+        again: bool,
+    ) -> bool {
         let read = retried!(self.exporter, |conn| transitions::slices(conn, tasks, &times));
         let Some(logs) = read else { return false };
         self.count_rows(logs.iter());
         let times: HashSet<DateTime<Utc>> = times.into_iter().collect();
         for log in logs {
             let mut settled = by_settle(tree::spans(&log), &times);
-            for (at, open) in &places[&log.head.task_uuid] {
+            for (at, open) in &slices[&log.head.task_uuid] {
                 if let Some(spans) = settled.remove(at) {
                     self.write(open, &spans, again).await;
                 }
@@ -131,7 +137,7 @@ impl Worker {
 
     /// Logs of tasks that were not sampled: each goes out whole or not at all, and perhaps with those
     /// that it awaited.
-    async fn read_whole(&mut self, tasks: Vec<(Uuid, usize)>, places: &Places, again: bool) -> bool {
+    async fn read_whole(&mut self, tasks: Vec<(Uuid, usize)>, slices: &OpenSlices, again: bool) -> bool {
         let (mut awaited, mut written) = (Vec::new(), HashSet::new());
         for page in pages(tasks) {
             let Some(read) = retried!(self.exporter, |conn| logs(conn, &page)) else {
@@ -143,11 +149,11 @@ impl Worker {
                 let With::Itself(others) = with else { continue };
                 if let Some(spans) = exported(&log, kept.as_ref()) {
                     written.insert(task);
-                    for (_, open) in &places[&task] {
+                    for (_, open) in &slices[&task] {
                         self.write(open, &spans, again).await;
                     }
                 }
-                let open = places[&task].last().map(|(_, open)| open.clone());
+                let open = slices[&task].last().map(|(_, open)| open.clone());
                 awaited.extend(others.into_iter().filter_map(|other| Some((other, open.clone()?))));
             }
         }

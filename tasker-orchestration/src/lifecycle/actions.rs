@@ -1,4 +1,4 @@
-//! The transition actions: what the world is told once a settle has committed.
+//! The transition actions: what is sent out once a settle has committed.
 //!
 //! Nothing here may fail or wait: the work is durable already. The log rows that were just
 //! written go to the exporter as they are, so the tree is never read back from the database.
@@ -24,7 +24,7 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     if done.plans.iter().any(|plan| !plan.sends.is_empty()) {
         shared.claims.notify_one();
     }
-    if frees_places(shared, &done) {
+    if frees_limit_slots(shared, &done) {
         shared.admission.wake.notify_one();
     }
     shared.admission.settled();
@@ -42,8 +42,8 @@ pub(super) fn run(shared: &Shared, done: Committed) {
     export(shared, done);
 }
 
-/// Whether an attempt that may have had a place under a limit was closed.
-fn frees_places(shared: &Shared, done: &Committed) -> bool {
+/// Whether an attempt that may have had a slot under a limit was closed.
+fn frees_limit_slots(shared: &Shared, done: &Committed) -> bool {
     let cancelled = done.applied.cancelled.iter().any(|step| step.had_attempt);
     if !cancelled && done.plans.iter().all(|plan| plan.closed.is_empty()) {
         return false;

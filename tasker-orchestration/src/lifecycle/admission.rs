@@ -19,13 +19,13 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::batch::{self, Tally};
-use super::limits::{self, Lane};
+use super::limits::{self, HoldGroup};
 use super::turns::{self, Candidate, Left, Turns};
 
 /// Steps admitted in one pass, at most.
 const PASS: usize = 1000;
-/// Lanes looked at in one pass, at most: see `tasker.held_lanes`.
-const LANES: i32 = 2000;
+/// Hold groups looked at in one pass, at most: see `tasker.held_lanes`.
+const GROUPS: i32 = 2000;
 /// When all of them are blocked and there are more: the pause before the others are looked at.
 const UNLOOKED: Duration = Duration::from_millis(100);
 /// The same when a held step's task was being settled by somebody else, who may wake nobody.
@@ -35,7 +35,7 @@ const BUSY: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 struct Waiting {
     turns: Turns,
-    /// Where the last pass stopped looking, if there are more lanes than one pass looks at.
+    /// Where the last pass stopped looking, if there are more hold groups than one pass looks at.
     after: String,
 }
 
@@ -140,31 +140,31 @@ struct Turn {
     /// There may be others that could have gone too.
     more: bool,
     /// When to look again, whatever happens: when a rate lets the next through, or soon, if there
-    /// are more lanes than one pass looks at.
+    /// are more hold groups than one pass looks at.
     next: Option<Duration>,
 }
 
 /// Reads what is held, without locks: those who are chosen are looked at again under them.
-/// The cost is that of the pass and of the lanes that are blocked, never of what waits in them.
+/// The cost is that of the pass and of the groups that are blocked, never of what waits in them.
 async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Error> {
     let mut conn = shared.reads.acquire().await?;
     let after = shared.admission.waiting(&row.queue, |waiting| waiting.after.clone());
     let most = i32::try_from(max).unwrap_or(i32::MAX);
     let plain = held_steps(&mut conn, &row.queue, &row.handlers, most).await?;
-    let found = limits::held_lanes(&mut conn, &row.queue, &after, LANES).await?;
-    let unlooked = found.len() >= usize::try_from(LANES).unwrap_or(usize::MAX);
+    let found = limits::hold_groups(&mut conn, &row.queue, &after, GROUPS).await?;
+    let unlooked = found.len() >= usize::try_from(GROUPS).unwrap_or(usize::MAX);
     // Those that were not looked at come first next time.
-    let last = found.last().filter(|_| unlooked).map(|lane| lane.lane.clone());
+    let last = found.last().filter(|_| unlooked).map(|group| group.lane.clone());
 
     let namespace = row.queue.trim_start_matches("worker_").split("__").next().unwrap_or_default();
     let limits_of = |handler: &str| shared.admission.with_room(|room| room.limits_of(namespace, handler));
-    let lanes: Vec<(Lane, Vec<String>)> = found
+    let groups: Vec<(HoldGroup, Vec<String>)> = found
         .into_iter()
-        .filter_map(|lane| {
-            let (_, handler, limits) = turns::parts(&lane.lane);
+        .filter_map(|group| {
+            let (_, handler, limits) = turns::parts(&group.lane);
             row.handlers.iter().any(|offered| offered == handler).then_some(())?;
             let limits = limits.map(str::to_owned).chain(limits_of(handler)).collect();
-            Some((lane, limits))
+            Some((group, limits))
         })
         .collect();
     let plain: Vec<Candidate> = plain
@@ -181,36 +181,36 @@ async fn choose(shared: &Shared, row: &RoomRow, max: usize) -> Result<Turn, Erro
         .collect();
 
     let names: BTreeSet<&String> =
-        lanes.iter().flat_map(|(_, names)| names).chain(plain.iter().flat_map(|held| &held.limits)).collect();
+        groups.iter().flat_map(|(_, names)| names).chain(plain.iter().flat_map(|held| &held.limits)).collect();
     let names: Vec<String> = names.into_iter().cloned().collect();
     let uses = if names.is_empty() { Vec::new() } else { flow::limit_use(&mut conn, &names).await? };
     let next = uses.iter().filter_map(|limit| limit.next_ms).min_by(f64::total_cmp);
     let mut limits: Left = uses.iter().map(|limit| (limit.name.clone(), limit.free())).collect();
 
-    let quotas = turns::quotas(&lanes, &limits, max);
+    let quotas = turns::quotas(&groups, &limits, max);
     let mut candidates = plain;
     if !quotas.is_empty() {
-        let asked: Vec<(&Lane, i32)> = quotas.iter().map(|quota| (&lanes[quota.lane].0, quota.most)).collect();
-        for first in limits::first_in_lanes(&mut conn, &row.queue, &asked).await? {
-            let place = usize::try_from(first.place - 1).unwrap_or_default();
-            let Some((lane, names)) = quotas.get(place).map(|quota| &lanes[quota.lane]) else {
+        let asked: Vec<(&HoldGroup, i32)> = quotas.iter().map(|quota| (&groups[quota.group].0, quota.most)).collect();
+        for first in limits::first_in_groups(&mut conn, &row.queue, &asked).await? {
+            let index = usize::try_from(first.place - 1).unwrap_or_default();
+            let Some((group, names)) = quotas.get(index).map(|quota| &groups[quota.group]) else {
                 continue;
             };
             candidates.push(Candidate {
                 task: first.task_uuid,
                 step: first.step_uuid,
-                priority: lane.priority,
-                fair: turns::parts(&lane.lane).0.to_owned(),
+                priority: group.priority,
+                fair: turns::parts(&group.lane).0.to_owned(),
                 ready_at: first.ready_at,
                 limits: names.clone(),
-                quota: Some(place),
+                quota: Some(index),
             });
         }
     }
     let taken = shared.admission.waiting(&row.queue, |waiting| {
-        let in_lanes = lanes.iter().map(|(lane, _)| (lane.priority, turns::parts(&lane.lane).0));
+        let in_groups = groups.iter().map(|(group, _)| (group.priority, turns::parts(&group.lane).0));
         let plain = candidates.iter().filter(|held| held.quota.is_none()).map(|held| (held.priority, ""));
-        waiting.turns.note(in_lanes.chain(plain), !unlooked);
+        waiting.turns.note(in_groups.chain(plain), !unlooked);
         waiting.after = last.unwrap_or_default();
         turns::take(candidates, &quotas, &mut limits, &mut waiting.turns, max)
     });
@@ -242,7 +242,7 @@ pub async fn room(conn: &mut PgConnection) -> Result<Vec<RoomRow>, Error> {
     .await?)
 }
 
-/// A held step that waits in no lane.
+/// A held step that waits in no hold group.
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
 pub struct HeldStep {
@@ -253,7 +253,7 @@ pub struct HeldStep {
     pub handler: String,
 }
 
-/// Held steps of a queue whose turn it is, but for those that wait in lanes.
+/// Held steps of a queue whose turn it is, but for those that wait in hold groups.
 pub async fn held_steps(
     conn: &mut PgConnection,
     queue: &str,

@@ -1,4 +1,4 @@
-//! What the two queues bring: each message becomes the event that it tells of. A message is a hint to
+//! What the two queues bring: each message becomes an event. A message is a hint to
 //! look: the row is the truth.
 //!
 //! `docs/reference/messages.md` is written against this. Unknown fields are ignored; a message that cannot be read

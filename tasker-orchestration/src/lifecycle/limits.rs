@@ -7,7 +7,7 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use tasker_shared::state_machine::Event;
-use tasker_shared::state_machine::flow::{Allows, Free, Places};
+use tasker_shared::state_machine::flow::{Allows, Free, LimitSlots};
 use tasker_shared::state_machine::plan::Plan;
 use tasker_shared::store::Error;
 use uuid::Uuid;
@@ -22,7 +22,7 @@ pub(super) async fn lock_limits(
     conn: &mut PgConnection,
     tasks: &[LoadedTask],
     events: &[About<'_>],
-) -> Result<Places, Error> {
+) -> Result<LimitSlots, Error> {
     let admitted: Vec<(Uuid, Uuid)> = events
         .iter()
         .filter_map(|about| match about.event {
@@ -31,7 +31,7 @@ pub(super) async fn lock_limits(
         })
         .collect();
     if admitted.is_empty() {
-        return Ok(Places::default());
+        return Ok(LimitSlots::default());
     }
     let tasks: HashMap<Uuid, &LoadedTask> = tasks.iter().map(|task| (task.task().uuid, task)).collect();
     let mut wanted: BTreeMap<String, Wanted> = BTreeMap::new();
@@ -51,19 +51,19 @@ pub(super) async fn lock_limits(
         }
     }
     if wanted.is_empty() {
-        return Ok(Places::default());
+        return Ok(LimitSlots::default());
     }
     let wanted: Vec<Wanted> = wanted.into_values().collect();
     lock(conn, &wanted).await
 }
 
-/// Writes what only held and limited steps have: their lanes, and the places that were taken.
-pub(super) async fn record_flow(conn: &mut PgConnection, plans: &[Plan], places: &Places) -> Result<(), Error> {
-    let lanes: Vec<(Uuid, String)> = plans.iter().flat_map(|plan| plan.lanes.iter().cloned()).collect();
-    if !lanes.is_empty() {
-        set_lanes(conn, &lanes).await?;
+/// Writes what only held and limited steps have: their hold groups, and the slots that were taken.
+pub(super) async fn record_flow(conn: &mut PgConnection, plans: &[Plan], slots: &LimitSlots) -> Result<(), Error> {
+    let groups: Vec<(Uuid, String)> = plans.iter().flat_map(|plan| plan.hold_groups.iter().cloned()).collect();
+    if !groups.is_empty() {
+        set_hold_groups(conn, &groups).await?;
     }
-    record(conn, places).await
+    record(conn, slots).await
 }
 
 // The statements.
@@ -102,7 +102,7 @@ pub struct Wanted {
 
 /// Takes the locks of these limits, in the order of their ids, and says what they have left.
 /// Must come after the locks of tasks and steps.
-pub async fn lock(conn: &mut PgConnection, wanted: &[Wanted]) -> Result<Places, Error> {
+pub async fn lock(conn: &mut PgConnection, wanted: &[Wanted]) -> Result<LimitSlots, Error> {
     let namespaces: Vec<&str> = wanted.iter().map(|limit| &*limit.namespace).collect();
     let names: Vec<&str> = wanted.iter().map(|limit| limit.name.as_str()).collect();
     let of_template: Vec<bool> = wanted.iter().map(|limit| limit.allows.is_some()).collect();
@@ -129,16 +129,16 @@ pub async fn lock(conn: &mut PgConnection, wanted: &[Wanted]) -> Result<Places, 
     )
     .fetch_all(conn)
     .await?;
-    let mut places = Places::default();
+    let mut slots = LimitSlots::default();
     for row in rows {
-        places.set(row.name, Free { limit_id: row.limit_id, places: row.places, tokens: row.tokens });
+        slots.set(row.name, Free { limit_id: row.limit_id, slots: row.places, tokens: row.tokens });
     }
-    Ok(places)
+    Ok(slots)
 }
 
 /// Writes what was taken, under the locks of [`lock`].
-pub async fn record(conn: &mut PgConnection, places: &Places) -> Result<(), Error> {
-    let (steps, limits): (Vec<Uuid>, Vec<i64>) = places.taken().iter().copied().unzip();
+pub async fn record(conn: &mut PgConnection, slots: &LimitSlots) -> Result<(), Error> {
+    let (steps, limits): (Vec<Uuid>, Vec<i64>) = slots.taken().iter().copied().unzip();
     if steps.is_empty() {
         return Ok(());
     }
@@ -162,56 +162,65 @@ pub async fn record(conn: &mut PgConnection, places: &Places) -> Result<(), Erro
     Ok(())
 }
 
-/// Writes in which lanes held steps wait.
-pub async fn set_lanes(conn: &mut PgConnection, lanes: &[(Uuid, String)]) -> Result<(), Error> {
-    let (steps, lanes): (Vec<Uuid>, Vec<&str>) = lanes.iter().map(|(step, lane)| (*step, lane.as_str())).unzip();
+/// Writes in which hold groups held steps wait.
+pub async fn set_hold_groups(conn: &mut PgConnection, groups: &[(Uuid, String)]) -> Result<(), Error> {
+    let (steps, groups): (Vec<Uuid>, Vec<&str>) = groups.iter().map(|(step, group)| (*step, group.as_str())).unzip();
     sqlx::query!(
         "update tasker.steps s set lane = n.lane from unnest($1::uuid[], $2::text[]) n(step_uuid, lane)
          where s.step_uuid = n.step_uuid and s.lane is distinct from n.lane",
         &steps,
-        &lanes as &[&str]
+        &groups as &[&str]
     )
     .execute(conn)
     .await?;
     Ok(())
 }
 
-/// Where held steps wait: those of one lane are subject to the same limits.
+/// A hold group, in which held steps wait: those of one group are subject to the same limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lane {
+pub struct HoldGroup {
     /// Of all its steps.
     pub priority: i32,
-    /// As [`tasker_shared::state_machine::Definition::lane`] makes it.
+    /// As [`tasker_shared::state_machine::Definition::hold_group`] makes it.
     pub lane: String,
 }
 
-/// The lanes of a queue, most urgent first, those behind `after` before the others, at most `look`.
-pub async fn held_lanes(conn: &mut PgConnection, queue: &str, after: &str, look: i32) -> Result<Vec<Lane>, Error> {
-    let lanes = sqlx::query_as!(
-        Lane,
+/// The hold groups of a queue, most urgent first, those behind `after` before the others, at most `look`.
+pub async fn hold_groups(
+    conn: &mut PgConnection,
+    queue: &str,
+    after: &str,
+    look: i32,
+) -> Result<Vec<HoldGroup>, Error> {
+    let groups = sqlx::query_as!(
+        HoldGroup,
         r#"select priority as "priority!", lane as "lane!" from tasker.held_lanes($1, $2, $3)"#,
         queue,
         after,
         look
     );
-    Ok(lanes.fetch_all(conn).await?)
+    Ok(groups.fetch_all(conn).await?)
 }
 
-/// A held step at the head of its lane.
+/// A held step at the head of its hold group.
 #[derive(Debug, Clone)]
 pub struct First {
     pub task_uuid: Uuid,
     pub step_uuid: Uuid,
-    /// The place of its lane in the question, from 1.
+    /// The index of its hold group in the question, from 1.
     pub place: i32,
     pub ready_at: DateTime<Utc>,
 }
 
-/// The first steps of each of these lanes, at most as many as its quota.
-pub async fn first_in_lanes(conn: &mut PgConnection, queue: &str, lanes: &[(&Lane, i32)]) -> Result<Vec<First>, Error> {
-    let priorities: Vec<i32> = lanes.iter().map(|(lane, _)| lane.priority).collect();
-    let names: Vec<&str> = lanes.iter().map(|(lane, _)| lane.lane.as_str()).collect();
-    let quotas: Vec<i32> = lanes.iter().map(|(_, quota)| *quota).collect();
+/// The first steps of each of these hold groups, at most as many as its quota.
+pub async fn first_in_groups(
+    conn: &mut PgConnection,
+    queue: &str,
+    groups: &[(&HoldGroup, i32)],
+) -> Result<Vec<First>, Error> {
+    let priorities: Vec<i32> = groups.iter().map(|(group, _)| group.priority).collect();
+    let names: Vec<&str> = groups.iter().map(|(group, _)| group.lane.as_str()).collect();
+    let quotas: Vec<i32> = groups.iter().map(|(_, quota)| *quota).collect();
     let steps = sqlx::query_as!(
         First,
         r#"select task_uuid as "task_uuid!", step_uuid as "step_uuid!", place as "place!", ready_at as "ready_at!"

@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
-use tasker_shared::state_machine::flow::Places;
+use tasker_shared::state_machine::flow::LimitSlots;
 use tasker_shared::state_machine::plan::{Lacks, Map, Outcome, Plan, Room, Step, Task};
 use tasker_shared::state_machine::{Event, StepState, TaskState, decide};
 use tasker_shared::store;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::loaded::{LoadedTask, by_uuid};
 use super::locks::Wait;
 use super::maps::{self, Window};
-use super::read::{self, Output, Place, StepRow, TaskRow};
+use super::read::{self, Output, Position, StepRow, TaskRow};
 use super::{About, Error, Shared, nested, waits};
 
 /// What was loaded.
@@ -171,8 +171,8 @@ fn by_hand(tasks: &[LoadedTask], events: &[About<'_>]) -> Vec<Uuid> {
 }
 
 /// The direct dependents that are not loaded yet.
-fn behind(tasks: &[LoadedTask]) -> Vec<Place> {
-    let mut places = BTreeSet::new();
+fn behind(tasks: &[LoadedTask]) -> Vec<Position> {
+    let mut positions = BTreeSet::new();
     for task in tasks {
         let steps = task.snapshot.steps.values();
         let (items, others): (Vec<&Step>, Vec<&Step>) = steps.partition(|step| step.item.is_some());
@@ -181,12 +181,12 @@ fn behind(tasks: &[LoadedTask]) -> Vec<Place> {
         let children = loaded.iter().flat_map(|index| graph.children(*index)).copied();
         // Behind an item stands its map.
         let behind = children.chain(items.iter().map(|step| step.index)).filter(|index| !loaded.contains(index));
-        places.extend(behind.map(|index| (task.task().uuid, index, None)));
+        positions.extend(behind.map(|index| (task.task().uuid, index, None)));
     }
-    places.into_iter().collect()
+    positions.into_iter().collect()
 }
 
-/// Reads how far the maps among the loaded steps have come, and the items that take the places of
+/// Reads how far the maps among the loaded steps have come, and the items that take the place of
 /// those that ended. No statement where there is no map.
 async fn load_maps(conn: &mut PgConnection, tasks: &mut [LoadedTask]) -> Result<(), Error> {
     let is_map = |task: &LoadedTask, step: &Step| {
@@ -337,9 +337,9 @@ pub(super) async fn decide_all(
     shared: &Shared,
     conn: &mut PgConnection,
     (tasks, events): (&mut [LoadedTask], &[About<'_>]),
-    limits: &Places,
+    limits: &LimitSlots,
     now: DateTime<Utc>,
-) -> Result<(Vec<Plan>, Places), Error> {
+) -> Result<(Vec<Plan>, LimitSlots), Error> {
     let reaches_far = tasks.iter().any(|task| task.template.definition.reaches_far);
     let mut of_task: HashMap<Uuid, Vec<&Event>> = HashMap::new();
     for about in events {
@@ -349,10 +349,10 @@ pub(super) async fn decide_all(
     loop {
         let (plans, limits, lacking) = shared.admission.with_room(|room| {
             let before = reaches_far.then(|| room.clone());
-            room.set_places(limits.clone());
+            room.set_limit_slots(limits.clone());
             let events = |task: &LoadedTask| of_task.get(&task.task().uuid).map_or(&[][..], Vec::as_slice);
             let plans: Vec<Plan> = tasks.iter().map(|task| decide_one(task, events(task), room, now)).collect();
-            let limits = room.set_places(Places::default());
+            let limits = room.set_limit_slots(LimitSlots::default());
             let lacking: Vec<Lacks> = tasks.iter().zip(&plans).map(|(task, plan)| task.lacking(plan)).collect();
             if let Some(before) = before.filter(|_| lacking.iter().any(|lacks| *lacks != Lacks::default())) {
                 *room = before;
@@ -385,14 +385,14 @@ async fn load_lacking(
     lacking: Vec<Lacks>,
     ahead: usize,
 ) -> Result<bool, Error> {
-    let (mut places, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut positions, mut wanted, mut windows) = (Vec::new(), Vec::new(), Vec::new());
     for (task, lacks) in tasks.iter_mut().zip(lacking) {
         let uuid = task.task().uuid;
-        let place = |key| {
-            let (index, item) = task.template.definition.place(key);
+        let position = |key| {
+            let (index, item) = task.template.definition.position(key);
             (uuid, index, item)
         };
-        places.extend(reach(task, &lacks.steps, ahead).into_iter().map(place));
+        positions.extend(reach(task, &lacks.steps, ahead).into_iter().map(position));
         wanted.extend(lacks.outputs.iter().map(|step| (uuid, *step)));
         for map in &lacks.collected {
             if let Some(step) = task.step_of(*map) {
@@ -408,8 +408,8 @@ async fn load_lacking(
         task.asked.items.extend(lacks.items);
     }
     read_items(conn, tasks, &windows).await?;
-    if !places.is_empty() {
-        let rows = read::load_steps_behind(conn, &places).await?;
+    if !positions.is_empty() {
+        let rows = read::load_steps_behind(conn, &positions).await?;
         let mut tasks = by_uuid(tasks);
         for row in rows {
             if let Some(task) = tasks.get_mut(&row.task_uuid) {
@@ -423,7 +423,7 @@ async fn load_lacking(
     if !wanted.is_empty() {
         read_outputs(conn, tasks, &wanted).await?;
     }
-    Ok(!places.is_empty())
+    Ok(!positions.is_empty())
 }
 
 /// The most steps of one task that are loaded ahead at a time.
@@ -433,7 +433,7 @@ const AHEAD: usize = 10_000;
 fn reach(task: &LoadedTask, steps: &BTreeSet<u32>, levels: usize) -> BTreeSet<u32> {
     let mut found = steps.clone();
     // Nothing stands behind an item.
-    let is_step = |key: &u32| task.template.definition.place(*key).1.is_none();
+    let is_step = |key: &u32| task.template.definition.position(*key).1.is_none();
     let mut level: Vec<u32> = steps.iter().copied().filter(is_step).collect();
     for _ in 1..levels {
         let graph = &task.template.definition.graph;

@@ -113,7 +113,7 @@ impl LoadedTask {
             column: "step_index",
             id: row.step.uuid.to_string(),
             problem: format!(
-                "the template has {steps} steps and no such place ({:?})",
+                "the template has {steps} steps and no such position ({:?})",
                 (row.step.index, row.step.item)
             ),
         })

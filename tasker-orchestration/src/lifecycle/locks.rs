@@ -29,7 +29,7 @@ const REMEMBERED: Duration = Duration::from_secs(15);
 /// A task that others settle for so long without a pause is locked, and not busy.
 const BUSY: Duration = Duration::from_secs(5);
 /// A holder is named again after so long, if it still is one.
-const TOLD_AGAIN: Duration = Duration::from_mins(5);
+const NAMED_AGAIN: Duration = Duration::from_mins(5);
 
 /// How a settle deals with the locks of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,7 +152,7 @@ async fn holders(conn: &mut PgConnection) -> Result<Vec<Holder>, Error> {
 
 /// Names the holders of locks for which something was put off, each once.
 pub(crate) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
-    let mut told: HashMap<String, Instant> = HashMap::new();
+    let mut named: HashMap<String, Instant> = HashMap::new();
     while stop.run_until_cancelled(shared.locks.met.notified()).await.is_some() {
         let looking = async {
             let before = holders(&mut *shared.reads.acquire().await?).await?;
@@ -163,16 +163,16 @@ pub(crate) async fn watch(shared: Arc<Shared>, stop: CancellationToken) {
         };
         match stop.run_until_cancelled(looking).await {
             Some(Ok(found)) => {
-                told.retain(|_, at| at.elapsed() < TOLD_AGAIN);
+                named.retain(|_, at| at.elapsed() < NAMED_AGAIN);
                 let readers = shared.locks.tables.swap(false, Ordering::Relaxed);
                 for holder in found {
-                    if (readers || !holder.only_reads) && !told.contains_key(&holder.transaction) {
-                        tell(&holder);
-                        told.insert(holder.transaction, Instant::now());
+                    if (readers || !holder.only_reads) && !named.contains_key(&holder.transaction) {
+                        log_holder(&holder);
+                        named.insert(holder.transaction, Instant::now());
                     }
                 }
             }
-            Some(Err(error)) => tracing::debug!(%error, "it cannot be told who holds a lock"),
+            Some(Err(error)) => tracing::debug!(%error, "the holders of locks cannot be read"),
             None => return,
         }
     }
@@ -183,7 +183,7 @@ fn lasting(before: &[Holder], now: Vec<Holder>) -> Vec<Holder> {
     now.into_iter().filter(|holder| before.iter().any(|old| old.transaction == holder.transaction)).collect()
 }
 
-fn tell(holder: &Holder) {
+fn log_holder(holder: &Holder) {
     let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "unknown".into());
     tracing::warn!(
         pid = holder.pid,

@@ -60,7 +60,7 @@ pub struct Window {
     pub count: u32,
 }
 
-/// The items of these parts, and what stands beside them in their rows: by step, the place of the
+/// The items of these parts, and what stands beside them in their rows: by step, the index of the
 /// first value, and the values.
 pub async fn load_items(
     conn: &mut PgConnection,
@@ -97,13 +97,13 @@ pub async fn load_items(
 
 /// The outputs of a map's items in the order of its list, null for those that failed; or why
 /// they cannot be kept. Called when every item has ended or was just reported; of those in `ended`,
-/// by place, it is not written yet.
+/// by index, it is not written yet.
 pub async fn collect(
     conn: &mut PgConnection,
     map_step: Uuid,
     ended: &[(u32, Value)],
 ) -> Result<Result<Value, String>, Error> {
-    let places: Vec<i32> = ended.iter().map(|(item, _)| i32::try_from(*item).unwrap_or(-1)).collect();
+    let items: Vec<i32> = ended.iter().map(|(item, _)| i32::try_from(*item).unwrap_or(-1)).collect();
     let outputs: Vec<Value> = ended.iter().map(|(_, output)| output.clone()).collect();
     let row = sqlx::query!(
         r#"select coalesce(c.output, '[]') as "output!", tasker.payload_problem(c.output, tasker.max_payload_bytes()) as problem
@@ -118,7 +118,7 @@ pub async fn collect(
              where m.step_uuid = $1
            ) c"#,
         map_step,
-        &places,
+        &items,
         &outputs
     )
     .fetch_one(conn)

@@ -1,4 +1,4 @@
-//! What a settle tells the metrics, once it has committed: numbers of this process only.
+//! The metrics of a settle, counted once it has committed: numbers of this process only.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

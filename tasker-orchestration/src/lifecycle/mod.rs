@@ -64,7 +64,7 @@ pub struct Shared {
     exporter: RwLock<Option<Exporter>>,
     /// How much may be sent.
     pub admission: Admission,
-    /// Whether the database is away: what every loop meets then is told once.
+    /// Whether the database is away: then the errors of all loops are logged once.
     pub outage: Arc<Outage>,
     /// Who settles what in this process.
     busy: Busy,

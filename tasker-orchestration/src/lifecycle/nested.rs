@@ -35,7 +35,7 @@ pub(super) async fn load(conn: &mut PgConnection, tasks: &mut [LoadedTask], even
     Ok(())
 }
 
-/// The outputs of a map's items, by place, that end by what was read here: they are not written yet.
+/// The outputs of a map's items, by index, that end by what was read here: they are not written yet.
 pub(super) fn item_outputs(loaded: &LoadedTask, map: u32) -> Vec<(u32, Value)> {
     let output = |(of, end): (&(Uuid, i32), &ChildEnd)| {
         let (_, step) = loaded.step(of.0)?;

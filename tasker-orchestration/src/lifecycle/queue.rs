@@ -93,7 +93,7 @@ pub struct QueueChanges<'a> {
     pub queue: &'a str,
     /// Messages that are dealt with.
     pub done: &'a [i64],
-    /// Due hints that are dealt with.
+    /// Timers that are dealt with.
     pub due: &'a [i64],
     /// Messages to send.
     pub outbox: Outbox,

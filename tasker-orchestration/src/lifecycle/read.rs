@@ -199,16 +199,16 @@ pub async fn load_steps(conn: &mut PgConnection, step_uuids: &[Uuid]) -> Result<
         .collect()
 }
 
-/// A step by its place: its task, its index, and its item if it is one.
-pub type Place = (Uuid, u32, Option<u32>);
+/// The position of a step: its task, its index, and its item if it is one.
+pub type Position = (Uuid, u32, Option<u32>);
 
-/// Loads steps by their places: those directly behind the ones that events are about. All
+/// Loads steps by their positions: those directly behind the ones that events are about. All
 /// that can happen to them is that they become ready, so nothing of an attempt is read.
-pub async fn load_steps_behind(conn: &mut PgConnection, places: &[Place]) -> Result<Vec<StepRow>, Error> {
-    let tasks: Vec<Uuid> = places.iter().map(|(task, ..)| *task).collect();
-    let indexes: Vec<i32> = places.iter().map(|(_, index, _)| i32::try_from(*index).unwrap_or(-1)).collect();
+pub async fn load_steps_behind(conn: &mut PgConnection, positions: &[Position]) -> Result<Vec<StepRow>, Error> {
+    let tasks: Vec<Uuid> = positions.iter().map(|(task, ..)| *task).collect();
+    let indexes: Vec<i32> = positions.iter().map(|(_, index, _)| i32::try_from(*index).unwrap_or(-1)).collect();
     let item = |item: Option<u32>| item.and_then(|item| i32::try_from(item).ok()).unwrap_or(-1);
-    let items: Vec<i32> = places.iter().map(|(.., of)| item(*of)).collect();
+    let items: Vec<i32> = positions.iter().map(|(.., of)| item(*of)).collect();
     let rows =
         sqlx::query_file!("src/lifecycle/read/load_behind.sql", &tasks, &indexes, &items).fetch_all(conn).await?;
     rows.into_iter()

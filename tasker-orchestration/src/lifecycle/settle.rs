@@ -83,15 +83,15 @@ async fn transact<'a>(
     let events = without_locked(events, held, &mut settled);
     let mut events = without_unknown_steps(events, &tasks, &mut settled);
     load_outputs(conn, &mut tasks, &events).await?;
-    let places = lock_limits(shared, conn, &tasks, &events).await?;
-    let mut decided = decide_all(shared, conn, (&mut tasks, &events), &places, now).await?;
+    let slots = lock_limits(shared, conn, &tasks, &events).await?;
+    let mut decided = decide_all(shared, conn, (&mut tasks, &events), &slots, now).await?;
     let held = hold_open_steps(conn, &decided.0, wait).await?;
     if !held.is_empty() {
         tasks.retain(|task| !held.contains(&task.task().uuid));
         events = without_locked(events, held, &mut settled);
-        decided = decide_all(shared, conn, (&mut tasks, &events), &places, now).await?;
+        decided = decide_all(shared, conn, (&mut tasks, &events), &slots, now).await?;
     }
-    let (plans, places) = decided;
+    let (plans, slots) = decided;
 
     let moved: Vec<(&Task, &Plan)> =
         tasks.iter().map(LoadedTask::task).zip(&plans).filter(|(_, plan)| !plan.is_empty()).collect();
@@ -105,7 +105,7 @@ async fn transact<'a>(
     } else {
         apply(conn, &moved, now, export.as_ref(), &changes).await?
     };
-    record_flow(conn, &plans, &places).await?;
+    record_flow(conn, &plans, &slots).await?;
     waits::record(conn, &tasks, &plans, applied.at).await?;
     nested::record(conn, &tasks, &plans).await?;
     tell_workers(conn, &applied, &plans).await?;

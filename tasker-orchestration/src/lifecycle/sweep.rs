@@ -1,6 +1,6 @@
 //! What nobody sends a message for: due retries, lost claims, timeouts, delayed starts, schedules.
 //!
-//! A due hint is read like a message: put off for a moment, settled, deleted in the same
+//! A timer is read like a message: put off for a moment, settled, deleted in the same
 //! transaction. It decides nothing; the rows do.
 
 use sqlx::PgConnection;

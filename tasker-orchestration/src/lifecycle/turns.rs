@@ -8,10 +8,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use chrono::{DateTime, Utc};
-use tasker_shared::state_machine::flow::{Free, LANE_SEPARATOR};
+use tasker_shared::state_machine::flow::{Free, GROUP_SEPARATOR};
 use uuid::Uuid;
 
-use super::limits::Lane;
+use super::limits::HoldGroup;
 
 /// What limits have left, by name; a limit without a row is not used at all.
 pub(super) type Left = HashMap<String, Free>;
@@ -26,13 +26,13 @@ pub(super) struct Candidate {
     pub ready_at: DateTime<Utc>,
     /// The limits that it is subject to.
     pub limits: Vec<String>,
-    /// Which quota it came under; one that waits in no lane and is limited has to be put into one.
+    /// Which quota it came under; one that waits in no hold group and is limited has to be put into one.
     pub quota: Option<usize>,
 }
 
-/// What a lane's name says: its fair key, its handler, its limits.
-pub(super) fn parts(lane: &str) -> (&str, &str, impl Iterator<Item = &str>) {
-    let mut parts = lane.split(LANE_SEPARATOR);
+/// What the name of a hold group says: its fair key, its handler, its limits.
+pub(super) fn parts(group: &str) -> (&str, &str, impl Iterator<Item = &str>) {
+    let mut parts = group.split(GROUP_SEPARATOR);
     (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts)
 }
 
@@ -78,31 +78,31 @@ impl Turns {
 /// Keys that are remembered though this pass did not look at them, at most.
 const KEPT: usize = 20_000;
 
-/// How many steps to look at in a lane.
+/// How many steps to look at in a hold group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Quota {
-    /// The place of the lane.
-    pub lane: usize,
+    /// The index of the group.
+    pub group: usize,
     /// So many.
     pub most: i32,
     /// Its limits would let more through.
     pub more: bool,
 }
 
-/// How many steps to look at in each lane that lets any through: about twice as many as are
-/// wanted of all lanes of a priority together. Lanes come most urgent first.
-pub(super) fn quotas(lanes: &[(Lane, Vec<String>)], limits: &Left, max: usize) -> Vec<Quota> {
-    let open: Vec<(usize, i64)> = (0..).zip(lanes).map(|(place, (_, names))| (place, left(limits, names))).collect();
+/// How many steps to look at in each hold group that lets any through: about twice as many as are
+/// wanted of all groups of a priority together. Groups come most urgent first.
+pub(super) fn quotas(groups: &[(HoldGroup, Vec<String>)], limits: &Left, max: usize) -> Vec<Quota> {
+    let open: Vec<(usize, i64)> = (0..).zip(groups).map(|(index, (_, names))| (index, left(limits, names))).collect();
     let open: Vec<(usize, i64)> = open.into_iter().filter(|(_, left)| *left > 0).collect();
     // However many priorities there are, a pass looks at few times what it may send.
     let mut budget = max * 4;
     let mut quotas = Vec::with_capacity(open.len());
-    for urgent in open.chunk_by(|one, other| lanes[one.0].0.priority == lanes[other.0].0.priority) {
+    for urgent in open.chunk_by(|one, other| groups[one.0].0.priority == groups[other.0].0.priority) {
         let share = (max * 2).min(budget).div_ceil(urgent.len()).max(1);
         budget = budget.saturating_sub(share * urgent.len());
         let share = i64::try_from(share).unwrap_or(i64::MAX);
-        quotas.extend(urgent.iter().map(|(lane, left)| Quota {
-            lane: *lane,
+        quotas.extend(urgent.iter().map(|(group, left)| Quota {
+            group: *group,
             most: i32::try_from(share.min(*left)).unwrap_or(i32::MAX),
             more: share < *left,
         }));
@@ -147,9 +147,9 @@ pub(super) fn take(
                     turns.serve(priority, fair);
                     taken.steps.push(next.clone());
                     taken.more = taken.steps.len() >= max;
-                    if let Some(place) = next.quota {
-                        unseen[place] -= 1;
-                        taken.more |= unseen[place] == 0 && quotas[place].more;
+                    if let Some(index) = next.quota {
+                        unseen[index] -= 1;
+                        taken.more |= unseen[index] == 0 && quotas[index].more;
                     }
                 }
                 !waiting.is_empty()
@@ -198,15 +198,15 @@ mod tests {
     }
 
     fn take_steps(held: Vec<Candidate>, limits: &mut Left, turns: &mut Turns, max: usize) -> Vec<u128> {
-        let quotas = [Quota { lane: 0, most: i32::MAX, more: false }];
+        let quotas = [Quota { group: 0, most: i32::MAX, more: false }];
         turns.note(held.iter().map(|held| (held.priority, held.fair.as_str())), true);
         let taken = take(held, &quotas, limits, turns, max);
         taken.steps.iter().map(|candidate| candidate.step.as_u128()).collect()
     }
 
-    fn places(most: &[(&str, i64)]) -> Left {
-        let free = |places: &i64| Free { limit_id: 1, places: Some(*places), tokens: None };
-        most.iter().map(|(name, places)| ((*name).to_owned(), free(places))).collect()
+    fn slots(most: &[(&str, i64)]) -> Left {
+        let free = |slots: &i64| Free { limit_id: 1, slots: Some(*slots), tokens: None };
+        most.iter().map(|(name, slots)| ((*name).to_owned(), free(slots))).collect()
     }
 
     #[test]
@@ -244,7 +244,7 @@ mod tests {
             candidate(3, 0, "", &["y", "shop"]),
             candidate(4, 0, "", &["z", "shop"]),
         ];
-        let mut limits = places(&[("x", 1), ("y", 0), ("shop", 3)]);
+        let mut limits = slots(&[("x", 1), ("y", 0), ("shop", 3)]);
         let taken = take_steps(held, &mut limits, &mut Turns::default(), 10);
         assert_eq!(taken, [1, 4], "z has no row: nobody uses it");
     }
@@ -252,33 +252,33 @@ mod tests {
     #[test]
     fn a_limited_step_without_a_lane_is_sent_into_one() {
         let held = vec![Candidate { quota: None, ..candidate(1, 0, "", &["shop"]) }, candidate(2, 0, "", &[])];
-        assert_eq!(take_steps(held, &mut places(&[("shop", 0)]), &mut Turns::default(), 10), [1, 2]);
+        assert_eq!(take_steps(held, &mut slots(&[("shop", 0)]), &mut Turns::default(), 10), [1, 2]);
     }
 
-    fn lane(priority: i32, name: &str) -> (Lane, Vec<String>) {
-        (Lane { priority, lane: name.into() }, vec![name.to_owned()])
+    fn group(priority: i32, name: &str) -> (HoldGroup, Vec<String>) {
+        (HoldGroup { priority, lane: name.into() }, vec![name.to_owned()])
     }
 
     #[test]
     fn lanes_share_what_is_looked_at() {
-        let lanes = [lane(0, "a"), lane(0, "b"), lane(0, "c")];
-        let quotas = quotas(&lanes, &places(&[("a", 2), ("b", 0)]), 10);
-        let [a, c] = [Quota { lane: 0, most: 2, more: false }, Quota { lane: 2, most: 10, more: true }];
+        let groups = [group(0, "a"), group(0, "b"), group(0, "c")];
+        let quotas = quotas(&groups, &slots(&[("a", 2), ("b", 0)]), 10);
+        let [a, c] = [Quota { group: 0, most: 2, more: false }, Quota { group: 2, most: 10, more: true }];
         assert_eq!(quotas, [a, c]);
     }
 
     #[test]
     fn one_urgent_lane_among_many_others_is_looked_at_as_far_as_there_is_room() {
-        let mut lanes = vec![lane(9, "urgent")];
-        lanes.extend((0..50).map(|n| lane(0, &format!("k{n:02}"))));
-        let quotas = quotas(&lanes, &Left::new(), 5);
+        let mut groups = vec![group(9, "urgent")];
+        groups.extend((0..50).map(|n| group(0, &format!("k{n:02}"))));
+        let quotas = quotas(&groups, &Left::new(), 5);
         assert_eq!(quotas[0].most, 10);
         assert!(quotas[1..].iter().all(|quota| quota.most == 1));
     }
 
     #[test]
     fn nothing_goes_before_what_was_not_looked_at() {
-        let quotas = [Quota { lane: 0, most: 2, more: true }, Quota { lane: 1, most: 9, more: true }];
+        let quotas = [Quota { group: 0, most: 2, more: true }, Quota { group: 1, most: 9, more: true }];
         let urgent = |n| Candidate { quota: Some(0), ..candidate(n, 9, "", &[]) };
         let held = vec![urgent(1), urgent(2), Candidate { quota: Some(1), ..candidate(3, 0, "", &[]) }];
         let taken = take(held, &quotas, &mut Left::new(), &mut Turns::default(), 10);

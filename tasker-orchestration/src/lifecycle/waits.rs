@@ -32,21 +32,21 @@ pub(super) async fn load_signals(
     }
     let looking: HashSet<Uuid> =
         events.iter().filter(|about| *about.event == Event::SignalDue).map(|about| about.task).collect();
-    let mut places = Vec::new();
+    let mut positions = Vec::new();
     for loaded in tasks.iter_mut() {
         let task = loaded.task().uuid;
         loaded.snapshot.signals = kept.remove(&task).unwrap_or_default();
         if looking.contains(&task) {
             let named = |name: &str| loaded.snapshot.signals.iter().any(|signal| signal.name == name);
             let waits = loaded.template.signals.iter().filter(|(_, name)| named(name));
-            places.extend(waits.map(|(index, _)| (task, *index)));
+            positions.extend(waits.map(|(index, _)| (task, *index)));
         }
     }
-    if places.is_empty() {
+    if positions.is_empty() {
         return Ok(Vec::new());
     }
     // One signal ends one wait, so of many steps that wait for it only the first are loaded.
-    let waiting = waiting(conn, &places).await?;
+    let waiting = waiting(conn, &positions).await?;
     let mut wanted = Vec::new();
     for loaded in tasks.iter() {
         let mut left: HashMap<&str, usize> = HashMap::new();
@@ -190,10 +190,10 @@ async fn kept_signals(conn: &mut PgConnection, task_uuids: &[Uuid]) -> Result<Ve
         .collect())
 }
 
-/// Those of these places, `(task, step index)`, where a step waits now; by task, in file order.
-async fn waiting(conn: &mut PgConnection, places: &[(Uuid, u32)]) -> Result<Vec<(Uuid, u32, Uuid)>, store::Error> {
-    let tasks: Vec<Uuid> = places.iter().map(|(task, _)| *task).collect();
-    let indexes: Vec<i32> = places.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
+/// Those of these positions, `(task, step index)`, where a step waits now; by task, in file order.
+async fn waiting(conn: &mut PgConnection, positions: &[(Uuid, u32)]) -> Result<Vec<(Uuid, u32, Uuid)>, store::Error> {
+    let tasks: Vec<Uuid> = positions.iter().map(|(task, _)| *task).collect();
+    let indexes: Vec<i32> = positions.iter().map(|(_, index)| i32::try_from(*index).unwrap_or(-1)).collect();
     let rows = sqlx::query!(
         "select s.task_uuid, s.step_index, s.step_uuid
          from unnest($1::uuid[], $2::int[]) w(task_uuid, step_index)

@@ -9,7 +9,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
 use sqlx::postgres::{PgHasArrayType, PgTypeInfo};
 use sqlx::{PgConnection, Postgres};
-use tasker_shared::state_machine::flow::LANE_SEPARATOR;
+use tasker_shared::state_machine::flow::GROUP_SEPARATOR;
 use tasker_shared::state_machine::plan::{Due, Move, Plan, Step, Task};
 use tasker_shared::state_machine::{StepEvent, StepState};
 use tasker_shared::store::Error;
@@ -338,12 +338,12 @@ struct NewStep<'a> {
 
 impl<'a> NewStep<'a> {
     fn of(plan: &Plan, step: &'a Step, queue: &'a str) -> Self {
-        let place = |place| i32::try_from(place).unwrap_or(i32::MAX);
+        let integer = |integer| i32::try_from(integer).unwrap_or(i32::MAX);
         Self {
             step_uuid: step.uuid,
             task_uuid: plan.task.uuid,
-            step_index: place(step.index),
-            item: step.item.map(place),
+            step_index: integer(step.index),
+            item: step.item.map(integer),
             queue,
             priority: step.priority,
             state: step.state.as_str(),
@@ -367,7 +367,7 @@ impl<'a> NewStep<'a> {
 fn held_by(plan: &Plan, step: &Step) -> Option<String> {
     let reason = step.held_by?.as_str();
     let handler = plan.held_handlers.get(&step.uuid);
-    Some(handler.map_or_else(|| reason.to_owned(), |handler| format!("{reason}{LANE_SEPARATOR}{handler}")))
+    Some(handler.map_or_else(|| reason.to_owned(), |handler| format!("{reason}{GROUP_SEPARATOR}{handler}")))
 }
 
 /// `decide` leaves the times of a fresh Enqueue to the database.

@@ -18,9 +18,9 @@ const MESSAGES: i32 = 5_000;
 const LOCK: i64 = 0x0074_6173_6b65_7252;
 
 /// Where a walk over the tasks of all templates stands: a template, and the last of its tasks that was read.
-pub type Place = (i32, Uuid);
+pub type Cursor = (i32, Uuid);
 /// Where it begins.
-pub const START: Place = (0, Uuid::nil());
+pub const START: Cursor = (0, Uuid::nil());
 
 /// What may be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,12 +28,12 @@ pub struct Found {
     /// Expired tasks, oldest first of each template.
     pub tasks: Vec<Uuid>,
     /// Where the walk goes on; `None` when it is done.
-    pub next: Option<Place>,
+    pub next: Option<Cursor>,
 }
 
-/// Looks for expired tasks behind this place, of which [`BATCH`] are removed at a time. One statement,
+/// Looks for expired tasks behind this cursor, of which [`BATCH`] are removed at a time. One statement,
 /// bounded; it reads no task twice.
-pub async fn find(conn: &mut PgConnection, (template, after): Place, archiving: bool) -> Result<Found, Error> {
+pub async fn find(conn: &mut PgConnection, (template, after): Cursor, archiving: bool) -> Result<Found, Error> {
     let row = sqlx::query!(
         r#"select tasks as "tasks!", next_template, next_after from tasker.expired_by_template($1, $2, $3, $4)"#,
         template,

@@ -291,7 +291,7 @@ impl HttpClient {
 
     /// Waits until the task's generation has ended, in whatever way. Put a timeout around it.
     ///
-    /// It is told of by the server's live changes, and asks again when their stream breaks off.
+    /// It follows the server's live changes, and asks again when their stream breaks off.
     ///
     /// # Errors
     /// As [`get`](Self::get), if asking again would not help: see [`HttpError::is_transient`].
@@ -507,7 +507,7 @@ pub struct EventQuery {
 /// What moved.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The stream has begun: what moves from now on is told.
+    /// The stream has begun: what moves from now on is reported.
     Hello,
     /// This task moved, or a step of it did.
     Task(Box<TaskView>),
@@ -526,7 +526,7 @@ pub struct Events {
 
 impl Events {
     /// The next change; `None`: the stream has ended. Begin it anew, and read what matters once,
-    /// since what moved meanwhile is not told.
+    /// since what moved meanwhile is not reported.
     ///
     /// # Errors
     /// [`HttpError::NoAnswer`] if the stream breaks off, [`HttpError::Unreadable`] if an event cannot be read.

@@ -122,7 +122,7 @@ pub(super) async fn install(own: &PgPool, conn: &mut PgConnection) -> Result<Pgm
         }
         Action::Update => {
             let updated = savepoint(conn, "alter extension pgmq update").await;
-            updated.map_err(|error| refused(format!("it could not be updated ({})", told(&error))))?;
+            updated.map_err(|error| refused(format!("it could not be updated ({})", message_of(&error))))?;
         }
         Action::Sql => {
             if let Some(offered) = &offered {
@@ -138,13 +138,13 @@ pub(super) async fn install(own: &PgPool, conn: &mut PgConnection) -> Result<Pgm
             return Err(refused(lacks.map_or_else(|| "it is too old".to_owned(), |what| format!("{what} is missing"))));
         }
     }
-    try_out(conn).await.map_err(|error| refused(told(&error)))?;
+    try_out(conn).await.map_err(|error| refused(message_of(&error)))?;
     Ok(installed(conn).await?.unwrap_or(Pgmq::Foreign))
 }
 
 /// What the server said, without where it said it.
-fn told(error: &sqlx::Error) -> String {
-    error.as_database_error().map_or_else(|| error.to_string(), |told| told.message().to_owned())
+fn message_of(error: &sqlx::Error) -> String {
+    error.as_database_error().map_or_else(|| error.to_string(), |refusal| refusal.message().to_owned())
 }
 
 /// Runs a statement; if it fails, the transaction around it goes on.

@@ -48,7 +48,7 @@ pub struct Local {
     _users: File,
 }
 
-/// What `tasker db status` tells.
+/// The answer of `tasker db status`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
     /// The server's process, if it runs.

@@ -392,7 +392,7 @@ impl<'a, 'r> Pass<'a, 'r> {
                 new_step_queues: Vec::new(),
                 sends: Vec::new(),
                 due: Vec::new(),
-                lanes: Vec::new(),
+                hold_groups: Vec::new(),
                 held_handlers: BTreeMap::new(),
                 cancel_open_steps: false,
                 closed: Vec::new(),

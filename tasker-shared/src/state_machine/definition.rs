@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::condition::Condition;
-use super::flow::{Allows, LANE_SEPARATOR, Limit, Rule, resolve_key};
+use super::flow::{Allows, GROUP_SEPARATOR, Limit, Rule, resolve_key};
 use super::graph::Graph;
 use super::input::{InputTemplate, Reference};
 use super::kinds::Share;
@@ -56,7 +56,7 @@ impl Definition {
     }
 
     /// The index and the item of a key.
-    pub fn place(&self, key: u32) -> (u32, Option<u32>) {
+    pub fn position(&self, key: u32) -> (u32, Option<u32>) {
         let steps = u32::try_from(self.steps.len()).unwrap_or(u32::MAX);
         key.checked_sub(steps).map_or((key, None), |item| (item / MAX_ITEMS, Some(item % MAX_ITEMS)))
     }
@@ -81,22 +81,22 @@ impl Definition {
             .collect()
     }
 
-    /// The lane in which a step waits when it is held: steps of one lane are subject to the same
+    /// The hold group in which a step waits when it is held: steps of one group are subject to the same
     /// limits and have one fair key. The fair key comes first, then the handler, then the limits.
-    pub fn lane(&self, index: u32, input: &Value) -> Result<String, String> {
+    pub fn hold_group(&self, index: u32, input: &Value) -> Result<String, String> {
         let fair = self.fair_key.as_ref().map(|key| resolve_key(key, input)).transpose();
-        let mut lane = fair.map_err(|problem| format!("fair_key: {problem}"))?.unwrap_or_default();
-        lane.push(LANE_SEPARATOR);
-        lane.push_str(&self.steps[index as usize].handler);
+        let mut group = fair.map_err(|problem| format!("fair_key: {problem}"))?.unwrap_or_default();
+        group.push(GROUP_SEPARATOR);
+        group.push_str(&self.steps[index as usize].handler);
         for limit in self.limits(index, input)? {
-            lane.push(LANE_SEPARATOR);
-            lane.push_str(&limit.name);
+            group.push(GROUP_SEPARATOR);
+            group.push_str(&limit.name);
         }
-        Ok(lane)
+        Ok(group)
     }
 
-    /// Whether its template alone gives a step a lane.
-    pub fn has_lane(&self, index: u32) -> bool {
+    /// Whether its template alone gives a step a hold group.
+    pub fn has_hold_group(&self, index: u32) -> bool {
         self.fair_key.is_some() || !self.steps[index as usize].limits.is_empty()
     }
 }
@@ -169,7 +169,7 @@ pub enum OnItemFailure {
     /// The first one fails the map.
     #[default]
     Fail,
-    /// Their places in the output hold null.
+    /// Their entries in the output are null.
     Continue,
     /// The same, unless there are more than so many.
     Count(u32),
@@ -183,7 +183,7 @@ pub enum OnItemFailure {
 enum OnItemFailureForm {
     /// The first one fails the map.
     Fail,
-    /// Their places in the output hold null.
+    /// Their entries in the output are null.
     Continue,
     /// As `continue`, unless more items than this have failed: a count, or a share of all such as `5%`.
     Threshold(Threshold),

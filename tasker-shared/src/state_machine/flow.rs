@@ -16,8 +16,8 @@ use super::input::InputTemplate;
 /// The most bytes of a key.
 pub const MAX_KEY_BYTES: usize = 200;
 
-/// Separates the parts of a lane; no key holds it.
-pub const LANE_SEPARATOR: char = '\u{1f}';
+/// Separates the parts of the name of a hold group; no key holds it.
+pub const GROUP_SEPARATOR: char = '\u{1f}';
 
 /// A limit as a template declares it, on a step or on all its steps together.
 #[derive(Debug, Clone)]
@@ -80,7 +80,7 @@ pub(super) fn resolve_key(key: &InputTemplate, input: &Value) -> Result<String, 
 
 /// What limits have left, read under their locks by whoever admits held steps; everybody else has none.
 #[derive(Debug, Clone, Default)]
-pub struct Places {
+pub struct LimitSlots {
     free: HashMap<String, Free>,
     taken: Vec<(Uuid, i64)>,
 }
@@ -90,8 +90,8 @@ pub struct Places {
 pub struct Free {
     /// Its row.
     pub limit_id: i64,
-    /// Places; `None`: it does not limit how many are in flight.
-    pub places: Option<i64>,
+    /// Slots; `None`: it does not limit how many are in flight.
+    pub slots: Option<i64>,
     /// Tokens; `None`: it does not limit how many begin.
     pub tokens: Option<f64>,
 }
@@ -101,17 +101,17 @@ impl Free {
     pub fn left(&self) -> i64 {
         #[expect(clippy::cast_possible_truncation, reason = "a bucket holds at most as many tokens as an i32")]
         let tokens = self.tokens.map_or(i64::MAX, |tokens| tokens.floor() as i64);
-        self.places.unwrap_or(i64::MAX).min(tokens)
+        self.slots.unwrap_or(i64::MAX).min(tokens)
     }
 
     /// Takes one.
     pub fn take(&mut self) {
-        self.places = self.places.map(|places| places - 1);
+        self.slots = self.slots.map(|slots| slots - 1);
         self.tokens = self.tokens.map(|tokens| tokens - 1.0);
     }
 }
 
-impl Places {
+impl LimitSlots {
     /// Says what a limit has left.
     pub fn set(&mut self, name: String, free: Free) {
         self.free.insert(name, free);
@@ -127,7 +127,7 @@ impl Places {
         self.free.contains_key(name)
     }
 
-    /// Takes a place under each of these limits, or none at all. What is not known has nothing left.
+    /// Takes a slot under each of these limits, or none at all. What is not known has nothing left.
     pub fn take(&mut self, step: Uuid, names: &[String]) -> bool {
         if !names.iter().all(|name| self.free.get(name).is_some_and(|free| free.left() > 0)) {
             return false;
@@ -141,7 +141,7 @@ impl Places {
         true
     }
 
-    /// The places that were taken, as `(step, limit)`.
+    /// The slots that were taken, as `(step, limit)`.
     pub fn taken(&self) -> &[(Uuid, i64)] {
         &self.taken
     }

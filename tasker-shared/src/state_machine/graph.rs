@@ -277,7 +277,7 @@ impl Graph {
         &self.order
     }
 
-    /// Which of the pairs `(step, ancestor)` are wrong, as places in `pairs`:
+    /// Which of the pairs `(step, ancestor)` are wrong, as indexes in `pairs`:
     /// those where `step` does not wait, directly or through others, for
     /// `ancestor`.
     ///

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::flow::{self, Places};
+use super::flow::{self, LimitSlots};
 pub use super::states::HeldBy;
 use super::states::{Change, StepEvent, StepState, TaskState};
 use super::wait::ChildTask;
@@ -42,9 +42,9 @@ pub struct Task {
 #[expect(missing_docs, reason = "columns of tasker.steps, explained there")]
 pub struct Step {
     pub uuid: Uuid,
-    /// Its place in the template; all items of a map share it.
+    /// Its position in the template; all items of a map share it.
     pub index: u32,
-    /// Its place in the list that a map runs over; `None` of every other step.
+    /// Its index in the list that a map runs over; `None` of every other step.
     pub item: Option<u32>,
     pub state: StepState,
     pub version: i32,
@@ -157,7 +157,7 @@ pub struct Room {
     /// Limits of namespaces and handlers, by name; those of templates are in the templates.
     limits: HashSet<String>,
     /// What limits have left, while held steps are admitted.
-    places: Places,
+    slots: LimitSlots,
     unlimited: bool,
 }
 
@@ -199,23 +199,23 @@ impl Room {
 
     /// The limits that apply to a step beside those of its template, by name.
     pub fn limits_of(&self, namespace: &str, handler: &str) -> Vec<String> {
-        if self.limits.is_empty() && self.places.is_empty() {
+        if self.limits.is_empty() && self.slots.is_empty() {
             return Vec::new();
         }
         let mut names = vec![flow::namespace_limit(namespace), flow::handler_limit(namespace, handler)];
         // One that was set a moment ago may be known to those who admit, and to nobody else yet.
-        names.retain(|name| self.limits.contains(name) || self.places.knows(name));
+        names.retain(|name| self.limits.contains(name) || self.slots.knows(name));
         names
     }
 
     /// Sets what limits have left, and takes what was there before.
-    pub fn set_places(&mut self, places: Places) -> Places {
-        std::mem::replace(&mut self.places, places)
+    pub fn set_limit_slots(&mut self, slots: LimitSlots) -> LimitSlots {
+        std::mem::replace(&mut self.slots, slots)
     }
 
-    /// Takes a place under each of these limits, or none at all.
-    pub fn take_places(&mut self, step: Uuid, names: &[String]) -> bool {
-        self.unlimited || self.places.take(step, names)
+    /// Takes a slot under each of these limits, or none at all.
+    pub fn take_limit_slots(&mut self, step: Uuid, names: &[String]) -> bool {
+        self.unlimited || self.slots.take(step, names)
     }
 
     /// Whether everything may be sent.
@@ -248,7 +248,7 @@ impl Room {
         self.queues.iter()
     }
 
-    /// Takes a place, or says why there is none. `admitting` lets a step that already waited pass those that wait.
+    /// Takes room for one, or says why there is none. `admitting` lets a step that already waited pass those that wait.
     pub fn take(&mut self, queue: &str, handler: &str, admitting: bool) -> Result<(), HeldBy> {
         if self.is_paused(queue) {
             return Err(HeldBy::Paused);
@@ -277,7 +277,7 @@ impl Room {
         }
     }
 
-    /// An attempt ended: its worker has a place again.
+    /// An attempt ended: its worker has a free slot again.
     pub fn give_back(&mut self, queue: &str) {
         if let Some(room) = self.queues.get_mut(queue) {
             room.left = (room.left + 1).min(room.capacity);
@@ -472,8 +472,8 @@ pub struct Plan {
     pub sends: Vec<Send>,
     /// Hints to look later.
     pub due: Vec<Due>,
-    /// The lanes in which held steps wait: see [`super::definition::Definition::lane`].
-    pub lanes: Vec<(Uuid, String)>,
+    /// The hold groups in which held steps wait: see [`super::definition::Definition::hold_group`].
+    pub hold_groups: Vec<(Uuid, String)>,
     /// The handlers of the steps that it begins to hold: admission finds them by it.
     pub held_handlers: BTreeMap<Uuid, Arc<str>>,
     /// Move every other open step to cancelled.
@@ -522,7 +522,7 @@ pub struct Lacks {
     pub outputs: BTreeSet<u32>,
     /// Maps whose items are all done: the list of their outputs.
     pub collected: BTreeSet<u32>,
-    /// Items to create: the first one's place in the list, and how many.
+    /// Items to create: the index of the first one in the list, and how many.
     pub items: BTreeMap<u32, (u32, u32)>,
 }
 

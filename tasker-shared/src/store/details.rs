@@ -122,16 +122,16 @@ pub async fn root_span(conn: &mut PgConnection, task: Uuid) -> Result<Option<(Ve
     Ok(row.map(|row| (row.trace_id, row.root_span_id, row.trace_flags & 1)))
 }
 
-/// A place in a task's steps: template order, then the items of a map.
+/// A cursor in the steps of a task: template order, then the items of a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StepPlace {
+pub struct StepCursor {
     /// The step's index in its template.
     pub step_index: i32,
     /// The item of a map, -1 of every other step.
     pub item: i32,
 }
 
-impl StepPlace {
+impl StepCursor {
     /// Before every step.
     pub const START: Self = Self { step_index: -1, item: -1 };
 }
@@ -169,8 +169,8 @@ pub struct StepRow {
     pub items_failed: Option<i32>,
 }
 
-/// Steps of a task behind a place, the items of maps among them.
-pub async fn steps(conn: &mut PgConnection, task: Uuid, after: StepPlace, limit: i64) -> Result<Vec<StepRow>, Error> {
+/// Steps of a task behind a cursor, the items of maps among them.
+pub async fn steps(conn: &mut PgConnection, task: Uuid, after: StepCursor, limit: i64) -> Result<Vec<StepRow>, Error> {
     Ok(sqlx::query_as!(
         StepRow,
         r#"select s.step_uuid, s.step_index, nullif(s.item, -1) as item,
@@ -254,11 +254,11 @@ pub struct AttemptRow {
     pub milestones: Option<Value>,
 }
 
-/// Attempts of a task that a worker claimed, by step and attempt, behind a place.
+/// Attempts of a task that a worker claimed, by step and attempt, behind a cursor.
 pub async fn attempts(
     conn: &mut PgConnection,
     task: Uuid,
-    after: (StepPlace, i32),
+    after: (StepCursor, i32),
     payloads: bool,
     limit: i64,
 ) -> Result<Vec<AttemptRow>, Error> {

@@ -54,7 +54,7 @@ impl LimitUse {
     pub fn free(&self) -> Free {
         Free {
             limit_id: self.limit_id,
-            places: self.concurrency.map(|most| i64::from(most) - self.in_use),
+            slots: self.concurrency.map(|most| i64::from(most) - self.in_use),
             tokens: self.tokens,
         }
     }

@@ -20,7 +20,7 @@ pub async fn set(conn: &mut PgConnection, policy: Option<&Value>, actor: Option<
 }
 
 /// Gives this process its policy: the file that `TASKER_REDACTION_FILE` names, else the stored one,
-/// else the built-in one. A stored policy that cannot be read is told, and the one before stays.
+/// else the built-in one. A stored policy that cannot be read is reported, and the one before stays.
 ///
 /// Errors only for a file: a process that was told to use one must not run with another.
 pub async fn load(conn: impl PgExecutor<'_>) -> Result<(), redact::Error> {

@@ -49,7 +49,7 @@ pub(crate) const SETTINGS: [(&str, &str); 5] = [
 /// A connection that was idle for so long is asked whether it still lives before it is used: a
 /// server that was restarted takes longer than that to be back.
 const TESTED_WHEN_IDLE: Duration = Duration::from_secs(1);
-/// A connection that does not answer within this time is dead: nobody tells of a machine that vanished.
+/// A connection that does not answer within this time is dead: nothing reports a machine that vanished.
 const LONGEST_TEST: Duration = Duration::from_secs(2);
 
 /// What a pool is made with. `Default` suits a small process.
@@ -88,7 +88,7 @@ pub async fn pool(url: &str, options: &PoolOptions<'_>) -> Result<PgPool, sqlx::
         ])
         .options(options.settings.iter().copied())
         // For `telemetry::live`, if anybody wants it; SQL text never stands in a log line. None is slow:
-        // a slow one is told of at another level, which is off.
+        // a slow one is logged at another level, which is off.
         .log_statements("debug".parse().expect("a level of logs"))
         .log_slow_statements("off".parse().expect("a level of logs"), Duration::MAX);
     let outage = Outage::at(&connect);

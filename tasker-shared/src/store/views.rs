@@ -296,7 +296,7 @@ pub struct UsageView {
     pub steps: BTreeMap<String, BTreeMap<String, f64>>,
 }
 
-/// Adds up what the attempts of a task used; empty if none told.
+/// Adds up what the attempts of a task used; empty if none reported any.
 pub async fn usage(conn: &mut PgConnection, task_uuid: Uuid) -> Result<UsageView, Error> {
     let rows = sqlx::query!(
         // A sum may be larger, and a share smaller, than any double.
@@ -321,10 +321,10 @@ pub async fn usage(conn: &mut PgConnection, task_uuid: Uuid) -> Result<UsageView
     Ok(usage)
 }
 
-/// What one attempt told of itself.
+/// Usage and milestones that one attempt reported.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[expect(missing_docs, reason = "columns of tasker.attempts")]
-pub struct ToldView {
+pub struct ReportedView {
     pub step: String,
     /// Its place in the list of a map; -1 of every other step.
     pub item: i32,
@@ -333,11 +333,11 @@ pub struct ToldView {
     pub milestones: Option<Value>,
 }
 
-/// What attempts of a task told of themselves: milestones, timings, artifacts, usage. The first 1,000
-/// that told anything.
-pub async fn told(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<ToldView>, Error> {
+/// Milestones, timings, artifacts and usage that attempts of a task reported. The first 1,000
+/// attempts that reported anything.
+pub async fn reported(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Vec<ReportedView>, Error> {
     Ok(sqlx::query_as!(
-        ToldView,
+        ReportedView,
         "select d.name as step, s.item, a.attempt, a.usage, a.milestones
          from tasker.attempts a
          join tasker.steps s on s.step_uuid = a.step_uuid
@@ -533,7 +533,7 @@ pub struct QueueView {
     pub visible: i64,
     /// Age of the oldest message in seconds.
     pub oldest_s: Option<i32>,
-    /// Ready steps that are held back from it; of more than 100,000 in a lane or in none, so many are counted.
+    /// Ready steps that are held back from it; of more than 100,000 in a hold group or in none, so many are counted.
     pub held: i64,
     /// Live workers that read it; always 0 for the queues of orchestrators.
     pub workers: i64,

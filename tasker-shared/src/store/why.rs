@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::views::{self, TaskView};
 use super::{Error, flow};
 use crate::duration::in_words;
-use crate::state_machine::flow::{LANE_SEPARATOR, handler_limit, namespace_limit};
+use crate::state_machine::flow::{GROUP_SEPARATOR, handler_limit, namespace_limit};
 
 /// What the sentence is made from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -63,7 +63,7 @@ pub struct OpenSteps {
     pub offered: bool,
     /// Who paused the queue and why, as `actor: reason`.
     pub paused: Option<String>,
-    /// The lane of the first one: see `tasker.steps`.
+    /// The hold group of the first one: `lane` of `tasker.steps`.
     #[serde(skip)]
     pub lane: Option<String>,
     /// Which limit lets nothing through now, where one holds them.
@@ -183,11 +183,11 @@ async fn look(conn: &mut PgConnection, task_uuid: Uuid) -> Result<Option<Situati
     }))
 }
 
-/// The first limit of the group's lane that lets nothing through now, in words.
+/// The first limit of the hold group that lets nothing through now, in words.
 async fn full_limit(conn: &mut PgConnection, namespace: &str, group: &OpenSteps) -> Result<Option<String>, Error> {
-    let of_lane = group.lane.as_deref().unwrap_or_default().split(LANE_SEPARATOR).skip(2).map(str::to_owned);
+    let of_group = group.lane.as_deref().unwrap_or_default().split(GROUP_SEPARATOR).skip(2).map(str::to_owned);
     let names =
-        of_lane.chain([namespace_limit(namespace), handler_limit(namespace, &group.handler)]).collect::<Vec<_>>();
+        of_group.chain([namespace_limit(namespace), handler_limit(namespace, &group.handler)]).collect::<Vec<_>>();
     Ok(flow::limit_use(conn, &names).await?.iter().find_map(flow::LimitUse::why))
 }
 
@@ -216,17 +216,17 @@ impl Situation {
 
     fn reason(&self) -> String {
         let task = &self.task;
-        let told = || task.reason.clone().filter(|reason| !reason.is_empty());
+        let reason = || task.reason.clone().filter(|reason| !reason.is_empty());
         match task.state {
             "complete" => format!("every step is done; it took {}", self.took()),
-            "resolved_manually" => told().unwrap_or_else(|| "resolved by hand".into()),
+            "resolved_manually" => reason().unwrap_or_else(|| "resolved by hand".into()),
             "error" => {
                 let kind = task.error_type.as_deref().map_or_else(String::new, |kind| format!(" ({kind})"));
-                format!("{}{kind}", told().unwrap_or_else(|| "no reason was recorded".into()))
+                format!("{}{kind}", reason().unwrap_or_else(|| "no reason was recorded".into()))
             }
-            "cancelled" => told().unwrap_or_else(|| "no reason was given".into()),
+            "cancelled" => reason().unwrap_or_else(|| "no reason was given".into()),
             "suspended" => {
-                let failed = told().map_or_else(String::new, |reason| format!(" (meanwhile: {reason})"));
+                let failed = reason().map_or_else(String::new, |reason| format!(" (meanwhile: {reason})"));
                 let task = task.task_uuid;
                 let who = self.suspended_by.as_deref().unwrap_or("an operator");
                 format!("suspended by {who}; `tasker task resume {task}` lets it go on{failed}")

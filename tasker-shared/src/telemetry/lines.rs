@@ -205,7 +205,7 @@ where
     fn on_event(&self, event: &Event<'_>, cx: Context<'_, S>) {
         let mut own = Fields::default();
         event.record(&mut own);
-        let mut line = Line::new(self.format, self.ansi, event.metadata(), &own);
+        let mut line = LogLine::new(self.format, self.ansi, event.metadata(), &own);
         OtelContext::map_current(|current| {
             let span = current.span();
             let span = span.span_context();
@@ -230,7 +230,7 @@ where
 }
 
 /// A log line in the making.
-struct Line {
+struct LogLine {
     format: LogFormat,
     policy: Arc<Policy>,
     text: String,
@@ -243,7 +243,7 @@ const MESSAGE: &str = "message";
 /// Made by us, and never a secret.
 const OWN_FIELDS: [&str; 4] = ["trace_id", "span_id", "task_uuid", "step_uuid"];
 
-impl Line {
+impl LogLine {
     fn new(format: LogFormat, ansi: bool, meta: &Metadata<'_>, own: &Fields) -> Self {
         let at = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
         let policy = redact::policy();

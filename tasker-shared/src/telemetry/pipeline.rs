@@ -104,7 +104,7 @@ impl Pipeline {
             room: config.live.max_queue,
             runtime,
         };
-        if let Some(lines) = transport::Lines::open(config)? {
+        if let Some(lines) = transport::JsonLines::open(config)? {
             let inner = LineExporter { lines, resource };
             let exporter = Counted { inner, counts: counts.clone(), waiting: waiting.clone(), endpoint };
             let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
@@ -150,7 +150,7 @@ impl Drop for Pipeline {
 /// Live spans as lines of OTLP JSON.
 #[derive(Debug)]
 struct LineExporter {
-    lines: transport::Lines,
+    lines: transport::JsonLines,
     resource: Resource,
 }
 

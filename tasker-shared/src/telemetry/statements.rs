@@ -1,4 +1,4 @@
-//! SQL statements as live spans, read from what sqlx tells of them.
+//! SQL statements as live spans, read from the records of sqlx.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,7 +12,7 @@ use tracing_subscriber::layer::{Context as LayerContext, Filter, Layer};
 
 use super::live::{begin, is_on_somewhere};
 
-/// Statements as sqlx tells of them.
+/// Statements as sqlx records them.
 const STATEMENT: &str = "sqlx::query";
 
 /// Statements become spans of their own below what is current. Their text is never kept: its

@@ -8,7 +8,7 @@ use jsonschema::error::ValidationErrorKind;
 use jsonschema::{Draft, PatternOptions, ValidationError, Validator};
 use serde_json::Value;
 
-/// How many violations of one input are told.
+/// How many violations of one input are reported.
 const MAX_VIOLATIONS: usize = 20;
 
 /// The most characters of one violation; enumerations can be very long.

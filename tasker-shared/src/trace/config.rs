@@ -158,7 +158,7 @@ pub struct LiveQueue {
     pub delay: Duration,
 }
 
-/// Everything about tracing that a process is told.
+/// All settings of tracing of a process.
 #[derive(Clone, PartialEq)]
 pub struct TraceConfig {
     /// False: no spans are built and nothing is exported.

@@ -125,7 +125,7 @@ pub struct Attempt {
 #[expect(missing_docs, reason = "columns of tasker.template_steps")]
 pub struct StepInfo {
     pub index: u32,
-    /// Its place in the list that a map runs over.
+    /// Its index in the list that a map runs over.
     pub item: Option<u32>,
     pub name: Arc<str>,
     pub handler: Arc<str>,

@@ -25,7 +25,7 @@ pub const EVERYWHERE: &str = "*";
 /// How long a change takes to reach a process that could not be woken.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// What a process is told, and what it finds stored.
+/// The settings given to a process, and those it finds stored.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The database.

@@ -48,14 +48,14 @@ pub struct Transport {
 enum Way {
     Grpc { channel: Channel, metadata: MetadataMap },
     Http { client: reqwest::Client, url: reqwest::Url },
-    Lines(Lines),
+    JsonLines(JsonLines),
 }
 
 /// Where requests go as lines of OTLP JSON: a file, or standard output.
 #[derive(Debug, Clone)]
-pub(crate) struct Lines(Option<Arc<Mutex<File>>>);
+pub(crate) struct JsonLines(Option<Arc<Mutex<File>>>);
 
-impl Lines {
+impl JsonLines {
     /// `None` unless `config` asks for lines.
     pub(crate) fn open(config: &TraceConfig) -> Result<Option<Self>, Error> {
         match config.exporter {
@@ -196,8 +196,8 @@ impl Transport {
     /// Must be called inside a tokio runtime.
     pub fn connect(config: &TraceConfig) -> Result<Self, Error> {
         let way = match config.protocol {
-            _ if !config.exporter.is_remote() && config.exporter != Exporter::None => match Lines::open(config)? {
-                Some(lines) => Way::Lines(lines),
+            _ if !config.exporter.is_remote() && config.exporter != Exporter::None => match JsonLines::open(config)? {
+                Some(lines) => Way::JsonLines(lines),
                 None => unreachable!("every exporter that is not remote writes lines"),
             },
             Protocol::Grpc => Way::Grpc { channel: channel(config)?, metadata: metadata(config)? },
@@ -232,7 +232,7 @@ impl Transport {
             match &self.way {
                 Way::Grpc { channel, metadata } => self.send_grpc(channel, metadata, request).await,
                 Way::Http { client, url } => self.send_http(client, url, request).await,
-                Way::Lines(lines) => write_line(lines.clone(), request).await,
+                Way::JsonLines(lines) => write_line(lines.clone(), request).await,
             }
         };
         tokio::time::timeout(self.timeout, answer).await.unwrap_or_else(|_| {
@@ -355,7 +355,7 @@ pub fn probe(service: &str) -> (Bytes, super::span::TraceId) {
     (request.encode_to_vec().into(), trace_id)
 }
 
-async fn write_line(lines: Lines, request: Bytes) -> Result<Accepted, SendError> {
+async fn write_line(lines: JsonLines, request: Bytes) -> Result<Accepted, SendError> {
     let written = tokio::task::spawn_blocking(move || lines.write(&ExportTraceServiceRequest::decode(request)?));
     match written.await {
         Ok(Ok(())) => Ok(Accepted { rejected_spans: 0, message: None }),

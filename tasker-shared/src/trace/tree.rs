@@ -463,7 +463,7 @@ impl<'a> Tree<'a> {
         if let Some(beat) = ending.and_then(|ending| ending.last_heartbeat_at) {
             ran.attributes.push((names::LAST_HEARTBEAT_AT, time(beat)));
         }
-        told(&mut ran, attempt, claim.at);
+        add_reported(&mut ran, attempt, claim.at);
         if let Some(failure) = &attempt.failure {
             fail(&mut ran, failure.kind.clone(), failure.message.clone(), stop);
         } else if let Some((kind, message)) =
@@ -562,14 +562,15 @@ fn fail(span: &mut Span, kind: String, message: String, at: DateTime<Utc>) {
     span.error = Some(if message.is_empty() { kind } else { message });
 }
 
-/// What the handler told of itself: its milestones as events, its usage as attributes.
-fn told(span: &mut Span, attempt: &Attempt, claimed_at: DateTime<Utc>) {
-    for told in attempt.milestones.iter().filter_map(Json::as_array).flatten().take(MAX_EVENTS) {
-        let Some(name) = told.get("name").and_then(Json::as_str) else {
+/// What the handler reported: its milestones as events, its usage as attributes.
+fn add_reported(span: &mut Span, attempt: &Attempt, claimed_at: DateTime<Utc>) {
+    for milestone in attempt.milestones.iter().filter_map(Json::as_array).flatten().take(MAX_EVENTS) {
+        let Some(name) = milestone.get("name").and_then(Json::as_str) else {
             continue;
         };
-        let at = told.get("at_ms").and_then(Json::as_f64).map_or(span.end, |ms| claimed_at + milliseconds(Some(ms)));
-        let attributes = told.get("attributes").and_then(Json::as_object).into_iter().flatten();
+        let at =
+            milestone.get("at_ms").and_then(Json::as_f64).map_or(span.end, |ms| claimed_at + milliseconds(Some(ms)));
+        let attributes = milestone.get("attributes").and_then(Json::as_object).into_iter().flatten();
         span.events.push(Event {
             name: name.to_owned().into(),
             at: at.clamp(span.start, span.end),

@@ -16,7 +16,7 @@ use crate::simulation::{
     with_input, with_wait,
 };
 use tasker_shared::state_machine::decide::Event;
-use tasker_shared::state_machine::flow::{Allows, Free, Places, Rule};
+use tasker_shared::state_machine::flow::{Allows, Free, LimitSlots, Rule};
 use tasker_shared::state_machine::input::InputTemplate;
 use tasker_shared::state_machine::plan::{HeldBy, Outcome, Plan, Room};
 use tasker_shared::state_machine::retry::OnExhausted;

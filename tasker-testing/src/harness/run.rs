@@ -61,7 +61,7 @@ impl Run {
         &self.calls
     }
 
-    /// The states of a map's items that were created, by their place in its list.
+    /// The states of a map's items that were created, by their index in its list.
     ///
     /// # Panics
     /// If the template has no such step.
@@ -100,7 +100,7 @@ impl Run {
 
     pub(super) fn waits_for(&self) -> String {
         let steps = &self.world.definition.steps;
-        let named = |step: u32| &steps[self.world.definition.place(step).0 as usize];
+        let named = |step: u32| &steps[self.world.definition.position(step).0 as usize];
         if let Some(message) = self.world.messages.first() {
             let step = named(message.step);
             return format!("step {} needs handler {}, which nobody offers", step.name, step.handler);

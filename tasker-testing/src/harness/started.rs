@@ -176,7 +176,7 @@ impl Started<'_> {
     /// The first message that somebody takes.
     fn offered(&self) -> Option<usize> {
         let world = &self.run.world;
-        let handler = |step| &*world.definition.steps[world.definition.place(step).0 as usize].handler;
+        let handler = |step| &*world.definition.steps[world.definition.position(step).0 as usize].handler;
         world.messages.iter().position(|message| !self.harness.unoffered.contains(handler(message.step)))
     }
 

@@ -99,7 +99,7 @@ impl World {
         });
     }
 
-    /// The rows of steps, the log and the due hints.
+    /// The rows of steps, the log and the timers.
     pub(super) fn write_steps(&mut self, plan: &Plan, began_at: DateTime<Utc>, at: DateTime<Utc>) {
         for (new, version_before) in &plan.steps {
             let row = self.at_mut(self.definition.key(new.index, new.item));

@@ -1,6 +1,6 @@
 //! Random backlogs under random limits: what every pass of the admission keeps to.
 //!
-//! The limits and the lanes are modelled here a second time, as the tables and functions of
+//! The limits and the hold groups are modelled here a second time, as the tables and functions of
 //! migrations/0009 have them; what is sent, and in which order, is the code's.
 
 use std::collections::BTreeSet;
@@ -74,11 +74,11 @@ impl Queue {
     /// `tasker.limit_use`.
     fn left(&self) -> Left {
         let used = |name: &str| self.in_flight.iter().filter(|step| step.limits.iter().any(|of| of == name)).count();
-        let places = AT_ONCE.iter().map(|(name, most)| (*name, Some(most - i64::try_from(used(name)).unwrap()), None));
+        let slots = AT_ONCE.iter().map(|(name, most)| (*name, Some(most - i64::try_from(used(name)).unwrap()), None));
         let hundredths = i32::try_from(RATE.1 * TOKEN - self.spent).unwrap();
         let tokens = (RATE.0, None, Some(f64::from(hundredths) / 100.0));
-        let free = |(name, places, tokens): (&str, _, _)| (name.to_owned(), Free { limit_id: 1, places, tokens });
-        places.chain([tokens]).map(free).collect()
+        let free = |(name, slots, tokens): (&str, _, _)| (name.to_owned(), Free { limit_id: 1, slots, tokens });
+        slots.chain([tokens]).map(free).collect()
     }
 
     /// One pass, as `choose` makes it; answers how many were sent.
@@ -86,25 +86,25 @@ impl Queue {
         let mut limits = self.left();
         // `tasker.held_lanes` and `tasker.held_steps`.
         let name =
-            |held: &Candidate| format!("{}{LANE_SEPARATOR}h{LANE_SEPARATOR}{}", held.fair, held.limits.join(","));
-        let in_lanes = self.held.iter().filter(|held| held.quota.is_some());
-        let lanes: BTreeSet<_> =
-            in_lanes.map(|held| (Reverse(held.priority), name(held), held.limits.clone())).collect();
-        let lanes = lanes.into_iter().map(|(Reverse(priority), lane, limits)| (Lane { priority, lane }, limits));
-        let lanes: Vec<(Lane, Vec<String>)> = lanes.collect();
+            |held: &Candidate| format!("{}{GROUP_SEPARATOR}h{GROUP_SEPARATOR}{}", held.fair, held.limits.join(","));
+        let in_groups = self.held.iter().filter(|held| held.quota.is_some());
+        let groups: BTreeSet<_> =
+            in_groups.map(|held| (Reverse(held.priority), name(held), held.limits.clone())).collect();
+        let groups = groups.into_iter().map(|(Reverse(priority), lane, limits)| (HoldGroup { priority, lane }, limits));
+        let groups: Vec<(HoldGroup, Vec<String>)> = groups.collect();
         let mut plain: Vec<Candidate> = self.held.iter().filter(|held| held.quota.is_none()).cloned().collect();
         plain.sort_by_key(|held| (Reverse(held.priority), held.ready_at));
         plain.truncate(max);
 
         // `tasker.first_in_lanes`; what is held is in the order of its time.
-        let quotas = quotas(&lanes, &limits, max);
+        let quotas = quotas(&groups, &limits, max);
         let mut candidates = plain;
-        for (place, quota) in quotas.iter().enumerate() {
-            let lane = &lanes[quota.lane].0;
+        for (index, quota) in quotas.iter().enumerate() {
+            let group = &groups[quota.group].0;
             let waits =
-                |held: &&Candidate| held.quota.is_some() && held.priority == lane.priority && name(held) == lane.lane;
+                |held: &&Candidate| held.quota.is_some() && held.priority == group.priority && name(held) == group.lane;
             let first = self.held.iter().filter(waits).take(usize::try_from(quota.most).unwrap());
-            candidates.extend(first.map(|held| Candidate { quota: Some(place), ..held.clone() }));
+            candidates.extend(first.map(|held| Candidate { quota: Some(index), ..held.clone() }));
         }
         self.turns.note(self.held.iter().map(|held| (held.priority, held.fair.as_str())), true);
         let taken = take(candidates, &quotas, &mut limits, &mut self.turns, max);
@@ -115,8 +115,8 @@ impl Queue {
 
     fn send(&mut self, steps: &[Candidate]) -> TestCaseResult {
         for sent in steps {
-            let place = self.held.iter().position(|held| held.step == sent.step);
-            self.in_flight.push(self.held.remove(place.expect("a step is sent once")));
+            let index = self.held.iter().position(|held| held.step == sent.step);
+            self.in_flight.push(self.held.remove(index.expect("a step is sent once")));
             if sent.limits.iter().any(|name| name == RATE.0) {
                 self.spent += TOKEN;
                 self.began.push(self.ms);
@@ -153,8 +153,8 @@ impl Queue {
                 if sent.priority != held.priority {
                     continue;
                 }
-                let same_lane = (&sent.fair, &sent.limits) == (&held.fair, &held.limits);
-                prop_assert!(!same_lane || sent.ready_at < held.ready_at, "{:?} went before {:?}", sent, held);
+                let same_group = (&sent.fair, &sent.limits) == (&held.fair, &held.limits);
+                prop_assert!(!same_group || sent.ready_at < held.ready_at, "{:?} went before {:?}", sent, held);
                 let (others, own) = (turns(sent.priority, &sent.fair), turns(held.priority, &held.fair));
                 prop_assert!(others <= own + 1, "{} had {} turns, {} had {}", sent.fair, others, held.fair, own);
             }

@@ -263,7 +263,7 @@ impl Pass<'_, '_> {
             let waits_again = self.definition.graph.parents(key).iter().any(|parent| again.contains_key(parent));
             if waits_again || again[&key] == StepEvent::Rerun {
                 self.forget_map(key);
-                again.retain(|other, _| self.definition.place(*other).1.is_none() || self.steps[other].index != key);
+                again.retain(|other, _| self.definition.position(*other).1.is_none() || self.steps[other].index != key);
             }
         }
         for (&index, &event) in &again {
@@ -390,7 +390,7 @@ impl Pass<'_, '_> {
     }
 
     /// Takes a step out of whatever it is in, before a move that ends it: its attempt closes, its
-    /// place is given back, its items stop. Answers the waits that end there.
+    /// slot is given back, its items stop. Answers the waits that end there.
     pub(super) fn leave(&mut self, key: u32) -> Vec<Wait> {
         let step = &self.steps[&key];
         let from = step.state;

@@ -1,4 +1,4 @@
-//! Sending what is ready: its input, its place in the queue, its message.
+//! Sending what is ready: its input, its room in the queue, its message.
 
 use std::cmp::Reverse;
 
@@ -17,13 +17,13 @@ impl Pass<'_, '_> {
         if let Some(template) = &self.defined(index).input {
             let outputs = |name: &str| self.output_named(name);
             let absent = |name: &str| self.is_absent(name);
-            let place = Value::from(self.steps[&index].item.unwrap_or_default());
-            let item = self.item_values.get(&index).map(|value| (value, &place));
+            let item_index = Value::from(self.steps[&index].item.unwrap_or_default());
+            let item = self.item_values.get(&index).map(|value| (value, &item_index));
             let scope = Scope { input: &self.plan.task.input, outputs: &outputs, absent: &absent, item };
             return template.resolve_in(scope).map_err(|missing| missing.to_string());
         }
-        if let (Some(item), Some(place)) = (self.item_values.get(&index), self.steps[&index].item) {
-            return Ok(json!({"item": item, "item_index": place}));
+        if let (Some(item), Some(item_index)) = (self.item_values.get(&index), self.steps[&index].item) {
+            return Ok(json!({"item": item, "item_index": item_index}));
         }
         let parents = self.definition.graph.parents(self.steps[&index].index);
         let parents = parents.iter().filter_map(|parent| {
@@ -88,7 +88,7 @@ impl Pass<'_, '_> {
                     self.begin_map(index, for_each);
                     continue;
                 }
-                let resolve = || self.checked_lane(index).and_then(|()| self.resolve(index));
+                let resolve = || self.check_hold_group(index).and_then(|()| self.resolve(index));
                 match work.takes_input().then(resolve) {
                     None => {}
                     Some(Ok(input)) => self.touch(index).input = Some(input),
@@ -140,8 +140,8 @@ impl Pass<'_, '_> {
 
     /// Whether a ready step may be sent now, or why not.
     ///
-    /// A retry needs no room, its place was its own a moment ago; but it heeds a pause. A lost
-    /// attempt goes out again at once, whatever holds others: its place is still its own, and
+    /// A retry needs no room, since its slot was its own a moment ago; but it heeds a pause. A lost
+    /// attempt goes out again at once, whatever holds others: its slot is still its own, and
     /// what lies in a paused queue is not claimed.
     fn admission(&mut self, index: u32, event: StepEvent, admitting: bool) -> Result<(), HeldBy> {
         let definition = self.defined(index);
@@ -158,7 +158,7 @@ impl Pass<'_, '_> {
         if event == StepEvent::Enqueue {
             self.room.take(&definition.queue, &definition.handler, admitting)?;
         }
-        if limited && !self.take_places(index, definition) {
+        if limited && !self.take_limit_slots(index, definition) {
             if event == StepEvent::Enqueue {
                 self.room.give_back(&definition.queue);
             }
@@ -174,27 +174,27 @@ impl Pass<'_, '_> {
             || !self.room.limits_of(&self.definition.namespace, &definition.handler).is_empty()
     }
 
-    fn take_places(&mut self, index: u32, definition: &StepDefinition) -> bool {
+    fn take_limit_slots(&mut self, index: u32, definition: &StepDefinition) -> bool {
         let step = &self.steps[&index];
         let Ok(limits) = self.definition.limits(step.index, &self.plan.task.input) else {
             return false;
         };
         let mut names: Vec<String> = limits.into_iter().map(|limit| limit.name).collect();
         names.extend(self.room.limits_of(&self.definition.namespace, &definition.handler));
-        self.room.take_places(step.uuid, &names)
+        self.room.take_limit_slots(step.uuid, &names)
     }
 
     /// Where its keys lead is known before it is ready; that they lead nowhere fails it.
-    fn checked_lane(&self, index: u32) -> Result<(), String> {
+    fn check_hold_group(&self, index: u32) -> Result<(), String> {
         let index = self.steps[&index].index;
-        if self.definition.has_lane(index) {
-            self.definition.lane(index, &self.plan.task.input)?;
+        if self.definition.has_hold_group(index) {
+            self.definition.hold_group(index, &self.plan.task.input)?;
         }
         Ok(())
     }
 
     pub(super) fn hold(&mut self, index: u32, reason: HeldBy) {
-        let (now, place) = (self.now, self.steps[&index].index);
+        let (now, position) = (self.now, self.steps[&index].index);
         let step = self.touch(index);
         let before = step.held_by.replace(reason);
         let uuid = step.uuid;
@@ -207,12 +207,12 @@ impl Pass<'_, '_> {
             self.plan.due.extend(timeout.map(due));
             self.plan.held_handlers.insert(uuid, self.defined(index).handler.clone());
         }
-        let in_lane = self.definition.has_lane(place) || reason == HeldBy::Limit;
-        if in_lane
+        let in_group = self.definition.has_hold_group(position) || reason == HeldBy::Limit;
+        if in_group
             && before.is_none_or(|before| before != reason)
-            && let Ok(lane) = self.definition.lane(place, &self.plan.task.input)
+            && let Ok(group) = self.definition.hold_group(position, &self.plan.task.input)
         {
-            self.plan.lanes.push((uuid, lane));
+            self.plan.hold_groups.push((uuid, group));
         }
     }
 

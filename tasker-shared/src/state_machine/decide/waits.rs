@@ -104,10 +104,10 @@ impl Pass<'_, '_> {
                 continue;
             };
             let fits = self.signals.iter().position(|kept| kept.name == wanted.name && wanted.allows(&kept.payload));
-            let Some(place) = fits else {
+            let Some(oldest) = fits else {
                 continue;
             };
-            let signal = self.signals.remove(place);
+            let signal = self.signals.remove(oldest);
             self.plan.used_signals.push(signal.id);
             let wait = Wait { actor: Some(signal.actor), link: signal.traceparent, ..self.waited(index) };
             self.wait_done(index, StepEvent::SignalReceived, signal.payload, wait);

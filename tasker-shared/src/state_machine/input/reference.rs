@@ -22,7 +22,7 @@ pub(super) enum Root {
     Step(String),
     /// The item of the list that a map runs over.
     Item,
-    /// Its place in that list, from 0.
+    /// Its index in that list, from 0.
     ItemIndex,
 }
 
@@ -36,7 +36,7 @@ pub struct Scope<'a, 'f> {
     /// Whether a step without output was skipped, or is still open behind a `join: any`: whatever
     /// is read of it is null.
     pub absent: &'f dyn Fn(&str) -> bool,
-    /// Of a map's step: the item, and its place in the list.
+    /// Of a map's step: the item, and its index in the list.
     pub item: Option<(&'a Value, &'a Value)>,
 }
 
@@ -45,7 +45,7 @@ pub struct Scope<'a, 'f> {
 pub enum Segment {
     /// A key of an object.
     Key(String),
-    /// A place in a list, from 0.
+    /// An index in a list, from 0.
     Index(usize),
 }
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::simulation::{Claim, QUEUE, World, failure, operator, permanent, room_for, success};
 use tasker_shared::state_machine::decide::{ByHand, Event, decide};
-use tasker_shared::state_machine::flow::{Allows, Free, Limit, Places, namespace_limit};
+use tasker_shared::state_machine::flow::{Allows, Free, Limit, LimitSlots, namespace_limit};
 use tasker_shared::state_machine::plan::{ChildEnd, HeldBy, Outcome, Plan, Room, Step};
 use tasker_shared::state_machine::states::{StepState, TaskState};
 
@@ -39,8 +39,8 @@ struct Flow {
     spent: BTreeMap<String, (f64, DateTime<Utc>)>,
     /// By name: when the rate let one through.
     began: BTreeMap<String, Vec<DateTime<Utc>>>,
-    /// In which lane each step was last held.
-    lanes: HashMap<Uuid, String>,
+    /// In which hold group each step was last held.
+    hold_groups: HashMap<Uuid, String>,
 }
 
 /// What was before a settle.
@@ -71,10 +71,10 @@ impl Flow {
                     step.state.is_in_flight() && self.of_step[step.index as usize].iter().any(|of| of == name)
                 };
                 let used = i64::try_from(world.steps.iter().filter(counts).count()).unwrap();
-                Free { limit_id, places: Some(i64::from(most) - used), tokens: None }
+                Free { limit_id, slots: Some(i64::from(most) - used), tokens: None }
             }
             Allows::Rate(times, _) => {
-                Free { limit_id, places: None, tokens: Some(f64::from(times) - self.spent_at(name, world.clock)) }
+                Free { limit_id, slots: None, tokens: Some(f64::from(times) - self.spent_at(name, world.clock)) }
             }
         }
     }
@@ -130,13 +130,13 @@ impl Flow {
             }
         }
         for name in self.allows.keys() {
-            prop_assert!(self.free(name, world).places.is_none_or(|left| left >= 0), "more than {name} allows");
+            prop_assert!(self.free(name, world).slots.is_none_or(|left| left >= 0), "more than {name} allows");
         }
-        self.lanes.extend(plan.lanes.iter().cloned());
+        self.hold_groups.extend(plan.hold_groups.iter().cloned());
         for step in world.steps.iter().filter(|step| step.held_by.is_some()) {
-            if world.definition.has_lane(step.index) || step.held_by == Some(HeldBy::Limit) {
-                let lane = world.definition.lane(step.index, &world.task.input).unwrap();
-                prop_assert_eq!(self.lanes.get(&step.uuid), Some(&lane), "nobody would find it: {:?}", step);
+            if world.definition.has_hold_group(step.index) || step.held_by == Some(HeldBy::Limit) {
+                let group = world.definition.hold_group(step.index, &world.task.input).unwrap();
+                prop_assert_eq!(self.hold_groups.get(&step.uuid), Some(&group), "nobody would find it: {:?}", step);
             }
         }
         for send in &plan.sends {
@@ -231,7 +231,7 @@ impl Driver {
     }
 
     fn behaves(&self, key: u32, attempt: i32) -> Behaviour {
-        let (index, item) = self.world.definition.place(key);
+        let (index, item) = self.world.definition.position(key);
         if self.healed { Behaviour::Succeeds } else { self.story.behaviour(index, item, attempt) }
     }
 
@@ -322,11 +322,11 @@ impl Driver {
         if self.story.limit.is_some() {
             room.set_limits([namespace_limit("shop")].into());
         }
-        let mut places = Places::default();
+        let mut slots = LimitSlots::default();
         for name in self.flow.allows.keys() {
-            places.set(name.clone(), self.flow.free(name, &self.world));
+            slots.set(name.clone(), self.flow.free(name, &self.world));
         }
-        room.set_places(places);
+        room.set_limit_slots(slots);
         room
     }
 
@@ -345,7 +345,7 @@ impl Driver {
         self.world.pass(Duration::from_millis(3));
         let outcome = match self.behaviour(claim) {
             Behaviour::Succeeds => {
-                let (index, item) = self.world.definition.place(claim.step);
+                let (index, item) = self.world.definition.position(claim.step);
                 Outcome::Success(self.story.output(index, item, claim.attempt, self.healed))
             }
             Behaviour::Fails => failure("Flaky"),
@@ -367,7 +367,7 @@ impl Driver {
         self.ghosts.push(claim);
     }
 
-    /// Takes due hints, as sweep does, some that lease queries would have put off among them.
+    /// Takes timers that are due, as sweep does, some that lease queries would have put off among them.
     fn sweep(&mut self, most: usize) -> TestCaseResult {
         let now = self.world.clock;
         let mut events = Vec::new();

@@ -81,13 +81,13 @@ fn a_lost_attempt_goes_out_again_whatever_is_paused() {
     );
 }
 
-/// Room for everything under a limit of the namespace that has so many places left.
+/// Room for everything under a limit of the namespace that has so many slots left.
 fn under_limit(left: i64) -> Room {
     let mut room = room_for(100, &["do.a", "do.b", "do.c"], false);
     room.set_limits(["shop".to_owned()].into());
-    let mut places = Places::default();
-    places.set("shop".into(), Free { limit_id: 7, places: Some(left), tokens: None });
-    room.set_places(places);
+    let mut slots = LimitSlots::default();
+    slots.set("shop".into(), Free { limit_id: 7, slots: Some(left), tokens: None });
+    room.set_limit_slots(slots);
     room
 }
 
@@ -106,7 +106,7 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
         hold c: limit",
     );
     assert_eq!(
-        plan.lanes.iter().map(|(_, lane)| lane.as_str()).collect::<Vec<_>>(),
+        plan.hold_groups.iter().map(|(_, group)| group.as_str()).collect::<Vec<_>>(),
         ["\u{1f}do.a", "\u{1f}do.b", "\u{1f}do.c"]
     );
     let admit = (0..3).map(|step| Event::Admit { step: id(step) }).collect();
@@ -124,7 +124,7 @@ fn what_is_limited_is_held_first_and_sent_as_far_as_there_are_places() {
         send b 1",
     );
     assert_eq!(waits(&plan, "Enqueue"), ["limit"]);
-    assert!(plan.lanes.is_empty(), "they are in their lanes already");
+    assert!(plan.hold_groups.is_empty(), "they are in their hold groups already");
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_key_names_the_limit_and_one_that_leads_nowhere_fails_its_step() {
     };
     let mut definition = keyed("${input.total}");
     definition.fair_key = Some(InputTemplate::parse(&json!("t${input.total}")).unwrap());
-    assert_eq!(definition.lane(0, &json!({"total": 7})).unwrap(), "t7\u{1f}do.a\u{1f}shop/order.a/7");
+    assert_eq!(definition.hold_group(0, &json!({"total": 7})).unwrap(), "t7\u{1f}do.a\u{1f}shop/order.a/7");
     for input in [json!({"total": null}), json!({"total": []}), json!({"total": ""}), json!({"total": "x".repeat(201)})]
     {
         definition.limits(0, &input).expect_err("no key");

@@ -73,7 +73,7 @@ async fn milestones_are_events_of_the_tree_and_usage_adds_up() {
     assert_eq!(usage.total, total.map(|(name, amount)| (name.to_owned(), amount)).into());
     assert_eq!(usage.steps["hand"]["gen_ai.usage.input_tokens"].to_string(), "11");
     assert_eq!(usage.steps["print"]["pages"].to_string(), "3");
-    let told = views::told(&mut conn, task).await.expect("told");
+    let told = views::reported(&mut conn, task).await.expect("told");
     let attempts: Vec<_> = told.iter().map(|told| (told.step.as_str(), told.attempt)).collect();
     assert_eq!(attempts, [("print", 1), ("print", 2), ("hand", 1)]);
 
