@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::payload;
-use crate::state_machine::retry::LONGEST;
+use crate::state_machine::duration::LONGEST;
 use crate::store::tx::{self, PoolOptions};
 use crate::store::views::{self, AttemptView, StepView, TaskFilter, TaskView};
 use crate::store::why::{self, Situation};

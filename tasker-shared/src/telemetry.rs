@@ -11,6 +11,8 @@ mod pipeline;
 #[cfg(feature = "otlp")]
 mod process;
 #[cfg(feature = "otlp")]
+pub mod settings;
+#[cfg(feature = "otlp")]
 mod statements;
 
 #[cfg(feature = "otlp")]

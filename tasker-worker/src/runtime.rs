@@ -9,16 +9,16 @@ use sqlx::PgPool;
 #[cfg(feature = "metrics")]
 use tasker_shared::metrics::{self, Listen};
 use tasker_shared::server;
-use tasker_shared::state_machine::retry::LONGEST;
+use tasker_shared::state_machine::duration::LONGEST;
 use tasker_shared::store::HOT_PATH_SETTINGS;
 use tasker_shared::store::redaction;
 use tasker_shared::store::tx::{self, PoolOptions};
 #[cfg(feature = "otlp")]
 use tasker_shared::telemetry;
 #[cfg(feature = "otlp")]
-use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
+use tasker_shared::telemetry::settings::{Applying, Follower};
 #[cfg(feature = "otlp")]
-use tasker_shared::trace::settings::{Applying, Follower};
+use tasker_shared::trace::config::{Sources, Stored, TraceConfig};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};

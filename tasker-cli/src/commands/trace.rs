@@ -15,10 +15,11 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use tasker_shared::client::Client;
 use tasker_shared::store::{transitions, views};
+use tasker_shared::telemetry::settings as trace_settings;
 use tasker_shared::template::parse_duration;
 use tasker_shared::trace::config::{Sources, TraceConfig};
 use tasker_shared::trace::log::TaskLog;
-use tasker_shared::trace::{otlp, settings as trace_settings, tree};
+use tasker_shared::trace::{otlp, tree};
 use uuid::Uuid;
 
 use crate::Global;

@@ -10,7 +10,7 @@ use tasker_shared::client::Client;
 use tasker_shared::duration::in_words;
 use tasker_shared::store::views::{self, TaskView};
 use tasker_shared::telemetry::Role;
-use tasker_shared::trace::settings;
+use tasker_shared::telemetry::settings;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 

@@ -20,7 +20,7 @@ use chrono::{DateTime, Utc};
 use sqlx::PgPool;
 use tasker_shared::metrics::{Stats, metrics};
 use tasker_shared::redact;
-use tasker_shared::state_machine::retry::LONGEST;
+use tasker_shared::state_machine::duration::LONGEST;
 use tasker_shared::store;
 use tasker_shared::store::outage::Outage;
 use tasker_shared::trace::config::TraceConfig;

@@ -414,7 +414,7 @@ async fn load_lacking(
         for row in rows {
             if let Some(task) = tasks.get_mut(&row.task_uuid) {
                 task.defines(&row)?;
-                if !task.has(row.step.uuid) {
+                if task.step(row.step.uuid).is_none() {
                     task.put(row)?;
                 }
             }

@@ -54,11 +54,6 @@ impl LoadedTask {
         &self.snapshot.task
     }
 
-    /// Whether the step is loaded.
-    pub fn has(&self, step: Uuid) -> bool {
-        self.keys.contains_key(&step)
-    }
-
     /// A loaded step, with its key.
     pub fn step(&self, step: Uuid) -> Option<(u32, &Step)> {
         let key = *self.keys.get(&step)?;
@@ -121,17 +116,13 @@ impl LoadedTask {
 
     /// What the plan lacks that was not asked for yet.
     pub fn lacking(&self, plan: &Plan) -> Lacks {
+        let Lacks { steps, outputs, collected, items } = &plan.lacks;
+        let items = items.iter().filter(|(map, window)| self.asked.items.get(map) != Some(window));
         Lacks {
-            steps: plan.lacks.steps.difference(&self.asked.steps).copied().collect(),
-            outputs: plan.lacks.outputs.difference(&self.asked.outputs).copied().collect(),
-            collected: plan.lacks.collected.difference(&self.asked.collected).copied().collect(),
-            items: plan
-                .lacks
-                .items
-                .iter()
-                .filter(|(map, window)| self.asked.items.get(map) != Some(window))
-                .map(|(map, window)| (*map, *window))
-                .collect(),
+            steps: steps.difference(&self.asked.steps).copied().collect(),
+            outputs: outputs.difference(&self.asked.outputs).copied().collect(),
+            collected: collected.difference(&self.asked.collected).copied().collect(),
+            items: items.map(|(map, window)| (*map, *window)).collect(),
         }
     }
 

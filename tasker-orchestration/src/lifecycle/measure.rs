@@ -33,11 +33,6 @@ pub(super) fn settled(source: &OfSource, hints: usize, took: Duration) {
     metrics().settle_duration.of(source).observe(took.as_secs_f64(), None, None);
 }
 
-/// A settle failed.
-pub(super) fn failed(source: &OfSource) {
-    metrics().settle_failures.of(source).inc();
-}
-
 /// Counts what has committed.
 pub(super) fn committed(done: &Committed) {
     for (loaded, plan) in done.tasks.iter().zip(&done.plans) {

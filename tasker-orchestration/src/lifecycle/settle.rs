@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use futures_util::FutureExt as _;
 use sqlx::PgConnection;
+use tasker_shared::metrics::metrics;
 use tasker_shared::state_machine::TaskState;
 use tasker_shared::state_machine::plan::{Plan, Task};
 use tasker_shared::store::tasks;
@@ -54,7 +55,7 @@ pub(super) async fn settle<'a>(
     let transaction = shared.connections.in_tx(async |conn| transact(shared, conn, queue, events, wait).await);
     let result = AssertUnwindSafe(transaction).catch_unwind().await.unwrap_or(Err(Error::Panicked));
     let (settled, committed) = result.inspect_err(|error| {
-        measure::failed(&source);
+        metrics().settle_failures.of(&source).inc();
         // The answer to COMMIT may be what was lost: then the spans are still owed.
         if let Some(exporter) = shared.exporter().filter(|_| error.is_transient()) {
             exporter.doubt();
@@ -178,7 +179,7 @@ fn without_unknown_steps<'a>(
     let tasks: HashMap<Uuid, &LoadedTask> = tasks.iter().map(|task| (task.task().uuid, task)).collect();
     let known = |about: &About| {
         let task = tasks.get(&about.task);
-        let has = |step| task.is_some_and(|task| task.has(step));
+        let has = |step| task.is_some_and(|task| task.step(step).is_some());
         let knows = |name: &String| task.is_some_and(|task| task.index(name).is_some());
         about.msg_id.is_none() || (about.event.step().is_none_or(has) && about.event.names().iter().all(knows))
     };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use super::duration::LONGEST;
+use super::duration::LONGEST;
 use super::kinds::{ErrorType, Milliseconds};
 
 /// How a step is tried again after an attempt failed.

@@ -39,7 +39,7 @@ pub struct Process {
     pub started_at: DateTime<Utc>,
     /// Seconds since it last said so.
     pub seen_seconds: f64,
-    /// See `trace::settings`.
+    /// See `telemetry::settings`.
     pub state: Value,
 }
 

@@ -9,8 +9,6 @@ pub mod ids;
 pub mod log;
 pub mod names;
 pub mod otlp;
-#[cfg(feature = "otlp")]
-pub mod settings;
 pub mod span;
 #[cfg(feature = "otlp")]
 pub mod transport;

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::lines::is_test;
+use crate::rooms::top;
 use crate::source::Source;
 use crate::{Error, files, read};
 
@@ -28,6 +29,23 @@ pub fn imports(root: &Path, member: &str) -> Result<Imports, Error> {
         }
     }
     Ok(between(&source, &modules))
+}
+
+/// Which rooms of a crate take which names from which: a room is a file or a folder at the top of its
+/// sources, a file of the same name included.
+pub fn between_rooms(member: &str, imports: &Imports) -> Imports {
+    let room = |file: &str| {
+        let source = format!("{member}/src/");
+        format!("{source}{}", top(file.trim_start_matches(&source)))
+    };
+    let mut rooms = Imports::new();
+    for ((from, to), names) in imports {
+        let (from, to) = (room(from), room(to));
+        if from != to {
+            rooms.entry((from, to)).or_default().extend(names.iter().cloned());
+        }
+    }
+    rooms
 }
 
 /// The groups of files that import each other, each with the imports inside it.

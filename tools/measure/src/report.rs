@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use crate::circles::Imports;
 use crate::table::{self, Limit};
 use crate::{Error, circles, map, packages, read, rooms};
 
@@ -104,20 +105,30 @@ impl Report {
     }
 
     fn circles(&mut self, root: &Path) -> Result<(), Error> {
-        self.line("\nCIRCLES: files of a crate that import each other");
-        let mut count = 0;
+        self.line("\nCIRCLES: files of a crate that import each other, and rooms");
+        let (mut of_files, mut of_rooms) = (0, 0);
         for member in table::PRODUCT {
-            for circle in circles::circles(&circles::imports(root, member)?) {
-                count += 1;
-                self.line(&format!("  circle {count}"));
-                for ((from, to), names) in circle {
-                    let names: Vec<String> = names.into_iter().collect();
-                    self.line(&format!("    {from} -> {to}: {}", names.join(", ")));
-                }
+            let imports = circles::imports(root, member)?;
+            for circle in circles::circles(&imports) {
+                of_files += 1;
+                self.circle(&format!("circle {of_files} of files"), circle);
+            }
+            for circle in circles::circles(&circles::between_rooms(member, &imports)) {
+                of_rooms += 1;
+                self.circle(&format!("circle {of_rooms} of rooms"), circle);
             }
         }
-        self.held(count, &table::CIRCLES);
+        self.held(of_files, &table::CIRCLES);
+        self.held(of_rooms, &table::ROOM_CIRCLES);
         Ok(())
+    }
+
+    fn circle(&mut self, title: &str, circle: Imports) {
+        self.line(&format!("  {title}"));
+        for ((from, to), names) in circle {
+            let names: Vec<String> = names.into_iter().collect();
+            self.line(&format!("    {from} -> {to}: {}", names.join(", ")));
+        }
     }
 
     fn packages(&mut self, root: &Path) -> Result<(), Error> {

@@ -15,6 +15,8 @@ pub const CORE_LINES: Limit = Limit { what: "lines of code of the core", most: 1
 pub const FILE_LINES: Limit = Limit { what: "lines of code of the longest file", most: 600 };
 /// Groups of files of a crate that import each other.
 pub const CIRCLES: Limit = Limit { what: "circles of imports", most: 0 };
+/// Groups of rooms of a crate, the files and folders at the top of its sources, that import each other.
+pub const ROOM_CIRCLES: Limit = Limit { what: "circles of rooms", most: 0 };
 /// What a worker's user compiles.
 pub const WORKER_PACKAGES: Limit = Limit { what: "packages of a worker's user", most: 179 };
 /// Functions of ours between the reader of results and the one that runs the transaction's statements.

@@ -5,9 +5,9 @@ use std::time::Instant;
 use serde_json::json;
 use tasker_orchestration::export::batches;
 use tasker_shared::store::trace_settings;
+use tasker_shared::telemetry::settings;
 use tasker_shared::trace::config::Sources;
 use tasker_shared::trace::otlp::hex;
-use tasker_shared::trace::settings;
 use tasker_shared::trace::transport::{self, Transport};
 
 use crate::Global;

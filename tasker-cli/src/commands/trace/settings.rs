@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use tasker_api::sampling;
 use tasker_orchestration::export::batches;
 use tasker_shared::store::trace_settings;
+use tasker_shared::telemetry::settings::{self, EVERYWHERE};
 use tasker_shared::trace::config::{Key, Sources, Stored};
-use tasker_shared::trace::settings::{self, EVERYWHERE};
 
 use crate::Global;
 use crate::output::{self, Format, Table, cell};

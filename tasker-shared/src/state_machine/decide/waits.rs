@@ -6,8 +6,8 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 
+use super::super::duration::LONGEST;
 use super::super::plan::{Answer, ChildEnd, Detail, Due, Failure, Outcome, StartChild, Step, Wait};
-use super::super::retry::LONGEST;
 use super::super::states::{StepEvent, StepState};
 use super::super::wait::{OnTimeout, WaitFor, Work};
 use super::Pass;

@@ -15,10 +15,10 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::config::{Areas, Resolved, SETTINGS, Sources, Stored, TraceConfig};
+use super::live;
 use crate::store;
 use crate::store::trace_settings::{self, ByScope};
-use crate::telemetry::live;
+use crate::trace::config::{Areas, Resolved, SETTINGS, Sources, Stored, TraceConfig};
 
 /// The scope of what holds for every process.
 pub const EVERYWHERE: &str = "*";
@@ -33,7 +33,7 @@ pub enum Error {
     Store(#[from] store::Error),
     /// A value that cannot be used.
     #[error(transparent)]
-    Config(#[from] super::config::ConfigError),
+    Config(#[from] crate::trace::config::ConfigError),
 }
 
 /// The configuration that `sources` and the database give now, and what is stored by scope.
@@ -161,8 +161,8 @@ pub fn describe(resolved: &Resolved) -> Value {
         "exporter": config.exporter.to_string(),
         "to": config.destination(),
         "protocol": match config.protocol {
-            super::config::Protocol::Grpc => "grpc",
-            super::config::Protocol::HttpProtobuf => "http/protobuf",
+            crate::trace::config::Protocol::Grpc => "grpc",
+            crate::trace::config::Protocol::HttpProtobuf => "http/protobuf",
         },
         "headers": config.headers.iter().map(|(name, _)| format!("{name}=***")).collect::<Vec<_>>(),
         "timeout_ms": u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
@@ -172,8 +172,8 @@ pub fn describe(resolved: &Resolved) -> Value {
         "service_orchestration": config.service_names.orchestration,
         "service_worker": config.service_names.worker,
         "detail": match config.detail {
-            super::config::Detail::Tree => "tree",
-            super::config::Detail::Full => "full",
+            crate::trace::config::Detail::Tree => "tree",
+            crate::trace::config::Detail::Full => "full",
         },
         "areas": config.areas().to_string(),
         "baggage": config.baggage_keys,
