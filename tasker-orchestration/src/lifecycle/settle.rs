@@ -66,6 +66,7 @@ pub(super) async fn settle<'a>(
     Ok(settled)
 }
 
+/// THE transaction.
 async fn transact<'a>(
     shared: &Shared,
     conn: &mut PgConnection,
