@@ -526,7 +526,7 @@ test("a step shows what its handler told: milestones, artifacts, usage, and its 
   await status(page, "completed");
   await tells(task);
   await page.locator("#steps a", { hasText: "weigh" }).click();
-  const told = page.locator("#told");
+  const told = page.locator("#reported");
   await told.getByRole("link", { name: "https://files.example/4711.pdf" }).waitFor();
   assert.match(await told.textContent(), /48,211 bytes/);
   assert.match(await told.locator("table").textContent(), /12(\.5)? ms.*invoice/);
